@@ -1,0 +1,3 @@
+//! The connection server.
+
+pub mod forward;

@@ -1,0 +1,3 @@
+//! The `portpool` program.
+
+fn main() {}

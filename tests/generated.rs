@@ -1,0 +1,34 @@
+//! Committed generated files agree with their sources. `BLESS=1 cargo test
+//! --test generated` (`make generate`) rewrites them.
+
+use std::fs;
+use std::path::Path;
+
+/// Compares `path` with `expected`, or writes it when `BLESS` is set.
+fn agree(path: &str, expected: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if std::env::var_os("BLESS").is_some() {
+        fs::create_dir_all(path.parent().expect("has a parent")).unwrap();
+        fs::write(&path, expected).unwrap();
+        return;
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == expected,
+        "{} is out of date: run `make generate` and review the diff",
+        path.display()
+    );
+}
+
+#[test]
+fn selection_protocol_code_is_generated_from_its_proto() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let descriptors = protox::compile(["selection.proto"], [&source]).unwrap();
+    let out = tempfile::tempdir().unwrap();
+    tonic_prost_build::configure()
+        .out_dir(out.path())
+        .compile_fds(descriptors)
+        .unwrap();
+    let code = fs::read_to_string(out.path().join("portpool.selection.v1.rs")).unwrap();
+    agree("src/selection/v1.rs", &code);
+}
