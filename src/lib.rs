@@ -1,7 +1,12 @@
 //! portpool gives a client its own port on its own server for a while.
-
+pub mod admin;
+pub mod client;
 pub mod connection;
+pub mod echo;
+pub mod follow;
 pub mod pool;
+pub mod processing;
 pub mod selection;
 pub mod session;
 pub mod table;
+pub mod telemetry;

@@ -1,3 +1,95 @@
-//! The `portpool` program.
+//! The `portpool` program: arguments to one role, signals to its shutdown.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use portpool::{client, connection, echo, processing, telemetry};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Gives a client its own port on its own server for a while.
+#[derive(Parser)]
+#[command(version, about, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    telemetry: telemetry::Options,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Request(client::RequestOptions),
+    Connect(client::ConnectOptions),
+    Release(client::ReleaseOptions),
+    ConnectionServer(connection::Options),
+    ProcessingServer(processing::Options),
+    Echo(echo::Options),
+}
+
+/// Nothing is free now: worth another try.
+const EXIT_EXHAUSTED: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(error) = telemetry::init(&cli.telemetry) {
+        eprintln!("error: --log {:?}: {error}", cli.telemetry.log);
+        return ExitCode::from(2);
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: failed to start the runtime: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(run(cli.command));
+    // A blocked read of standard input must not keep the program.
+    runtime.shutdown_background();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            exit_code(&error)
+        }
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Request(options) => client::request(options).await?,
+        Command::Connect(options) => client::connect(options, interrupted()?).await?,
+        Command::Release(options) => client::release(options).await?,
+        Command::ConnectionServer(options) => connection::run(options, interrupted()?).await?,
+        Command::ProcessingServer(options) => processing::run(options, interrupted()?).await?,
+        Command::Echo(options) => echo::run(options, interrupted()?).await?,
+    }
+    Ok(())
+}
+
+/// Completes at SIGTERM or Ctrl-C; a second one ends the process at once.
+fn interrupted() -> std::io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut either = async move || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    Ok(async move {
+        either().await;
+        tokio::spawn(async move {
+            either().await;
+            std::process::exit(130);
+        });
+    })
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    use client::CommandError;
+    match error.downcast_ref::<CommandError>() {
+        Some(CommandError::Client(error)) if error.is_exhausted() => ExitCode::from(EXIT_EXHAUSTED),
+        _ => ExitCode::FAILURE,
+    }
+}

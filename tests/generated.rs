@@ -1,6 +1,11 @@
 //! Committed generated files agree with their sources. `BLESS=1 cargo test
 //! --test generated` (`make generate`) rewrites them.
 
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
 use std::fs;
 use std::path::Path;
 
@@ -31,4 +36,13 @@ fn selection_protocol_code_is_generated_from_its_proto() {
         .unwrap();
     let code = fs::read_to_string(out.path().join("portpool.selection.v1.rs")).unwrap();
     agree("src/selection/v1.rs", &code);
+}
+
+#[test]
+fn openapi_document_is_generated_from_the_handlers() {
+    let mut document = portpool::connection::api::openapi()
+        .to_pretty_json()
+        .unwrap();
+    document.push('\n');
+    agree("docs/openapi.json", &document);
 }

@@ -1,17 +1,55 @@
-//! The connection part: connects a connection port with its destination
-//! processing server (TCP and UDP). Runs on its own threads, knows neither
-//! Kubernetes nor HTTP.
+//! The connection part of claim 1: connects a connection port with its
+//! destination processing server, for TCP connections and UDP datagrams.
+//!
+//! This is the data plane. It runs on its own threads, each with its own
+//! epoll, and knows neither Kubernetes nor HTTP: a table says where ports
+//! lead, a [`Gate`] says who may use them. One thread owns a connection port
+//! and everything that comes in on it; threads share nothing but counters.
+//!
+//! ```text
+//! apply(table) ─bind─→ listeners ─commands─→ worker threads (port mod N)
+//! client ─accept→ Gate::admit ─connect→ processing server ⇄ copy ⇄ client
+//!                     └ Ask → parked ←answer─ control
+//! ```
+//!
+//! - `worker`: the event loop and its deadlines; `tcp`: one connection's state
+//!   and its two directions; `udp`: clients' flows;
+//! - `listeners`: opening ports; `limits`: descriptors and port ranges;
+//! - `slab`: where sessions live; `proxy_protocol`: its header; `counters`.
 
-use std::net::SocketAddr;
+mod counters;
+mod limits;
+mod listeners;
+mod proxy_protocol;
+mod slab;
+mod tcp;
+mod udp;
+mod worker;
 
-use crate::table::ListenPort;
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, eventfd};
+
+pub use self::counters::{Counters, Snapshot};
+pub use self::limits::{OpenFilesError, check_open_files, ephemeral_overlap};
+use self::listeners::Listener;
+use self::worker::{Command, Worker};
+use crate::pool::ProxyProtocol;
+use crate::table::{ListenPort, Table};
 
 /// Names a session within this process. Never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionKey(pub u64);
 
 /// TCP or UDP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Transport {
     /// A connection.
     Tcp,
@@ -22,18 +60,18 @@ pub enum Transport {
 /// What the gate says to a client that arrives at a connection port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Forward. The gate has counted one flow for the session; the forwarder
-    /// reports its end exactly once with [`Gate::closed`].
+    /// Forward. The gate has counted one flow for the session; its end is
+    /// reported exactly once with [`Gate::closed`].
     Admit(SessionKey),
     /// Reset (TCP) or drop (UDP).
     Refuse,
-    /// Not known yet. The forwarder parks the client and calls [`Gate::ask`]
-    /// with a ticket; `Forwarder::answer` brings the verdict, or a deadline
-    /// passes and the client is refused.
+    /// Not known yet. The client is parked and [`Gate::ask`] called with a
+    /// ticket; [`Forwarder::answer`] brings the verdict, or a deadline passes
+    /// and the client is refused.
     Ask,
 }
 
-/// Names a parked client until it is answered.
+/// Names a parked client of a port until it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ticket(pub u64);
 
@@ -55,4 +93,241 @@ pub trait Gate: Send + Sync + 'static {
     fn ask(&self, ticket: Ticket, port: ListenPort, transport: Transport, client: SocketAddr);
     /// A flow admitted under `session` is over.
     fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
+}
+
+/// How the data plane runs.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address that connection ports are bound to; `::` takes IPv4 too.
+    pub listen: IpAddr,
+    /// Data threads, 1 to 1024.
+    pub threads: usize,
+}
+
+impl Config {
+    /// Listens on `listen` with `threads` threads, by default one per
+    /// processor.
+    #[must_use]
+    pub fn new(listen: IpAddr, threads: Option<usize>) -> Self {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self {
+            listen,
+            threads: threads.unwrap_or(processors).clamp(1, 1024),
+        }
+    }
+}
+
+/// Where a connection port leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Route {
+    /// Absent until the server's address is known: clients are reset.
+    target: Option<SocketAddr>,
+    proxy_protocol: ProxyProtocol,
+}
+
+/// Idle times in seconds, 0 for none; read by threads at their deadlines.
+#[derive(Debug, Default)]
+struct IdleTimes {
+    tcp: AtomicU64,
+    udp: AtomicU64,
+}
+
+/// Why the data plane cannot start.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to start the data plane: {0}")]
+pub struct ForwardError(#[from] io::Error);
+
+/// Why a table cannot be applied; the former one stays in force.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to open connection port {address} ({transport:?}): {source}{}", hint(.source))]
+pub struct ApplyError {
+    address: SocketAddr,
+    transport: Transport,
+    source: io::Error,
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "; another program uses it: stop that, or move spec.connectionServer.connectionPorts"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "; ports below 1024 need a privilege: move spec.connectionServer.connectionPorts"
+        }
+        _ => "",
+    }
+}
+
+/// The running data plane. Stops when dropped.
+#[derive(Debug)]
+pub struct Forwarder {
+    listen: IpAddr,
+    workers: Vec<Handle>,
+    open: Mutex<HashMap<(ListenPort, Transport), Route>>,
+    idle: Arc<IdleTimes>,
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    commands: mpsc::Sender<Command>,
+    wake: Arc<OwnedFd>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Handle {
+    fn send(&self, command: Command) {
+        // A thread that has stopped has nothing left to command.
+        if self.commands.send(command).is_ok() {
+            let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+        }
+    }
+}
+
+impl Forwarder {
+    /// Starts the threads; ports open with [`Forwarder::apply`].
+    ///
+    /// # Errors
+    /// [`ForwardError`] when the system gives no thread or descriptor.
+    pub fn start(config: &Config, gate: &Arc<impl Gate>) -> Result<Self, ForwardError> {
+        let (idle, counters) = (
+            Arc::new(IdleTimes::default()),
+            Arc::new(Counters::default()),
+        );
+        let workers = (0..config.threads).map(|index| {
+            let (commands, inbox) = mpsc::channel();
+            let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
+            let gate: Arc<dyn Gate> = gate.clone();
+            let worker = Worker::new(inbox, &wake, gate, idle.clone(), counters.clone())?;
+            let name = format!("forward-{index}");
+            let thread = std::thread::Builder::new()
+                .name(name)
+                .spawn(move || worker.run())?;
+            Ok(Handle {
+                commands,
+                wake,
+                thread: Mutex::new(Some(thread)),
+            })
+        });
+        Ok(Self {
+            listen: config.listen,
+            workers: workers.collect::<Result<_, io::Error>>()?,
+            open: Mutex::default(),
+            idle,
+            counters,
+        })
+    }
+
+    /// Opens the connection ports of `table`, routes them, and closes those
+    /// that it does not have. New ports are bound before anything changes.
+    /// Live connections and flows go on to where they were going.
+    ///
+    /// # Errors
+    /// [`ApplyError`] names the port that cannot be opened; nothing has
+    /// changed then.
+    pub fn apply(&self, table: &Table) -> Result<(), ApplyError> {
+        let wanted = routes(table);
+        let mut open = self.open.lock();
+        let mut opened: Vec<(ListenPort, Listener)> = Vec::new();
+        for (port, transport) in wanted.keys().filter(|key| !open.contains_key(key)) {
+            opened.push((*port, Listener::open(self.listen, *port, *transport)?));
+        }
+        let seconds = |value: i32| u64::try_from(value).unwrap_or(0);
+        self.idle.tcp.store(
+            seconds(table.sessions.idle_timeout_seconds),
+            Ordering::Relaxed,
+        );
+        self.idle.udp.store(
+            seconds(table.sessions.udp_idle_timeout_seconds),
+            Ordering::Relaxed,
+        );
+        for (key, route) in &wanted {
+            if open.get(key).is_some_and(|current| current != route) {
+                self.owner(key.0).send(Command::Route(key.0, key.1, *route));
+            }
+        }
+        for (port, listener) in opened {
+            let route = wanted[&(port, listener.transport())];
+            self.owner(port)
+                .send(Command::Listen(port, listener, route));
+        }
+        for (port, transport) in open.keys().filter(|key| !wanted.contains_key(key)) {
+            self.owner(*port).send(Command::Close(*port, *transport));
+        }
+        *open = wanted;
+        Ok(())
+    }
+
+    /// Brings the verdict on a client parked at `port`; [`Verdict::Ask`] counts
+    /// as refused. The end of one that was admitted too late is reported at once.
+    pub fn answer(&self, port: ListenPort, ticket: Ticket, verdict: Verdict) {
+        self.owner(port)
+            .send(Command::Answer(port, ticket, verdict));
+    }
+
+    /// Cuts the session's connections (reset) and flows on `port`.
+    pub fn cut(&self, port: ListenPort, session: SessionKey) {
+        self.owner(port).send(Command::Cut(session));
+    }
+
+    /// What was forwarded and refused so far.
+    #[must_use]
+    pub fn counters(&self) -> Snapshot {
+        self.counters.snapshot()
+    }
+
+    /// Number of open listeners: a TCPUDP port has two.
+    #[must_use]
+    pub fn open_listeners(&self) -> usize {
+        self.open.lock().len()
+    }
+
+    /// Stops the threads and closes everything; returns when it is done.
+    pub fn shutdown(&self) {
+        for worker in &self.workers {
+            worker.send(Command::Stop);
+        }
+        for worker in &self.workers {
+            if let Some(thread) = worker.thread.lock().take()
+                && thread.join().is_err()
+            {
+                tracing::error!("a data thread has panicked");
+            }
+        }
+    }
+
+    fn owner(&self, port: ListenPort) -> &Handle {
+        &self.workers[usize::from(port.get()) % self.workers.len()]
+    }
+}
+
+impl Drop for Forwarder {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
+
+/// Every listener that `table` asks for.
+fn routes(table: &Table) -> HashMap<(ListenPort, Transport), Route> {
+    let mut routes = HashMap::with_capacity(table.connection_port_count());
+    for row in &table.rows {
+        for range in &row.ranges {
+            for port in range.connection_ports() {
+                let target = range
+                    .target(port)
+                    .and_then(|target| row.socket_address(target));
+                let route = Route {
+                    target,
+                    proxy_protocol: range.proxy_protocol,
+                };
+                if range.protocol.has_tcp() {
+                    routes.insert((port, Transport::Tcp), route);
+                }
+                if range.protocol.has_udp() {
+                    routes.insert((port, Transport::Udp), route);
+                }
+            }
+        }
+    }
+    routes
 }

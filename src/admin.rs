@@ -1,0 +1,110 @@
+//! The admin port of every role: liveness, readiness, metrics, and the table
+//! in use. Apart from the load-sharing port, so that it can stay private.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+
+use crate::table::Table;
+
+/// What the pages show.
+pub struct AdminState {
+    /// The role's metrics.
+    pub registry: Arc<Registry>,
+    /// Why the role is not ready, if so.
+    pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
+    /// The port-relationship table in use.
+    pub table: Box<dyn Fn() -> Option<Arc<Table>> + Send + Sync>,
+}
+
+/// Why the admin port cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to listen on admin port {address}: {source}; choose another with --admin")]
+pub struct AdminError {
+    address: SocketAddr,
+    source: io::Error,
+}
+
+/// Registers the version that runs.
+pub fn register_build_info(registry: &mut Registry) {
+    #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+    struct Build {
+        version: &'static str,
+    }
+    let build = Info::new(Build {
+        version: env!("CARGO_PKG_VERSION"),
+    });
+    registry.register("portpool_build", "The version that runs", build);
+}
+
+/// Listens for [`serve`]; apart from it, so that a port in use stops the role
+/// before it does anything.
+///
+/// # Errors
+/// [`AdminError`], naming the address.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, AdminError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| AdminError { address, source })
+}
+
+/// Serves the pages on `listener` until `shutdown`.
+pub async fn serve(
+    listener: TcpListener,
+    state: AdminState,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) {
+    let router = Router::new()
+        .route("/", get(index))
+        .route("/livez", get(async || "ok\n"))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .route("/v1/port-table", get(port_table))
+        .with_state(Arc::new(state));
+    // Requests are not waited for: whoever asks for metrics asks again.
+    tokio::select! {
+        served = axum::serve(listener, router) => {
+            if let Err(error) = served {
+                tracing::warn!(%error, "admin port failed");
+            }
+        }
+        () = shutdown => {}
+    }
+}
+
+async fn index() -> &'static str {
+    "portpool\n\n/livez\n/readyz\n/metrics\n/v1/port-table\n"
+}
+
+async fn readyz(State(state): State<Arc<AdminState>>) -> Response {
+    match (state.ready)() {
+        Ok(()) => "ok\n".into_response(),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
+    }
+}
+
+async fn metrics(State(state): State<Arc<AdminState>>) -> Response {
+    let mut text = String::new();
+    if prometheus_client::encoding::text::encode(&mut text, &state.registry).is_err() {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
+    let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, content_type)], text).into_response()
+}
+
+async fn port_table(State(state): State<Arc<AdminState>>) -> Response {
+    match (state.table)() {
+        Some(table) => axum::Json(table.as_ref().clone()).into_response(),
+        None => (StatusCode::NOT_FOUND, "no table yet\n").into_response(),
+    }
+}

@@ -1,0 +1,299 @@
+//! The information processing apparatus of claim 1: asks the load-sharing
+//! port for a session and connects to the port it is told.
+//!
+//! ```no_run
+//! use portpool::client::Client;
+//! use portpool::session::SessionRequest;
+//!
+//! # async fn example() -> Result<(), portpool::client::ClientError> {
+//! let client = Client::new("127.0.0.1:7700")?;
+//! let session = client.request(SessionRequest::default()).await?;
+//! let stream = client.connect(&session).await?;
+//! // Talk to the processing server over `stream`, then give the session back:
+//! drop(stream);
+//! client.release(&session.id).await?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod command;
+
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde::de::DeserializeOwned;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+pub use self::command::{
+    AskOptions, CommandError, ConnectOptions, ReleaseOptions, RequestOptions, connect, release,
+    request,
+};
+use crate::session::{PoolState, Problem, Session, SessionRequest};
+
+/// How long an answer may take beyond the time that a request waits.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a connection may take to come up.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Most bytes of an answer: a pool of 1000 servers takes about 500 KB.
+const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
+
+/// How often a request is sent at most; the idempotency key makes it one
+/// request all the same.
+const TRIES: u32 = 3;
+
+/// Pause between tries.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+/// A client of one load-sharing port. Cheap to clone; keeps connections.
+#[derive(Clone, Debug)]
+pub struct Client {
+    base: Uri,
+    http: HttpClient<HttpConnector, Full<Bytes>>,
+}
+
+/// Why there is no answer, or not the one hoped for.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Not `HOST:PORT` or `http://HOST:PORT`.
+    #[error("{0:?} is not the address of a load-sharing port; give HOST:PORT or http://HOST:PORT")]
+    Address(String),
+    /// The server refused.
+    #[error("{0}")]
+    Refused(Problem),
+    /// No connection to the load-sharing port, or it broke.
+    #[error("failed to ask {address}: {message}")]
+    Unreachable {
+        /// Whom.
+        address: String,
+        /// Why, in the system's words.
+        message: String,
+    },
+    /// No answer in time.
+    #[error("no answer from {0} in time")]
+    TimedOut(String),
+    /// Something answered that is not portpool.
+    #[error(
+        "{address} answered with something else than expected (status {status}); is it a load-sharing port?"
+    )]
+    Unexpected {
+        /// Whom.
+        address: String,
+        /// What it said.
+        status: StatusCode,
+    },
+    /// The connection port cannot be reached.
+    #[error("failed to connect to {address}: {source}")]
+    Connect {
+        /// Where to.
+        address: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl ClientError {
+    /// Whether asking again later may help: nothing was free.
+    #[must_use]
+    pub fn is_exhausted(&self) -> bool {
+        matches!(self, Self::Refused(problem) if problem.status == 503)
+    }
+}
+
+impl Client {
+    /// A client of the load-sharing port at `address`: `HOST:PORT` or
+    /// `http://HOST:PORT`. Does not connect yet.
+    ///
+    /// # Errors
+    /// [`ClientError::Address`].
+    pub fn new(address: &str) -> Result<Self, ClientError> {
+        let invalid = || ClientError::Address(address.to_owned());
+        let text = match address.contains("://") {
+            true => address.trim_end_matches('/').to_owned(),
+            false => format!("http://{address}"),
+        };
+        let base: Uri = text.parse().map_err(|_| invalid())?;
+        let is_plain =
+            base.scheme_str() == Some("http") && base.path() == "/" && base.query().is_none();
+        if !is_plain || base.port().is_none() {
+            return Err(invalid());
+        }
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(CONNECT_DEADLINE));
+        connector.set_nodelay(true);
+        Ok(Self {
+            base,
+            http: HttpClient::builder(TokioExecutor::new()).build(connector),
+        })
+    }
+
+    /// Asks for a session. A lost answer is asked for again under the same
+    /// idempotency key, which is made up where `request` has none.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn request(&self, mut request: SessionRequest) -> Result<Session, ClientError> {
+        let key = || uuid::Uuid::new_v4().to_string();
+        request.idempotency_key.get_or_insert_with(key);
+        let patience = ANSWER_DEADLINE + Duration::from_secs(request.wait_seconds.into());
+        let body = serde_json::to_vec(&request).expect("strings and numbers serialize");
+        let mut tries = 1;
+        loop {
+            let answer = self
+                .send(Method::POST, "/v1/sessions", body.clone(), patience)
+                .await;
+            match answer.and_then(|(status, body)| self.decode(status, &body)) {
+                Err(ClientError::Unreachable { .. }) if tries < TRIES => {}
+                result => return result,
+            }
+            tries += 1;
+            tokio::time::sleep(RETRY_PAUSE).await;
+        }
+    }
+
+    /// The live session `id`.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] with status 404 when it is over.
+    pub async fn get(&self, id: &str) -> Result<Session, ClientError> {
+        let path = format!("/v1/sessions/{id}");
+        let (status, body) = self
+            .send(Method::GET, &path, Vec::new(), ANSWER_DEADLINE)
+            .await?;
+        self.decode(status, &body)
+    }
+
+    /// Gives session `id` back; its connections are cut.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] with status 404 when it is over.
+    pub async fn release(&self, id: &str) -> Result<(), ClientError> {
+        let path = format!("/v1/sessions/{id}");
+        let (status, body) = self
+            .send(Method::DELETE, &path, Vec::new(), ANSWER_DEADLINE)
+            .await?;
+        match status {
+            StatusCode::NO_CONTENT => Ok(()),
+            _ => Err(self.refusal(status, &body)),
+        }
+    }
+
+    /// Live state of the pool.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub async fn pool(&self) -> Result<PoolState, ClientError> {
+        let (status, body) = self
+            .send(Method::GET, "/v1/pool", Vec::new(), ANSWER_DEADLINE)
+            .await?;
+        self.decode(status, &body)
+    }
+
+    /// Connects to the session's connection port.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`].
+    pub async fn connect(&self, session: &Session) -> Result<TcpStream, ClientError> {
+        let address = endpoint(session);
+        let connecting = timeout(
+            CONNECT_DEADLINE,
+            TcpStream::connect((session.address.as_str(), session.port)),
+        );
+        let connected = connecting
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let prepared = connected.and_then(|stream| stream.set_nodelay(true).map(|()| stream));
+        prepared.map_err(|source| ClientError::Connect { address, source })
+    }
+
+    fn address(&self) -> String {
+        self.base
+            .authority()
+            .map(ToString::to_string)
+            .unwrap_or_default()
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+        patience: Duration,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let address = self.address();
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("http://{address}{path}"))
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(Full::from(body))
+            .map_err(|_| ClientError::Address(format!("{address}{path}")))?;
+        let unreachable = |message: String| ClientError::Unreachable {
+            address: address.clone(),
+            message,
+        };
+        let exchange = async {
+            let response = self
+                .http
+                .request(request)
+                .await
+                .map_err(|error| unreachable(causes(&error)))?;
+            let (head, body) = response.into_parts();
+            let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
+            let body = body.map_err(|error| unreachable(error.to_string()))?;
+            Ok((head.status, body.to_bytes()))
+        };
+        timeout(patience, exchange)
+            .await
+            .unwrap_or(Err(ClientError::TimedOut(address.clone())))
+    }
+
+    fn decode<T: DeserializeOwned>(
+        &self,
+        status: StatusCode,
+        body: &[u8],
+    ) -> Result<T, ClientError> {
+        if !status.is_success() {
+            return Err(self.refusal(status, body));
+        }
+        let address = self.address();
+        serde_json::from_slice(body).map_err(|_| ClientError::Unexpected { address, status })
+    }
+
+    fn refusal(&self, status: StatusCode, body: &[u8]) -> ClientError {
+        match serde_json::from_slice(body) {
+            Ok(problem) => ClientError::Refused(problem),
+            Err(_) => ClientError::Unexpected {
+                address: self.address(),
+                status,
+            },
+        }
+    }
+}
+
+/// Where to connect: `HOST:PORT`, with brackets around an IPv6 address.
+#[must_use]
+pub fn endpoint(session: &Session) -> String {
+    match session.address.contains(':') {
+        true => format!("[{}]:{}", session.address, session.port),
+        false => format!("{}:{}", session.address, session.port),
+    }
+}
+
+/// An error with its causes: the outer one alone says "client error".
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut message = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        message = format!("{message}: {error}");
+        cause = error.source();
+    }
+    message
+}

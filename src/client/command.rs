@@ -1,0 +1,226 @@
+//! The commands `portpool request`, `connect` and `release`.
+
+use std::io;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, stdin, stdout};
+use tokio::net::UdpSocket;
+use tokio::time::timeout;
+
+use super::{Client, ClientError, endpoint};
+use crate::pool::{ClientBinding, PortProtocol};
+use crate::session::{Session, SessionRequest};
+
+/// How long `portpool connect --udp` waits for replies after its input ends.
+const LAST_REPLIES: Duration = Duration::from_secs(1);
+
+/// What is asked for.
+#[derive(clap::Args, Clone, Debug)]
+pub struct AskOptions {
+    /// The pool's load-sharing port: HOST:PORT or http://HOST:PORT
+    #[arg(value_name = "ADDRESS")]
+    pub address: String,
+
+    /// Only ports of the port entry with this name
+    #[arg(long, value_name = "NAME")]
+    pub port_name: Option<String>,
+
+    /// Only ports that forward this protocol: TCP, UDP or TCPUDP
+    #[arg(long, value_name = "PROTOCOL", value_parser = parse_protocol)]
+    pub protocol: Option<PortProtocol>,
+
+    /// Under the AffinityHash policy, equal keys go to the same server
+    #[arg(long, value_name = "KEY")]
+    pub affinity_key: Option<String>,
+
+    /// The same key gives the same live session; default: a new one
+    #[arg(long, value_name = "KEY")]
+    pub idempotency_key: Option<String>,
+
+    /// Let only this machine's address connect
+    #[arg(long)]
+    pub bind_to_me: bool,
+
+    /// Wait this long, in order, when nothing is free: 0 to 300
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub wait: u32,
+}
+
+fn parse_protocol(text: &str) -> Result<PortProtocol, String> {
+    PortProtocol::from_name(&text.to_ascii_uppercase())
+        .ok_or_else(|| "give TCP, UDP or TCPUDP".to_owned())
+}
+
+impl From<&AskOptions> for SessionRequest {
+    fn from(options: &AskOptions) -> Self {
+        Self {
+            idempotency_key: options.idempotency_key.clone(),
+            protocol: options.protocol,
+            port_name: options.port_name.clone(),
+            affinity_key: options.affinity_key.clone(),
+            client_binding: options.bind_to_me.then_some(ClientBinding::Requester),
+            wait_seconds: options.wait,
+        }
+    }
+}
+
+/// Asks for a session and prints where to connect.
+#[derive(clap::Args, Clone, Debug)]
+pub struct RequestOptions {
+    #[command(flatten)]
+    ask: AskOptions,
+
+    /// text: HOST:PORT; json: the whole session
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+/// Asks for a session, connects, and pipes standard input and output; gives
+/// the session back at the end.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ConnectOptions {
+    #[command(flatten)]
+    ask: AskOptions,
+
+    /// Send each chunk of input as a UDP datagram
+    #[arg(long)]
+    udp: bool,
+}
+
+/// Gives a session back.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ReleaseOptions {
+    /// The pool's load-sharing port: HOST:PORT or http://HOST:PORT
+    #[arg(value_name = "ADDRESS")]
+    address: String,
+
+    /// The session's id
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// Asking or connecting failed.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The connection or a standard stream broke.
+    #[error("connection broke: {0}")]
+    Broken(#[from] io::Error),
+}
+
+/// `portpool request`.
+///
+/// # Errors
+/// [`CommandError`].
+pub async fn request(options: RequestOptions) -> Result<(), CommandError> {
+    let client = Client::new(&options.ask.address)?;
+    let session = client.request((&options.ask).into()).await?;
+    let line = match options.output {
+        Output::Text => endpoint(&session),
+        Output::Json => serde_json::to_string_pretty(&session).map_err(io::Error::other)?,
+    };
+    let mut stdout = stdout();
+    stdout.write_all(format!("{line}\n").as_bytes()).await?;
+    Ok(stdout.flush().await?)
+}
+
+/// `portpool connect`: until the server ends the connection, or `interrupt`.
+///
+/// # Errors
+/// [`CommandError`].
+pub async fn connect(
+    options: ConnectOptions,
+    interrupt: impl Future<Output = ()>,
+) -> Result<(), CommandError> {
+    let client = Client::new(&options.ask.address)?;
+    let mut wanted = SessionRequest::from(&options.ask);
+    if options.udp {
+        wanted.protocol.get_or_insert(PortProtocol::UDP);
+    }
+    let session = client.request(wanted).await?;
+    eprintln!("connected to {} on {}", session.server, endpoint(&session));
+    let piping = async {
+        match options.udp {
+            true => pipe_datagrams(&session).await,
+            false => pipe_stream(&client, &session).await,
+        }
+    };
+    let piped = tokio::select! {
+        piped = piping => piped,
+        () = interrupt => Ok(()),
+    };
+    // Best effort: a session that is over already is as good.
+    let _ = client.release(&session.id).await;
+    piped
+}
+
+/// `portpool release`.
+///
+/// # Errors
+/// [`CommandError`].
+pub async fn release(options: ReleaseOptions) -> Result<(), CommandError> {
+    Ok(Client::new(&options.address)?.release(&options.id).await?)
+}
+
+async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandError> {
+    let (mut from_server, mut to_server) = client.connect(session).await?.into_split();
+    let upload = async {
+        tokio::io::copy(&mut stdin(), &mut to_server).await?;
+        // The end of our input is passed on; the answer may go on.
+        to_server.shutdown().await
+    };
+    let download = async {
+        let mut stdout = stdout();
+        tokio::io::copy(&mut from_server, &mut stdout).await?;
+        stdout.flush().await
+    };
+    tokio::pin!(upload, download);
+    // The server's end is the end, whatever our input does.
+    tokio::select! {
+        downloaded = &mut download => Ok(downloaded?),
+        uploaded = &mut upload => {
+            uploaded?;
+            Ok(download.await?)
+        }
+    }
+}
+
+async fn pipe_datagrams(session: &Session) -> Result<(), CommandError> {
+    let any = if session.address.contains(':') {
+        "[::]:0"
+    } else {
+        "0.0.0.0:0"
+    };
+    let socket = UdpSocket::bind(any).await?;
+    socket
+        .connect((session.address.as_str(), session.port))
+        .await?;
+    let mut stdout = stdout();
+    let mut stdin = stdin();
+    let (mut chunk, mut reply) = (vec![0; 65_507], vec![0; 65_535]);
+    loop {
+        tokio::select! {
+            read = stdin.read(&mut chunk) => match read? {
+                0 => break,
+                length => { socket.send(&chunk[..length]).await?; }
+            },
+            received = socket.recv(&mut reply) => {
+                stdout.write_all(&reply[..received?]).await?;
+                stdout.flush().await?;
+            }
+        }
+    }
+    while let Ok(received) = timeout(LAST_REPLIES, socket.recv(&mut reply)).await {
+        stdout.write_all(&reply[..received?]).await?;
+        stdout.flush().await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,466 @@
+//! Streams to the processing servers' agents: the first sending part and the
+//! second receiving part of claim 1, as the client side of the selection
+//! protocol.
+//!
+//! One task per processing server keeps one stream up and carries what comes
+//! in to the sessions and to load sharing. Decisions are theirs.
+//!
+//! ```text
+//! allocation ─select→ Agents ─stream→ agent
+//! agent ─counts→ load sharing     agent ─session, end→ sessions ─cut→ forwarder
+//! ```
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Endpoint;
+use tracing::{debug, info, warn};
+
+use super::forward::Forwarder;
+use super::metrics::Metrics;
+use super::reservations::Reservations;
+use super::sessions::{Action, Outbox, Sessions};
+use crate::pool::PortProtocol;
+use crate::selection::PROTOCOL_VERSION;
+use crate::selection::v1::selection_client::SelectionClient;
+use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, refused, to_agent::Message};
+use crate::session::PortState;
+use crate::table::{Row, RowState, Table};
+
+/// How long a server may take to select a port before the next one is asked.
+/// A selection takes well under a millisecond; a second is a server in trouble.
+const SELECT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long a connection and its greeting may take.
+const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Pause before the first try to attach again, doubled up to the longest one.
+const FIRST_PAUSE: Duration = Duration::from_millis(25);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long sessions outlive the stream to their agent. Shorter than the
+/// agent's own 15 s, so that connections are cut here before it gives their
+/// ports to others.
+const DETACHED_CUT: Duration = Duration::from_secs(10);
+
+/// A silent peer is found out after interval + timeout: 5 s.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why a processing server did not select a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SelectError {
+    /// It said no.
+    Refused(refused::Cause),
+    /// It did not answer in [`SELECT_DEADLINE`].
+    TimedOut,
+    /// Its stream is down, or went down before the answer.
+    Detached,
+}
+
+/// The streams to all processing servers.
+pub struct Agents {
+    /// Names this process to agents.
+    id: String,
+    sessions: Arc<Sessions>,
+    reservations: Arc<Reservations>,
+    forwarder: Arc<Forwarder>,
+    metrics: Arc<Metrics>,
+    links: Mutex<HashMap<u32, Link>>,
+    next_request: AtomicU64,
+}
+
+struct Link {
+    address: SocketAddr,
+    server_uid: Option<String>,
+    row: watch::Sender<Arc<Table>>,
+    task: AbortHandle,
+    stream: Arc<Mutex<Option<Stream>>>,
+}
+
+/// What a stream that is up needs to send requests and match answers.
+struct Stream {
+    outbox: Outbox,
+    pending: HashMap<u64, oneshot::Sender<Result<v1::Session, SelectError>>>,
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Agents {
+    /// No streams yet; [`Agents::set_table`] starts them.
+    #[must_use]
+    pub fn new(
+        sessions: Arc<Sessions>,
+        reservations: Arc<Reservations>,
+        forwarder: Arc<Forwarder>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self {
+            id: uuid::Uuid::new_v4().simple().to_string(),
+            sessions,
+            reservations,
+            forwarder,
+            metrics,
+            links: Mutex::default(),
+            next_request: AtomicU64::new(1),
+        }
+    }
+
+    /// Follows `table`: streams to new servers, none to removed ones, and the
+    /// row to the others. Sessions of removed and replaced servers end.
+    pub fn set_table(self: &Arc<Self>, table: &Arc<Table>) {
+        let mut links = self.links.lock();
+        let gone: Vec<u32> = links
+            .iter()
+            .filter(|(slot, link)| {
+                !table
+                    .row(**slot)
+                    .is_some_and(|row| link.leads_to(row, table))
+            })
+            .map(|(slot, _)| *slot)
+            .collect();
+        for slot in gone {
+            links.remove(&slot);
+            self.reservations.detach(slot);
+            self.carry_out(self.sessions.forget_server(slot));
+        }
+        for row in &table.rows {
+            let Some(address) = row.socket_address(table.agent_port) else {
+                continue;
+            };
+            self.reservations
+                .set_draining(row.slot, row.state == RowState::Draining);
+            match links.get(&row.slot) {
+                Some(link) => link.update(row.slot, table),
+                None => {
+                    links.insert(row.slot, self.open(row, address, table));
+                }
+            }
+        }
+        drop(links);
+        self.reservations.retain(|slot| table.row(slot).is_some());
+    }
+
+    fn open(self: &Arc<Self>, row: &Row, address: SocketAddr, table: &Arc<Table>) -> Link {
+        let (sender, receiver) = watch::channel(table.clone());
+        let stream = Arc::new(Mutex::new(None));
+        let task = tokio::spawn(Arc::clone(self).keep_attached(
+            row.slot,
+            address,
+            receiver,
+            stream.clone(),
+        ));
+        Link {
+            address,
+            server_uid: row.server_uid.clone(),
+            row: sender,
+            task: task.abort_handle(),
+            stream,
+        }
+    }
+
+    /// Asks the server of `slot` to select one of its available connection
+    /// ports: claim 1's request to select.
+    ///
+    /// # Errors
+    /// [`SelectError`]; a selection that arrives after that is released.
+    pub async fn select(&self, slot: u32, request: v1::Select) -> Result<v1::Session, SelectError> {
+        let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = oneshot::channel();
+        let stream = {
+            let links = self.links.lock();
+            links
+                .get(&slot)
+                .ok_or(SelectError::Detached)?
+                .stream
+                .clone()
+        };
+        {
+            let mut stream = stream.lock();
+            let stream = stream.as_mut().ok_or(SelectError::Detached)?;
+            stream.pending.insert(request_id, sender);
+            let message = Some(Message::Select(v1::Select {
+                request_id,
+                ..request
+            }));
+            let _ = stream.outbox.send(ToAgent { message });
+        }
+        match timeout(SELECT_DEADLINE, answer).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(SelectError::Detached),
+            Err(_) => {
+                if let Some(stream) = stream.lock().as_mut() {
+                    stream.pending.remove(&request_id);
+                }
+                Err(SelectError::TimedOut)
+            }
+        }
+    }
+
+    /// Carries out what the sessions want from the data plane.
+    pub fn carry_out(&self, actions: impl IntoIterator<Item = Action>) {
+        for action in actions {
+            match action {
+                Action::Cut(port, session) => self.forwarder.cut(port, session),
+                Action::Answer(port, ticket, verdict) => {
+                    self.forwarder.answer(port, ticket, verdict)
+                }
+            }
+        }
+    }
+
+    /// Keeps one stream up for as long as the task runs.
+    async fn keep_attached(
+        self: Arc<Self>,
+        slot: u32,
+        address: SocketAddr,
+        mut table: watch::Receiver<Arc<Table>>,
+        stream: Arc<Mutex<Option<Stream>>>,
+    ) {
+        let mut pause = FIRST_PAUSE;
+        let mut detached_since = Some(Instant::now());
+        loop {
+            let attached = self.attach(slot, address, &mut table, &stream).await;
+            stream.lock().take();
+            self.reservations.detach(slot);
+            match attached {
+                Ok(()) => {
+                    pause = FIRST_PAUSE;
+                    detached_since = Some(Instant::now());
+                    info!(slot, %address, "stream to processing server ended");
+                }
+                Err(error) => {
+                    debug!(slot, %address, %error, "failed to attach to processing server")
+                }
+            }
+            if detached_since.is_some_and(|since| since.elapsed() > DETACHED_CUT) {
+                detached_since = None;
+                let actions = self.sessions.forget_server(slot);
+                if !actions.is_empty() {
+                    warn!(slot, %address, sessions = actions.len(), "processing server out of reach; its sessions are cut");
+                }
+                self.carry_out(actions);
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Attaches once and serves the stream until it ends.
+    async fn attach(
+        &self,
+        slot: u32,
+        address: SocketAddr,
+        table: &mut watch::Receiver<Arc<Table>>,
+        stream: &Arc<Mutex<Option<Stream>>>,
+    ) -> Result<(), AttachError> {
+        while self.sessions.is_cutting(slot) {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+            .connect_timeout(ATTACH_DEADLINE)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+            .keep_alive_while_idle(true);
+        let mut client = SelectionClient::new(endpoint.connect().await?);
+        let (outbox, outgoing) = mpsc::unbounded_channel();
+        let current = table.borrow_and_update().clone();
+        let greeting = self.greeting(slot, &current)?;
+        self.sessions.attach(slot, outbox.clone(), |sessions| {
+            let message = Some(Message::Hello(v1::Hello {
+                sessions,
+                ..greeting
+            }));
+            ToAgent { message }
+        });
+        let _detach = Detach {
+            sessions: &self.sessions,
+            slot,
+            outbox: &outbox,
+        };
+        let outgoing = UnboundedReceiverStream::new(outgoing);
+        let welcome = async {
+            let mut incoming = client.attach(outgoing).await?.into_inner();
+            let first = incoming.message().await?.and_then(|first| first.message);
+            match first {
+                Some(from_agent::Message::Welcome(welcome)) => Ok((incoming, welcome)),
+                _ => Err(AttachError::NoWelcome),
+            }
+        };
+        let (mut incoming, welcome) = timeout(ATTACH_DEADLINE, welcome).await??;
+        info!(slot, %address, agent = welcome.agent, generation = welcome.generation, "attached to processing server");
+        *stream.lock() = Some(Stream {
+            outbox: outbox.clone(),
+            pending: HashMap::new(),
+        });
+        self.reservations.attach(slot);
+        self.sessions.welcomed(slot);
+        loop {
+            tokio::select! {
+                message = incoming.message() => match message {
+                    Ok(Some(FromAgent { message: Some(message) })) => self.receive(slot, message, stream, &outbox),
+                    Ok(Some(FromAgent { message: None })) => {
+                        self.metrics.unknown_messages.inc();
+                    }
+                    Ok(None) => return Ok(()),
+                    Err(error) => {
+                        debug!(slot, %error, "stream to processing server broke");
+                        return Ok(());
+                    }
+                },
+                changed = table.changed() => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                    let table = table.borrow_and_update().slice(slot).encode()?;
+                    let message = Some(Message::TableUpdate(v1::TableUpdate { table }));
+                    let _ = outbox.send(ToAgent { message });
+                }
+            }
+        }
+    }
+
+    fn greeting(&self, slot: u32, table: &Table) -> Result<v1::Hello, AttachError> {
+        Ok(v1::Hello {
+            protocol_version: PROTOCOL_VERSION,
+            pool_uid: table.pool_uid.clone(),
+            connection_server: self.id.clone(),
+            table: table.slice(slot).encode()?,
+            sessions: Vec::new(),
+        })
+    }
+
+    fn receive(
+        &self,
+        slot: u32,
+        message: from_agent::Message,
+        stream: &Mutex<Option<Stream>>,
+        outbox: &Outbox,
+    ) {
+        use from_agent::Message as From;
+        let answer = |request_id: u64, result: Result<v1::Session, SelectError>| {
+            let waiting = stream
+                .lock()
+                .as_mut()
+                .and_then(|stream| stream.pending.remove(&request_id));
+            waiting.is_some_and(|waiting| waiting.send(result).is_ok())
+        };
+        match message {
+            From::Counts(counts) => {
+                self.reservations
+                    .counted(slot, port_states(counts.ports), counts.draining)
+            }
+            From::Selected(v1::Selected {
+                request_id,
+                session: Some(session),
+            }) => {
+                let session_id = session.session_id.clone();
+                self.carry_out(self.sessions.learn(slot, session.clone()));
+                // Nobody waits any more, and nobody was told the port.
+                if !answer(request_id, Ok(session)) {
+                    let message = Some(Message::Release(v1::Release { session_id }));
+                    let _ = outbox.send(ToAgent { message });
+                }
+            }
+            From::Refused(refused) => {
+                answer(
+                    refused.request_id,
+                    Err(SelectError::Refused(refused.cause())),
+                );
+            }
+            From::Session(session) => self.carry_out(self.sessions.learn(slot, session)),
+            From::End(end) => {
+                self.metrics.session_ended(end.cause());
+                self.carry_out(self.sessions.end(slot, &end.session_id));
+            }
+            From::LookedUp(v1::LookedUp {
+                request_id,
+                session,
+            }) => {
+                self.carry_out(self.sessions.looked_up(slot, request_id, session));
+            }
+            From::Welcome(_) | From::Selected(_) => {
+                self.metrics.unknown_messages.inc();
+            }
+        }
+    }
+}
+
+impl Link {
+    /// Whether the link's server is still the one in `row`.
+    fn leads_to(&self, row: &Row, table: &Table) -> bool {
+        let is_replaced = matches!(
+            (&self.server_uid, &row.server_uid),
+            (Some(before), Some(now)) if before != now
+        );
+        !is_replaced && row.socket_address(table.agent_port) == Some(self.address)
+    }
+
+    fn update(&self, slot: u32, table: &Arc<Table>) {
+        self.row.send_if_modified(|current| {
+            let changed = current.row(slot) != table.row(slot)
+                || current.sessions != table.sessions
+                || current.load_sharing != table.load_sharing;
+            if changed {
+                *current = table.clone();
+            }
+            changed
+        });
+    }
+}
+
+/// Detaches the sessions however the attachment ends, also when its task is
+/// aborted.
+struct Detach<'a> {
+    sessions: &'a Sessions,
+    slot: u32,
+    outbox: &'a Outbox,
+}
+
+impl Drop for Detach<'_> {
+    fn drop(&mut self) {
+        self.sessions.detach(self.slot, self.outbox);
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum AttachError {
+    #[error(transparent)]
+    Transport(#[from] tonic::transport::Error),
+    #[error("{0}")]
+    Status(#[from] tonic::Status),
+    #[error("agent did not answer the greeting in {} s", ATTACH_DEADLINE.as_secs())]
+    TimedOut(#[from] tokio::time::error::Elapsed),
+    #[error("agent answered the greeting with something other than a welcome")]
+    NoWelcome,
+    #[error(transparent)]
+    Table(#[from] crate::table::TableError),
+}
+
+fn port_states(ports: Vec<v1::PortCounts>) -> Vec<PortState> {
+    let states = ports.into_iter().filter_map(|ports| {
+        Some(PortState {
+            protocol: PortProtocol::from_name(&ports.protocol)?,
+            name: ports.name,
+            free: ports.free,
+            held: ports.held,
+            busy: ports.busy,
+            lingering: ports.lingering,
+            silent: ports.silent,
+        })
+    });
+    states.collect()
+}

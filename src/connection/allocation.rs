@@ -1,0 +1,292 @@
+//! From a request to a session: reserve a server, have it select a port, and
+//! on a refusal or a missed deadline ask the next one.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+use tracing::{Instrument, debug, info_span};
+
+use super::agents::{Agents, SelectError};
+use super::load_sharing::Filter;
+use super::metrics::Metrics;
+use super::reservations::{Reservation, Reservations};
+use super::sessions::Sessions;
+use crate::pool::{ClientBinding, PortProtocol};
+use crate::selection::v1::{self, refused};
+use crate::session::SessionRequest;
+use crate::table::Table;
+
+/// How long a request may take besides its own `waitSeconds`: a few servers
+/// that miss their deadline of one second each.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+
+/// Why a request gets no session.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No free port matched, even after the time that the client would wait.
+    #[error("no matching port is free; try again, or let the request wait with waitSeconds")]
+    NoFreePort,
+    /// No agent is attached.
+    #[error("no processing server is attached; see GET /v1/pool")]
+    NoServer,
+    /// Too many wait already.
+    #[error("too many requests are waiting; try again later")]
+    QueueFull,
+    /// The pool has no port entry of that name and protocol.
+    #[error("no port entry has name and protocol as requested; the pool has {0}")]
+    UnknownPort(String),
+    /// The idempotency key's session was made by another request.
+    #[error("idempotencyKey belongs to a live session made by a different request; use a new key")]
+    KeyReused,
+    /// The connection server stops.
+    #[error("this connection server is shutting down; ask again and another one answers")]
+    ShuttingDown,
+}
+
+impl Refusal {
+    /// Static name, for metrics and problem types.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::NoFreePort => "no-free-port",
+            Self::NoServer => "no-server",
+            Self::QueueFull => "queue-full",
+            Self::UnknownPort(_) => "unknown-port",
+            Self::KeyReused => "key-reused",
+            Self::ShuttingDown => "shutting-down",
+        }
+    }
+}
+
+/// A session and the slot of its server.
+pub type Allocated = (u32, v1::Session);
+
+/// Allocates sessions.
+pub struct Allocation {
+    agents: Arc<Agents>,
+    reservations: Arc<Reservations>,
+    sessions: Arc<Sessions>,
+    metrics: Arc<Metrics>,
+    table: watch::Receiver<Arc<Table>>,
+    // One request per idempotency key at a time: the second finds the session
+    // of the first.
+    keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// A validated request and where it came from.
+#[derive(Clone, Debug)]
+struct Wanted {
+    filter: Filter,
+    idempotency_key: Option<String>,
+    affinity_key: Option<String>,
+    bound_client: Option<IpAddr>,
+    /// Until when it waits for a free port; `None` when it does not.
+    patience: Option<Instant>,
+    give_up: Instant,
+}
+
+impl Allocation {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn new(
+        agents: Arc<Agents>,
+        reservations: Arc<Reservations>,
+        sessions: Arc<Sessions>,
+        metrics: Arc<Metrics>,
+        table: watch::Receiver<Arc<Table>>,
+    ) -> Self {
+        Self {
+            agents,
+            reservations,
+            sessions,
+            metrics,
+            table,
+            keys: Mutex::default(),
+        }
+    }
+
+    /// Gives the request from `client` a session.
+    ///
+    /// # Errors
+    /// The [`Refusal`] to tell the client.
+    pub async fn allocate(
+        self: &Arc<Self>,
+        request: SessionRequest,
+        client: IpAddr,
+    ) -> Result<Allocated, Refusal> {
+        let started = Instant::now();
+        let wanted = self.want(request, client)?;
+        let result = match wanted.idempotency_key.clone() {
+            None => self.select(&wanted).await,
+            // On its own task, so that a client that hangs up and asks again
+            // finds the session that its first request was getting.
+            Some(key) => {
+                let this = self.clone();
+                let task = async move { this.allocate_once(&key, &wanted).await };
+                let task = tokio::spawn(task.instrument(info_span!("request")));
+                task.await.unwrap_or(Err(Refusal::ShuttingDown))
+            }
+        };
+        self.metrics.allocated(&result, started.elapsed());
+        result
+    }
+
+    fn want(&self, request: SessionRequest, client: IpAddr) -> Result<Wanted, Refusal> {
+        let table = self.table.borrow();
+        let binding = request.client_binding.unwrap_or_default();
+        let is_bound = binding == ClientBinding::Requester
+            || table.sessions.client_binding == ClientBinding::Requester;
+        let filter = Filter {
+            port_name: request.port_name,
+            protocol: request.protocol.map(Into::into),
+        };
+        let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
+        // A pool scaled to nothing has no names to compare with.
+        if !table.rows.is_empty()
+            && !ranges().any(|range| filter.admits(&range.name, range.protocol))
+        {
+            let mut entries: Vec<String> = ranges()
+                .map(|range| format!("{} ({})", range.name, range.protocol.name()))
+                .collect();
+            entries.sort();
+            entries.dedup();
+            return Err(Refusal::UnknownPort(entries.join(", ")));
+        }
+        let now = Instant::now();
+        let wait = Duration::from_secs(request.wait_seconds.into());
+        Ok(Wanted {
+            filter,
+            idempotency_key: request.idempotency_key,
+            affinity_key: request.affinity_key,
+            bound_client: is_bound.then_some(client),
+            patience: (!wait.is_zero()).then(|| now + wait),
+            give_up: now + wait + ASK_LIMIT,
+        })
+    }
+
+    async fn allocate_once(&self, key: &str, wanted: &Wanted) -> Result<Allocated, Refusal> {
+        let lock = self.keys.lock().entry(key.to_owned()).or_default().clone();
+        let guard = lock.lock().await;
+        let result = match self.sessions.get_by_idempotency_key(key) {
+            Some((slot, session)) if wanted.made(&session) => Ok((slot, session)),
+            Some(_) => Err(Refusal::KeyReused),
+            None => self.select(wanted).await,
+        };
+        drop(guard);
+        let mut keys = self.keys.lock();
+        // Ours and the map's: nobody else waits for the key.
+        if Arc::strong_count(&lock) == 2 {
+            keys.remove(key);
+        }
+        result
+    }
+
+    /// Asks one server after the other until one selects a port.
+    async fn select(&self, wanted: &Wanted) -> Result<Allocated, Refusal> {
+        let mut excluded = Vec::new();
+        let mut place = None;
+        loop {
+            let affinity_key = wanted.affinity_key.as_deref();
+            let reserved = match place {
+                None => self
+                    .reservations
+                    .reserve(&wanted.filter, affinity_key, &excluded),
+                Some(_) => None,
+            };
+            let reservation = match reserved {
+                Some(reservation) => reservation,
+                None => {
+                    let (reservation, waited) = self.wait(wanted, place).await?;
+                    place = Some(waited);
+                    excluded.clear();
+                    reservation
+                }
+            };
+            match self.ask(wanted, &reservation).await {
+                Ok(session) => return Ok((reservation.slot, session)),
+                Err(SelectError::Refused(refused::Cause::KeyReused)) => {
+                    return Err(Refusal::KeyReused);
+                }
+                Err(error) => {
+                    debug!(
+                        slot = reservation.slot,
+                        ?error,
+                        "processing server did not select a port"
+                    );
+                    self.metrics.not_selected(&error);
+                    excluded.push(reservation.slot);
+                }
+            }
+            if Instant::now() >= wanted.give_up {
+                return Err(Refusal::NoFreePort);
+            }
+        }
+    }
+
+    async fn ask(
+        &self,
+        wanted: &Wanted,
+        reservation: &Reservation,
+    ) -> Result<v1::Session, SelectError> {
+        let request = v1::Select {
+            request_id: 0,
+            session_id: uuid::Uuid::new_v4().simple().to_string(),
+            idempotency_key: wanted.idempotency_key.clone().unwrap_or_default(),
+            port_name: wanted.filter.port_name.clone().unwrap_or_default(),
+            protocol: wanted
+                .filter
+                .protocol
+                .map(|protocol| protocol.name().to_owned())
+                .unwrap_or_default(),
+            bound_client: wanted
+                .bound_client
+                .map(|client| client.to_string())
+                .unwrap_or_default(),
+        };
+        self.agents.select(reservation.slot, request).await
+    }
+
+    async fn wait(
+        &self,
+        wanted: &Wanted,
+        place: Option<super::load_sharing::Place>,
+    ) -> Result<(Reservation, super::load_sharing::Place), Refusal> {
+        let Some(patience) = wanted.patience else {
+            let has_server = self.reservations.inspect(|sharing| {
+                sharing
+                    .servers()
+                    .values()
+                    .any(super::load_sharing::Server::takes_sessions)
+            });
+            return Err(if has_server {
+                Refusal::NoFreePort
+            } else {
+                Refusal::NoServer
+            });
+        };
+        let affinity_key = wanted.affinity_key.as_deref();
+        let waiting = self.reservations.wait(&wanted.filter, affinity_key, place);
+        let mut waiting = waiting.ok_or(Refusal::QueueFull)?;
+        let place = waiting.place();
+        match timeout_at(patience, waiting.turn()).await {
+            Ok(Some(reservation)) => Ok((reservation, place)),
+            Ok(None) => Err(Refusal::ShuttingDown),
+            Err(_) => Err(Refusal::NoFreePort),
+        }
+    }
+}
+
+impl Wanted {
+    /// Whether this request could have made `session`.
+    fn made(&self, session: &v1::Session) -> bool {
+        let fits = PortProtocol::from_name(&session.protocol)
+            .is_some_and(|protocol| self.filter.admits(&session.port_name, protocol));
+        let bound_client = self.bound_client.map(|client| client.to_string());
+        fits && bound_client.unwrap_or_default() == session.bound_client
+    }
+}

@@ -1,0 +1,70 @@
+//! What the data plane counts: plain atomics, added to by every thread.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Counters of the data plane.
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $(pub(super) $name: AtomicU64,)*
+        }
+
+        /// The counters at one time.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Snapshot {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+
+        impl Counters {
+            pub(super) fn snapshot(&self) -> Snapshot {
+                Snapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
+            }
+        }
+    };
+}
+
+counters! {
+    /// Bytes from clients to servers, of flows that have ended.
+    upstream_bytes,
+    /// Bytes from servers to clients, of flows that have ended.
+    downstream_bytes,
+    /// TCP connections admitted.
+    tcp_opened,
+    /// UDP flows admitted.
+    udp_opened,
+    /// Connections and flows that have ended.
+    closed,
+    /// Clients refused: no session.
+    no_session,
+    /// Clients refused: the port's server has no address yet.
+    no_server,
+    /// Clients refused: their session was not found in time.
+    parked_too_long,
+    /// Clients refused: too many are parked, or have flows.
+    too_many,
+    /// Datagrams refused: they came from one of our own ports.
+    loops,
+    /// Connections whose server refused.
+    connect_refused,
+    /// Connections whose server did not answer in time.
+    connect_timed_out,
+    /// Connections whose server could not be reached otherwise.
+    connect_failed,
+    /// Connections and flows that were silent for too long.
+    idle,
+    /// Connections and flows cut with their session.
+    cut,
+    /// Accepts that failed for lack of descriptors or memory.
+    accept_failed,
+    /// Datagrams dropped: a socket's buffer was full.
+    datagrams_dropped,
+}
+
+pub(super) fn add(counter: &AtomicU64, amount: u64) {
+    counter.fetch_add(amount, Ordering::Relaxed);
+}
+
+pub(super) fn count(counter: &AtomicU64) {
+    add(counter, 1);
+}

@@ -1,0 +1,94 @@
+//! Opens connection ports.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+
+use quinn_udp::{UdpSockRef, UdpSocketState};
+use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
+use socket2::{Domain, Socket, Type};
+
+use super::{ApplyError, Transport};
+use crate::table::ListenPort;
+
+/// The kernel lowers it to `net.core.somaxconn`: a short queue resets clients
+/// that come in a burst.
+const BACKLOG: i32 = i32::MAX;
+
+/// An open connection port.
+#[derive(Debug)]
+pub(super) enum Listener {
+    Tcp(TcpListener),
+    Udp(UdpSocket, UdpSocketState),
+}
+
+impl Listener {
+    /// Opens `port` on `address`; on `::` for IPv4 too.
+    pub(super) fn open(
+        address: IpAddr,
+        port: ListenPort,
+        transport: Transport,
+    ) -> Result<Self, ApplyError> {
+        let address = SocketAddr::new(address, port.get());
+        let open = match transport {
+            Transport::Tcp => open_tcp(address),
+            Transport::Udp => open_udp(address),
+        };
+        open.map_err(|source| ApplyError {
+            address,
+            transport,
+            source,
+        })
+    }
+
+    pub(super) fn transport(&self) -> Transport {
+        match self {
+            Self::Tcp(_) => Transport::Tcp,
+            Self::Udp(..) => Transport::Udp,
+        }
+    }
+}
+
+fn open_tcp(address: SocketAddr) -> io::Result<Listener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::STREAM.nonblocking(),
+        None,
+    )?;
+    // Connections of a former process may still be in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    // Inherited by accepted sockets: messages must not wait for a full segment.
+    socket.set_tcp_nodelay(true)?;
+    bind(&socket, address)?;
+    socket.listen(BACKLOG)?;
+    Ok(Listener::Tcp(socket.into()))
+}
+
+fn open_udp(address: SocketAddr) -> io::Result<Listener> {
+    let socket = Socket::new(
+        Domain::for_address(address),
+        Type::DGRAM.nonblocking(),
+        None,
+    )?;
+    bind(&socket, address)?;
+    let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+    // QUIC must not be fragmented, which the line above arranged; what passes
+    // here may be.
+    sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT).or_else(|error| {
+        if address.is_ipv6() {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })?;
+    if address.is_ipv6() {
+        sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::WANT)?;
+    }
+    Ok(Listener::Udp(socket.into(), state))
+}
+
+fn bind(socket: &Socket, address: SocketAddr) -> io::Result<()> {
+    if address.is_ipv6() {
+        socket.set_only_v6(false)?;
+    }
+    socket.bind(&address.into())
+}

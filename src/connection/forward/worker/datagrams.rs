@@ -1,0 +1,256 @@
+//! The thread's UDP part: clients' flows.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+
+use super::{MAX_FLOWS, Parked, Source, Worker};
+use crate::connection::forward::counters::count;
+use crate::connection::forward::slab::Key;
+use crate::connection::forward::udp::{self, Flow, Received, Sent};
+use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict};
+use crate::table::ListenPort;
+
+/// Reads from one socket before others get their turn. Ports are
+/// level-triggered, so what is left is reported again.
+const READS_PER_TURN: usize = 64;
+
+impl Worker {
+    pub(super) fn receive_from_clients(&mut self, key: Key) {
+        let mut space = std::mem::take(&mut self.scratch);
+        for _ in 0..READS_PER_TURN {
+            let Some(port) = self.udp_ports.get_mut(key) else {
+                break;
+            };
+            match port.receive(&mut space) {
+                Ok(received) => self.handle_datagrams(key, received, &space),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // An ICMP error of a reply: that client's flow will expire.
+                Err(_) => {}
+            }
+        }
+        self.scratch = space;
+    }
+
+    fn handle_datagrams(&mut self, key: Key, received: Received, space: &[u8]) {
+        let bytes = &space[..received.length];
+        // An empty datagram has no chunks, but is one.
+        let stride = received.stride.max(1);
+        let datagrams = bytes
+            .chunks(stride)
+            .chain(bytes.is_empty().then_some(bytes));
+        for datagram in datagrams {
+            let flow = self
+                .udp_ports
+                .get_mut(key)
+                .and_then(|port| port.flows.get(&received.client).copied());
+            match flow {
+                Some(flow) => self.send_upstream(flow, datagram),
+                None => self.meet_client(key, received, datagram),
+            }
+        }
+    }
+
+    fn send_upstream(&mut self, key: Key, datagram: &[u8]) {
+        let Some(flow) = self.flows.get_mut(key) else {
+            return;
+        };
+        flow.active = self.now;
+        match flow.send_upstream(datagram) {
+            Sent::Yes => {}
+            Sent::Dropped => count(&self.counters.datagrams_dropped),
+            Sent::Gone => {
+                count(&self.counters.connect_refused);
+                self.end_flow(key);
+            }
+        }
+    }
+
+    /// A datagram of a client that has no flow.
+    fn meet_client(&mut self, key: Key, received: Received, datagram: &[u8]) {
+        let Received { client, local, .. } = received;
+        let Some(port) = self.udp_ports.get_mut(key) else {
+            return;
+        };
+        if let Some(ticket) = port.parked.get(&client) {
+            if let Some((_, Parked::Udp(parked))) = self.parked.get_mut(ticket) {
+                parked.keep(datagram);
+            }
+            return;
+        }
+        let number = port.port;
+        // Two connection ports that answer each other would never stop.
+        let is_local =
+            local.is_some_and(|local| local.to_canonical() == client.ip().to_canonical());
+        let own = ListenPort::new(client.port());
+        if is_local && own.is_some_and(|own| self.ports.contains_key(&(own, Transport::Udp))) {
+            return count(&self.counters.loops);
+        }
+        match self.gate.admit(number, Transport::Udp, client) {
+            Verdict::Admit(session) => {
+                if let Some(flow) = self.open_flow(key, number, client, local, session) {
+                    self.send_upstream(flow, datagram);
+                }
+            }
+            Verdict::Refuse => count(&self.counters.no_session),
+            Verdict::Ask => {
+                let mut parked = udp::Parked {
+                    port: key,
+                    client,
+                    local,
+                    datagrams: Vec::new(),
+                };
+                parked.keep(datagram);
+                let ticket = self.park(Parked::Udp(parked), number, Transport::Udp, client);
+                if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(key)) {
+                    port.parked.insert(client, ticket);
+                }
+                self.schedule();
+            }
+        }
+    }
+
+    pub(super) fn unpark_flow(
+        &mut self,
+        number: ListenPort,
+        parked: &udp::Parked,
+        session: SessionKey,
+    ) {
+        if let Some(port) = self.udp_ports.get_mut(parked.port) {
+            port.parked.remove(&parked.client);
+        }
+        if let Some(flow) =
+            self.open_flow(parked.port, number, parked.client, parked.local, session)
+        {
+            for datagram in &parked.datagrams {
+                self.send_upstream(flow, datagram);
+            }
+        }
+    }
+
+    fn open_flow(
+        &mut self,
+        key: Key,
+        number: ListenPort,
+        client: SocketAddr,
+        local: Option<IpAddr>,
+        session: SessionKey,
+    ) -> Option<Key> {
+        count(&self.counters.udp_opened);
+        // A port may be closed while its client is parked.
+        let target = self
+            .udp_ports
+            .get_mut(key)
+            .and_then(|port| port.route.target);
+        let server = match target {
+            None => Err(&self.counters.no_server),
+            Some(_) if self.flows.len() >= MAX_FLOWS => Err(&self.counters.too_many),
+            Some(target) => udp::connect(target).map_err(|_| &self.counters.connect_failed),
+        };
+        let server = match server {
+            Ok(server) => server,
+            Err(counter) => {
+                count(counter);
+                self.report(number, session, Traffic::default());
+                return None;
+            }
+        };
+        let flow = Flow {
+            port: key,
+            number,
+            client,
+            local,
+            session,
+            server,
+            active: self.now,
+            traffic: Traffic::default(),
+        };
+        let flow_key = self.flows.insert(flow);
+        self.sessions
+            .entry(session)
+            .or_default()
+            .push((Transport::Udp, flow_key));
+        let data = Source::Flow.data(flow_key);
+        let epoll = &self.epoll;
+        let is_watched = self
+            .flows
+            .get_mut(flow_key)
+            .is_some_and(|flow| super::watch(epoll, &flow.server, data).is_ok());
+        if let Some(port) = self.udp_ports.get_mut(key) {
+            port.flows.insert(client, flow_key);
+        }
+        self.schedule();
+        if !is_watched {
+            count(&self.counters.connect_failed);
+            self.end_flow(flow_key);
+            return None;
+        }
+        Some(flow_key)
+    }
+
+    pub(super) fn receive_from_server(&mut self, key: Key) {
+        let mut space = std::mem::take(&mut self.scratch);
+        while let Some(flow) = self.flows.get_mut(key) {
+            let length = match recv(&flow.server, &mut *space, RecvFlags::empty()) {
+                Ok((length, _)) => length,
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => continue,
+                Err(_) => {
+                    // ICMP: the server does not listen any more.
+                    count(&self.counters.connect_refused);
+                    self.end_flow(key);
+                    break;
+                }
+            };
+            flow.active = self.now;
+            flow.traffic.downstream_bytes += length as u64;
+            let Some(port) = self.udp_ports.get_mut(flow.port) else {
+                break;
+            };
+            if port.reply(flow, &space[..length]).is_err() {
+                count(&self.counters.datagrams_dropped);
+            }
+        }
+        self.scratch = space;
+    }
+
+    pub(super) fn end_flow(&mut self, key: Key) {
+        let Some(Flow {
+            port,
+            number,
+            client,
+            session,
+            server,
+            traffic,
+            ..
+        }) = self.flows.remove(key)
+        else {
+            return;
+        };
+        if let Some(port) = self.udp_ports.get_mut(port) {
+            port.flows.remove(&client);
+        }
+        self.leave_session(session, Transport::Udp, key);
+        drop(server);
+        self.report(number, session, traffic);
+    }
+
+    pub(super) fn tick_flows(&mut self) {
+        let idle = Duration::from_secs(self.idle.udp.load(Ordering::Relaxed));
+        let is_late = |flow: &Flow| !idle.is_zero() && self.now.duration_since(flow.active) >= idle;
+        let late: Vec<Key> = self
+            .flows
+            .iter()
+            .filter(|(_, flow)| is_late(flow))
+            .map(|(key, _)| key)
+            .collect();
+        for key in late {
+            count(&self.counters.idle);
+            self.end_flow(key);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! The thread's TCP part: accept, connect, copy, end.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rustix::event::epoll;
+use rustix::io::Errno;
+use rustix::net::{self, SocketFlags, sockopt};
+
+use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker};
+use crate::connection::forward::counters::count;
+use crate::connection::forward::slab::Key;
+use crate::connection::forward::tcp::{self, Connection, Outcome, Side};
+use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict, proxy_protocol};
+use crate::pool::ProxyProtocol;
+use crate::table::ListenPort;
+
+/// Connections accepted from one port before others get their turn.
+const ACCEPTS_PER_TURN: usize = 16;
+
+impl Worker {
+    pub(super) fn accept(&mut self, key: Key) {
+        for _ in 0..ACCEPTS_PER_TURN {
+            let Some(port) = self.tcp_ports.get_mut(key) else {
+                return;
+            };
+            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+            match net::acceptfrom_with(&port.listener, flags) {
+                Ok((client, address)) => {
+                    let number = port.port;
+                    if let Some(address) =
+                        address.and_then(|address| SocketAddr::try_from(address).ok())
+                    {
+                        let verdict = self.gate.admit(number, Transport::Tcp, address);
+                        self.admit(key, number, client, address, verdict);
+                    }
+                }
+                Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    self.pause_accepting(key);
+                    return;
+                }
+                // Nothing left, or a client that is gone again.
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Takes the port out of epoll for a while: reported again and again, it
+    /// would only spin.
+    fn pause_accepting(&mut self, key: Key) {
+        count(&self.counters.accept_failed);
+        if let Some(port) = self.tcp_ports.get_mut(key)
+            && epoll::delete(&self.epoll, &port.listener).is_ok()
+        {
+            let until = self.now + ACCEPT_PAUSE;
+            self.paused.get_or_insert((until, Vec::new())).1.push(key);
+            self.next_tick = self.next_tick.min(until);
+        }
+    }
+
+    fn admit(
+        &mut self,
+        key: Key,
+        number: ListenPort,
+        client: OwnedFd,
+        address: SocketAddr,
+        verdict: Verdict,
+    ) {
+        match verdict {
+            Verdict::Admit(session) => self.start(key, number, client, address, session),
+            Verdict::Refuse => {
+                count(&self.counters.no_session);
+                tcp::reset(&client);
+            }
+            Verdict::Ask => {
+                let parked = Parked::Tcp {
+                    port: key,
+                    client,
+                    address,
+                };
+                self.park(parked, number, Transport::Tcp, address);
+                self.schedule();
+            }
+        }
+    }
+
+    /// Connects an admitted client with its server.
+    pub(super) fn start(
+        &mut self,
+        key: Key,
+        port: ListenPort,
+        client: OwnedFd,
+        address: SocketAddr,
+        session: SessionKey,
+    ) {
+        count(&self.counters.tcp_opened);
+        // A port may be closed while its client is parked.
+        let route = self.tcp_ports.get_mut(key).map(|port| port.route);
+        let Some((target, route)) = route.and_then(|route| Some((route.target?, route))) else {
+            count(&self.counters.no_server);
+            tcp::reset(&client);
+            return self.report(port, session, Traffic::default());
+        };
+        let _ = sockopt::set_socket_keepalive(&client, true);
+        let header = (route.proxy_protocol == ProxyProtocol::V2).then(|| {
+            let local = net::getsockname(&client)
+                .ok()
+                .and_then(|local| SocketAddr::try_from(local).ok());
+            proxy_protocol::header(address, local.unwrap_or(address))
+        });
+        match Connection::start(port, session, client, target, header, self.now) {
+            Ok(connection) => self.watch_connection(connection),
+            Err((client, errno)) => {
+                self.count_unreachable(errno);
+                tcp::reset(&client);
+                self.report(port, session, Traffic::default());
+            }
+        }
+    }
+
+    fn watch_connection(&mut self, connection: Connection) {
+        let session = connection.session;
+        let key = self.connections.insert(connection);
+        self.sessions
+            .entry(session)
+            .or_default()
+            .push((Transport::Tcp, key));
+        let is_watched = self
+            .connections
+            .get_mut(key)
+            .map(|connection| epoll_pair(&self.epoll, connection, key));
+        if !matches!(is_watched, Some(Ok(()))) {
+            count(&self.counters.accept_failed);
+            self.end_connection(key, true);
+        }
+        self.schedule();
+    }
+
+    pub(super) fn connection_event(&mut self, key: Key, side: Side, ended: bool, broken: bool) {
+        let Some(connection) = self.connections.get_mut(key) else {
+            return;
+        };
+        connection.active = self.now;
+        let outcome = connection.event(side, ended, broken, &mut self.scratch);
+        self.conclude(key, outcome);
+    }
+
+    pub(super) fn pump(&mut self, key: Key) {
+        if let Some(connection) = self.connections.get_mut(key) {
+            let outcome = connection.pump(&mut self.scratch);
+            self.conclude(key, outcome);
+        }
+    }
+
+    fn conclude(&mut self, key: Key, outcome: Outcome) {
+        match outcome {
+            Outcome::Waiting => {}
+            Outcome::Ready => self.ready.push(key),
+            Outcome::Finished => self.end_connection(key, false),
+            Outcome::Broken => self.end_connection(key, true),
+            Outcome::Unreachable(errno) => {
+                self.count_unreachable(errno);
+                self.end_connection(key, true);
+            }
+        }
+    }
+
+    pub(super) fn end_connection(&mut self, key: Key, reset: bool) {
+        let Some(connection) = self.connections.remove(key) else {
+            return;
+        };
+        if reset {
+            connection.reset();
+        }
+        let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
+        self.leave_session(session, Transport::Tcp, key);
+        // Closed before it is reported: a free port has no connection.
+        drop(connection);
+        self.report(port, session, traffic);
+    }
+
+    fn count_unreachable(&self, errno: Errno) {
+        count(match errno {
+            Errno::CONNREFUSED => &self.counters.connect_refused,
+            Errno::TIMEDOUT => &self.counters.connect_timed_out,
+            _ => &self.counters.connect_failed,
+        });
+    }
+
+    pub(super) fn tick_connections(&mut self) {
+        let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
+        let late: Vec<(Key, bool)> = self
+            .connections
+            .iter()
+            .filter_map(|(key, connection)| {
+                let silent = self.now.duration_since(connection.active);
+                let is_late = match connection.is_connecting {
+                    true => silent >= CONNECT_DEADLINE,
+                    false => !idle.is_zero() && silent >= idle,
+                };
+                is_late.then_some((key, connection.is_connecting))
+            })
+            .collect();
+        for (key, is_connecting) in late {
+            match is_connecting {
+                true => self.conclude(key, Outcome::Unreachable(Errno::TIMEDOUT)),
+                false => {
+                    count(&self.counters.idle);
+                    self.end_connection(key, true);
+                }
+            }
+        }
+    }
+
+    /// Something has a deadline now: the next look at deadlines must not lie
+    /// in the past.
+    pub(super) fn schedule(&mut self) {
+        if self.next_tick < self.now {
+            self.next_tick = self.now + super::TICK;
+        }
+    }
+}
+
+fn epoll_pair(epoll: &OwnedFd, connection: &Connection, key: Key) -> rustix::io::Result<()> {
+    super::watch(epoll, &connection.client, Source::Client.data(key))?;
+    super::watch(epoll, &connection.server, Source::Server.data(key))
+}

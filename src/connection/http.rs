@@ -1,0 +1,125 @@
+//! Serves the API over HTTP/1.1 and HTTP/2 with every wait and buffer bounded.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use hyper_util::server::graceful::GracefulShutdown;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tower::ServiceExt;
+use tracing::{debug, warn};
+
+use super::api::Ends;
+
+/// Most connections at once; further ones wait in the kernel's backlog. Each
+/// may hold an HTTP/1 head of up to [`HEAD_BYTES`], so 128 MiB in the worst case.
+const MAX_CONNECTIONS: usize = 8192;
+
+/// Most bytes of a request's head.
+const HEAD_BYTES: usize = 16 * 1024;
+
+/// How long a request's head may take, which bounds idle connections too.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Requests of one HTTP/2 connection at once.
+const MAX_STREAMS: u32 = 1024;
+
+/// Pause after a failed accept, so that a lack of descriptors does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves `router` on `listener` until `shutdown`, then lets requests that are
+/// being answered finish within `grace`.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    shutdown: impl Future<Output = ()>,
+    grace: Duration,
+) {
+    let graceful = GracefulShutdown::new();
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .max_buf_size(HEAD_BYTES)
+        .pipeline_flush(true);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(16 * 1024)
+        .keep_alive_interval(HEAD_DEADLINE)
+        .keep_alive_timeout(HEAD_DEADLINE);
+    tokio::pin!(shutdown);
+    loop {
+        let accept = async {
+            let permit = connections.clone().acquire_owned().await;
+            (listener.accept().await, permit)
+        };
+        let (accepted, permit) = tokio::select! {
+            accepted = accept => accepted,
+            () = &mut shutdown => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                warn!(%error, "failed to accept a connection on the load-sharing port");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Some(service) = service(&stream, &router) else {
+            continue;
+        };
+        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = graceful.watch(connection.into_owned());
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%error, "connection to the load-sharing port broke");
+            }
+            drop(permit);
+        });
+    }
+    drop(listener);
+    if tokio::time::timeout(grace, graceful.shutdown())
+        .await
+        .is_err()
+    {
+        warn!("requests were still being answered at shutdown");
+    }
+}
+
+/// The router as a service of this connection; `None` when it is gone already.
+fn service(
+    stream: &TcpStream,
+    router: &Router,
+) -> Option<
+    impl hyper::service::Service<
+        http::Request<hyper::body::Incoming>,
+        Response = axum::response::Response,
+        Error = Infallible,
+        Future: Send,
+    > + Send
+    + 'static,
+> {
+    // Answers are one small write; they should not wait for a next one.
+    stream.set_nodelay(true).ok()?;
+    let ends = Ends {
+        client: stream.peer_addr().ok()?,
+        local: stream.local_addr().ok()?,
+    };
+    let router = router.clone();
+    Some(hyper::service::service_fn(
+        move |request: http::Request<hyper::body::Incoming>| {
+            let mut request = request.map(Body::new);
+            request.extensions_mut().insert(ends);
+            router.clone().oneshot(request)
+        },
+    ))
+}

@@ -1,0 +1,299 @@
+//! What the connection server counts. No label holds anything that a client
+//! chose.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::agents::SelectError;
+use super::allocation::{Allocated, Refusal};
+use super::forward::{Forwarder, Snapshot};
+use super::load_sharing::LoadSharing;
+use super::reservations::Reservations;
+use super::sessions::Sessions;
+use crate::selection::v1::end;
+
+/// Counters of one connection server.
+pub struct Metrics {
+    allocations: Family<Outcome, Counter>,
+    allocation_seconds: Histogram,
+    not_selected: Family<Cause, Counter>,
+    ended: Family<Cause, Counter>,
+    /// Messages from agents that this version does not know.
+    pub unknown_messages: Counter,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Cause {
+    cause: Name,
+}
+
+/// A label value that is part of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Name(&'static str);
+
+impl EncodeLabelValue for Name {
+    fn encode(
+        &self,
+        encoder: &mut prometheus_client::encoding::LabelValueEncoder<'_>,
+    ) -> Result<(), std::fmt::Error> {
+        EncodeLabelValue::encode(&self.0, encoder)
+    }
+}
+
+impl Metrics {
+    /// Registers the counters in `registry`.
+    #[must_use]
+    pub fn new(registry: &mut Registry) -> Self {
+        // 100 µs to 3.3 s, then waiting requests up to their limit.
+        let buckets = (0..16)
+            .map(|power| 0.0001 * f64::from(1 << power))
+            .chain([30.0, 300.0]);
+        let metrics = Self {
+            allocations: Family::default(),
+            allocation_seconds: Histogram::new(buckets),
+            not_selected: Family::default(),
+            ended: Family::default(),
+            unknown_messages: Counter::default(),
+        };
+        registry.register(
+            "portpool_allocations",
+            "Requests for a session by outcome",
+            metrics.allocations.clone(),
+        );
+        registry.register_with_unit(
+            "portpool_allocation_duration",
+            "Time from request to answer, waiting included",
+            Unit::Seconds,
+            metrics.allocation_seconds.clone(),
+        );
+        registry.register(
+            "portpool_selections_failed",
+            "Processing servers that were asked and did not select a port, by cause",
+            metrics.not_selected.clone(),
+        );
+        registry.register(
+            "portpool_sessions_ended",
+            "Sessions ended by agents, by cause",
+            metrics.ended.clone(),
+        );
+        registry.register(
+            "portpool_unknown_messages",
+            "Messages from agents that this version does not know",
+            metrics.unknown_messages.clone(),
+        );
+        metrics
+    }
+
+    /// A request was answered after `took`.
+    pub fn allocated(&self, result: &Result<Allocated, Refusal>, took: Duration) {
+        let outcome = Name(result.as_ref().map_or_else(Refusal::name, |_| "allocated"));
+        self.allocations.get_or_create(&Outcome { outcome }).inc();
+        self.allocation_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A server that was asked did not select a port.
+    pub fn not_selected(&self, error: &SelectError) {
+        let cause = Name(match error {
+            SelectError::Refused(cause) => cause.as_str_name(),
+            SelectError::TimedOut => "TIMED_OUT",
+            SelectError::Detached => "DETACHED",
+        });
+        self.not_selected.get_or_create(&Cause { cause }).inc();
+    }
+
+    /// An agent ended a session.
+    pub fn session_ended(&self, cause: end::Cause) {
+        let cause = Name(cause.as_str_name());
+        self.ended.get_or_create(&Cause { cause }).inc();
+    }
+}
+
+/// Figures read from the running parts when they are asked for.
+#[derive(Debug)]
+pub struct Live {
+    forwarder: Weak<Forwarder>,
+    sessions: Weak<Sessions>,
+    reservations: Weak<Reservations>,
+}
+
+impl Live {
+    /// Reads from these parts for as long as they exist.
+    #[must_use]
+    pub fn new(
+        forwarder: &Arc<Forwarder>,
+        sessions: &Arc<Sessions>,
+        reservations: &Arc<Reservations>,
+    ) -> Self {
+        Self {
+            forwarder: Arc::downgrade(forwarder),
+            sessions: Arc::downgrade(sessions),
+            reservations: Arc::downgrade(reservations),
+        }
+    }
+}
+
+impl Collector for Live {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let (Some(sessions), Some(reservations)) =
+            (self.sessions.upgrade(), self.reservations.upgrade())
+        else {
+            return Ok(());
+        };
+        let mut states = [
+            ("free", 0),
+            ("held", 0),
+            ("busy", 0),
+            ("lingering", 0),
+            ("silent", 0),
+        ];
+        let waiting = reservations.inspect(|sharing: &LoadSharing| {
+            for ports in sharing.servers().values().flat_map(|server| &server.ports) {
+                let counts = [
+                    ports.free,
+                    ports.held,
+                    ports.busy,
+                    ports.lingering,
+                    ports.silent,
+                ];
+                for (state, count) in states.iter_mut().zip(counts) {
+                    state.1 += i64::from(count);
+                }
+            }
+            sharing.waiting()
+        });
+        let mut family = encoder.encode_descriptor(
+            "portpool_ports",
+            "Connection ports of attached processing servers by state",
+            None,
+            MetricType::Gauge,
+        )?;
+        for (state, count) in states {
+            let labels = [("state", state)];
+            ConstGauge::new(count).encode(family.encode_family(&labels)?)?;
+        }
+        if let Some(forwarder) = self.forwarder.upgrade() {
+            encode_forwarding(&mut encoder, &forwarder.counters())?;
+        }
+        gauge(
+            &mut encoder,
+            "portpool_sessions",
+            "Live sessions",
+            sessions.live_count(),
+        )?;
+        gauge(
+            &mut encoder,
+            "portpool_sessions_open",
+            "Live sessions with connections through this connection server",
+            sessions.open_count(),
+        )?;
+        gauge(
+            &mut encoder,
+            "portpool_requests_waiting",
+            "Requests waiting for a free port",
+            waiting,
+        )
+    }
+}
+
+fn gauge(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    value: usize,
+) -> Result<(), std::fmt::Error> {
+    let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+    let metric = encoder.encode_descriptor(name, help, None, gauge.metric_type())?;
+    gauge.encode(metric)
+}
+
+fn encode_forwarding(
+    encoder: &mut DescriptorEncoder<'_>,
+    counted: &Snapshot,
+) -> Result<(), std::fmt::Error> {
+    let bytes = [
+        ("upstream", counted.upstream_bytes),
+        ("downstream", counted.downstream_bytes),
+    ];
+    family(
+        encoder,
+        "portpool_forwarded_bytes",
+        "Bytes of ended connections and flows",
+        "direction",
+        &bytes,
+    )?;
+    let opened = [("tcp", counted.tcp_opened), ("udp", counted.udp_opened)];
+    family(
+        encoder,
+        "portpool_flows_opened",
+        "Connections and UDP flows admitted",
+        "transport",
+        &opened,
+    )?;
+    let refused = [
+        ("no_session", counted.no_session),
+        ("no_server", counted.no_server),
+        ("parked_too_long", counted.parked_too_long),
+        ("too_many", counted.too_many),
+        ("loop", counted.loops),
+        ("connect_refused", counted.connect_refused),
+        ("connect_timed_out", counted.connect_timed_out),
+        ("connect_failed", counted.connect_failed),
+        ("accept_failed", counted.accept_failed),
+    ];
+    family(
+        encoder,
+        "portpool_refused",
+        "Clients that were not connected, by cause",
+        "cause",
+        &refused,
+    )?;
+    let ended = [
+        ("idle", counted.idle),
+        ("cut", counted.cut),
+        ("all", counted.closed),
+    ];
+    family(
+        encoder,
+        "portpool_flows_ended",
+        "Connections and UDP flows that ended; all, and by the causes that are ours",
+        "cause",
+        &ended,
+    )?;
+    let dropped = [("buffer_full", counted.datagrams_dropped)];
+    family(
+        encoder,
+        "portpool_datagrams_dropped",
+        "Datagrams that were not forwarded",
+        "cause",
+        &dropped,
+    )
+}
+
+fn family(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    label: &str,
+    values: &[(&str, u64)],
+) -> Result<(), std::fmt::Error> {
+    let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (value, count) in values {
+        ConstCounter::new(*count).encode(family.encode_family(&[(label, *value)])?)?;
+    }
+    Ok(())
+}

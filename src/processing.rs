@@ -1,0 +1,261 @@
+//! The processing server role: the agent beside a workload, which selects the
+//! connection port for each request.
+//!
+//! - `book`: pure: which ports are free, and who has the others;
+//! - `sockets`: which ports the workload listens on;
+//! - `server`: the server side of the selection protocol;
+//! - `metrics`: what is counted.
+
+pub mod book;
+pub mod metrics;
+pub mod server;
+pub mod sockets;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::server::TcpIncoming;
+use tracing::{info, warn};
+
+use self::metrics::Metrics;
+use self::server::Agent;
+use self::sockets::ListenScope;
+use crate::selection::v1::selection_server::SelectionServer;
+use crate::table::Table;
+use crate::{admin, follow};
+
+/// How often the socket table is read. A port that the workload opens is
+/// offered this much later at most; a read costs about 1 µs per socket.
+const SOCKETS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How often a stopping agent looks whether sessions are left.
+const DRAIN_CHECK: Duration = Duration::from_millis(50);
+
+/// How long connection servers have to acknowledge sessions that the drain
+/// deadline ended.
+const END_GRACE: Duration = Duration::from_secs(1);
+
+/// A silent connection server is found out after interval + timeout: 5 s.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(3);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Runs the agent of one processing server: selects connection ports for the
+/// workload beside it.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// The pool's port-relationship table (JSON); followed while running
+    #[arg(long, value_name = "FILE")]
+    pub table: PathBuf,
+
+    /// This server's slot in the table
+    #[arg(long, value_name = "N")]
+    pub slot: u32,
+
+    /// This server's address: the agent listens here, and so does the workload
+    #[arg(long, value_name = "IP", env = "POD_IP")]
+    pub address: IpAddr,
+
+    /// Which listening sockets are the workload's: those on our address only, or those on all addresses too
+    #[arg(long, value_name = "SCOPE", default_value = "any")]
+    pub listen_scope: ListenScope,
+
+    /// Where /livez, /readyz, /metrics and /v1/port-table are served
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7071")]
+    pub admin: SocketAddr,
+
+    /// Remembers across restarts of the agent that it ran before; put it where it lives as long as the workload
+    #[arg(long, value_name = "FILE")]
+    pub state_file: Option<PathBuf>,
+
+    /// Seconds that live sessions may go on after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub drain_seconds: u64,
+}
+
+/// Why an agent could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The agent's port is not to be had.
+    #[error(
+        "failed to listen for connection servers on {address}: {source}; is another agent running there?"
+    )]
+    Listen {
+        /// What was to be bound.
+        address: SocketAddr,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The state file cannot be written.
+    #[error("failed to write state file {path}: {source}")]
+    State {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The table cannot be followed.
+    #[error(transparent)]
+    Follow(#[from] follow::FollowError),
+    /// The admin port could not be served.
+    #[error(transparent)]
+    Admin(#[from] admin::AdminError),
+    /// Serving failed.
+    #[error("selection protocol server failed: {0}")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// Runs the agent until `shutdown`, then drains: nothing new is selected, live
+/// sessions go on for up to `drain_seconds`.
+///
+/// # Errors
+/// [`Error`] when it could not start.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    tokio::pin!(shutdown);
+    let mut follower = follow::follow_file(&options.table)?;
+    let first = tokio::select! {
+        first = follower.first() => first?,
+        () = &mut shutdown => return Ok(()),
+    };
+    let recovering = ran_before(options.state_file.as_deref())?.then_some(book::GONE_AFTER);
+    if recovering.is_some() {
+        info!(
+            seconds = book::GONE_AFTER.as_secs(),
+            "restarted: connection servers report their sessions first"
+        );
+    }
+    let mut registry = Registry::default();
+    admin::register_build_info(&mut registry);
+    let metrics = Arc::new(Metrics::new(&mut registry));
+    let agent = Agent::new(options.slot, recovering, metrics);
+    registry.register_collector(Box::new(server::Live::new(&agent)));
+    follow_table(&agent, &first);
+    watch_sockets_once(&agent, &options);
+
+    let address = SocketAddr::new(options.address, first.agent_port.get());
+    let incoming = TcpIncoming::bind(address)
+        .map_err(|source| Error::Listen { address, source })?
+        .with_nodelay(Some(true));
+    let admin_listener = admin::bind(options.admin).await?;
+    let stopping = CancellationToken::new();
+    let tasks = TaskTracker::new();
+    let until = |token: &CancellationToken| token.clone().cancelled_owned();
+    tasks.spawn(admin::serve(
+        admin_listener,
+        admin_state(&agent, registry),
+        until(&stopping),
+    ));
+    let watching = (agent.clone(), options.clone());
+    tasks.spawn(
+        stopping
+            .clone()
+            .run_until_cancelled_owned(watch_sockets(watching)),
+    );
+    let timing = agent.clone();
+    tasks.spawn(
+        stopping
+            .clone()
+            .run_until_cancelled_owned(async move { timing.keep_time().await }),
+    );
+    let (following, mut tables) = (agent.clone(), follower.watch());
+    tasks.spawn(stopping.clone().run_until_cancelled_owned(async move {
+        while tables.changed().await.is_ok() {
+            if let Some(table) = tables.borrow_and_update().clone() {
+                follow_table(&following, &table);
+            }
+        }
+    }));
+    let serving = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
+        .add_service(SelectionServer::new(agent.clone()))
+        .serve_with_incoming(incoming);
+    info!(%address, slot = options.slot, "agent ready");
+    tokio::select! {
+        served = serving => served?,
+        () = async { shutdown.await; drain(&agent, Duration::from_secs(options.drain_seconds)).await } => {}
+    }
+    stopping.cancel();
+    tasks.close();
+    tasks.wait().await;
+    Ok(())
+}
+
+/// Whether the state file says that an agent ran here before; says so from now
+/// on.
+fn ran_before(state_file: Option<&Path>) -> Result<bool, Error> {
+    let Some(path) = state_file else {
+        return Ok(false);
+    };
+    let ran_before = path.exists();
+    std::fs::write(path, "an agent has run here\n").map_err(|source| Error::State {
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(ran_before)
+}
+
+fn follow_table(agent: &Agent, table: &Table) {
+    let result = table
+        .encode()
+        .map_err(follow::Rejected::from)
+        .and_then(|text| agent.follow(&text));
+    if let Err(reason) = result {
+        warn!(%reason, "table not accepted");
+    }
+}
+
+fn watch_sockets_once(agent: &Agent, options: &Options) {
+    match sockets::read(options.address, options.listen_scope) {
+        Ok(listening) => agent.set_listening(listening),
+        Err(error) => {
+            warn!(%error, "failed to read the socket table; listening ports stay as they were")
+        }
+    }
+}
+
+async fn watch_sockets((agent, options): (Agent, Options)) {
+    loop {
+        sleep(SOCKETS_INTERVAL).await;
+        watch_sockets_once(&agent, &options);
+    }
+}
+
+fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
+    let (ready, table) = (agent.clone(), agent.clone());
+    admin::AdminState {
+        registry: Arc::new(registry),
+        ready: Box::new(move || match ready.counts() {
+            counts if counts.draining => Err("draining".to_owned()),
+            counts
+                if counts.ports.iter().all(|ports| {
+                    ports.silent > 0 && ports.free + ports.held + ports.busy + ports.lingering == 0
+                }) =>
+            {
+                Err("the workload does not listen on any of its ports yet".to_owned())
+            }
+            _ => Ok(()),
+        }),
+        table: Box::new(move || table.table()),
+    }
+}
+
+/// Lets sessions go on for up to `drain`, then ends them.
+async fn drain(agent: &Agent, drain: Duration) {
+    agent.stop();
+    info!(sessions = agent.session_count(), "draining");
+    let empty = async |deadline: Instant| {
+        while agent.session_count() > 0 && Instant::now() < deadline {
+            sleep(DRAIN_CHECK).await;
+        }
+    };
+    empty(Instant::now() + drain).await;
+    agent.end_all();
+    empty(Instant::now() + END_GRACE).await;
+}

@@ -1,0 +1,650 @@
+//! The port book: which of this processing server's connection ports are
+//! free, and which session has each of the others. A state machine without
+//! I/O, clock or randomness: it takes what happened and the time, and returns
+//! what to tell.
+//!
+//! ```text
+//!           select            opened            last closed         opened
+//!   free ───────────→ held ───────────→ busy ──────────────→ lingering ──→ busy
+//!    ↑                  │ deadline        │ released, too long      │ linger time
+//!    └── all acknowledged ── ending ←─────┴─────────────────────────┘
+//! ```
+//!
+//! A port is offered only while the workload listens on its server port;
+//! otherwise it is silent. A session that ends keeps its port until every
+//! connection server has acknowledged the end, or is gone for good: so a free
+//! port has no session and no connection anywhere.
+//!
+//! Source: US 8,544,018 B2, claim 1, the processing server's port position
+//! storage part and request receiving part.
+
+mod ports;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+
+pub use self::ports::{Listening, PortFilter};
+use self::ports::{Occupancy, Ports};
+use crate::pool::PortProtocol;
+use crate::selection::v1::{self, end, from_agent, refused, session};
+use crate::table::{ListenPort, Row, RowState};
+
+/// How long a connection server may be out of reach before it counts as gone
+/// for good. Longer than the 10 s after which it cuts its connections itself.
+pub const GONE_AFTER: Duration = Duration::from_secs(15);
+
+/// Longest session id and connection server name, in bytes.
+const MAX_ID_BYTES: usize = 64;
+/// Longest idempotency key, in bytes.
+const MAX_KEY_BYTES: usize = 128;
+/// Longest port name, in bytes.
+const MAX_NAME_BYTES: usize = 15;
+
+/// The time, as the book needs it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Now {
+    /// Since any fixed moment; never goes back.
+    pub monotonic: Duration,
+    /// Milliseconds since the Unix epoch, for what clients are told.
+    pub unix_ms: u64,
+}
+
+/// How long sessions may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// From selection to the first connection.
+    pub claim: Duration,
+    /// From the last connection's end to the session's.
+    pub linger: Duration,
+    /// From selection to the end, whatever happens.
+    pub max_duration: Option<Duration>,
+}
+
+impl From<&crate::pool::Sessions> for Times {
+    fn from(sessions: &crate::pool::Sessions) -> Self {
+        let seconds = |value: i32| Duration::from_secs(u64::try_from(value).unwrap_or(0));
+        let max_duration = seconds(sessions.max_duration_seconds);
+        Self {
+            claim: seconds(sessions.claim_seconds),
+            linger: seconds(sessions.linger_seconds),
+            max_duration: (!max_duration.is_zero()).then_some(max_duration),
+        }
+    }
+}
+
+/// Something to tell connection servers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Notice {
+    /// To whom.
+    pub to: To,
+    /// What.
+    pub message: from_agent::Message,
+}
+
+/// Who is told.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum To {
+    /// Every attached connection server.
+    All,
+    /// Every attached one but this.
+    AllBut(String),
+    /// This one.
+    One(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State {
+    Held,
+    Busy,
+    Lingering,
+    /// Over; these have not acknowledged it yet.
+    Ending(BTreeSet<String>),
+}
+
+#[derive(Clone, Debug)]
+struct Session {
+    port: ListenPort,
+    owner: String,
+    state: State,
+    /// Connection servers with connections open on it.
+    open: BTreeSet<String>,
+    filter: PortFilter,
+    idempotency_key: String,
+    bound_client: String,
+    created_ms: u64,
+    claim_deadline_ms: u64,
+    /// When the state ends by itself.
+    until: Option<Duration>,
+    /// When the session ends whatever its state.
+    at_most: Option<Duration>,
+}
+
+impl Session {
+    fn deadline(&self) -> Option<Duration> {
+        if matches!(self.state, State::Ending(_)) {
+            return None;
+        }
+        self.until.into_iter().chain(self.at_most).min()
+    }
+
+    fn occupancy(&self) -> Occupancy {
+        match self.state {
+            State::Held => Occupancy::Held,
+            State::Busy => Occupancy::Busy,
+            State::Lingering | State::Ending(_) => Occupancy::Lingering,
+        }
+    }
+
+    fn is_live(&self) -> bool {
+        !matches!(self.state, State::Ending(_))
+    }
+}
+
+/// The book of one processing server.
+#[derive(Clone, Debug)]
+pub struct Book {
+    times: Times,
+    ports: Ports,
+    sessions: BTreeMap<String, Session>,
+    id_by_key: BTreeMap<String, String>,
+    /// Known connection servers; with a time, when a detached one is gone.
+    connection_servers: BTreeMap<String, Option<Duration>>,
+    /// Deadlines of sessions, earliest first.
+    deadlines: BTreeSet<(Duration, String)>,
+    /// Until when nothing is offered, so that connection servers can report
+    /// sessions made before a restart.
+    recovering_until: Option<Duration>,
+    row_draining: bool,
+    stopping: bool,
+}
+
+impl Book {
+    /// An empty book. `recovering_until` is set after a restart of the agent:
+    /// until then sessions that connection servers report are adopted, and
+    /// nothing is offered.
+    #[must_use]
+    pub fn new(times: Times, recovering_until: Option<Duration>) -> Self {
+        Self {
+            times,
+            ports: Ports::default(),
+            sessions: BTreeMap::new(),
+            id_by_key: BTreeMap::new(),
+            connection_servers: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            recovering_until,
+            row_draining: false,
+            stopping: false,
+        }
+    }
+
+    /// Follows a newer row; `None` when the slot is gone. Ports that stay keep
+    /// all; sessions on ports that go, or lead elsewhere now, end.
+    pub fn set_row(&mut self, row: Option<&Row>, times: Times) -> Vec<Notice> {
+        self.times = times;
+        self.row_draining = row.is_none_or(|row| row.state == RowState::Draining);
+        let orphans = self.ports.set_row(row);
+        let mut notices = Vec::new();
+        for port in orphans {
+            if let Some(id) = self.ports.session(port).map(str::to_owned) {
+                self.end(&id, end::Cause::Drained, &mut notices);
+            }
+        }
+        notices
+    }
+
+    /// The ports that the workload listens on have changed.
+    pub fn set_listening(&mut self, listening: Listening) {
+        self.ports.set_listening(listening);
+    }
+
+    /// A connection server attaches and tells which sessions it knows. What it
+    /// does not list is not open there.
+    pub fn attach(&mut self, name: &str, known: &[v1::Session], now: Now) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        self.connection_servers.insert(name.to_owned(), None);
+        let listed: BTreeMap<&str, &v1::Session> = known
+            .iter()
+            .map(|session| (session.session_id.as_str(), session))
+            .collect();
+        let ids: Vec<String> = self.sessions.keys().cloned().collect();
+        for id in ids {
+            match listed.get(id.as_str()) {
+                Some(session) if session.open_here => self.opened(name, &id, &mut notices),
+                Some(_) => self.closed(name, &id, now, &mut notices),
+                None => {
+                    self.closed(name, &id, now, &mut notices);
+                    self.ended(name, &id);
+                }
+            }
+            let is_ending = self
+                .sessions
+                .get(&id)
+                .is_some_and(|session| !session.is_live());
+            if is_ending {
+                notices.push(end_notice(
+                    To::One(name.to_owned()),
+                    &id,
+                    end::Cause::Released,
+                ));
+            }
+        }
+        for (id, session) in listed {
+            if !self.sessions.contains_key(id) && !self.adopt(name, session, now) {
+                notices.push(end_notice(
+                    To::One(name.to_owned()),
+                    id,
+                    end::Cause::Unknown,
+                ));
+            }
+        }
+        for (id, session) in self
+            .sessions
+            .iter()
+            .filter(|(_, session)| session.is_live())
+        {
+            let message = from_agent::Message::Session(self.describe(id, session));
+            notices.push(Notice {
+                to: To::One(name.to_owned()),
+                message,
+            });
+        }
+        notices
+    }
+
+    /// Takes over a session made before a restart.
+    fn adopt(&mut self, owner: &str, known: &v1::Session, now: Now) -> bool {
+        let number = u16::try_from(known.connection_port).unwrap_or(0);
+        let Some(port) = ListenPort::new(number).filter(|port| self.ports.has_room(*port)) else {
+            return false;
+        };
+        if !self.is_recovering(now)
+            || known.session_id.len() > MAX_ID_BYTES
+            || known.session_id.is_empty()
+        {
+            return false;
+        }
+        let is_open = known.open_here;
+        let session = Session {
+            port,
+            owner: owner.to_owned(),
+            state: if is_open { State::Busy } else { State::Held },
+            open: is_open.then(|| owner.to_owned()).into_iter().collect(),
+            filter: PortFilter::default(),
+            idempotency_key: known.idempotency_key.clone(),
+            bound_client: known.bound_client.clone(),
+            created_ms: known.created_ms,
+            claim_deadline_ms: now.unix_ms + millis(self.times.claim),
+            until: (!is_open).then_some(now.monotonic + self.times.claim),
+            at_most: self.times.max_duration.map(|most| now.monotonic + most),
+        };
+        self.insert(known.session_id.clone(), session);
+        true
+    }
+
+    /// A connection server's stream is gone.
+    pub fn detach(&mut self, name: &str, now: Now) {
+        if let Some(gone_at) = self.connection_servers.get_mut(name) {
+            *gone_at = Some(now.monotonic + GONE_AFTER);
+        }
+    }
+
+    /// Selects an available connection port for a request of connection server
+    /// `name`: the port that has been free for the longest time. The same
+    /// idempotency key selects the same live session.
+    ///
+    /// # Errors
+    /// Why not; nothing has changed then.
+    pub fn select(
+        &mut self,
+        name: &str,
+        request: &v1::Select,
+        now: Now,
+    ) -> Result<(v1::Session, Vec<Notice>), refused::Cause> {
+        let filter = check(request).ok_or(refused::Cause::Malformed)?;
+        if let Some(id) = self.id_by_key.get(&request.idempotency_key)
+            && let Some(session) = self.sessions.get(id)
+        {
+            let is_same = session.bound_client == request.bound_client
+                && (session.filter == filter || self.ports.fits(session.port, &filter));
+            return match is_same {
+                true => Ok((self.describe(id, session), Vec::new())),
+                false => Err(refused::Cause::KeyReused),
+            };
+        }
+        if self.sessions.contains_key(&request.session_id) {
+            return Err(refused::Cause::DuplicateId);
+        }
+        if self.is_draining() {
+            return Err(refused::Cause::Draining);
+        }
+        if self.is_recovering(now) {
+            return Err(refused::Cause::Recovering);
+        }
+        if !self.ports.knows(&filter) {
+            return Err(refused::Cause::UnknownPort);
+        }
+        let port = self
+            .ports
+            .longest_free(&filter)
+            .ok_or(refused::Cause::NoFreePort)?;
+        let id = request.session_id.clone();
+        let session = Session {
+            port,
+            owner: name.to_owned(),
+            state: State::Held,
+            open: BTreeSet::new(),
+            filter,
+            idempotency_key: request.idempotency_key.clone(),
+            bound_client: request.bound_client.clone(),
+            created_ms: now.unix_ms,
+            claim_deadline_ms: now.unix_ms + millis(self.times.claim),
+            until: Some(now.monotonic + self.times.claim),
+            at_most: self.times.max_duration.map(|most| now.monotonic + most),
+        };
+        let described = self.describe(&id, &session);
+        self.insert(id, session);
+        let message = from_agent::Message::Session(described.clone());
+        let notice = Notice {
+            to: To::AllBut(name.to_owned()),
+            message,
+        };
+        Ok((described, vec![notice]))
+    }
+
+    /// Connection server `name` reports one of `Opened`, `Closed`, `Release`
+    /// and `Ended`; other messages do nothing.
+    pub fn report(&mut self, name: &str, report: &v1::to_agent::Message, now: Now) -> Vec<Notice> {
+        use v1::to_agent::Message;
+        let mut notices = Vec::new();
+        match report {
+            Message::Opened(v1::Opened { session_id }) => {
+                if self.sessions.contains_key(session_id) {
+                    self.opened(name, session_id, &mut notices);
+                } else {
+                    let to = To::One(name.to_owned());
+                    notices.push(end_notice(to, session_id, end::Cause::Unknown));
+                }
+            }
+            Message::Closed(v1::Closed { session_id }) => {
+                self.closed(name, session_id, now, &mut notices)
+            }
+            Message::Release(v1::Release { session_id }) => {
+                self.end(session_id, end::Cause::Released, &mut notices);
+            }
+            Message::Ended(v1::Ended { session_id }) => self.ended(name, session_id),
+            _ => {}
+        }
+        notices
+    }
+
+    /// The live session on `port`.
+    #[must_use]
+    pub fn look_up(&self, port: ListenPort) -> Option<v1::Session> {
+        let id = self.ports.session(port)?;
+        let session = self.sessions.get(id).filter(|session| session.is_live())?;
+        Some(self.describe(id, session))
+    }
+
+    /// Does what is due at `now`.
+    pub fn tick(&mut self, now: Now) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        let is_due = |at: Option<Duration>| at.is_some_and(|at| at <= now.monotonic);
+        if is_due(self.recovering_until) {
+            self.recovering_until = None;
+        }
+        let gone: Vec<String> = self
+            .connection_servers
+            .iter()
+            .filter(|(_, gone_at)| is_due(**gone_at))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in gone {
+            self.forget(&name, now, &mut notices);
+        }
+        while let Some((at, id)) = self.deadlines.first().cloned() {
+            if at > now.monotonic {
+                break;
+            }
+            self.deadlines.remove(&(at, id.clone()));
+            let Some(session) = self.sessions.get(&id) else {
+                continue;
+            };
+            let cause = match session.state {
+                _ if is_due(session.at_most) => end::Cause::MaxDuration,
+                State::Held => end::Cause::Unclaimed,
+                _ => end::Cause::Finished,
+            };
+            self.end(&id, cause, &mut notices);
+        }
+        notices
+    }
+
+    /// When [`Book::tick`] has something to do next.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Duration> {
+        let session = self.deadlines.first().map(|(at, _)| *at);
+        let gone = self.connection_servers.values().copied().flatten();
+        gone.chain(session).chain(self.recovering_until).min()
+    }
+
+    /// Offers nothing more: the server is being stopped.
+    pub fn stop(&mut self) {
+        self.stopping = true;
+    }
+
+    /// Ends every session: the time to drain has passed.
+    pub fn end_all(&mut self) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        let ids: Vec<String> = self.sessions.keys().cloned().collect();
+        for id in ids {
+            self.end(&id, end::Cause::Drained, &mut notices);
+        }
+        notices
+    }
+
+    /// Whether no port is offered any more.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.row_draining || self.stopping
+    }
+
+    /// Sessions that are not over and acknowledged.
+    #[must_use]
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Ports by name and state.
+    #[must_use]
+    pub fn counts(&self, now: Now) -> v1::Counts {
+        let mut ports = self.ports.counts();
+        if self.is_recovering(now) {
+            for counts in &mut ports {
+                counts.silent += std::mem::take(&mut counts.free);
+            }
+        }
+        v1::Counts {
+            ports,
+            draining: self.is_draining(),
+        }
+    }
+
+    fn is_recovering(&self, now: Now) -> bool {
+        self.recovering_until
+            .is_some_and(|until| now.monotonic < until)
+    }
+
+    fn insert(&mut self, id: String, session: Session) {
+        self.ports.occupy(session.port, &id, session.occupancy());
+        if !session.idempotency_key.is_empty() {
+            self.id_by_key
+                .insert(session.idempotency_key.clone(), id.clone());
+        }
+        if let Some(deadline) = session.deadline() {
+            self.deadlines.insert((deadline, id.clone()));
+        }
+        self.sessions.insert(id, session);
+    }
+
+    fn opened(&mut self, name: &str, id: &str, notices: &mut Vec<Notice>) {
+        self.update(id, notices, |session| {
+            session.open.insert(name.to_owned());
+            session.state = State::Busy;
+            session.until = None;
+        });
+    }
+
+    fn closed(&mut self, name: &str, id: &str, now: Now, notices: &mut Vec<Notice>) {
+        let linger = self.times.linger;
+        self.update(id, notices, |session| {
+            let was_open = session.open.remove(name);
+            if was_open && session.open.is_empty() {
+                session.state = State::Lingering;
+                session.until = Some(now.monotonic + linger);
+            }
+        });
+        let is_over = |session: &Session| session.state == State::Lingering && linger.is_zero();
+        if self.sessions.get(id).is_some_and(is_over) {
+            self.end(id, end::Cause::Finished, notices);
+        }
+    }
+
+    /// Changes a live session, keeps its deadline in step, and tells everyone
+    /// when its state changed.
+    fn update(&mut self, id: &str, notices: &mut Vec<Notice>, change: impl FnOnce(&mut Session)) {
+        let Some(session) = self
+            .sessions
+            .get_mut(id)
+            .filter(|session| session.is_live())
+        else {
+            return;
+        };
+        let (state, deadline) = (session.state.clone(), session.deadline());
+        change(session);
+        if session.deadline() != deadline {
+            if let Some(deadline) = deadline {
+                self.deadlines.remove(&(deadline, id.to_owned()));
+            }
+            if let Some(deadline) = session.deadline() {
+                self.deadlines.insert((deadline, id.to_owned()));
+            }
+        }
+        if session.state != state
+            && let Some(session) = self.sessions.get(id)
+        {
+            self.ports.mark(session.port, session.occupancy());
+            let message = from_agent::Message::Session(self.describe(id, session));
+            notices.push(Notice {
+                to: To::All,
+                message,
+            });
+        }
+    }
+
+    /// Ends a live session: everyone is told, and its port waits for all who
+    /// may have connections on it.
+    fn end(&mut self, id: &str, cause: end::Cause, notices: &mut Vec<Notice>) {
+        let Some(session) = self
+            .sessions
+            .get_mut(id)
+            .filter(|session| session.is_live())
+        else {
+            return;
+        };
+        if let Some(deadline) = session.deadline() {
+            self.deadlines.remove(&(deadline, id.to_owned()));
+        }
+        self.id_by_key.remove(&session.idempotency_key);
+        session.state = State::Ending(self.connection_servers.keys().cloned().collect());
+        self.ports.mark(session.port, Occupancy::Lingering);
+        notices.push(end_notice(To::All, id, cause));
+        self.free_when_acknowledged(id);
+    }
+
+    fn ended(&mut self, name: &str, id: &str) {
+        if let Some(Session {
+            state: State::Ending(waiting),
+            ..
+        }) = self.sessions.get_mut(id)
+        {
+            waiting.remove(name);
+            self.free_when_acknowledged(id);
+        }
+    }
+
+    fn free_when_acknowledged(&mut self, id: &str) {
+        let is_acknowledged = |session: &Session| matches!(&session.state, State::Ending(waiting) if waiting.is_empty());
+        if self.sessions.get(id).is_some_and(is_acknowledged)
+            && let Some(session) = self.sessions.remove(id)
+        {
+            self.ports.vacate(session.port);
+        }
+    }
+
+    /// A connection server is gone for good: nothing is open there, and the
+    /// sessions it made end unless they are open elsewhere.
+    fn forget(&mut self, name: &str, now: Now, notices: &mut Vec<Notice>) {
+        self.connection_servers.remove(name);
+        let ids: Vec<String> = self.sessions.keys().cloned().collect();
+        for id in ids {
+            self.closed(name, &id, now, notices);
+            self.ended(name, &id);
+            let is_orphan = |session: &Session| session.owner == name && session.open.is_empty();
+            if self.sessions.get(&id).is_some_and(is_orphan) {
+                self.end(&id, end::Cause::OwnerGone, notices);
+            }
+        }
+    }
+
+    fn describe(&self, id: &str, session: &Session) -> v1::Session {
+        let (port_name, protocol) = self.ports.name_and_protocol(session.port);
+        let state = match session.occupancy() {
+            Occupancy::Held => session::State::Held,
+            Occupancy::Busy => session::State::Busy,
+            Occupancy::Lingering => session::State::Lingering,
+        };
+        v1::Session {
+            session_id: id.to_owned(),
+            idempotency_key: session.idempotency_key.clone(),
+            connection_port: session.port.get().into(),
+            port_name: port_name.to_owned(),
+            protocol: protocol.name().to_owned(),
+            bound_client: session.bound_client.clone(),
+            state: state.into(),
+            claim_deadline_ms: session.claim_deadline_ms,
+            created_ms: session.created_ms,
+            open_here: false,
+        }
+    }
+}
+
+fn end_notice(to: To, id: &str, cause: end::Cause) -> Notice {
+    let end = v1::End {
+        session_id: id.to_owned(),
+        cause: cause.into(),
+    };
+    Notice {
+        to,
+        message: from_agent::Message::End(end),
+    }
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// What a request asks for; `None` when it is malformed.
+fn check(request: &v1::Select) -> Option<PortFilter> {
+    let is_valid = !request.session_id.is_empty()
+        && request.session_id.len() <= MAX_ID_BYTES
+        && request.idempotency_key.len() <= MAX_KEY_BYTES
+        && request.port_name.len() <= MAX_NAME_BYTES
+        && (request.bound_client.is_empty() || request.bound_client.parse::<IpAddr>().is_ok());
+    let protocol = match request.protocol.as_str() {
+        "" => None,
+        name => Some(PortProtocol::from_name(name)?),
+    };
+    let name = (!request.port_name.is_empty()).then(|| request.port_name.clone());
+    is_valid.then_some(PortFilter { name, protocol })
+}

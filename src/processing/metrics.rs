@@ -1,0 +1,64 @@
+//! What the agent counts.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
+
+use crate::selection::v1::refused;
+
+/// Counters of one agent.
+pub struct Metrics {
+    selections: Family<Outcome, Counter>,
+    /// Tables that were older, another pool's, or none.
+    pub rejected_tables: Counter,
+    /// Streams that were refused at their greeting.
+    pub refused_greetings: Counter,
+    /// Messages that are unknown or out of place.
+    pub unexpected_messages: Counter,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Outcome {
+    outcome: &'static str,
+}
+
+impl Metrics {
+    /// Registers the counters in `registry`.
+    #[must_use]
+    pub fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            selections: Family::default(),
+            rejected_tables: Counter::default(),
+            refused_greetings: Counter::default(),
+            unexpected_messages: Counter::default(),
+        };
+        registry.register(
+            "portpool_selections",
+            "Requests to select a port by outcome",
+            metrics.selections.clone(),
+        );
+        registry.register(
+            "portpool_rejected_tables",
+            "Port-relationship tables that were older, another pool's, or not valid",
+            metrics.rejected_tables.clone(),
+        );
+        registry.register(
+            "portpool_refused_greetings",
+            "Connection servers that were refused at their greeting",
+            metrics.refused_greetings.clone(),
+        );
+        registry.register(
+            "portpool_unexpected_messages",
+            "Messages from connection servers that are unknown or out of place",
+            metrics.unexpected_messages.clone(),
+        );
+        metrics
+    }
+
+    /// A request to select a port was answered.
+    pub fn selected(&self, refused: Option<refused::Cause>) {
+        let outcome = refused.map_or("SELECTED", |cause| cause.as_str_name());
+        self.selections.get_or_create(&Outcome { outcome }).inc();
+    }
+}

@@ -1,0 +1,471 @@
+//! The server side of the selection protocol: streams to and from connection
+//! servers around the book. Decides nothing itself.
+//!
+//! ```text
+//! connection server ─ToAgent→ Agent ─→ Book (lock, no await) ─notices→ outboxes ─FromAgent→
+//! ```
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use futures::Stream;
+use parking_lot::Mutex;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::gauge::ConstGauge;
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{info, warn};
+
+use super::book::{Book, Listening, Notice, Now, Times, To};
+use super::metrics::Metrics;
+use crate::follow::{Rejected, accept};
+use crate::selection::PROTOCOL_VERSION;
+use crate::selection::v1::selection_server::Selection;
+use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, to_agent};
+use crate::table::{ListenPort, Table};
+
+/// How long a stream may take to greet.
+const GREETING_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Most connection servers attached at once: a pool has at most 10, and a
+/// rollout doubles them.
+const MAX_STREAMS: usize = 64;
+
+/// Unbounded: every message answers a request or tells of a session, and both
+/// are bounded where they begin.
+type Outbox = mpsc::UnboundedSender<Result<FromAgent, Status>>;
+
+/// The agent of one processing server. Cheap to clone.
+#[derive(Clone)]
+pub struct Agent {
+    slot: u32,
+    /// Names this process to connection servers.
+    id: Arc<str>,
+    started: Instant,
+    metrics: Arc<Metrics>,
+    inner: Arc<Mutex<Inner>>,
+    /// A deadline may have come nearer.
+    sooner: Arc<Notify>,
+}
+
+struct Inner {
+    book: Book,
+    table: Option<Arc<Table>>,
+    outboxes: HashMap<String, Outbox>,
+    told: v1::Counts,
+}
+
+impl Agent {
+    /// An agent for `slot` that has no table yet. `recovering` is how long it
+    /// adopts sessions before it offers ports: after a restart.
+    #[must_use]
+    pub fn new(slot: u32, recovering: Option<Duration>, metrics: Arc<Metrics>) -> Self {
+        let times = Times::from(&crate::pool::Sessions::default());
+        let inner = Inner {
+            book: Book::new(times, recovering),
+            table: None,
+            outboxes: HashMap::new(),
+            told: v1::Counts::default(),
+        };
+        Self {
+            slot,
+            id: uuid::Uuid::new_v4().simple().to_string().into(),
+            started: Instant::now(),
+            metrics,
+            inner: Arc::new(Mutex::new(inner)),
+            sooner: Arc::new(Notify::new()),
+        }
+    }
+
+    fn now(&self) -> Now {
+        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let unix_ms = since_epoch.map_or(0, |since| {
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        });
+        Now {
+            monotonic: self.started.elapsed(),
+            unix_ms,
+        }
+    }
+
+    /// Lets `change` work on the book, then sends what is to be told.
+    fn change(&self, change: impl FnOnce(&mut Book, Now) -> Vec<Notice>) {
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        let notices = change(&mut inner.book, now);
+        inner.send(notices);
+        inner.tell_counts(now);
+        drop(inner);
+        self.sooner.notify_one();
+    }
+
+    /// Follows `text`, a table with our row, if it is newer.
+    ///
+    /// # Errors
+    /// [`Rejected`] when the last table stays in force.
+    pub fn follow(&self, text: &str) -> Result<(), Rejected> {
+        let current = self.inner.lock().table.clone();
+        let accepted = accept(current.as_deref(), text);
+        if accepted.is_err() {
+            self.metrics.rejected_tables.inc();
+        }
+        if let Some(table) = accepted? {
+            let table = Arc::new(table.slice(self.slot));
+            info!(
+                generation = table.generation,
+                has_row = !table.rows.is_empty(),
+                "row accepted"
+            );
+            self.change(|book, _| book.set_row(table.row(self.slot), Times::from(&table.sessions)));
+            self.inner.lock().table = Some(table);
+        }
+        Ok(())
+    }
+
+    /// The workload's listening ports are these now.
+    pub fn set_listening(&self, listening: Listening) {
+        self.change(|book, _| {
+            book.set_listening(listening);
+            Vec::new()
+        });
+    }
+
+    /// Does what the book has to do in time, for as long as it is polled.
+    pub async fn keep_time(&self) {
+        loop {
+            let next = self.inner.lock().book.next_deadline();
+            let due = next.map(|next| tokio::time::Instant::from_std(self.started + next));
+            let far = tokio::time::Instant::now() + Duration::from_secs(3600);
+            tokio::select! {
+                () = tokio::time::sleep_until(due.unwrap_or(far)) => self.change(Book::tick),
+                () = self.sooner.notified() => {}
+            }
+        }
+    }
+
+    /// Offers nothing more.
+    pub fn stop(&self) {
+        self.change(|book, _| {
+            book.stop();
+            Vec::new()
+        });
+    }
+
+    /// Ends every session.
+    pub fn end_all(&self) {
+        self.change(|book, _| book.end_all());
+    }
+
+    /// The table in use, cut down to our row.
+    #[must_use]
+    pub fn table(&self) -> Option<Arc<Table>> {
+        self.inner.lock().table.clone()
+    }
+
+    /// Ports by name and state.
+    #[must_use]
+    pub fn counts(&self) -> v1::Counts {
+        self.inner.lock().book.counts(self.now())
+    }
+
+    /// Sessions that are not over.
+    #[must_use]
+    pub fn session_count(&self) -> usize {
+        self.inner.lock().book.session_count()
+    }
+
+    /// Checks a greeting and attaches its sender.
+    fn attach(&self, hello: &v1::Hello, outbox: &Outbox) -> Result<(), Status> {
+        if hello.protocol_version != PROTOCOL_VERSION {
+            let found = hello.protocol_version;
+            return Err(Status::failed_precondition(format!(
+                "protocol version {found} is not spoken here, only {PROTOCOL_VERSION}"
+            )));
+        }
+        let name = &hello.connection_server;
+        if name.is_empty() || name.len() > 64 {
+            return Err(Status::invalid_argument(
+                "connection_server must have 1 to 64 bytes",
+            ));
+        }
+        let ours = self
+            .inner
+            .lock()
+            .table
+            .as_ref()
+            .map(|table| table.pool_uid.clone());
+        if ours.is_some_and(|ours| ours != hello.pool_uid) {
+            return Err(Status::failed_precondition(format!(
+                "pool uid {} is another pool's",
+                hello.pool_uid
+            )));
+        }
+        match self.follow(&hello.table) {
+            Ok(()) | Err(Rejected::Older { .. }) => {}
+            Err(Rejected::OtherPool { found, .. }) => {
+                return Err(Status::failed_precondition(format!(
+                    "pool uid {found} is another pool's"
+                )));
+            }
+            Err(Rejected::Invalid(error)) => {
+                return Err(Status::invalid_argument(error.to_string()));
+            }
+        }
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        let has_row = inner
+            .table
+            .as_ref()
+            .is_some_and(|table| table.row(self.slot).is_some());
+        if !has_row {
+            return Err(Status::failed_precondition(format!(
+                "the table has no row for slot {}",
+                self.slot
+            )));
+        }
+        if inner.outboxes.len() >= MAX_STREAMS && !inner.outboxes.contains_key(name) {
+            return Err(Status::resource_exhausted(
+                "too many connection servers are attached",
+            ));
+        }
+        let generation = inner.table.as_ref().map_or(0, |table| table.generation);
+        let welcome = v1::Welcome {
+            protocol_version: PROTOCOL_VERSION,
+            agent: self.id.to_string(),
+            generation,
+        };
+        send(outbox, from_agent::Message::Welcome(welcome));
+        // A stream of the same name that is still there is the broken one.
+        inner.outboxes.insert(name.clone(), outbox.clone());
+        let notices = inner.book.attach(name, &hello.sessions, now);
+        inner.send(notices);
+        let counts = inner.book.counts(now);
+        inner.told = counts.clone();
+        inner.send(vec![Notice {
+            to: To::All,
+            message: from_agent::Message::Counts(counts),
+        }]);
+        drop(inner);
+        self.sooner.notify_one();
+        info!(connection_server = name, "connection server attached");
+        Ok(())
+    }
+
+    fn detach(&self, name: &str, outbox: &Outbox) {
+        let is_current = {
+            let mut inner = self.inner.lock();
+            let is_current = inner
+                .outboxes
+                .get(name)
+                .is_some_and(|current| current.same_channel(outbox));
+            if is_current {
+                inner.outboxes.remove(name);
+            }
+            is_current
+        };
+        if is_current {
+            info!(connection_server = name, "connection server detached");
+            self.change(|book, now| {
+                book.detach(name, now);
+                Vec::new()
+            });
+        }
+    }
+
+    fn receive(&self, name: &str, message: &to_agent::Message, outbox: &Outbox) {
+        use to_agent::Message;
+        match message {
+            Message::Hello(_) => {
+                self.metrics.unexpected_messages.inc();
+            }
+            Message::TableUpdate(update) => {
+                if let Err(reason) = self.follow(&update.table) {
+                    warn!(connection_server = name, %reason, "table update not accepted");
+                }
+            }
+            Message::Select(request) => self.select(name, request, outbox),
+            Message::Lookup(lookup) => {
+                let number = u16::try_from(lookup.connection_port).unwrap_or(0);
+                let session =
+                    ListenPort::new(number).and_then(|port| self.inner.lock().book.look_up(port));
+                let request_id = lookup.request_id;
+                send(
+                    outbox,
+                    from_agent::Message::LookedUp(v1::LookedUp {
+                        request_id,
+                        session,
+                    }),
+                );
+            }
+            Message::Opened(_) | Message::Closed(_) | Message::Release(_) | Message::Ended(_) => {
+                self.change(|book, now| book.report(name, message, now));
+            }
+        }
+    }
+
+    /// Selects a port: counts first, so that the reply's reader has them.
+    fn select(&self, name: &str, request: &v1::Select, outbox: &Outbox) {
+        let now = self.now();
+        let request_id = request.request_id;
+        let mut inner = self.inner.lock();
+        let selected = inner.book.select(name, request, now);
+        self.metrics.selected(selected.as_ref().err().copied());
+        let answer = match selected {
+            Ok((session, notices)) => {
+                inner.send(notices);
+                let session = Some(session);
+                from_agent::Message::Selected(v1::Selected {
+                    request_id,
+                    session,
+                })
+            }
+            Err(cause) => {
+                let cause = cause.into();
+                from_agent::Message::Refused(v1::Refused { request_id, cause })
+            }
+        };
+        inner.tell_counts(now);
+        send(outbox, answer);
+        drop(inner);
+        self.sooner.notify_one();
+    }
+
+    async fn serve(self, mut incoming: Streaming<ToAgent>, name: String, outbox: Outbox) {
+        while let Ok(Some(ToAgent { message })) = incoming.message().await {
+            match message {
+                Some(message) => self.receive(&name, &message, &outbox),
+                None => {
+                    self.metrics.unexpected_messages.inc();
+                }
+            }
+        }
+        self.detach(&name, &outbox);
+    }
+}
+
+impl Inner {
+    fn send(&self, notices: Vec<Notice>) {
+        for Notice { to, message } in notices {
+            match to {
+                To::One(name) => {
+                    if let Some(outbox) = self.outboxes.get(&name) {
+                        send(outbox, message);
+                    }
+                }
+                To::All => self
+                    .outboxes
+                    .values()
+                    .for_each(|outbox| send(outbox, message.clone())),
+                To::AllBut(but) => {
+                    let others = self.outboxes.iter().filter(|(name, _)| **name != but);
+                    others.for_each(|(_, outbox)| send(outbox, message.clone()));
+                }
+            }
+        }
+    }
+
+    /// Tells everyone the counts if they are others than told last.
+    fn tell_counts(&mut self, now: Now) {
+        let counts = self.book.counts(now);
+        if counts != self.told {
+            self.told = counts.clone();
+            self.send(vec![Notice {
+                to: To::All,
+                message: from_agent::Message::Counts(counts),
+            }]);
+        }
+    }
+}
+
+/// A stream that is gone gets nothing; its end is noticed by its reader.
+fn send(outbox: &Outbox, message: from_agent::Message) {
+    let _ = outbox.send(Ok(FromAgent {
+        message: Some(message),
+    }));
+}
+
+#[tonic::async_trait]
+impl Selection for Agent {
+    type AttachStream = Pin<Box<dyn Stream<Item = Result<FromAgent, Status>> + Send>>;
+
+    async fn attach(
+        &self,
+        request: Request<Streaming<ToAgent>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let mut incoming = request.into_inner();
+        let first = tokio::time::timeout(GREETING_DEADLINE, incoming.message()).await;
+        let first = first.map_err(|_| Status::deadline_exceeded("no greeting came"))??;
+        let Some(ToAgent {
+            message: Some(to_agent::Message::Hello(hello)),
+        }) = first
+        else {
+            self.metrics.refused_greetings.inc();
+            return Err(Status::invalid_argument("the first message must be Hello"));
+        };
+        let (outbox, outgoing) = mpsc::unbounded_channel();
+        if let Err(status) = Agent::attach(self, &hello, &outbox) {
+            self.metrics.refused_greetings.inc();
+            warn!(reason = status.message(), "greeting refused");
+            return Err(status);
+        }
+        tokio::spawn(
+            self.clone()
+                .serve(incoming, hello.connection_server, outbox),
+        );
+        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(
+            outgoing,
+        ))))
+    }
+}
+
+/// Port states as gauges, read when they are asked for.
+#[derive(Debug)]
+pub struct Live(Agent);
+
+impl Live {
+    /// Reads from `agent`.
+    #[must_use]
+    pub fn new(agent: &Agent) -> Self {
+        Self(agent.clone())
+    }
+}
+
+impl std::fmt::Debug for Agent {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Agent")
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Collector for Live {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let counts = self.0.counts();
+        let mut family = encoder.encode_descriptor(
+            "portpool_ports",
+            "Ports of this processing server by state",
+            None,
+            MetricType::Gauge,
+        )?;
+        let sum = |count: fn(&v1::PortCounts) -> u32| {
+            counts.ports.iter().map(count).map(i64::from).sum::<i64>()
+        };
+        let states = [
+            ("free", sum(|ports| ports.free)),
+            ("held", sum(|ports| ports.held)),
+            ("busy", sum(|ports| ports.busy)),
+            ("lingering", sum(|ports| ports.lingering)),
+            ("silent", sum(|ports| ports.silent)),
+        ];
+        for (state, count) in states {
+            ConstGauge::new(count).encode(family.encode_family(&[("state", state)])?)?;
+        }
+        Ok(())
+    }
+}
