@@ -1,0 +1,155 @@
+//! Which connection ports a slot gets. What a slot has, it keeps for as long
+//! as its port entry stays as it is; new ports are the lowest free ones.
+
+use std::ops::RangeInclusive;
+
+use super::validate::{Entry, ValidPool};
+use crate::table::{ListenPort, PortRange, Row, RowState};
+
+/// Gives every active row of `rows` the ports that `pool` asks for. Draining
+/// rows keep what they have. A row that would need ports that draining rows
+/// still hold is removed: it comes when they are gone.
+pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
+    let mut used = Used::default();
+    for row in rows.iter_mut() {
+        if row.state == RowState::Active {
+            row.ranges.retain(|range| is_wanted(range, pool));
+            drop_partial(&mut row.ranges, pool);
+        }
+        row.ranges.iter().for_each(|range| used.mark(range));
+    }
+    rows.retain_mut(|row| row.state == RowState::Draining || complete(row, pool, &mut used));
+}
+
+/// Whether `range` is as one of the pool's entries says.
+fn is_wanted(range: &PortRange, pool: &ValidPool) -> bool {
+    let first = u32::from(range.connection_port.get());
+    let ports = first..=first + u32::from(range.count) - 1;
+    let allowed = &pool.connection_ports;
+    let is_inside =
+        *ports.start() >= u32::from(*allowed.start()) && *ports.end() <= u32::from(*allowed.end());
+    is_inside
+        && pool.entries.iter().any(|entry| {
+            entry.name == range.name
+                && entry.protocol == range.protocol
+                && entry.shared == range.shared
+                && entry.proxy_protocol == range.proxy_protocol
+                && entry.port <= range.server_port
+        })
+}
+
+/// Drops the ranges of entries that they do not make up exactly.
+fn drop_partial(ranges: &mut Vec<PortRange>, pool: &ValidPool) {
+    for entry in &pool.entries {
+        let pieces: Vec<&PortRange> = ranges
+            .iter()
+            .filter(|range| range.name == entry.name)
+            .collect();
+        let mut next = entry.port.get();
+        let is_whole = pieces.iter().all(|piece| {
+            let fits = piece.server_port.get() == next;
+            next = if entry.shared {
+                next
+            } else {
+                next.saturating_add(piece.count)
+            };
+            fits
+        });
+        let count: u32 = pieces.iter().map(|piece| u32::from(piece.count)).sum();
+        if !is_whole || count != u32::from(entry.count) {
+            ranges.retain(|range| range.name != entry.name);
+        }
+    }
+}
+
+/// Adds the ranges that `row` lacks. Whether there were enough ports.
+fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
+    let mut ranges = Vec::new();
+    for entry in &pool.entries {
+        let kept = row.ranges.iter().filter(|range| range.name == entry.name);
+        let before = ranges.len();
+        ranges.extend(kept.cloned());
+        if ranges.len() > before {
+            continue;
+        }
+        let Some(added) = used.take(entry, &pool.connection_ports) else {
+            for range in &ranges {
+                used.clear(range);
+            }
+            return false;
+        };
+        ranges.extend(added);
+    }
+    row.ranges = ranges;
+    true
+}
+
+/// The connection ports that are given to slots.
+struct Used(Vec<bool>);
+
+impl Default for Used {
+    fn default() -> Self {
+        Self(vec![false; usize::from(u16::MAX) + 1])
+    }
+}
+
+impl Used {
+    fn mark(&mut self, range: &PortRange) {
+        for port in range.connection_ports() {
+            self.0[usize::from(port.get())] = true;
+        }
+    }
+
+    fn clear(&mut self, range: &PortRange) {
+        for port in range.connection_ports() {
+            self.0[usize::from(port.get())] = false;
+        }
+    }
+
+    /// The lowest run of free ports for `entry`, or, where there is none, the
+    /// lowest free ports in pieces. `None` when there are too few.
+    fn take(&mut self, entry: &Entry, allowed: &RangeInclusive<u16>) -> Option<Vec<PortRange>> {
+        let runs = self.free_runs(allowed);
+        let whole = runs
+            .iter()
+            .find(|(_, length)| *length >= entry.count)
+            .copied();
+        let runs = whole.map_or(runs, |run| vec![run]);
+        let mut pieces = Vec::new();
+        let mut given = 0;
+        for (first, length) in runs {
+            let count = length.min(entry.count - given);
+            if count == 0 {
+                break;
+            }
+            let step = if entry.shared { 0 } else { given };
+            pieces.push(PortRange {
+                name: entry.name.clone(),
+                connection_port: ListenPort::new(first)?,
+                server_port: crate::table::TargetPort::new(entry.port.get() + step)?,
+                count,
+                protocol: entry.protocol,
+                shared: entry.shared,
+                proxy_protocol: entry.proxy_protocol,
+            });
+            given += count;
+        }
+        if given < entry.count {
+            return None;
+        }
+        pieces.iter().for_each(|piece| self.mark(piece));
+        Some(pieces)
+    }
+
+    /// Runs of free ports as first port and length, ascending.
+    fn free_runs(&self, allowed: &RangeInclusive<u16>) -> Vec<(u16, u16)> {
+        let mut runs: Vec<(u16, u16)> = Vec::new();
+        for port in allowed.clone().filter(|port| !self.0[usize::from(*port)]) {
+            match runs.last_mut() {
+                Some((first, length)) if *first + *length == port => *length += 1,
+                _ => runs.push((port, 1)),
+            }
+        }
+        runs
+    }
+}

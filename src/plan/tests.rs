@@ -1,0 +1,362 @@
+use super::*;
+use crate::pool::{
+    ConnectionPorts, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol,
+};
+use proptest::prelude::*;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn entry(name: &str, port: i32, count: i32) -> PortEntry {
+    PortEntry {
+        name: name.to_owned(),
+        port,
+        count,
+        protocol: PortProtocol::TCP,
+        shared: false,
+        proxy_protocol: ProxyProtocol::None,
+    }
+}
+
+fn resource(replicas: i32, ports: Vec<PortEntry>, last: i32) -> ProcessingPool {
+    let mut spec = ProcessingPoolSpec {
+        replicas,
+        ports,
+        connection_server: crate::pool::ConnectionServer::default(),
+        load_sharing: crate::pool::LoadSharing::default(),
+        sessions: crate::pool::Sessions::default(),
+        template: k8s_openapi::api::core::v1::PodTemplateSpec::default(),
+    };
+    spec.connection_server.connection_ports = ConnectionPorts {
+        first: 20_000,
+        last,
+    };
+    ProcessingPool::new("pool", spec)
+}
+
+fn pool(replicas: i32, count: i32) -> ValidPool {
+    ValidPool::new(&resource(
+        replicas,
+        vec![entry("main", 7000, count)],
+        20_099,
+    ))
+    .unwrap()
+}
+
+/// A world that carries plans out at once.
+#[derive(Clone, Default)]
+struct World {
+    table: Option<Table>,
+    servers: BTreeMap<u32, ObservedSlot>,
+    next_uid: u32,
+}
+
+impl World {
+    fn step(&mut self, pool: &ValidPool) -> Plan {
+        for server in self.servers.values_mut() {
+            let row = self.table.as_ref().and_then(|table| table.row(server.slot));
+            let is_draining = row.is_some_and(|row| row.state == RowState::Draining);
+            server.draining_for =
+                is_draining.then(|| server.draining_for.unwrap_or_default() + SETTLE);
+        }
+        let observed: Vec<ObservedSlot> = self.servers.values().cloned().collect();
+        let plan = plan(pool, "uid", self.table.as_ref(), &observed, LIMIT);
+        plan.table.encode().expect("every planned table is valid");
+        for slot in &plan.stop {
+            self.servers.remove(slot);
+        }
+        for &slot in &plan.start {
+            self.next_uid += 1;
+            let server = ObservedSlot {
+                slot,
+                uid: self.next_uid.to_string(),
+                address: Some(IpAddr::from([127, 0, 0, 2])),
+                is_ready: true,
+                sessions: Some(0),
+                draining_for: None,
+            };
+            self.servers.insert(slot, server);
+        }
+        self.table = Some(plan.table.clone());
+        plan
+    }
+
+    fn settle(&mut self, pool: &ValidPool) {
+        for _ in 0..300 {
+            let before = self.table.clone();
+            let plan = self.step(pool);
+            if plan.start.is_empty() && plan.stop.is_empty() && before == self.table {
+                return;
+            }
+        }
+        panic!("does not converge");
+    }
+
+    fn ports(&self, slot: u32) -> Vec<PortRange> {
+        self.table
+            .as_ref()
+            .and_then(|table| table.row(slot))
+            .map(|row| row.ranges.clone())
+            .unwrap_or_default()
+    }
+
+    fn states(&self) -> Vec<(u32, RowState)> {
+        let rows = self.table.iter().flat_map(|table| &table.rows);
+        rows.map(|row| (row.slot, row.state)).collect()
+    }
+}
+
+use crate::table::PortRange;
+
+#[test]
+fn a_growing_pool_has_its_row_before_its_server_and_its_address_after() {
+    let mut world = World::default();
+    let first = world.step(&pool(2, 4));
+    assert_eq!(first.start, [0, 1]);
+    assert!(first.table.rows.iter().all(|row| row.address.is_none()));
+    let second = world.step(&pool(2, 4));
+    assert_eq!(second.start, [0; 0]);
+    assert!(second.table.rows.iter().all(|row| row.address.is_some()));
+    assert_eq!(second.table.generation, 2);
+    assert_eq!(
+        world.step(&pool(2, 4)),
+        Plan {
+            start: vec![],
+            ..second
+        },
+        "nothing changes any more"
+    );
+}
+
+#[test]
+fn a_shrinking_pool_drains_then_stops_then_drops_the_row() {
+    let mut world = World::default();
+    world.settle(&pool(3, 4));
+    world.servers.get_mut(&2).unwrap().sessions = Some(1);
+    let plan = world.step(&pool(1, 4));
+    assert_eq!(plan.stop, [0; 0]);
+    assert_eq!(
+        world.states(),
+        [
+            (0, RowState::Draining),
+            (1, RowState::Draining),
+            (2, RowState::Active)
+        ]
+    );
+    let plan = world.step(&pool(1, 4));
+    assert_eq!(plan.stop, [0, 1], "both are empty");
+    world.step(&pool(1, 4));
+    assert_eq!(
+        world.states(),
+        [(2, RowState::Active)],
+        "the one with a session stays"
+    );
+}
+
+#[test]
+fn a_server_with_sessions_is_kept_until_the_limit() {
+    let mut world = World::default();
+    world.settle(&pool(1, 4));
+    world.servers.get_mut(&0).unwrap().sessions = Some(3);
+    for _ in 0..100 {
+        assert_eq!(world.step(&pool(0, 4)).stop, [0; 0]);
+    }
+    world.servers.get_mut(&0).unwrap().draining_for = Some(LIMIT);
+    assert_eq!(world.step(&pool(0, 4)).stop, [0]);
+}
+
+#[test]
+fn not_ready_servers_go_first() {
+    let mut world = World::default();
+    world.settle(&pool(3, 4));
+    world.servers.get_mut(&0).unwrap().is_ready = false;
+    world.step(&pool(2, 4));
+    assert_eq!(world.states()[0], (0, RowState::Draining));
+}
+
+#[test]
+fn a_draining_server_comes_back_when_the_pool_grows_again() {
+    let mut world = World::default();
+    world.settle(&pool(2, 4));
+    world.servers.get_mut(&1).unwrap().sessions = Some(1);
+    world.servers.get_mut(&0).unwrap().sessions = Some(2);
+    world.step(&pool(1, 4));
+    assert_eq!(
+        world.states(),
+        [(0, RowState::Active), (1, RowState::Draining)]
+    );
+    world.step(&pool(2, 4));
+    assert_eq!(
+        world.states(),
+        [(0, RowState::Active), (1, RowState::Active)]
+    );
+}
+
+#[test]
+fn a_replaced_server_keeps_its_slot_and_ports() {
+    let mut world = World::default();
+    world.settle(&pool(2, 4));
+    let (before, uid) = (world.ports(1), world.servers[&1].uid.clone());
+    world.servers.remove(&1);
+    let plan = world.step(&pool(2, 4));
+    assert_eq!(plan.start, [1]);
+    world.settle(&pool(2, 4));
+    assert_eq!(world.ports(1), before);
+    assert_ne!(world.servers[&1].uid, uid);
+}
+
+#[test]
+fn a_changed_entry_moves_only_its_own_ports() {
+    let mut world = World::default();
+    let two = |count| {
+        let entries = vec![entry("a", 7000, 4), entry("b", 8000, count)];
+        ValidPool::new(&resource(2, entries, 20_099)).unwrap()
+    };
+    world.settle(&two(2));
+    let a = |world: &World| {
+        world
+            .ports(0)
+            .into_iter()
+            .filter(|range| range.name == "a")
+            .collect::<Vec<_>>()
+    };
+    let before = a(&world);
+    world.settle(&two(5));
+    assert_eq!(a(&world), before);
+    assert_eq!(
+        world.ports(0).iter().map(|range| range.count).sum::<u16>(),
+        9
+    );
+}
+
+#[test]
+fn fragments_are_used_when_no_run_is_long_enough() {
+    let mut world = World::default();
+    let with = |replicas, count, last| {
+        ValidPool::new(&resource(replicas, vec![entry("main", 7000, count)], last)).unwrap()
+    };
+    world.settle(&with(4, 2, 20_007));
+    for slot in [0, 2] {
+        world.servers.get_mut(&slot).unwrap().sessions = Some(0);
+    }
+    for slot in [1, 3] {
+        world.servers.get_mut(&slot).unwrap().sessions = Some(1);
+    }
+    world.settle(&with(2, 2, 20_007));
+    // Slots 1 and 3 hold 20002-20003 and 20006-20007; the rest is in two pieces.
+    let mut grown = with(2, 2, 20_007);
+    grown.entries.push(crate::plan::validate::Entry {
+        name: "wide".to_owned(),
+        count: 2,
+        ..grown.entries[0].clone()
+    });
+    world.settle(&grown);
+    assert!(world.ports(1).len() >= 2);
+}
+
+#[test]
+fn wrong_specs_are_refused_with_field_and_remedy() {
+    type Change = fn(&mut ProcessingPoolSpec);
+    let cases: [(Change, &str, &str); 9] = [
+        (|spec| spec.replicas = -1, "spec.replicas", "0 to 1000"),
+        (
+            |spec| spec.replicas = 26,
+            "spec.connectionServer.connectionPorts",
+            "need 104 connection ports",
+        ),
+        (|spec| spec.ports.clear(), "spec.ports", "1 to 8 entries"),
+        (
+            |spec| spec.ports[0].count = 0,
+            "spec.ports[0].count",
+            "1 to 10000",
+        ),
+        (
+            |spec| spec.ports[0].port = 65_534,
+            "spec.ports[0].count",
+            "above 65535",
+        ),
+        (
+            |spec| spec.ports[0].port = 7068,
+            "spec.ports[0].port",
+            "agent listens",
+        ),
+        (
+            |spec| spec.ports.push(entry("main", 9000, 1)),
+            "spec.ports[1].name",
+            "unique",
+        ),
+        (
+            |spec| spec.ports.push(entry("other", 7003, 1)),
+            "spec.ports[1].port",
+            "overlap",
+        ),
+        (
+            |spec| spec.connection_server.load_sharing_port = 20_005,
+            "spec.connectionServer.loadSharingPort",
+            "outside",
+        ),
+    ];
+    for (change, path, message) in cases {
+        let mut resource = resource(2, vec![entry("main", 7000, 4)], 20_099);
+        change(&mut resource.spec);
+        let problems = ValidPool::new(&resource).unwrap_err();
+        assert_eq!(problems.len(), 1, "{problems:?}");
+        assert_eq!(problems[0].path, path);
+        assert!(problems[0].message.contains(message), "{problems:?}");
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Scale(i32),
+    Crash(u32),
+    Sessions(u32, u32),
+    Step,
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        (0..9).prop_map(Change::Scale),
+        (0..9u32).prop_map(Change::Crash),
+        (0..9u32, 0..4u32).prop_map(|(slot, sessions)| Change::Sessions(slot, sessions)),
+        Just(Change::Step),
+        Just(Change::Step),
+    ]
+}
+
+proptest! {
+    /// No port twice is checked by the table's encoder at every step.
+    #[test]
+    fn slots_keep_their_ports_and_the_pool_converges(changes in proptest::collection::vec(change(), 1..60), count in 1..11i32) {
+        let mut world = World::default();
+        let mut replicas = 3;
+        let mut generation = 0;
+        for change in changes {
+            match change {
+                Change::Scale(to) => replicas = to,
+                Change::Crash(slot) => { world.servers.remove(&slot); }
+                Change::Sessions(slot, sessions) => {
+                    if let Some(server) = world.servers.get_mut(&slot) {
+                        server.sessions = Some(sessions);
+                    }
+                }
+                Change::Step => {
+                    let before = world.clone();
+                    let plan = world.step(&pool(replicas, count));
+                    prop_assert!(plan.table.generation >= generation);
+                    generation = plan.table.generation;
+                    for row in &plan.table.rows {
+                        let had = before.ports(row.slot);
+                        prop_assert!(had.is_empty() || had == row.ranges, "slot {} moved", row.slot);
+                    }
+                }
+            }
+        }
+        for server in world.servers.values_mut() {
+            server.sessions = Some(0);
+        }
+        world.settle(&pool(replicas, count));
+        let active = world.states().len();
+        prop_assert_eq!(active, usize::try_from(replicas).unwrap());
+        prop_assert_eq!(world.servers.len(), active);
+    }
+}
