@@ -46,3 +46,9 @@ fn openapi_document_is_generated_from_the_handlers() {
     document.push('\n');
     agree("docs/openapi.json", &document);
 }
+
+#[test]
+fn crd_is_generated_from_the_types() {
+    let crd = serde_saphyr::to_string(&portpool::manifest::crd()).unwrap();
+    agree("crds/processingpools.portpool.dev.yaml", &crd);
+}

@@ -1,0 +1,222 @@
+//! Manifests as users write them, right and wrong.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+use std::path::Path;
+
+use portpool::manifest;
+use proptest::prelude::*;
+
+const GOOD: &str = "\
+apiVersion: portpool.dev/v1alpha1
+kind: ProcessingPool
+metadata: {name: small}
+spec:
+  ports:
+    - {name: main, port: 7000, count: 2}
+  template:
+    spec:
+      containers: [{name: echo, command: [portpool, echo]}]
+";
+
+#[test]
+fn a_minimal_manifest_has_at_most_ten_lines_and_sane_defaults() {
+    assert!(GOOD.lines().count() <= 10);
+    let pool = manifest::parse(GOOD).unwrap();
+    assert_eq!((pool.replicas, pool.load_sharing_port), (2, 7700));
+    assert_eq!(pool.connection_ports, 20_000..=29_999);
+    assert_eq!(pool.sessions.claim_seconds, 30);
+}
+
+#[test]
+fn every_example_is_valid() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut found = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "yaml")
+        {
+            manifest::load(&path).unwrap_or_else(|error| panic!("{error}"));
+            found += 1;
+        }
+    }
+    assert_eq!(found, 3);
+}
+
+#[test]
+fn wrong_manifests_are_located_and_explained() {
+    // What replaces what, and the line, column and words of the message.
+    let cases = [
+        (
+            "kind: ProcessingPool",
+            "kind: Pool",
+            2,
+            1,
+            "must be ProcessingPool",
+        ),
+        ("v1alpha1", "v1", 1, 1, "must be portpool.dev/v1alpha1"),
+        ("{name: small}", "{}", 3, 1, "name is missing"),
+        (
+            "  ports:",
+            "  prots:",
+            5,
+            3,
+            "did you mean ports? allowed: connectionServer, ",
+        ),
+        ("count: 2", "cuont: 2", 6, 32, "did you mean count?"),
+        (
+            "count: 2",
+            "count: two",
+            6,
+            32,
+            "must be a whole number, not text",
+        ),
+        (
+            "count: 2",
+            "count: 0",
+            6,
+            32,
+            "must be 1 to 10000; this is 0",
+        ),
+        (
+            "count: 2",
+            "count: 2, protocol: tcp",
+            6,
+            42,
+            "allowed: TCP, UDP, TCPUDP",
+        ),
+        ("name: main", "name: Main", 6, 8, "does not match"),
+        ("name: main, ", "", 6, 7, "name is missing"),
+        (
+            "port: 7000",
+            "port: 65535",
+            6,
+            7,
+            "port + count - 1 must not exceed 65535",
+        ),
+        ("port: 7000", "port: 7070", 6, 20, "agent listens"),
+        ("command", "comand", 9, 33, "did you mean command?"),
+        (
+            "spec:\n  ports",
+            "spec:\n  replicas: 5001\n  ports",
+            5,
+            3,
+            "must be 0 to 1000",
+        ),
+        (
+            "spec:\n  ports",
+            "spec:\n  connectionServer: {connectionPorts: {first: 9, last: 8}}\n  ports",
+            5,
+            22,
+            "first must not be above last",
+        ),
+        (
+            "spec:\n  ports",
+            "spec:\n  connectionServer: {loadSharingPort: 20001}\n  ports",
+            5,
+            3,
+            "outside connectionPorts",
+        ),
+        (
+            "spec:\n  ports",
+            "spec:\n  sessions: {admission: Closed}\n  ports",
+            5,
+            14,
+            "allowed: Reserved, Open",
+        ),
+        (
+            "metadata: {name: small}",
+            "metadata: {name: small",
+            4,
+            0,
+            "",
+        ),
+    ];
+    for (from, to, line, column, words) in cases {
+        let text = GOOD.replacen(from, to, 1);
+        let problems = manifest::parse(&text).expect_err(to);
+        let hit = problems.iter().any(|(found_line, found_column, message)| {
+            (*found_line == line && (column == 0 || *found_column == column) || words.is_empty())
+                && message.contains(words)
+        });
+        assert!(
+            hit,
+            "{to:?}: expected {line}:{column} {words:?}, found {problems:?}"
+        );
+    }
+}
+
+#[test]
+fn a_message_begins_with_file_line_and_column() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pool.yaml");
+    std::fs::write(&path, GOOD.replace("count: 2", "count: 0")).unwrap();
+    let message = manifest::load(&path).unwrap_err().to_string();
+    assert!(
+        message.starts_with(&format!("{}:6:32: spec.ports[0].count: ", path.display())),
+        "{message}"
+    );
+    std::fs::write(&path, [0xff, 0xfe]).unwrap();
+    assert!(
+        manifest::load(&path)
+            .unwrap_err()
+            .to_string()
+            .contains("not UTF-8")
+    );
+    assert!(
+        manifest::load(folder.path().join("none").as_path())
+            .unwrap_err()
+            .to_string()
+            .contains("cannot be read")
+    );
+}
+
+#[test]
+fn deep_nesting_and_alias_bombs_are_refused() {
+    let deep = format!("{}x{}", "[".repeat(5000), "]".repeat(5000));
+    assert!(manifest::parse(&deep).is_err());
+    let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+    for level in 1..12 {
+        let reference = format!("*a{}", level - 1);
+        let list = vec![reference; 9].join(", ");
+        bomb.push_str(&format!("a{level}: &a{level} [{list}]\n"));
+    }
+    assert!(manifest::parse(&bomb).is_err());
+}
+
+#[test]
+fn every_field_of_the_crd_is_described() {
+    fn walk(schema: &serde_json::Value, path: &str) {
+        for (name, field) in schema["properties"].as_object().into_iter().flatten() {
+            let path = format!("{path}.{name}");
+            let description = field["description"].as_str().unwrap_or_default();
+            assert!(description.len() > 10, "{path} has no description");
+            assert!(
+                field.get("additionalProperties").is_none(),
+                "{path} is not structural"
+            );
+            walk(field, &path);
+            walk(&field["items"], &format!("{path}[]"));
+        }
+    }
+    let crd = serde_json::to_value(manifest::crd()).unwrap();
+    walk(
+        &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"],
+        "spec",
+    );
+}
+
+proptest! {
+    #[test]
+    fn no_manifest_panics(at in 0usize..300, junk in "[\\PC\n ]{0,12}", length in 0usize..30) {
+        let start = (0..=at.min(GOOD.len())).rev().find(|at| GOOD.is_char_boundary(*at)).unwrap();
+        let end = (start + length).min(GOOD.len());
+        let text = format!("{}{junk}{}", &GOOD[..start], &GOOD[end..]);
+        let _ = manifest::parse(&text);
+    }
+}
