@@ -4,6 +4,7 @@ pub mod client;
 pub mod connection;
 pub mod echo;
 pub mod follow;
+pub mod local;
 pub mod manifest;
 pub mod plan;
 pub mod pool;

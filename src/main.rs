@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use portpool::{client, connection, echo, processing, telemetry};
+use portpool::{client, connection, echo, local, processing, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives a client its own port on its own server for a while.
@@ -19,22 +19,33 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Local(local::Options),
     Request(client::RequestOptions),
     Connect(client::ConnectOptions),
     Release(client::ReleaseOptions),
     ConnectionServer(connection::Options),
     ProcessingServer(processing::Options),
     Echo(echo::Options),
+    #[command(hide = true)]
+    RunProgram(local::supervise::RunProgram),
 }
+
+/// What was given cannot be used; nothing was started.
+const EXIT_BAD_INPUT: u8 = 2;
 
 /// Nothing is free now: worth another try.
 const EXIT_EXHAUSTED: u8 = 3;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    // Before there are threads: the kernel ties a child to the parent's thread.
+    if let Command::RunProgram(options) = &cli.command {
+        return local::supervise::run_program(options);
+    }
+    local::supervise::die_with_parent();
     if let Err(error) = telemetry::init(&cli.telemetry) {
         eprintln!("error: --log {:?}: {error}", cli.telemetry.log);
-        return ExitCode::from(2);
+        return ExitCode::from(EXIT_BAD_INPUT);
     }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -57,12 +68,14 @@ fn main() -> ExitCode {
 
 async fn run(command: Command) -> anyhow::Result<()> {
     match command {
+        Command::Local(options) => local::run(options, interrupted()?).await?,
         Command::Request(options) => client::request(options).await?,
         Command::Connect(options) => client::connect(options, interrupted()?).await?,
         Command::Release(options) => client::release(options).await?,
         Command::ConnectionServer(options) => connection::run(options, interrupted()?).await?,
         Command::ProcessingServer(options) => processing::run(options, interrupted()?).await?,
         Command::Echo(options) => echo::run(options, interrupted()?).await?,
+        Command::RunProgram(_) => unreachable!("handled before the runtime starts"),
     }
     Ok(())
 }
@@ -90,6 +103,13 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     use client::CommandError;
     match error.downcast_ref::<CommandError>() {
         Some(CommandError::Client(error)) if error.is_exhausted() => ExitCode::from(EXIT_EXHAUSTED),
-        _ => ExitCode::FAILURE,
+        Some(CommandError::Client(client::ClientError::Address(_))) => {
+            ExitCode::from(EXIT_BAD_INPUT)
+        }
+        Some(_) => ExitCode::FAILURE,
+        None if error.downcast_ref().is_some_and(local::Error::is_bad_input) => {
+            ExitCode::from(EXIT_BAD_INPUT)
+        }
+        None => ExitCode::FAILURE,
     }
 }

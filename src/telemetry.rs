@@ -1,5 +1,7 @@
 //! Structured logs to standard error.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 /// How logs are written.
@@ -43,7 +45,8 @@ pub fn init(options: &Options) -> Result<(), tracing_subscriber::filter::ParseEr
     let filter = EnvFilter::builder().parse(&options.log)?;
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
     match options.log_format {
         LogFormat::Text => logs.init(),
         LogFormat::Json => logs.json().init(),

@@ -1,0 +1,36 @@
+# portpool: `make help` lists what there is.
+
+POOL ?= examples/echo.yaml
+
+.PHONY: all help run test lint generate tools
+
+all: lint test
+
+help:  ## What there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
+	cargo build --release --locked
+	@echo "In another terminal: target/release/portpool connect 127.0.0.1:7700"
+	target/release/portpool local -f $(POOL)
+
+test: tools  ## Every test; the examples run with their real programs
+	cargo test --locked
+
+lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is installed
+	cargo fmt --check
+	cargo clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
+	else echo "cargo-deny is not installed, licences are not checked: cargo install --locked cargo-deny"; fi
+
+generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD
+	BLESS=1 cargo test --locked --test generated
+
+tools:  ## Programs of the examples; installed as root on Debian, else named
+	@for program in iperf3 redis-server; do \
+	  command -v $$program >/dev/null && continue; \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$program; \
+	  else echo "$$program is missing, its example is needed by the tests: sudo apt-get install $$program" >&2; exit 1; fi; \
+	done

@@ -1,0 +1,441 @@
+//! A whole pool on one machine: the parts that a cluster runs, from the same
+//! manifest, with processes instead of pods, one loopback address per
+//! processing server, and a file instead of the ConfigMap.
+//!
+//! ```text
+//! manifest ─plan→ table file → connection servers, agents
+//!            └──→ start, stop: agent + containers of a slot
+//! ```
+//!
+//! The loop is an operator's: observe, plan, apply.
+//!
+//! - `container`: pure: containers as processes;
+//! - `server`: one processing server's processes;
+//! - `check`: what must hold before anything starts;
+//! - `child`, `supervise`: processes that are restarted, and do not outlive us;
+//! - `events`: what is shown.
+
+mod check;
+mod child;
+mod container;
+mod events;
+mod server;
+pub mod supervise;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use self::child::{Program, Supervised};
+use self::events::Events;
+use self::server::Server;
+use crate::client::Client;
+use crate::follow::write_table;
+use crate::manifest::{self, ManifestError};
+use crate::plan::{ObservedSlot, Plan, Problem, ValidPool, plan};
+use crate::session::PoolState;
+use crate::table::{RowState, Table};
+
+/// How often the world is observed and the plan carried on.
+const STEP: Duration = Duration::from_millis(250);
+
+/// Port of the first connection server's admin pages, on its address; agents
+/// have theirs on 7071 of their own addresses.
+const CONNECTION_ADMIN_PORT: u16 = 7701;
+
+/// Runs a whole pool on this machine, without Kubernetes: the containers'
+/// commands as processes, one loopback address per processing server.
+///
+/// A changed FILE is applied while running. Ctrl-C drains and stops; a second
+/// one stops at once.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// The ProcessingPool manifest (YAML)
+    #[arg(short, long, value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// Seconds that live sessions may go on when servers or the pool stop
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub drain_seconds: u64,
+
+    /// Show events only, also on a terminal
+    #[arg(long)]
+    pub no_live: bool,
+
+    /// What the roles log, as in PORTPOOL_LOG
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    pub role_log: String,
+}
+
+/// Why a pool cannot run here.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The manifest is wrong.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// The manifest is right, but cannot run on this machine.
+    #[error("{}", .0.iter().map(|problem| format!("{}: {}", problem.path, problem.message)).collect::<Vec<_>>().join("\n"))]
+    Unsatisfiable(Vec<Problem>),
+    /// The system refused something.
+    #[error("failed to {action}: {source}")]
+    System {
+        /// What was tried.
+        action: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// Whether what was given is at fault.
+    #[must_use]
+    pub fn is_bad_input(&self) -> bool {
+        !matches!(self, Self::System { .. })
+    }
+}
+
+/// Runs the pool until `shutdown`.
+///
+/// # Errors
+/// [`Error`]; nothing was started then.
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    let pool = manifest::load(&options.file)?;
+    let first = plan(&pool, "local", None, &[], Duration::ZERO);
+    check::can_run(&pool, &first.table)?;
+    let system = |action: &str| {
+        let action = action.to_owned();
+        move |source| Error::System { action, source }
+    };
+    let binary = std::env::current_exe().map_err(system("find this program"))?;
+    let folder = TemporaryFolder::new().map_err(system("make a folder for the table"))?;
+    let events = Events::new(!options.no_live);
+    let mut local = Local {
+        modified: modified(&options.file),
+        binary,
+        table_file: folder.0.join("table.json"),
+        folder: folder.0.clone(),
+        options,
+        pool,
+        table: None,
+        servers: BTreeMap::new(),
+        connection_servers: Vec::new(),
+        client: Client::new("127.0.0.1:1").expect("the address is well-formed"),
+        events,
+        said: String::new(),
+    };
+    local.start().await.map_err(system("write the table"))?;
+    tokio::pin!(shutdown);
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(STEP) => {}
+            () = &mut shutdown => break,
+        }
+        if let Err(error) = local.step().await {
+            local
+                .events
+                .say(format!("failed to write the table: {error}; trying again"));
+        }
+    }
+    local.stop().await;
+    Ok(())
+}
+
+/// The running pool.
+struct Local {
+    options: Options,
+    binary: PathBuf,
+    folder: PathBuf,
+    table_file: PathBuf,
+    modified: Option<SystemTime>,
+    pool: ValidPool,
+    table: Option<Table>,
+    servers: BTreeMap<u32, Server>,
+    connection_servers: Vec<Supervised>,
+    client: Client,
+    events: Events,
+    /// The last sentence about sessions.
+    said: String,
+}
+
+impl Local {
+    async fn start(&mut self) -> io::Result<()> {
+        let address = format!("127.0.0.1:{}", self.pool.load_sharing_port);
+        self.client = Client::new(&address).expect("the address is well-formed");
+        self.apply(plan(&self.pool, "local", None, &[], self.drain_limit()))?;
+        for index in 0..self.pool.connection_servers {
+            let server = self.connection_server(index);
+            self.connection_servers.push(server);
+        }
+        self.events.say(format!(
+            "load-sharing port: http://{address}  (admin: http://127.0.0.1:{CONNECTION_ADMIN_PORT})"
+        ));
+        for index in 1..self.pool.connection_servers {
+            let port = self.pool.load_sharing_port;
+            self.events.say(format!(
+                "load-sharing port: http://{}:{port}",
+                connection_address(index)
+            ));
+        }
+        self.events.say(format!("try: portpool connect {address}"));
+        Ok(())
+    }
+
+    fn connection_server(&self, index: u32) -> Supervised {
+        let address = connection_address(index);
+        let arguments = [
+            "connection-server".to_owned(),
+            format!("--table={}", self.table_file.display()),
+            format!("--listen={address}"),
+            format!("--load-sharing-port={}", self.pool.load_sharing_port),
+            format!("--admin={address}:{CONNECTION_ADMIN_PORT}"),
+            "--drain-seconds=0".to_owned(),
+        ];
+        let program = Program {
+            name: format!("connection-server-{index}"),
+            arguments: arguments.to_vec(),
+            environment: vec![("PORTPOOL_LOG".to_owned(), self.options.role_log.clone())],
+            folder: None,
+            grace: Duration::from_secs(5),
+        };
+        Supervised::start(self.binary.clone(), program, self.events.clone())
+    }
+
+    /// Observes, plans and applies once.
+    async fn step(&mut self) -> io::Result<()> {
+        self.reload();
+        let state = self.client.pool().await.ok();
+        if let Some(state) = &state {
+            self.show(state);
+        }
+        let observed = self.observe(state.as_ref());
+        let next = plan(
+            &self.pool,
+            "local",
+            self.table.as_ref(),
+            &observed,
+            self.drain_limit(),
+        );
+        self.apply(next)?;
+        self.replace_outdated();
+        Ok(())
+    }
+
+    fn drain_limit(&self) -> Duration {
+        Duration::from_secs(self.options.drain_seconds)
+    }
+
+    /// Takes up a changed manifest; a wrong one leaves the last in force.
+    fn reload(&mut self) {
+        let modified = modified(&self.options.file);
+        if modified == self.modified || modified.is_none() {
+            return;
+        }
+        self.modified = modified;
+        let loaded = manifest::load(&self.options.file)
+            .map_err(Error::from)
+            .and_then(|pool| {
+                check::can_become(&self.pool, &pool)?;
+                Ok(pool)
+            });
+        match loaded {
+            Ok(pool) if pool == self.pool => {}
+            Ok(pool) => {
+                self.events.say(format!(
+                    "{} changed: {} servers",
+                    self.options.file.display(),
+                    pool.replicas
+                ));
+                self.pool = pool;
+            }
+            Err(error) => {
+                self.events.say(format!(
+                    "{} not applied; the pool stays as it is:",
+                    self.options.file.display()
+                ));
+                for line in error.to_string().lines() {
+                    self.events.say(line);
+                }
+            }
+        }
+    }
+
+    fn show(&mut self, state: &PoolState) {
+        let said = format!(
+            "{} sessions, {} ports free, {} requests waiting",
+            state.sessions, state.free_ports, state.waiting
+        );
+        if self.said != said {
+            self.events.say(&said);
+            self.said = said;
+        }
+        for server in &state.servers {
+            if let Some(known) = self.servers.get_mut(&server.slot)
+                && server.attached
+                && known.say_ready()
+            {
+                self.events
+                    .say(format!("{} is ready at {}", server.server, known.address));
+            }
+        }
+        self.events.draw(state);
+    }
+
+    fn observe(&mut self, state: Option<&PoolState>) -> Vec<ObservedSlot> {
+        let now = Instant::now();
+        self.servers.retain(|_, server| !server.has_stopped());
+        let table = self.table.as_ref();
+        let observed = self.servers.iter_mut().map(|(&slot, server)| {
+            let row = table.and_then(|table| table.row(slot));
+            let is_draining = row.is_some_and(|row| row.state == RowState::Draining);
+            let since = *server.draining_since.get_or_insert(now);
+            if !is_draining {
+                server.draining_since = None;
+            }
+            let reported =
+                state.and_then(|state| state.servers.iter().find(|reported| reported.slot == slot));
+            ObservedSlot {
+                slot,
+                uid: server.uid.clone(),
+                address: (!server.is_stopping()).then_some(server.address),
+                is_ready: reported.is_some_and(|reported| reported.attached),
+                sessions: reported.map(|reported| reported.sessions),
+                draining_for: is_draining.then(|| now - since),
+            }
+        });
+        observed.collect()
+    }
+
+    fn apply(&mut self, plan: Plan) -> io::Result<()> {
+        if self.table.as_ref() != Some(&plan.table) {
+            write_table(&self.table_file, &plan.table)?;
+            let (generation, ports) = (plan.table.generation, plan.table.connection_port_count());
+            self.events.say(format!(
+                "table generation {generation}: {} servers, {ports} connection ports",
+                plan.table.rows.len()
+            ));
+            self.table = Some(plan.table);
+        }
+        for slot in plan.start {
+            self.start_server(slot);
+        }
+        for slot in plan.stop {
+            if let Some(server) = self.servers.get_mut(&slot)
+                && server.stop()
+            {
+                self.events.say(format!("{} stops", server.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn start_server(&mut self, slot: u32) {
+        let name = format!("{}-{slot}", self.pool.name);
+        let address = server_address(slot);
+        match Server::start(&self.context(), slot, name.clone(), address) {
+            Ok(server) => {
+                self.events.say(format!("{name} starts at {address}"));
+                self.servers.insert(slot, server);
+            }
+            // Checked before the pool was taken up.
+            Err(problems) => self.events.say(format!(
+                "{name} cannot start: {}",
+                Error::Unsatisfiable(problems)
+            )),
+        }
+    }
+
+    fn context(&self) -> server::Context<'_> {
+        server::Context {
+            binary: &self.binary,
+            folder: &self.folder,
+            table_file: &self.table_file,
+            template: &self.pool.template,
+            drain_seconds: self.options.drain_seconds,
+            role_log: &self.options.role_log,
+            events: &self.events,
+        }
+    }
+
+    /// Replaces one server of a former template: the next one follows when its
+    /// successor runs.
+    fn replace_outdated(&mut self) {
+        if self
+            .servers
+            .values()
+            .any(|server| server.is_stopping() || !server.is_ready())
+        {
+            return;
+        }
+        let template = &self.pool.template;
+        let outdated = self
+            .servers
+            .values_mut()
+            .find(|server| server.template != *template);
+        if let Some(server) = outdated
+            && server.stop()
+        {
+            self.events.say(format!(
+                "{} is replaced: the template has changed",
+                server.name
+            ));
+        }
+    }
+
+    /// Drains and stops everything; connection servers last.
+    async fn stop(mut self) {
+        self.events.clear();
+        self.events.say(format!(
+            "stopping: live sessions may go on for {} s (Ctrl-C again: at once)",
+            self.options.drain_seconds
+        ));
+        for server in self.servers.values_mut() {
+            server.stop();
+        }
+        for server in std::mem::take(&mut self.servers).into_values() {
+            server.stopped().await;
+        }
+        for server in std::mem::take(&mut self.connection_servers) {
+            server.stop().await;
+        }
+        self.events.say("stopped");
+    }
+}
+
+/// Address of the processing server in `slot`: 127.0.0.2 and up.
+fn server_address(slot: u32) -> IpAddr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST) + 1 + slot).into()
+}
+
+/// Address of a connection server: 127.0.0.1, then 127.0.255.1 and up.
+fn connection_address(index: u32) -> IpAddr {
+    match index {
+        0 => Ipv4Addr::LOCALHOST.into(),
+        _ => Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 0, 255, 0)) + index).into(),
+    }
+}
+
+fn modified(file: &Path) -> Option<SystemTime> {
+    std::fs::metadata(file)
+        .and_then(|metadata| metadata.modified())
+        .ok()
+}
+
+/// A folder that is removed at the end.
+struct TemporaryFolder(PathBuf);
+
+impl TemporaryFolder {
+    fn new() -> io::Result<Self> {
+        let path = std::env::temp_dir().join(format!("portpool-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for TemporaryFolder {
+    fn drop(&mut self) {
+        // What cannot be removed is a few kilobytes in the temporary folder.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

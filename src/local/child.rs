@@ -1,0 +1,138 @@
+//! A child process that is started again when it ends.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::events::Events;
+use super::supervise::PARENT;
+
+/// Pause before the first restart, doubled up to the longest one; as short
+/// again after a child has run for as long as that.
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Longest line of output that is shown, in bytes.
+const LINE_BYTES: u64 = 4096;
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub(super) struct Program {
+    /// For events: `echo-0/agent`.
+    pub(super) name: String,
+    pub(super) arguments: Vec<String>,
+    pub(super) environment: Vec<(String, String)>,
+    pub(super) folder: Option<String>,
+    /// How long it may take to end after SIGTERM.
+    pub(super) grace: Duration,
+}
+
+/// A running child. Killed with its parent; stopped by [`Supervised::stop`].
+#[derive(Debug)]
+pub(super) struct Supervised {
+    stopping: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Supervised {
+    pub(super) fn start(binary: PathBuf, program: Program, events: Events) -> Self {
+        let stopping = CancellationToken::new();
+        let task = tokio::spawn(supervise(binary, program, events, stopping.clone()));
+        Self { stopping, task }
+    }
+
+    /// Ends the child: SIGTERM, and SIGKILL after its grace.
+    pub(super) async fn stop(self) {
+        self.stopping.cancel();
+        // The task ends with the child; it does not panic.
+        let _ = self.task.await;
+    }
+}
+
+async fn supervise(binary: PathBuf, program: Program, events: Events, stopping: CancellationToken) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let started = Instant::now();
+        match spawn(&binary, &program, &events) {
+            Ok(mut child) => {
+                tokio::select! {
+                    status = child.wait() => {
+                        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+                        events.say(format!("{} ended ({status}); it is started again", program.name));
+                    }
+                    () = stopping.cancelled() => return end(child, program.grace).await,
+                }
+            }
+            Err(error) => events.say(format!("{} failed to start: {error}", program.name)),
+        }
+        if started.elapsed() >= LONGEST_PAUSE {
+            pause = FIRST_PAUSE;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stopping.cancelled() => return,
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+fn spawn(binary: &PathBuf, program: &Program, events: &Events) -> std::io::Result<Child> {
+    let mut command = Command::new(binary);
+    command
+        .args(&program.arguments)
+        .envs(program.environment.iter().cloned())
+        .env(PARENT, std::process::id().to_string())
+        // Ctrl-C goes to us alone: we end the children in order.
+        .process_group(0)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    if let Some(folder) = &program.folder {
+        command.current_dir(folder);
+    }
+    let mut child = command.spawn()?;
+    if let Some(output) = child.stdout.take() {
+        tokio::spawn(show(output, program.name.clone(), events.clone()));
+    }
+    if let Some(output) = child.stderr.take() {
+        tokio::spawn(show(output, program.name.clone(), events.clone()));
+    }
+    Ok(child)
+}
+
+async fn end(mut child: Child, grace: Duration) {
+    let pid = child
+        .id()
+        .and_then(|pid| i32::try_from(pid).ok())
+        .and_then(Pid::from_raw);
+    if let Some(pid) = pid {
+        // Gone already is as good.
+        let _ = kill_process(pid, Signal::TERM);
+    }
+    if tokio::time::timeout(grace, child.wait()).await.is_err() {
+        let _ = child.kill().await;
+    }
+}
+
+/// Shows a child's output line by line.
+async fn show(output: impl AsyncRead + Unpin, name: String, events: Events) {
+    let mut output = BufReader::new(output);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match (&mut output)
+            .take(LINE_BYTES)
+            .read_until(b'\n', &mut line)
+            .await
+        {
+            Ok(0) | Err(_) => return,
+            Ok(_) => events.output(&name, String::from_utf8_lossy(&line).trim_end()),
+        }
+    }
+}

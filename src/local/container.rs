@@ -1,0 +1,264 @@
+//! What a container of the pod template means as a process of this machine:
+//! program, arguments, environment. Pure; `process` runs it.
+
+use std::net::IpAddr;
+
+use k8s_openapi::api::core::v1::{Container, EnvVar, PodTemplateSpec};
+
+use crate::plan::Problem;
+
+/// A container as a process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// The container's name.
+    pub name: String,
+    /// Where the container is in the manifest.
+    pub path: String,
+    /// Program and arguments.
+    pub arguments: Vec<String>,
+    /// Variables beside those that this process has.
+    pub environment: Vec<(String, String)>,
+    /// Working directory.
+    pub folder: Option<String>,
+}
+
+/// What the downward API tells a pod.
+#[derive(Clone, Debug)]
+pub struct Pod {
+    /// Name of the server.
+    pub name: String,
+    /// Its uid.
+    pub uid: String,
+    /// Its address.
+    pub address: IpAddr,
+}
+
+impl Pod {
+    fn field(&self, path: &str) -> Option<String> {
+        match path {
+            "metadata.name" => Some(self.name.clone()),
+            "metadata.uid" => Some(self.uid.clone()),
+            "metadata.namespace" => Some("default".to_owned()),
+            "status.podIP" | "status.podIPs" => Some(self.address.to_string()),
+            "status.hostIP" | "status.hostIPs" => Some("127.0.0.1".to_owned()),
+            "spec.nodeName" => Some("localhost".to_owned()),
+            "spec.serviceAccountName" => Some("default".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// The containers of `template` as processes of `pod`.
+///
+/// # Errors
+/// What cannot be run here, by field.
+pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, Vec<Problem>> {
+    let Some(spec) = &template.spec else {
+        return Err(vec![Problem::new("spec.template.spec", "is missing")]);
+    };
+    let mut problems = Vec::new();
+    if spec.containers.is_empty() {
+        problems.push(Problem::new(
+            "spec.template.spec.containers",
+            "must have a container",
+        ));
+    }
+    if spec
+        .init_containers
+        .as_ref()
+        .is_some_and(|containers| !containers.is_empty())
+    {
+        let message = "portpool local does not run init containers: start what they do from the containers' commands";
+        problems.push(Problem::new("spec.template.spec.initContainers", message));
+    }
+    let mut processes = Vec::new();
+    for (index, container) in spec.containers.iter().enumerate() {
+        let path = format!("spec.template.spec.containers[{index}]");
+        match process(container, &path, pod) {
+            Ok(process) => processes.push(process),
+            Err(problem) => problems.push(problem),
+        }
+    }
+    if problems.is_empty() {
+        Ok(processes)
+    } else {
+        Err(problems)
+    }
+}
+
+fn process(container: &Container, path: &str, pod: &Pod) -> Result<Process, Problem> {
+    let Some(command) = container
+        .command
+        .as_ref()
+        .filter(|command| !command.is_empty())
+    else {
+        let message = "is missing: portpool local does not know what the image would start";
+        return Err(Problem::new(format!("{path}.command"), message));
+    };
+    if container
+        .env_from
+        .as_ref()
+        .is_some_and(|sources| !sources.is_empty())
+    {
+        let message = "portpool local has no config maps and secrets: give env with values";
+        return Err(Problem::new(format!("{path}.envFrom"), message));
+    }
+    let mut environment: Vec<(String, String)> = Vec::new();
+    for (index, variable) in container.env.iter().flatten().enumerate() {
+        let value = value(variable, &format!("{path}.env[{index}]"), pod, &environment)?;
+        environment.push((variable.name.clone(), value));
+    }
+    let arguments = command.iter().chain(container.args.iter().flatten());
+    Ok(Process {
+        name: container.name.clone(),
+        path: path.to_owned(),
+        arguments: arguments
+            .map(|argument| expand(argument, &environment))
+            .collect(),
+        environment,
+        folder: container.working_dir.clone(),
+    })
+}
+
+fn value(
+    variable: &EnvVar,
+    path: &str,
+    pod: &Pod,
+    defined: &[(String, String)],
+) -> Result<String, Problem> {
+    let Some(source) = &variable.value_from else {
+        return Ok(expand(
+            variable.value.as_deref().unwrap_or_default(),
+            defined,
+        ));
+    };
+    let Some(field) = &source.field_ref else {
+        let message = "portpool local knows fieldRef only: give a value";
+        return Err(Problem::new(format!("{path}.valueFrom"), message));
+    };
+    pod.field(&field.field_path).ok_or_else(|| {
+        let message = format!("{} is not known to portpool local; it knows metadata.name, metadata.uid, metadata.namespace, status.podIP, status.hostIP and spec.nodeName", field.field_path);
+        Problem::new(format!("{path}.valueFrom.fieldRef.fieldPath"), message)
+    })
+}
+
+/// Expands `$(NAME)`; `$$` is a `$`, and an unknown name stays as it is.
+///
+/// Source: Kubernetes API reference, Container v1 core, `args`.
+fn expand(text: &str, variables: &[(String, String)]) -> String {
+    let mut expanded = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find('$') {
+        expanded.push_str(&rest[..at]);
+        let after = &rest[at + 1..];
+        let name = after
+            .strip_prefix('(')
+            .and_then(|inner| inner.split_once(')'));
+        if let Some(after) = after.strip_prefix('$') {
+            expanded.push('$');
+            rest = after;
+        } else if let Some((name, after)) = name {
+            // The last definition of a name is the one that counts.
+            match variables.iter().rev().find(|(known, _)| known == name) {
+                Some((_, value)) => expanded.push_str(value),
+                None => expanded.push_str(&format!("$({name})")),
+            }
+            rest = after;
+        } else {
+            expanded.push('$');
+            rest = after;
+        }
+    }
+    expanded.push_str(rest);
+    expanded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod() -> Pod {
+        Pod {
+            name: "echo-0".to_owned(),
+            uid: "u".to_owned(),
+            address: IpAddr::from([127, 0, 0, 2]),
+        }
+    }
+
+    #[test]
+    fn variables_are_expanded_as_kubernetes_does() {
+        let variables = [
+            ("A".to_owned(), "1".to_owned()),
+            ("B".to_owned(), "2".to_owned()),
+        ];
+        for (text, expanded) in [
+            ("$(A)", "1"),
+            ("x$(A)y$(B)z", "x1y2z"),
+            ("$$(A)", "$(A)"),
+            ("$$$(A)", "$1"),
+            ("$(C)", "$(C)"),
+            ("$(A", "$(A"),
+            ("$A $ $", "$A $ $"),
+            ("", ""),
+            ("$()", "$()"),
+        ] {
+            assert_eq!(expand(text, &variables), expanded, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_container_gets_its_pods_name_and_address() {
+        let template = serde_json::from_value(serde_json::json!({"spec": {"containers": [{
+            "name": "main",
+            "command": ["serve", "--on", "$(IP):$(PORT)"],
+            "args": ["$(URL)"],
+            "env": [
+                {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                {"name": "PORT", "value": "7000"},
+                {"name": "URL", "value": "http://$(IP):$(PORT)/"},
+            ],
+        }]}}))
+        .unwrap();
+        let processes = processes(&template, &pod()).unwrap();
+        assert_eq!(
+            processes[0].arguments,
+            ["serve", "--on", "127.0.0.2:7000", "http://127.0.0.2:7000/"]
+        );
+        assert_eq!(
+            processes[0].environment[0],
+            ("IP".to_owned(), "127.0.0.2".to_owned())
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_run_here_is_named() {
+        let cases = [
+            (serde_json::json!({"containers": []}), "containers"),
+            (
+                serde_json::json!({"containers": [{"name": "a"}]}),
+                "containers[0].command",
+            ),
+            (
+                serde_json::json!({"containers": [{"name": "a", "command": ["x"], "env": [{"name": "S", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}]}),
+                "env[0].valueFrom",
+            ),
+            (
+                serde_json::json!({"containers": [{"name": "a", "command": ["x"], "env": [{"name": "S", "valueFrom": {"fieldRef": {"fieldPath": "status.qos"}}}]}]}),
+                "fieldPath",
+            ),
+            (
+                serde_json::json!({"containers": [{"name": "a", "command": ["x"], "envFrom": [{"configMapRef": {"name": "m"}}]}]}),
+                "envFrom",
+            ),
+            (
+                serde_json::json!({"containers": [{"name": "a", "command": ["x"]}], "initContainers": [{"name": "i"}]}),
+                "initContainers",
+            ),
+        ];
+        for (spec, path) in cases {
+            let template = serde_json::from_value(serde_json::json!({"spec": spec})).unwrap();
+            let problems = processes(&template, &pod()).unwrap_err();
+            assert!(problems[0].path.ends_with(path), "{problems:?}");
+        }
+    }
+}

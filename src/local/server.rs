@@ -1,0 +1,140 @@
+//! One processing server: the agent and the containers of its slot.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::core::v1::PodTemplateSpec;
+use tokio::task::JoinHandle;
+
+use super::child::{Program, Supervised};
+use super::container::{self, Pod};
+use super::events::Events;
+use crate::plan::Problem;
+
+/// How long a container may take to end after SIGTERM, with what it started.
+const CONTAINER_GRACE: Duration = Duration::from_secs(7);
+
+/// What servers are started with.
+pub(super) struct Context<'a> {
+    pub(super) binary: &'a Path,
+    pub(super) folder: &'a Path,
+    pub(super) table_file: &'a Path,
+    pub(super) template: &'a PodTemplateSpec,
+    pub(super) drain_seconds: u64,
+    pub(super) role_log: &'a str,
+    pub(super) events: &'a Events,
+}
+
+/// A processing server's processes.
+#[derive(Debug)]
+pub(super) struct Server {
+    pub(super) name: String,
+    pub(super) uid: String,
+    pub(super) address: IpAddr,
+    pub(super) template: PodTemplateSpec,
+    pub(super) draining_since: Option<Instant>,
+    is_ready: bool,
+    running: Option<(Supervised, Vec<Supervised>)>,
+    stopping: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts the containers and the agent.
+    pub(super) fn start(
+        context: &Context<'_>,
+        slot: u32,
+        name: String,
+        address: IpAddr,
+    ) -> Result<Self, Vec<Problem>> {
+        let uid = uuid::Uuid::new_v4().to_string();
+        let pod = Pod {
+            name: name.clone(),
+            uid: uid.clone(),
+            address,
+        };
+        let containers = container::processes(context.template, &pod)?;
+        let start =
+            |program| Supervised::start(context.binary.to_owned(), program, context.events.clone());
+        let containers = containers.into_iter().map(|container| {
+            let mut arguments = vec!["run-program".to_owned(), "--".to_owned()];
+            arguments.extend(container.arguments);
+            // The manifest's `portpool` is this program.
+            if arguments[2] == "portpool" {
+                arguments[2] = context.binary.display().to_string();
+            }
+            start(Program {
+                name: format!("{name}/{}", container.name),
+                arguments,
+                environment: container.environment,
+                folder: container.folder,
+                grace: CONTAINER_GRACE,
+            })
+        });
+        let containers = containers.collect();
+        let agent = start(Program {
+            name: format!("{name}/agent"),
+            arguments: vec![
+                "processing-server".to_owned(),
+                format!("--table={}", context.table_file.display()),
+                format!("--slot={slot}"),
+                format!("--address={address}"),
+                "--listen-scope=address".to_owned(),
+                format!("--admin={address}:7071"),
+                format!("--state-file={}", context.folder.join(&uid).display()),
+                format!("--drain-seconds={}", context.drain_seconds),
+            ],
+            environment: vec![("PORTPOOL_LOG".to_owned(), context.role_log.to_owned())],
+            folder: None,
+            grace: Duration::from_secs(context.drain_seconds + 3),
+        });
+        Ok(Self {
+            name,
+            uid,
+            address,
+            template: context.template.clone(),
+            draining_since: None,
+            is_ready: false,
+            running: Some((agent, containers)),
+            stopping: None,
+        })
+    }
+
+    /// Remembers that the server is ready. Whether that is news.
+    pub(super) fn say_ready(&mut self) -> bool {
+        !std::mem::replace(&mut self.is_ready, true)
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// Begins to stop: the agent drains, then the containers end. Whether that
+    /// is news.
+    pub(super) fn stop(&mut self) -> bool {
+        let Some((agent, containers)) = self.running.take() else {
+            return false;
+        };
+        self.stopping = Some(tokio::spawn(async move {
+            agent.stop().await;
+            futures::future::join_all(containers.into_iter().map(Supervised::stop)).await;
+        }));
+        true
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.is_some()
+    }
+
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stopping.as_ref().is_some_and(JoinHandle::is_finished)
+    }
+
+    /// Waits until the processes have ended.
+    pub(super) async fn stopped(self) {
+        if let Some(stopping) = self.stopping {
+            // The task ends with the processes; it does not panic.
+            let _ = stopping.await;
+        }
+    }
+}
