@@ -1,0 +1,245 @@
+//! Real roles as processes on loopback addresses of a test's own.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::{Duration, Instant};
+
+use portpool::client::{Client, ClientError};
+use portpool::follow::write_table;
+use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use portpool::session::{PoolState, Session, SessionRequest};
+use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+
+/// Longest that anything may take here.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// Ports of each server, and its first one.
+pub const COUNT: u16 = 4;
+pub const SERVER_PORT: u16 = 7000;
+
+/// A network of its own for every test of this process.
+static NETWORK: AtomicU8 = AtomicU8::new(1);
+
+/// A program that is killed with the test.
+pub struct Process(Child);
+
+impl Process {
+    pub fn start(arguments: &[String]) -> Self {
+        let child = Command::new(env!("CARGO_BIN_EXE_portpool"))
+            .args(arguments)
+            .env("PORTPOOL_LOG", "warn")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self(child)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A pool of real processes.
+pub struct Pool {
+    folder: tempfile::TempDir,
+    network: [u8; 3],
+    pub table: Table,
+    pub connection_servers: Vec<Process>,
+    pub agents: Vec<Process>,
+    pub workloads: Vec<Process>,
+}
+
+impl Pool {
+    /// A table for `servers` servers; `change` may alter it. Nothing runs yet.
+    pub fn new(servers: u32, change: impl FnOnce(&mut Table)) -> Self {
+        let network = [
+            127,
+            100 + u8::try_from(std::process::id() % 100).unwrap(),
+            NETWORK.fetch_add(1, Ordering::Relaxed),
+        ];
+        let mut pool = Self {
+            folder: tempfile::tempdir().unwrap(),
+            network,
+            table: Table {
+                format_version: FORMAT_VERSION,
+                pool: "test".to_owned(),
+                pool_uid: "uid".to_owned(),
+                generation: 1,
+                advertised_address: None,
+                agent_port: TargetPort::new(7070).unwrap(),
+                load_sharing: LoadSharing::default(),
+                sessions: Sessions {
+                    linger_seconds: 0,
+                    ..Sessions::default()
+                },
+                rows: Vec::new(),
+            },
+            connection_servers: Vec::new(),
+            agents: Vec::new(),
+            workloads: Vec::new(),
+        };
+        pool.table.rows = (0..servers).map(|slot| pool.row(slot)).collect();
+        change(&mut pool.table);
+        pool.publish();
+        pool
+    }
+
+    /// Everything runs, and every port is free.
+    pub async fn running(servers: u32, change: impl FnOnce(&mut Table)) -> Self {
+        let mut pool = Self::new(servers, change);
+        for slot in 0..servers {
+            pool.start_workload(slot);
+            pool.start_agent(slot);
+        }
+        pool.start_connection_server(0);
+        let ports = servers * u32::from(COUNT);
+        pool.until(|state| state.free_ports == ports).await;
+        pool
+    }
+
+    pub fn row(&self, slot: u32) -> Row {
+        let first = 20_000 + u16::try_from(slot).unwrap() * COUNT;
+        Row {
+            slot,
+            server: format!("test-{slot}"),
+            server_uid: None,
+            address: Some(self.server_address(slot)),
+            state: RowState::Active,
+            ranges: vec![PortRange {
+                name: "main".to_owned(),
+                connection_port: ListenPort::new(first).unwrap(),
+                server_port: TargetPort::new(SERVER_PORT).unwrap(),
+                count: COUNT,
+                protocol: PortProtocol::TCPUDP,
+                shared: false,
+                proxy_protocol: ProxyProtocol::None,
+            }],
+        }
+    }
+
+    pub fn publish(&self) {
+        write_table(&self.table_file(), &self.table).unwrap();
+    }
+
+    pub fn table_file(&self) -> PathBuf {
+        self.folder.path().join("table.json")
+    }
+
+    fn address(&self, host: u32) -> IpAddr {
+        let [a, b, c] = self.network;
+        Ipv4Addr::new(a, b, c, u8::try_from(host).unwrap()).into()
+    }
+
+    pub fn server_address(&self, slot: u32) -> IpAddr {
+        self.address(10 + slot)
+    }
+
+    pub fn connection_address(&self, index: u32) -> IpAddr {
+        self.address(1 + index)
+    }
+
+    pub fn start_workload(&mut self, slot: u32) {
+        let last = SERVER_PORT + COUNT - 1;
+        self.workloads.push(Process::start(&[
+            "echo".to_owned(),
+            format!("--listen={}", self.server_address(slot)),
+            format!("--ports={SERVER_PORT}-{last}"),
+        ]));
+    }
+
+    pub fn start_agent(&mut self, slot: u32) {
+        let address = self.server_address(slot);
+        self.agents.push(Process::start(&[
+            "processing-server".to_owned(),
+            format!("--table={}", self.table_file().display()),
+            format!("--slot={slot}"),
+            format!("--address={address}"),
+            "--listen-scope=address".to_owned(),
+            format!("--admin={address}:7071"),
+            format!(
+                "--state-file={}",
+                self.folder.path().join(format!("agent-{slot}")).display()
+            ),
+        ]));
+    }
+
+    pub fn start_connection_server(&mut self, index: u32) {
+        let address = self.connection_address(index);
+        self.connection_servers.push(Process::start(&[
+            "connection-server".to_owned(),
+            format!("--table={}", self.table_file().display()),
+            format!("--listen={address}"),
+            format!("--admin={address}:7701"),
+        ]));
+    }
+
+    pub fn client(&self) -> Client {
+        self.client_of(0)
+    }
+
+    pub fn client_of(&self, index: u32) -> Client {
+        Client::new(&format!("{}:7700", self.connection_address(index))).unwrap()
+    }
+
+    pub async fn request(&self) -> Result<Session, ClientError> {
+        self.client().request(SessionRequest::default()).await
+    }
+
+    /// Waits until the first connection server says so; how long it took.
+    pub async fn until(&self, holds: impl Fn(&PoolState) -> bool) -> Duration {
+        self.until_of(0, holds).await
+    }
+
+    pub async fn until_of(&self, index: u32, holds: impl Fn(&PoolState) -> bool) -> Duration {
+        let (started, client) = (Instant::now(), self.client_of(index));
+        let mut last = None;
+        while started.elapsed() < SOON {
+            if let Ok(state) = client.pool().await {
+                if holds(&state) {
+                    return started.elapsed();
+                }
+                last = Some(state);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("did not come to pass; last seen: {last:#?}");
+    }
+}
+
+/// Connects to a session's port.
+pub fn connect(session: &Session) -> TcpStream {
+    let stream = TcpStream::connect((session.address.as_str(), session.port)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+/// Sends a message and expects it back.
+pub fn echo(stream: &mut TcpStream, message: &str) {
+    stream.write_all(message.as_bytes()).unwrap();
+    let mut answer = vec![0; message.len()];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(answer, message.as_bytes());
+}
+
+/// Whether the other side has ended the connection, one way or another.
+pub fn is_cut(stream: &mut TcpStream) -> bool {
+    matches!(stream.read(&mut [0]), Ok(0) | Err(_))
+}

@@ -1,0 +1,223 @@
+//! What dies, what lives on, and within how long capacity returns.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use common::{COUNT, Pool, connect, echo, is_cut};
+use portpool::session::SessionRequest;
+use portpool::table::RowState;
+
+const ALL: u32 = 2 * COUNT as u32;
+
+#[tokio::test]
+async fn a_killed_workload_takes_only_its_own_sessions() {
+    let mut pool = Pool::running(2, |_| {}).await;
+    let (first, second) = (pool.request().await.unwrap(), pool.request().await.unwrap());
+    let (dying, living) = if first.server == "test-0" {
+        (first, second)
+    } else {
+        (second, first)
+    };
+    let (mut dying, mut living) = (connect(&dying), connect(&living));
+    echo(&mut dying, "before");
+    echo(&mut living, "before");
+    pool.workloads[0].kill();
+    assert!(is_cut(&mut dying));
+    drop(dying);
+    echo(&mut living, "after");
+    pool.start_workload(0);
+    let back = pool.until(|state| state.free_ports == ALL - 1).await;
+    assert!(
+        back < Duration::from_secs(2),
+        "capacity is back after {back:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_killed_agent_takes_no_session_and_knows_them_again() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut stream = connect(&session);
+    echo(&mut stream, "before");
+    pool.agents[0].kill();
+    pool.until(|state| !state.servers[0].attached).await;
+    echo(&mut stream, "meanwhile");
+    pool.start_agent(0);
+    pool.until(|state| state.servers[0].attached).await;
+    echo(&mut stream, "after");
+    assert_eq!(
+        pool.client().get(&session.id).await.unwrap().port,
+        session.port
+    );
+    // After a restart the agent waits 15 s for sessions to be reported.
+    let back = pool
+        .until(|state| state.free_ports == u32::from(COUNT) - 1)
+        .await;
+    assert!(
+        back < Duration::from_secs(17),
+        "capacity is back after {back:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_killed_connection_server_gives_its_sessions_back() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    pool.start_connection_server(1);
+    pool.until_of(1, |state| state.free_ports == u32::from(COUNT))
+        .await;
+    let (theirs, ours) = (
+        pool.request().await.unwrap(),
+        pool.client_of(1)
+            .request(SessionRequest::default())
+            .await
+            .unwrap(),
+    );
+    let (mut theirs, mut ours) = (connect(&theirs), connect(&ours));
+    echo(&mut theirs, "before");
+    echo(&mut ours, "before");
+    pool.connection_servers[0].kill();
+    assert!(is_cut(&mut theirs));
+    echo(&mut ours, "after");
+    // The agent counts a connection server as gone after 15 s.
+    let back = pool
+        .until_of(1, |state| state.free_ports == u32::from(COUNT) - 1)
+        .await;
+    assert!(
+        back < Duration::from_secs(17),
+        "capacity is back after {back:?}"
+    );
+    echo(&mut ours, "and on");
+}
+
+#[tokio::test]
+async fn a_session_made_through_one_connection_server_works_through_all() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    pool.start_connection_server(1);
+    pool.until_of(1, |state| state.servers[0].attached).await;
+    let session = pool.request().await.unwrap();
+    let mut stream = TcpStream::connect((pool.connection_address(1), session.port)).unwrap();
+    echo(&mut stream, "through the other one");
+}
+
+#[tokio::test]
+async fn a_port_without_a_session_is_reset() {
+    let pool = Pool::running(1, |_| {}).await;
+    let mut stream = TcpStream::connect((pool.connection_address(0), 20_000)).unwrap();
+    assert!(is_cut(&mut stream));
+}
+
+#[tokio::test]
+async fn exhaustion_is_said_and_a_waiting_request_is_served_next() {
+    let pool = Pool::running(1, |_| {}).await;
+    let mut sessions = Vec::new();
+    for _ in 0..COUNT {
+        sessions.push(pool.request().await.unwrap());
+    }
+    assert!(pool.request().await.unwrap_err().is_exhausted());
+    let client = pool.client();
+    let waiting = tokio::spawn(async move {
+        client
+            .request(SessionRequest {
+                wait_seconds: 10,
+                ..SessionRequest::default()
+            })
+            .await
+    });
+    pool.until(|state| state.waiting == 1).await;
+    pool.client().release(&sessions[0].id).await.unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap().port, sessions[0].port);
+}
+
+#[tokio::test]
+async fn the_same_idempotency_key_gives_the_same_session() {
+    let pool = Pool::running(2, |_| {}).await;
+    let keyed = |name: Option<&str>| SessionRequest {
+        idempotency_key: Some("key".to_owned()),
+        port_name: name.map(str::to_owned),
+        client_binding: name.map(|_| portpool::pool::ClientBinding::Requester),
+        ..SessionRequest::default()
+    };
+    let client = pool.client();
+    let (one, other) = tokio::join!(client.request(keyed(None)), client.request(keyed(None)));
+    assert_eq!(one.unwrap(), other.unwrap());
+    let reused = client.request(keyed(Some("main"))).await.unwrap_err();
+    assert!(reused.to_string().contains("idempotencyKey"), "{reused}");
+    pool.until(|state| state.sessions == 1).await;
+}
+
+#[tokio::test]
+async fn an_unclaimed_port_returns() {
+    let pool = Pool::running(1, |table| table.sessions.claim_seconds = 1).await;
+    let session = pool.request().await.unwrap();
+    let back = pool
+        .until(|state| state.free_ports == u32::from(COUNT))
+        .await;
+    assert!(back < Duration::from_secs(3), "free again after {back:?}");
+    assert!(pool.client().get(&session.id).await.is_err());
+}
+
+#[tokio::test]
+async fn a_session_ends_after_its_longest_duration() {
+    let pool = Pool::running(1, |table| table.sessions.max_duration_seconds = 1).await;
+    let mut stream = connect(&pool.request().await.unwrap());
+    echo(&mut stream, "in time");
+    assert!(is_cut(&mut stream));
+    pool.until(|state| state.free_ports == u32::from(COUNT))
+        .await;
+}
+
+#[tokio::test]
+async fn table_changes_at_run_time_cut_no_session() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut stream = connect(&session);
+    echo(&mut stream, "before");
+    for _ in 0..20 {
+        let row = pool.row(1);
+        match pool.table.rows.len() {
+            1 => pool.table.rows.push(row),
+            _ => pool.table.rows.truncate(1),
+        }
+        pool.table.generation += 1;
+        pool.publish();
+        let generation = pool.table.generation;
+        pool.until(|state| state.generation == generation).await;
+        echo(&mut stream, "during");
+    }
+    pool.table.rows[0].state = RowState::Draining;
+    pool.table.generation += 1;
+    pool.publish();
+    pool.until(|state| state.servers[0].draining).await;
+    echo(&mut stream, "while draining");
+    assert!(
+        pool.request().await.is_err(),
+        "nothing new goes to a draining server"
+    );
+}
+
+#[tokio::test]
+async fn a_bound_session_admits_its_requester_only() {
+    let pool = Pool::running(1, |table| {
+        table.sessions.client_binding = portpool::pool::ClientBinding::Requester
+    })
+    .await;
+    let session = pool.request().await.unwrap();
+    let address: SocketAddr = format!("{}:{}", session.address, session.port)
+        .parse()
+        .unwrap();
+    let stranger =
+        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    stranger
+        .bind(&SocketAddr::from(([127, 0, 0, 99], 0)).into())
+        .unwrap();
+    stranger.connect(&address.into()).unwrap();
+    assert!(is_cut(&mut stranger.into()));
+    echo(&mut connect(&session), "the requester");
+}
