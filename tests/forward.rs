@@ -1,0 +1,539 @@
+//! The data plane on loopback: real bytes, real faults.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use portpool::connection::forward::{
+    Config, Forwarder, Gate, SessionKey, Ticket, Traffic, Transport, Verdict,
+};
+use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+
+const SOON: Duration = Duration::from_secs(10);
+const FIRST: u16 = 20_000;
+
+/// A gate that says what it is told, and counts.
+struct TestGate {
+    verdict: Mutex<Verdict>,
+    admitted: AtomicU64,
+    closed: Mutex<Vec<Traffic>>,
+    asked: Mutex<Vec<(Ticket, ListenPort)>>,
+}
+
+impl Gate for TestGate {
+    fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Verdict {
+        let verdict = *self.verdict.lock().unwrap();
+        if matches!(verdict, Verdict::Admit(_)) {
+            self.admitted.fetch_add(1, Ordering::Relaxed);
+        }
+        verdict
+    }
+
+    fn ask(&self, ticket: Ticket, port: ListenPort, _: Transport, _: SocketAddr) {
+        self.asked.lock().unwrap().push((ticket, port));
+    }
+
+    fn closed(&self, _: ListenPort, _: SessionKey, traffic: Traffic) {
+        self.closed.lock().unwrap().push(traffic);
+    }
+}
+
+const SESSION: SessionKey = SessionKey(7);
+
+/// A forwarder on an address of its own, which leads to servers on another.
+struct Bench {
+    forwarder: Forwarder,
+    gate: Arc<TestGate>,
+    listen: IpAddr,
+    server: IpAddr,
+    table: Table,
+}
+
+static NETWORK: AtomicU8 = AtomicU8::new(1);
+
+impl Bench {
+    fn new(verdict: Verdict) -> Self {
+        let network = NETWORK.fetch_add(1, Ordering::Relaxed);
+        let address = |host| IpAddr::V4(Ipv4Addr::new(127, 90, network, host));
+        Self::on(address(1), address(2), verdict)
+    }
+
+    fn on(listen: IpAddr, server: IpAddr, verdict: Verdict) -> Self {
+        let gate = Arc::new(TestGate {
+            verdict: Mutex::new(verdict),
+            admitted: AtomicU64::new(0),
+            closed: Mutex::default(),
+            asked: Mutex::default(),
+        });
+        let forwarder = Forwarder::start(&Config::new(listen, Some(2)), &gate).unwrap();
+        let table = Table {
+            format_version: FORMAT_VERSION,
+            pool: "test".to_owned(),
+            pool_uid: "uid".to_owned(),
+            generation: 1,
+            advertised_address: None,
+            agent_port: TargetPort::new(7070).unwrap(),
+            load_sharing: LoadSharing::default(),
+            sessions: Sessions::default(),
+            rows: Vec::new(),
+        };
+        let mut bench = Self {
+            forwarder,
+            gate,
+            listen,
+            server,
+            table,
+        };
+        bench.lead(4, |_| {});
+        bench
+    }
+
+    /// Leads `count` connection ports from 20000 on to as many server ports
+    /// from 7000 on.
+    fn lead(&mut self, count: u16, change: impl FnOnce(&mut PortRange)) {
+        let mut range = PortRange {
+            name: "main".to_owned(),
+            connection_port: ListenPort::new(FIRST).unwrap(),
+            server_port: TargetPort::new(7000).unwrap(),
+            count,
+            protocol: PortProtocol::TCPUDP,
+            shared: false,
+            proxy_protocol: ProxyProtocol::None,
+        };
+        change(&mut range);
+        self.table.rows = vec![Row {
+            slot: 0,
+            server: "test-0".to_owned(),
+            server_uid: None,
+            address: Some(self.server),
+            state: RowState::Active,
+            ranges: vec![range],
+        }];
+        self.forwarder.apply(&self.table).unwrap();
+    }
+
+    fn serve(&self) -> TcpListener {
+        TcpListener::bind((self.server, 7000)).unwrap()
+    }
+
+    fn connect(&self) -> TcpStream {
+        let deadline = Instant::now() + SOON;
+        loop {
+            match TcpStream::connect((self.listen, FIRST)) {
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(SOON)).unwrap();
+                    return stream;
+                }
+                Err(error) => assert!(Instant::now() < deadline, "{error}"),
+            }
+        }
+    }
+
+    /// A client and its server's end.
+    fn pair(&self) -> (TcpStream, TcpStream) {
+        let listener = self.serve();
+        let client = self.connect();
+        let (server, _) = listener.accept().unwrap();
+        server.set_read_timeout(Some(SOON)).unwrap();
+        (client, server)
+    }
+
+    /// Waits until every admitted flow is reported as closed.
+    fn all_closed(&self) -> Vec<Traffic> {
+        let admitted = self.gate.admitted.load(Ordering::Relaxed);
+        until(|| self.gate.closed.lock().unwrap().len() as u64 >= admitted);
+        let closed = self.gate.closed.lock().unwrap().clone();
+        assert_eq!(closed.len() as u64, admitted, "each exactly once");
+        closed
+    }
+}
+
+fn until(holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < deadline, "did not come to pass");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Bytes that are easy to check and hard to get right by accident.
+fn pattern(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let step = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    std::iter::repeat_with(step).take(length).collect()
+}
+
+fn was_reset(stream: &mut TcpStream) -> bool {
+    matches!(stream.read(&mut [0; 16]), Err(error) if error.kind() == ErrorKind::ConnectionReset)
+}
+
+#[test]
+fn bytes_arrive_exactly_through_random_chunks_and_half_closes() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (client, server) = bench.pair();
+    let transfer = |mut from: TcpStream, mut to: TcpStream, seed: u64| {
+        let sent = pattern(8 << 20, seed);
+        let expected = sent.clone();
+        let writer = std::thread::spawn(move || {
+            let mut rest = sent.as_slice();
+            let mut length = 1;
+            while !rest.is_empty() {
+                length = (length * 7919 + 13) % 200_000 + 1;
+                let (chunk, after) = rest.split_at(length.min(rest.len()));
+                from.write_all(chunk).unwrap();
+                rest = after;
+            }
+            from.shutdown(Shutdown::Write).unwrap();
+        });
+        let reader = std::thread::spawn(move || {
+            let mut received = Vec::new();
+            to.read_to_end(&mut received).unwrap();
+            assert!(
+                received == expected,
+                "{} of {} bytes, or others",
+                received.len(),
+                expected.len()
+            );
+        });
+        (writer, reader)
+    };
+    let up = transfer(client.try_clone().unwrap(), server.try_clone().unwrap(), 1);
+    let down = transfer(server, client, 2);
+    for thread in [up.0, up.1, down.0, down.1] {
+        thread.join().unwrap();
+    }
+    let expected = Traffic {
+        upstream_bytes: 8 << 20,
+        downstream_bytes: 8 << 20,
+    };
+    assert_eq!(bench.all_closed(), [expected]);
+}
+
+#[test]
+fn after_one_side_has_ended_the_other_goes_on() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    client.write_all(b"question").unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut question = String::new();
+    server.read_to_string(&mut question).unwrap();
+    assert_eq!(question, "question");
+    server.write_all(b"answer").unwrap();
+    drop(server);
+    let mut answer = String::new();
+    client.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "answer");
+    bench.all_closed();
+}
+
+#[test]
+fn a_reset_is_passed_on_both_ways() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let reset = |stream: TcpStream| {
+        socket2::SockRef::from(&stream)
+            .set_linger(Some(Duration::ZERO))
+            .map(|()| drop(stream))
+            .unwrap()
+    };
+    let (client, mut server) = bench.pair();
+    reset(client);
+    assert!(was_reset(&mut server));
+    drop(server);
+    let (mut client, server) = bench.pair();
+    reset(server);
+    assert!(was_reset(&mut client));
+    bench.all_closed();
+}
+
+#[test]
+fn a_slow_reader_stops_its_sender() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    client
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let sent = pattern(64 << 20, 3);
+    let mut written = 0;
+    while let Ok(length) = client.write(&sent[written..]) {
+        written += length;
+        assert!(written < sent.len(), "nothing held the sender back");
+    }
+    client.shutdown(Shutdown::Write).unwrap();
+    let mut received = Vec::new();
+    server.read_to_end(&mut received).unwrap();
+    assert!(received == sent[..written]);
+}
+
+#[test]
+fn a_server_that_refuses_or_has_no_address_resets_the_client() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    assert!(was_reset(&mut bench.connect()));
+    until(|| bench.forwarder.counters().connect_refused == 1);
+    bench.table.rows[0].address = None;
+    bench.forwarder.apply(&bench.table).unwrap();
+    assert!(was_reset(&mut bench.connect()));
+    until(|| bench.forwarder.counters().no_server == 1);
+    bench.all_closed();
+}
+
+#[test]
+fn a_server_that_does_not_answer_is_given_up() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    // A full backlog: the kernel drops what comes.
+    let listener =
+        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    listener
+        .bind(&SocketAddr::new(bench.server, 7000).into())
+        .unwrap();
+    listener.listen(0).unwrap();
+    let _filling: Vec<_> = (0..2)
+        .map(|_| {
+            let socket =
+                socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let _ = socket.connect(&SocketAddr::new(bench.server, 7000).into());
+            socket
+        })
+        .collect();
+    let started = Instant::now();
+    assert!(was_reset(&mut bench.connect()));
+    assert!(started.elapsed() < Duration::from_secs(5));
+    assert_eq!(bench.forwarder.counters().connect_timed_out, 1);
+    bench.all_closed();
+}
+
+#[test]
+fn a_parked_client_is_served_refused_or_given_up() {
+    let bench = Bench::new(Verdict::Ask);
+    let listener = bench.serve();
+    let mut clients: Vec<TcpStream> = (0..3).map(|_| bench.connect()).collect();
+    until(|| bench.gate.asked.lock().unwrap().len() == 3);
+    let asked = bench.gate.asked.lock().unwrap().clone();
+    bench.gate.admitted.fetch_add(1, Ordering::Relaxed);
+    clients[0].write_all(b"early").unwrap();
+    bench
+        .forwarder
+        .answer(asked[0].1, asked[0].0, Verdict::Admit(SESSION));
+    bench
+        .forwarder
+        .answer(asked[1].1, asked[1].0, Verdict::Refuse);
+    let (mut server, _) = listener.accept().unwrap();
+    let mut early = [0; 5];
+    server.read_exact(&mut early).unwrap();
+    assert_eq!(&early, b"early");
+    assert!(was_reset(&mut clients[1]));
+    assert!(was_reset(&mut clients[2]), "nobody answered");
+    assert_eq!(bench.forwarder.counters().parked_too_long, 1);
+    // An answer that comes too late ends at once.
+    bench.gate.admitted.fetch_add(1, Ordering::Relaxed);
+    bench
+        .forwarder
+        .answer(asked[2].1, asked[2].0, Verdict::Admit(SESSION));
+    drop((server, clients));
+    bench.all_closed();
+}
+
+#[test]
+fn cutting_a_session_resets_its_connections_only() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut cut, _server) = bench.pair();
+    *bench.gate.verdict.lock().unwrap() = Verdict::Admit(SessionKey(8));
+    let (mut other, mut server) = bench.pair();
+    bench
+        .forwarder
+        .cut(ListenPort::new(FIRST).unwrap(), SESSION);
+    assert!(was_reset(&mut cut));
+    other.write_all(b"x").unwrap();
+    server.read_exact(&mut [0]).unwrap();
+}
+
+#[test]
+fn a_silent_connection_is_reset_after_its_idle_time() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    bench.table.sessions.idle_timeout_seconds = 1;
+    bench.forwarder.apply(&bench.table).unwrap();
+    let (mut client, _server) = bench.pair();
+    let started = Instant::now();
+    assert!(was_reset(&mut client));
+    assert!((Duration::from_millis(900)..Duration::from_secs(3)).contains(&started.elapsed()));
+    assert_eq!(bench.forwarder.counters().idle, 1);
+}
+
+#[test]
+fn removing_a_port_keeps_its_connections_and_closes_the_port() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    bench.lead(1, |range| {
+        range.connection_port = ListenPort::new(FIRST + 50).unwrap()
+    });
+    until(|| TcpStream::connect((bench.listen, FIRST)).is_err());
+    TcpStream::connect((bench.listen, FIRST + 50)).unwrap();
+    client.write_all(b"still here").unwrap();
+    server.read_exact(&mut [0; 10]).unwrap();
+}
+
+#[test]
+fn a_port_in_use_is_named_and_nothing_is_changed() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let _other = TcpListener::bind((bench.listen, FIRST + 5)).unwrap();
+    bench.table.rows[0].ranges[0].count = 8;
+    let error = bench.forwarder.apply(&bench.table).unwrap_err().to_string();
+    assert!(
+        error.contains(&(FIRST + 5).to_string()) && error.contains("another program"),
+        "{error}"
+    );
+    assert_eq!(
+        bench.forwarder.open_listeners(),
+        8,
+        "four ports, TCP and UDP"
+    );
+    assert!(
+        TcpListener::bind((bench.listen, FIRST + 4)).is_ok(),
+        "bound for nothing"
+    );
+}
+
+#[test]
+fn the_server_is_told_the_clients_address_first() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    bench.lead(4, |range| {
+        range.protocol = PortProtocol::TCP;
+        range.proxy_protocol = ProxyProtocol::V2;
+    });
+    let (mut client, mut server) = bench.pair();
+    client.write_all(b"data").unwrap();
+    let mut received = [0; 32];
+    server.read_exact(&mut received).unwrap();
+    let header = ppp::v2::Header::try_from(&received[..28]).unwrap();
+    let ppp::v2::Addresses::IPv4(addresses) = header.addresses else {
+        panic!("{header:?}")
+    };
+    assert_eq!(addresses.source_port, client.local_addr().unwrap().port());
+    assert_eq!(addresses.destination_port, FIRST);
+    assert_eq!(&received[28..], b"data");
+}
+
+fn udp_echo(address: IpAddr) -> Receiver<SocketAddr> {
+    let socket = UdpSocket::bind((address, 7000)).unwrap();
+    let (sender, clients) = channel();
+    std::thread::spawn(move || {
+        let mut datagram = vec![0; 65_535];
+        while let Ok((length, client)) = socket.recv_from(&mut datagram) {
+            let _ = socket.send_to(&datagram[..length], client);
+            if sender.send(client).is_err() {
+                return;
+            }
+        }
+    });
+    clients
+}
+
+fn udp_client(bench: &Bench) -> UdpSocket {
+    let any: IpAddr = if bench.listen.is_ipv4() {
+        Ipv4Addr::UNSPECIFIED.into()
+    } else {
+        std::net::Ipv6Addr::UNSPECIFIED.into()
+    };
+    let socket = UdpSocket::bind((any, 0)).unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket.connect((bench.listen, FIRST)).unwrap();
+    socket
+}
+
+#[test]
+fn datagrams_of_every_size_come_back_to_their_own_client() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let _clients = udp_echo(bench.server);
+    let (one, other) = (udp_client(&bench), udp_client(&bench));
+    for length in [0, 1, 1472, 9000, 65_507] {
+        let (mine, theirs) = (pattern(length, 5), pattern(length, 6));
+        one.send(&mine).unwrap();
+        other.send(&theirs).unwrap();
+        let mut answer = vec![0; 65_535];
+        let received = one.recv(&mut answer).unwrap();
+        assert!(answer[..received] == mine, "{length} bytes");
+        let received = other.recv(&mut answer).unwrap();
+        assert!(answer[..received] == theirs, "{length} bytes");
+    }
+    assert_eq!(bench.forwarder.counters().udp_opened, 2);
+}
+
+#[test]
+fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    udp_client(&bench).send(b"nobody listens").unwrap();
+    until(|| bench.gate.closed.lock().unwrap().len() == 1);
+    bench.table.sessions.udp_idle_timeout_seconds = 1;
+    bench.forwarder.apply(&bench.table).unwrap();
+    let _clients = udp_echo(bench.server);
+    let client = udp_client(&bench);
+    client.send(b"x").unwrap();
+    client.recv(&mut [0; 8]).unwrap();
+    until(|| bench.forwarder.counters().idle == 1);
+    bench.all_closed();
+}
+
+#[test]
+fn a_parked_flow_keeps_its_first_datagrams() {
+    let bench = Bench::new(Verdict::Ask);
+    let _clients = udp_echo(bench.server);
+    let client = udp_client(&bench);
+    client.send(b"one").unwrap();
+    client.send(b"two").unwrap();
+    until(|| !bench.gate.asked.lock().unwrap().is_empty());
+    let asked = bench.gate.asked.lock().unwrap().clone();
+    assert_eq!(asked.len(), 1, "one question");
+    bench
+        .forwarder
+        .answer(asked[0].1, asked[0].0, Verdict::Admit(SESSION));
+    let mut answers = HashMap::new();
+    for _ in 0..2 {
+        let mut answer = [0; 8];
+        let length = client.recv(&mut answer).unwrap();
+        answers.insert(answer[..length].to_vec(), ());
+    }
+    assert!(answers.contains_key(b"one".as_slice()) && answers.contains_key(b"two".as_slice()));
+}
+
+#[test]
+fn ipv6_is_forwarded() {
+    let loopback = IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]);
+    let bench = Bench::on(loopback, loopback, Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    client.write_all(b"six").unwrap();
+    server.read_exact(&mut [0; 3]).unwrap();
+    let _clients = udp_echo(loopback);
+    let client = udp_client(&bench);
+    client.send(b"six").unwrap();
+    assert_eq!(client.recv(&mut [0; 8]).unwrap(), 3);
+}
+
+#[test]
+fn ten_thousand_ports_open_and_answer() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    portpool::connection::forward::check_open_files(10_000).unwrap();
+    let started = Instant::now();
+    bench.lead(10_000, |range| range.protocol = PortProtocol::TCP);
+    println!("10,000 ports opened in {:?}", started.elapsed());
+    assert_eq!(bench.forwarder.open_listeners(), 10_000);
+    let listener = TcpListener::bind((bench.server, 7000 + 9_999)).unwrap();
+    let mut client = TcpStream::connect((bench.listen, FIRST + 9_999)).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    client.write_all(b"last").unwrap();
+    server.read_exact(&mut [0; 4]).unwrap();
+}
