@@ -380,6 +380,13 @@ impl Sessions {
         Some((live.slot, live.session.clone()))
     }
 
+    /// The live session on `port`, by id.
+    #[must_use]
+    pub fn session_on(&self, port: ListenPort) -> Option<String> {
+        let inner = self.inner.read();
+        Some(inner.live.get(&port)?.session.session_id.clone())
+    }
+
     /// The live session made under an idempotency key.
     #[must_use]
     pub fn get_by_idempotency_key(&self, key: &str) -> Option<(u32, v1::Session)> {

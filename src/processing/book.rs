@@ -386,6 +386,12 @@ impl Book {
         Some(self.describe(id, session))
     }
 
+    /// Whether `port` has no session.
+    #[must_use]
+    pub fn is_free(&self, port: ListenPort) -> bool {
+        self.ports.has_room(port)
+    }
+
     /// Does what is due at `now`.
     pub fn tick(&mut self, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
