@@ -1,4 +1,60 @@
-//! portpool gives a client its own port on its own server for a while.
+//! portpool gives a client *its own port on its own server for a while*.
+//!
+//! A `ProcessingPool` is N processing servers behind a connection server. A
+//! client asks one well-known load-sharing port, is told a connection port,
+//! connects there, and is bridged to the processing server that chose the
+//! port. Source: US 8,544,018 B2, claim 1, whose words the types use.
+//!
+//! # The parts
+//!
+//! ```text
+//! ProcessingPool ─plan→ port-relationship table ─follow→ connection server, agents
+//!
+//! client ─POST /v1/sessions→ load sharing ─Select→ agent ─port→ client
+//! client ─bytes→ connection port ─forward⇄ processing server
+//! connection server ─opened, closed→ agent     agent ─counts, sessions→ connection servers
+//! ```
+//!
+//! Who decides what:
+//! - **The agent beside a workload decides the port.** It alone knows which
+//!   are free, so any number of connection servers can serve a pool.
+//! - **The connection server decides the server**, from counts that agents
+//!   stream to it.
+//! - **The table decides what leads where**; nothing in the data path waits
+//!   for whoever writes it.
+//!
+//! # The modules
+//!
+//! An arrow means "uses"; `tests/layering.rs` allows no other.
+//!
+//! ```text
+//! pool         the ProcessingPool resource
+//! table        → pool
+//! session      → pool
+//! selection    the protocol between connection servers and agents
+//! plan         → pool, table                     pure
+//! manifest     → pool, plan                      YAML files
+//! follow       → table                           a file as a watch
+//! admin        → table                           /livez, /readyz, /metrics
+//! connection   → pool, table, session, selection, follow, admin    a role
+//!   forward    → pool, table                     the data plane: epoll, own threads
+//! processing   → pool, table, selection, follow, admin             a role
+//! client       → pool, session
+//! local        → pool, table, session, plan, manifest, follow, client, connection
+//! echo, telemetry
+//! ```
+//!
+//! Decisions are functions of values: `plan`, `connection::policy`,
+//! `connection::load_sharing` and `processing::book` know no socket, clock or
+//! lock. I/O is around them.
+//!
+//! # What may not happen
+//!
+//! A connection port serves one session at a time. A port is freed only when
+//! every connection server has said that no connection of its session is left,
+//! or has been out of reach for longer than it keeps connections itself.
+//! `tests/model.rs` plays orders of events against these rules.
+
 pub mod admin;
 pub mod client;
 pub mod connection;

@@ -32,7 +32,7 @@ impl Local {
     fn start(file: &Path) -> Self {
         let turn = ONE_AT_A_TIME
             .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut child = Command::new(PORTPOOL)
             .args(["local", "--drain-seconds", "2", "-f"])
             .arg(file)
@@ -259,7 +259,7 @@ fn wrong_input_is_named_and_nothing_starts() {
     let file = folder.path().join("pool.yaml");
     let _turn = ONE_AT_A_TIME
         .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner());
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let good = fs::read_to_string(example("echo.yaml")).unwrap();
     let server = "spec:\n  connectionServer:";
     let cases = [

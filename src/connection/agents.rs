@@ -60,7 +60,7 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
 pub enum SelectError {
     /// It said no.
     Refused(refused::Cause),
-    /// It did not answer in [`SELECT_DEADLINE`].
+    /// It did not answer within a second.
     TimedOut,
     /// Its stream is down, or went down before the answer.
     Detached,
