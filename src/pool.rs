@@ -23,6 +23,9 @@ pub const MAX_PORT_ENTRIES: usize = 8;
 /// port entry may include it.
 pub const AGENT_PORT: u16 = 7070;
 
+/// Where agents serve their admin pages; no TCP port entry may include it.
+pub const AGENT_ADMIN_PORT: u16 = 7071;
+
 /// N processing servers behind a connection server. A client asks the load-sharing port, is told a connection port, connects there, and is bridged to the processing server that chose the port.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(

@@ -99,7 +99,7 @@ fn wrong_manifests_are_located_and_explained() {
             7,
             "port + count - 1 must not exceed 65535",
         ),
-        ("port: 7000", "port: 7070", 6, 20, "agent listens"),
+        ("port: 7000", "port: 7069", 6, 20, "agent listens"),
         ("command", "comand", 9, 33, "did you mean command?"),
         (
             "spec:\n  ports",

@@ -11,6 +11,7 @@ use super::child::{Program, Supervised};
 use super::container::{self, Pod};
 use super::events::Events;
 use crate::plan::Problem;
+use crate::pool::AGENT_ADMIN_PORT;
 
 /// How long a container may take to end after SIGTERM, with what it started.
 const CONTAINER_GRACE: Duration = Duration::from_secs(7);
@@ -80,7 +81,7 @@ impl Server {
                 format!("--slot={slot}"),
                 format!("--address={address}"),
                 "--listen-scope=address".to_owned(),
-                format!("--admin={address}:7071"),
+                format!("--admin={address}:{AGENT_ADMIN_PORT}"),
                 format!("--state-file={}", context.folder.join(&uid).display()),
                 format!("--drain-seconds={}", context.drain_seconds),
             ],

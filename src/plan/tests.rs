@@ -275,7 +275,7 @@ fn wrong_specs_are_refused_with_field_and_remedy() {
             "above 65535",
         ),
         (
-            |spec| spec.ports[0].port = 7068,
+            |spec| spec.ports[0].port = 7067,
             "spec.ports[0].port",
             "agent listens",
         ),

@@ -7,8 +7,8 @@ use k8s_openapi::api::core::v1::PodTemplateSpec;
 use kube::ResourceExt;
 
 use crate::pool::{
-    AGENT_PORT, LoadSharing, MAX_PORT_ENTRIES, MAX_REPLICAS, PortProtocol, ProcessingPool,
-    ProxyProtocol, Sessions,
+    AGENT_ADMIN_PORT, AGENT_PORT, LoadSharing, MAX_PORT_ENTRIES, MAX_REPLICAS, PortProtocol,
+    ProcessingPool, ProxyProtocol, Sessions,
 };
 use crate::table::TargetPort;
 
@@ -207,11 +207,13 @@ fn entries(pool: &ProcessingPool, problems: &mut Vec<Problem>) -> Vec<Entry> {
             let message = format!("port + count - 1 is {last}, above 65535: lower one of them");
             problems.push(Problem::new(format!("{path}.count"), message));
         }
-        if entry.protocol.has_tcp() && entry.server_ports().contains(&u32::from(AGENT_PORT)) {
-            let message = format!(
-                "includes {AGENT_PORT}, where portpool's agent listens: move the workload's ports"
-            );
-            problems.push(Problem::new(format!("{path}.port"), message));
+        for reserved in [AGENT_PORT, AGENT_ADMIN_PORT] {
+            if entry.protocol.has_tcp() && entry.server_ports().contains(&u32::from(reserved)) {
+                let message = format!(
+                    "includes {reserved}, where portpool's agent listens: move the workload's ports"
+                );
+                problems.push(Problem::new(format!("{path}.port"), message));
+            }
         }
         for other in &entries {
             if other.name == entry.name {
