@@ -388,6 +388,19 @@ fn removing_a_port_keeps_its_connections_and_closes_the_port() {
 }
 
 #[test]
+fn a_port_that_was_removed_can_be_added_at_once() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    for _ in 0..200 {
+        bench.lead(1, |range| {
+            range.connection_port = ListenPort::new(FIRST + 50).unwrap()
+        });
+        bench.lead(4, |_| {});
+    }
+    let _listener = bench.serve();
+    bench.connect();
+}
+
+#[test]
 fn a_port_in_use_is_named_and_nothing_is_changed() {
     let mut bench = Bench::new(Verdict::Admit(SESSION));
     let _other = TcpListener::bind((bench.listen, FIRST + 5)).unwrap();

@@ -33,6 +33,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
@@ -94,6 +95,10 @@ pub trait Gate: Send + Sync + 'static {
     /// A flow admitted under `session` is over.
     fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
 }
+
+/// How long applying a table waits for ports to be closed. A turn of a data
+/// thread takes milliseconds at most.
+const SETTLE_LIMIT: Duration = Duration::from_secs(1);
 
 /// How the data plane runs.
 #[derive(Clone, Debug)]
@@ -251,8 +256,16 @@ impl Forwarder {
             self.owner(port)
                 .send(Command::Listen(port, listener, route));
         }
-        for (port, transport) in open.keys().filter(|key| !wanted.contains_key(key)) {
+        let gone: Vec<_> = open
+            .keys()
+            .filter(|key| !wanted.contains_key(key))
+            .copied()
+            .collect();
+        for (port, transport) in &gone {
             self.owner(*port).send(Command::Close(*port, *transport));
+        }
+        if !gone.is_empty() {
+            self.settle();
         }
         *open = wanted;
         Ok(())
@@ -292,6 +305,23 @@ impl Forwarder {
                 && thread.join().is_err()
             {
                 tracing::error!("a data thread has panicked");
+            }
+        }
+    }
+
+    /// Waits until the threads have carried out what they were told: a port
+    /// that was closed can be opened again then.
+    fn settle(&self) {
+        let (done, settled) = mpsc::channel();
+        for worker in &self.workers {
+            worker.send(Command::Settle(done.clone()));
+        }
+        drop(done);
+        for _ in &self.workers {
+            // A thread answers within a turn of its loop, or has stopped.
+            if settled.recv_timeout(SETTLE_LIMIT).is_err() {
+                tracing::warn!("a data thread is slow to close connection ports");
+                return;
             }
         }
     }

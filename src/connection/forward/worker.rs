@@ -57,6 +57,8 @@ pub(super) enum Command {
     Close(ListenPort, Transport),
     Answer(ListenPort, Ticket, Verdict),
     Cut(SessionKey),
+    /// Say when everything before is done.
+    Settle(mpsc::Sender<()>),
     Stop,
 }
 
@@ -253,6 +255,10 @@ impl Worker {
                 Command::Close(port, transport) => self.close_port(port, transport),
                 Command::Answer(port, ticket, verdict) => self.answer(port, ticket, verdict),
                 Command::Cut(session) => self.cut(session),
+                Command::Settle(done) => {
+                    // Whoever asked may have given up.
+                    let _ = done.send(());
+                }
                 Command::Stop => self.is_stopping = true,
             }
         }
