@@ -25,6 +25,8 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 struct Local {
     child: Child,
     lines: Receiver<String>,
+    /// Where a killed pool leaves its table.
+    _folder: tempfile::TempDir,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -33,7 +35,9 @@ impl Local {
         let turn = ONE_AT_A_TIME
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let folder = tempfile::tempdir().unwrap();
         let mut child = Command::new(PORTPOOL)
+            .env("TMPDIR", folder.path())
             .args(["local", "--drain-seconds", "2", "-f"])
             .arg(file)
             .stdout(Stdio::piped())
@@ -50,6 +54,7 @@ impl Local {
         Self {
             child,
             lines,
+            _folder: folder,
             _turn: turn,
         }
     }

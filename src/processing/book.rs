@@ -654,3 +654,6 @@ fn check(request: &v1::Select) -> Option<PortFilter> {
     let name = (!request.port_name.is_empty()).then(|| request.port_name.clone());
     is_valid.then_some(PortFilter { name, protocol })
 }
+
+#[cfg(test)]
+mod tests;

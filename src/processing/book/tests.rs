@@ -1,0 +1,271 @@
+use super::*;
+use crate::pool::ProxyProtocol;
+use crate::table::{PortRange, TargetPort};
+
+const TIMES: Times = Times {
+    claim: Duration::from_secs(30),
+    linger: Duration::from_secs(5),
+    max_duration: Some(Duration::from_secs(100)),
+};
+
+fn port(number: u16) -> ListenPort {
+    ListenPort::new(number).unwrap()
+}
+
+fn range(name: &str, first: u16, server_port: u16, count: u16) -> PortRange {
+    PortRange {
+        name: name.to_owned(),
+        connection_port: port(first),
+        server_port: TargetPort::new(server_port).unwrap(),
+        count,
+        protocol: PortProtocol::TCP,
+        shared: false,
+        proxy_protocol: ProxyProtocol::None,
+    }
+}
+
+fn row(ranges: Vec<PortRange>) -> Row {
+    Row {
+        slot: 0,
+        server: "pool-0".to_owned(),
+        server_uid: None,
+        address: None,
+        state: RowState::Active,
+        ranges,
+    }
+}
+
+fn at(seconds: u64) -> Now {
+    Now {
+        monotonic: Duration::from_secs(seconds),
+        unix_ms: seconds * 1000,
+    }
+}
+
+/// A book whose workload listens on 7000 to 7003, with `a` attached.
+fn book(ranges: Vec<PortRange>) -> Book {
+    let mut book = Book::new(TIMES, None);
+    book.set_row(Some(&row(ranges)), TIMES);
+    book.set_listening(Listening {
+        tcp: (7000..7004).collect(),
+        udp: BTreeSet::from([7000]),
+    });
+    book.attach("a", &[], at(0));
+    book
+}
+
+fn select(book: &mut Book, id: &str, now: Now) -> Result<u32, refused::Cause> {
+    let request = v1::Select {
+        session_id: id.to_owned(),
+        ..v1::Select::default()
+    };
+    book.select("a", &request, now)
+        .map(|(session, _)| session.connection_port)
+}
+
+fn opened(id: &str) -> v1::to_agent::Message {
+    v1::to_agent::Message::Opened(v1::Opened {
+        session_id: id.to_owned(),
+    })
+}
+
+fn closed(id: &str) -> v1::to_agent::Message {
+    v1::to_agent::Message::Closed(v1::Closed {
+        session_id: id.to_owned(),
+    })
+}
+
+fn ended(id: &str) -> v1::to_agent::Message {
+    v1::to_agent::Message::Ended(v1::Ended {
+        session_id: id.to_owned(),
+    })
+}
+
+fn released(id: &str) -> v1::to_agent::Message {
+    v1::to_agent::Message::Release(v1::Release {
+        session_id: id.to_owned(),
+    })
+}
+
+/// Free, held, busy, lingering and silent ports of the first name.
+fn counts(book: &Book) -> [u32; 5] {
+    let counts = &book.counts(at(0)).ports[0];
+    [
+        counts.free,
+        counts.held,
+        counts.busy,
+        counts.lingering,
+        counts.silent,
+    ]
+}
+
+fn cause_of_end(notices: &[Notice]) -> Option<end::Cause> {
+    notices.iter().find_map(|notice| match &notice.message {
+        from_agent::Message::End(end) => Some(end.cause()),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_session_goes_through_its_life() {
+    let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+    assert_eq!(counts(&book), [2, 0, 0, 0, 0]);
+    select(&mut book, "s", at(0)).unwrap();
+    assert_eq!(counts(&book), [1, 1, 0, 0, 0]);
+    book.report("a", &opened("s"), at(1));
+    assert_eq!(counts(&book), [1, 0, 1, 0, 0]);
+    book.report("a", &closed("s"), at(40));
+    assert_eq!(counts(&book), [1, 0, 0, 1, 0]);
+    book.report("a", &opened("s"), at(44));
+    assert_eq!(counts(&book), [1, 0, 1, 0, 0], "its client came back");
+    book.report("a", &closed("s"), at(50));
+    assert_eq!(book.next_deadline(), Some(Duration::from_secs(55)));
+    assert_eq!(cause_of_end(&book.tick(at(55))), Some(end::Cause::Finished));
+    assert_eq!(
+        counts(&book),
+        [1, 0, 0, 1, 0],
+        "not free before it is acknowledged"
+    );
+    book.report("a", &ended("s"), at(55));
+    assert_eq!(counts(&book), [2, 0, 0, 0, 0]);
+}
+
+#[test]
+fn every_end_has_its_cause() {
+    type Play = fn(&mut Book) -> Vec<Notice>;
+    let cases: [(Play, end::Cause); 6] = [
+        (|book| book.tick(at(30)), end::Cause::Unclaimed),
+        (
+            |book| book.report("a", &released("s"), at(1)),
+            end::Cause::Released,
+        ),
+        (
+            |book| {
+                book.report("a", &opened("s"), at(1));
+                book.tick(at(100))
+            },
+            end::Cause::MaxDuration,
+        ),
+        (|book| book.end_all(), end::Cause::Drained),
+        (|book| book.set_row(None, TIMES), end::Cause::Drained),
+        (
+            |book| {
+                book.detach("a", at(1));
+                book.tick(at(16))
+            },
+            end::Cause::OwnerGone,
+        ),
+    ];
+    for (play, cause) in cases {
+        let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+        select(&mut book, "s", at(0)).unwrap();
+        assert_eq!(cause_of_end(&play(&mut book)), Some(cause));
+    }
+}
+
+#[test]
+fn the_port_that_has_been_free_for_the_longest_time_is_next() {
+    let mut book = book(vec![range("main", 20_000, 7000, 3)]);
+    assert_eq!(select(&mut book, "s", at(0)), Ok(20_000));
+    book.report("a", &released("s"), at(0));
+    book.report("a", &ended("s"), at(0));
+    let next: Vec<_> = ["t", "u", "v"]
+        .map(|id| select(&mut book, id, at(0)).unwrap())
+        .into();
+    assert_eq!(next, [20_001, 20_002, 20_000]);
+    assert_eq!(
+        select(&mut book, "w", at(0)),
+        Err(refused::Cause::NoFreePort)
+    );
+}
+
+#[test]
+fn only_ports_that_the_workload_listens_on_are_offered() {
+    let mut book = book(vec![range("main", 20_000, 7003, 2)]);
+    assert_eq!(counts(&book), [1, 0, 0, 0, 1], "7004 is silent");
+    select(&mut book, "s", at(0)).unwrap();
+    book.set_listening(Listening::default());
+    assert_eq!(counts(&book), [0, 1, 0, 0, 1], "the session stays");
+    book.report("a", &released("s"), at(0));
+    book.report("a", &ended("s"), at(0));
+    assert_eq!(counts(&book), [0, 0, 0, 0, 2]);
+}
+
+#[test]
+fn a_port_for_both_protocols_needs_both() {
+    let both = PortRange {
+        protocol: PortProtocol::TCPUDP,
+        ..range("main", 20_000, 7000, 2)
+    };
+    assert_eq!(
+        counts(&book(vec![both])),
+        [1, 0, 0, 0, 1],
+        "UDP is listened on at 7000 only"
+    );
+}
+
+#[test]
+fn shared_ports_depend_on_the_one_server_port() {
+    let shared = PortRange {
+        shared: true,
+        ..range("main", 20_000, 7003, 16)
+    };
+    let mut book = book(vec![shared]);
+    assert_eq!(counts(&book)[0], 16);
+    book.set_listening(Listening::default());
+    assert_eq!(counts(&book)[4], 16);
+}
+
+#[test]
+fn a_changed_row_keeps_what_stays_and_ends_what_goes() {
+    let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+    select(&mut book, "stays", at(0)).unwrap();
+    select(&mut book, "goes", at(0)).unwrap();
+    let notices = book.set_row(Some(&row(vec![range("main", 20_000, 7000, 1)])), TIMES);
+    assert_eq!(cause_of_end(&notices), Some(end::Cause::Drained));
+    assert!(book.look_up(port(20_000)).is_some());
+    book.report("a", &ended("goes"), at(0));
+    assert_eq!(
+        counts(&book),
+        [0, 1, 0, 0, 0],
+        "the port has gone with its session"
+    );
+    assert_eq!(book.session_count(), 1);
+}
+
+#[test]
+fn a_draining_server_selects_nothing() {
+    let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+    book.stop();
+    assert_eq!(select(&mut book, "s", at(0)), Err(refused::Cause::Draining));
+    assert!(book.counts(at(0)).draining);
+}
+
+#[test]
+fn a_restarted_agent_adopts_before_it_offers() {
+    let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
+    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 2)])), TIMES);
+    book.set_listening(Listening {
+        tcp: (7000..7002).collect(),
+        ..Listening::default()
+    });
+    let known = |id: &str, number: u32| v1::Session {
+        session_id: id.to_owned(),
+        connection_port: number,
+        open_here: true,
+        ..v1::Session::default()
+    };
+    let notices = book.attach("a", &[known("s", 20_000), known("stranger", 9)], at(1));
+    assert_eq!(
+        cause_of_end(&notices),
+        Some(end::Cause::Unknown),
+        "a port of somebody else"
+    );
+    assert!(book.look_up(port(20_000)).is_some());
+    assert_eq!(
+        select(&mut book, "t", at(1)),
+        Err(refused::Cause::Recovering)
+    );
+    book.tick(at(15));
+    assert_eq!(select(&mut book, "t", at(15)), Ok(20_001));
+}
