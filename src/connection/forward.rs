@@ -225,7 +225,8 @@ impl Forwarder {
 
     /// Opens the connection ports of `table`, routes them, and closes those
     /// that it does not have. New ports are bound before anything changes.
-    /// Live connections and flows go on to where they were going.
+    /// Live connections go on to where they were going, and so do UDP flows,
+    /// except those of a removed port: they end with its socket.
     ///
     /// # Errors
     /// [`ApplyError`] names the port that cannot be opened; nothing has
