@@ -169,9 +169,13 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
 
 /// Has `changed` notified of whatever happens in `folder`. The folder, not the
 /// file: writers replace the file, and a ConfigMap volume replaces the
-/// `..data` link beside it.
+/// `..data` link beside it. Reading is no change: our own would wake us again.
 fn watch_folder(folder: &Path, changed: Arc<Notify>) -> notify::Result<RecommendedWatcher> {
-    let mut watcher = notify::recommended_watcher(move |_| changed.notify_one())?;
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            changed.notify_one();
+        }
+    })?;
     watcher.watch(folder, RecursiveMode::NonRecursive)?;
     Ok(watcher)
 }
