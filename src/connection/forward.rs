@@ -26,7 +26,7 @@ mod tcp;
 mod udp;
 mod worker;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -137,6 +137,10 @@ struct IdleTimes {
     udp: AtomicU64,
 }
 
+/// UDP ports that the table no longer has and whose flows go on. A thread
+/// takes a port out when it has closed it, control when it opens it again.
+type DrainingPorts = Arc<Mutex<HashSet<ListenPort>>>;
+
 /// Why the data plane cannot start.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to start the data plane: {0}")]
@@ -169,6 +173,7 @@ pub struct Forwarder {
     listen: IpAddr,
     workers: Vec<Handle>,
     open: Mutex<HashMap<(ListenPort, Transport), Route>>,
+    draining: DrainingPorts,
     idle: Arc<IdleTimes>,
     counters: Arc<Counters>,
 }
@@ -199,11 +204,17 @@ impl Forwarder {
             Arc::new(IdleTimes::default()),
             Arc::new(Counters::default()),
         );
+        let draining = DrainingPorts::default();
         let workers = (0..config.threads).map(|index| {
             let (commands, inbox) = mpsc::channel();
             let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-            let gate: Arc<dyn Gate> = gate.clone();
-            let worker = Worker::new(inbox, &wake, gate, idle.clone(), counters.clone())?;
+            let shared = worker::Shared {
+                gate: gate.clone(),
+                draining: draining.clone(),
+                idle: idle.clone(),
+                counters: counters.clone(),
+            };
+            let worker = Worker::new(inbox, &wake, shared)?;
             let name = format!("forward-{index}");
             let thread = std::thread::Builder::new()
                 .name(name)
@@ -218,6 +229,7 @@ impl Forwarder {
             listen: config.listen,
             workers: workers.collect::<Result<_, io::Error>>()?,
             open: Mutex::default(),
+            draining,
             idle,
             counters,
         })
@@ -225,8 +237,8 @@ impl Forwarder {
 
     /// Opens the connection ports of `table`, routes them, and closes those
     /// that it does not have. New ports are bound before anything changes.
-    /// Live connections go on to where they were going, and so do UDP flows,
-    /// except those of a removed port: they end with its socket.
+    /// Live connections and UDP flows go on to where they were going, also those
+    /// of a removed port: it takes no new ones.
     ///
     /// # Errors
     /// [`ApplyError`] names the port that cannot be opened; nothing has
@@ -235,9 +247,18 @@ impl Forwarder {
         let wanted = routes(table);
         let mut open = self.open.lock();
         let mut opened: Vec<(ListenPort, Listener)> = Vec::new();
-        for (port, transport) in wanted.keys().filter(|key| !open.contains_key(key)) {
-            opened.push((*port, Listener::open(self.listen, *port, *transport)?));
+        let mut reopened: Vec<ListenPort> = Vec::new();
+        // Held while opening: no thread closes a port that is to be kept.
+        let mut draining = self.draining.lock();
+        for &(port, transport) in wanted.keys().filter(|key| !open.contains_key(key)) {
+            if transport == Transport::Udp && draining.contains(&port) {
+                reopened.push(port);
+            } else {
+                opened.push((port, Listener::open(self.listen, port, transport)?));
+            }
         }
+        draining.retain(|port| !reopened.contains(port));
+        drop(draining);
         let seconds = |value: i32| u64::try_from(value).unwrap_or(0);
         self.idle.tcp.store(
             seconds(table.sessions.idle_timeout_seconds),
@@ -256,6 +277,10 @@ impl Forwarder {
             let route = wanted[&(port, listener.transport())];
             self.owner(port)
                 .send(Command::Listen(port, listener, route));
+        }
+        for port in reopened {
+            let route = wanted[&(port, Transport::Udp)];
+            self.owner(port).send(Command::Reopen(port, route));
         }
         let gone: Vec<_> = open
             .keys()

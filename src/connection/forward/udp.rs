@@ -29,6 +29,8 @@ pub(super) struct Port {
     pub(super) route: Route,
     pub(super) flows: HashMap<SocketAddr, Key>,
     pub(super) parked: HashMap<SocketAddr, Ticket>,
+    /// The table no longer has it: no new flows.
+    pub(super) is_draining: bool,
     socket: UdpSocket,
     state: UdpSocketState,
 }
@@ -56,6 +58,7 @@ impl Port {
             route,
             flows: HashMap::new(),
             parked: HashMap::new(),
+            is_draining: false,
             socket,
             state,
         }

@@ -1,9 +1,9 @@
 //! A data thread: one epoll, and everything that happens on the connection
 //! ports it owns.
 //!
-//! Listeners are level-triggered: what is not accepted now is reported again.
-//! Sockets of sessions are edge-triggered and registered once, so a session
-//! costs no epoll call while it runs.
+//! Listeners and UDP sockets are level-triggered: what is not read now is
+//! reported again. TCP sockets of sessions are edge-triggered and registered
+//! once, so a session costs no epoll call while it runs.
 
 mod datagrams;
 mod streams;
@@ -23,7 +23,7 @@ use super::listeners::Listener;
 use super::slab::{Key, Slab};
 use super::tcp::{Connection, SCRATCH_BYTES, Side};
 use super::udp::{self, DATAGRAM_BYTES};
-use super::{Gate, IdleTimes, Route, SessionKey, Ticket, Transport, Verdict};
+use super::{DrainingPorts, Gate, IdleTimes, Route, SessionKey, Ticket, Transport, Verdict};
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
@@ -53,6 +53,8 @@ const TICK: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(super) enum Command {
     Listen(ListenPort, Listener, Route),
+    /// A UDP port that is draining is wanted again.
+    Reopen(ListenPort, Route),
     Route(ListenPort, Transport, Route),
     Close(ListenPort, Transport),
     Answer(ListenPort, Ticket, Verdict),
@@ -116,6 +118,14 @@ enum Parked {
     Udp(udp::Parked),
 }
 
+/// What all data threads share with control.
+pub(super) struct Shared {
+    pub(super) gate: Arc<dyn Gate>,
+    pub(super) draining: DrainingPorts,
+    pub(super) idle: Arc<IdleTimes>,
+    pub(super) counters: Arc<Counters>,
+}
+
 /// A data thread's state.
 pub(super) struct Worker {
     inbox: mpsc::Receiver<Command>,
@@ -127,6 +137,9 @@ pub(super) struct Worker {
     ports: HashMap<(ListenPort, Transport), Key>,
     tcp_ports: Slab<TcpPort>,
     udp_ports: Slab<udp::Port>,
+    /// UDP ports that the table no longer has, until their flows have ended.
+    draining: Vec<Key>,
+    draining_ports: DrainingPorts,
     connections: Slab<Connection>,
     flows: Slab<udp::Flow>,
     sessions: HashMap<SessionKey, Vec<(Transport, Key)>>,
@@ -146,9 +159,7 @@ impl Worker {
     pub(super) fn new(
         inbox: mpsc::Receiver<Command>,
         wake: &Arc<OwnedFd>,
-        gate: Arc<dyn Gate>,
-        idle: Arc<IdleTimes>,
-        counters: Arc<Counters>,
+        shared: Shared,
     ) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let nobody = Key {
@@ -160,13 +171,15 @@ impl Worker {
         Ok(Self {
             inbox,
             wake: wake.clone(),
-            gate,
-            idle,
-            counters,
+            gate: shared.gate,
+            idle: shared.idle,
+            counters: shared.counters,
             epoll,
             ports: HashMap::new(),
             tcp_ports: Slab::default(),
             udp_ports: Slab::default(),
+            draining: Vec::new(),
+            draining_ports: shared.draining,
             connections: Slab::default(),
             flows: Slab::default(),
             sessions: HashMap::new(),
@@ -220,7 +233,8 @@ impl Worker {
         if !self.ready.is_empty() {
             return Some(Duration::ZERO);
         }
-        let has_deadlines = self.connections.len() + self.flows.len() + self.parked.len() > 0;
+        let waiting = self.parked.len() + self.draining.len();
+        let has_deadlines = self.connections.len() + self.flows.len() + waiting > 0;
         (has_deadlines || self.paused.is_some()).then(|| {
             self.next_tick
                 .saturating_duration_since(self.now)
@@ -251,6 +265,7 @@ impl Worker {
         while let Ok(command) = self.inbox.try_recv() {
             match command {
                 Command::Listen(port, listener, route) => self.listen(port, listener, route),
+                Command::Reopen(port, route) => self.reopen(port, route),
                 Command::Route(port, transport, route) => self.route(port, transport, route),
                 Command::Close(port, transport) => self.close_port(port, transport),
                 Command::Answer(port, ticket, verdict) => self.answer(port, ticket, verdict),
@@ -326,7 +341,8 @@ impl Worker {
         }
     }
 
-    /// Closes a port. Its connections go on; its flows end with their socket.
+    /// Closes a port. Its connections go on, and so do its flows, for which
+    /// its socket stays open.
     fn close_port(&mut self, port: ListenPort, transport: Transport) {
         let Some(key) = self.ports.remove(&(port, transport)) else {
             return;
@@ -335,13 +351,7 @@ impl Worker {
             Transport::Tcp => {
                 self.tcp_ports.remove(key);
             }
-            Transport::Udp => {
-                if let Some(port) = self.udp_ports.remove(key) {
-                    for flow in port.flows.into_values() {
-                        self.end_flow(flow);
-                    }
-                }
-            }
+            Transport::Udp => self.drain_udp_port(key),
         }
     }
 
@@ -461,6 +471,7 @@ impl Worker {
         }
         self.tick_connections();
         self.tick_flows();
+        self.close_drained();
     }
 }
 

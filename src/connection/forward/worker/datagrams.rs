@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use rustix::event::epoll::{self, EventFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
@@ -12,14 +13,69 @@ use super::{MAX_FLOWS, Parked, Source, Worker};
 use crate::connection::forward::counters::count;
 use crate::connection::forward::slab::Key;
 use crate::connection::forward::udp::{self, Flow, Received, Sent};
-use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict};
+use crate::connection::forward::{Route, SessionKey, Traffic, Transport, Verdict};
 use crate::table::ListenPort;
 
-/// Reads from one socket before others get their turn. Ports are
+/// Reads from one socket before others get their turn. All sockets here are
 /// level-triggered, so what is left is reported again.
 const READS_PER_TURN: usize = 64;
 
 impl Worker {
+    /// Takes no new flows on a port, and closes it when the last one has ended.
+    pub(super) fn drain_udp_port(&mut self, key: Key) {
+        let Some(port) = self.udp_ports.get_mut(key) else {
+            return;
+        };
+        if port.flows.is_empty() {
+            self.udp_ports.remove(key);
+            return;
+        }
+        port.is_draining = true;
+        self.draining_ports.lock().insert(port.port);
+        self.draining.push(key);
+        self.schedule();
+    }
+
+    /// The table has a draining port again.
+    pub(super) fn reopen(&mut self, number: ListenPort, route: Route) {
+        let udp_ports = &mut self.udp_ports;
+        let is_it = |key: &Key| {
+            udp_ports
+                .get_mut(*key)
+                .is_some_and(|port| port.port == number)
+        };
+        let Some(index) = self.draining.iter().position(is_it) else {
+            return;
+        };
+        let key = self.draining.swap_remove(index);
+        if let Some(port) = self.udp_ports.get_mut(key) {
+            (port.is_draining, port.route) = (false, route);
+            self.ports.insert((number, Transport::Udp), key);
+        }
+    }
+
+    /// Closes draining ports without flows.
+    pub(super) fn close_drained(&mut self) {
+        // Control holds the lock while it opens ports: they can wait a tick.
+        let Some(mut ports) = self.draining_ports.try_lock() else {
+            return;
+        };
+        let udp_ports = &mut self.udp_ports;
+        self.draining.retain(|key| {
+            let Some(port) = udp_ports.get_mut(*key) else {
+                return false;
+            };
+            // A port that is no longer in the set is about to be reopened.
+            let is_over = port.flows.is_empty() && ports.contains(&port.port);
+            if is_over {
+                let number = port.port;
+                udp_ports.remove(*key);
+                ports.remove(&number);
+            }
+            !is_over
+        });
+    }
+
     pub(super) fn receive_from_clients(&mut self, key: Key) {
         let mut space = std::mem::take(&mut self.scratch);
         for _ in 0..READS_PER_TURN {
@@ -81,6 +137,9 @@ impl Worker {
                 parked.keep(datagram);
             }
             return;
+        }
+        if port.is_draining {
+            return count(&self.counters.no_session);
         }
         let number = port.port;
         // Two connection ports that answer each other would never stop.
@@ -179,7 +238,7 @@ impl Worker {
         let is_watched = self
             .flows
             .get_mut(flow_key)
-            .is_some_and(|flow| super::watch(epoll, &flow.server, data).is_ok());
+            .is_some_and(|flow| epoll::add(epoll, &flow.server, data, EventFlags::IN).is_ok());
         if let Some(port) = self.udp_ports.get_mut(key) {
             port.flows.insert(client, flow_key);
         }
@@ -194,7 +253,10 @@ impl Worker {
 
     pub(super) fn receive_from_server(&mut self, key: Key) {
         let mut space = std::mem::take(&mut self.scratch);
-        while let Some(flow) = self.flows.get_mut(key) {
+        for _ in 0..READS_PER_TURN {
+            let Some(flow) = self.flows.get_mut(key) else {
+                break;
+            };
             let length = match recv(&flow.server, &mut *space, RecvFlags::empty()) {
                 Ok((length, _)) => length,
                 Err(Errno::AGAIN) => break,
