@@ -26,7 +26,7 @@ pub mod policy;
 pub mod reservations;
 pub mod sessions;
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,6 +123,10 @@ pub enum Error {
 /// and survived.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
     tokio::pin!(shutdown);
+    let options = Options {
+        listen: without_ipv6(options.listen),
+        ..options
+    };
     let mut follower = follow::follow_file(&options.table)?;
     let first = tokio::select! {
         first = follower.first() => first?,
@@ -333,6 +337,15 @@ fn apply(
     reservations.set_policy(table.load_sharing.policy);
     agents.set_table(table);
     Ok(())
+}
+
+/// `0.0.0.0` for `::` where the kernel has no IPv6; else `listen` itself.
+fn without_ipv6(listen: IpAddr) -> IpAddr {
+    let has_ipv6 = || socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None);
+    match listen {
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) if has_ipv6().is_err() => Ipv4Addr::UNSPECIFIED.into(),
+        listen => listen,
+    }
 }
 
 /// Listens on the load-sharing port; `::` takes IPv4 too.

@@ -8,11 +8,12 @@
 mod common;
 
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{COUNT, Pool, connect, echo, is_cut};
 use portpool::session::SessionRequest;
 use portpool::table::RowState;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 const ALL: u32 = 2 * COUNT as u32;
 
@@ -220,4 +221,116 @@ async fn a_bound_session_admits_its_requester_only() {
     stranger.connect(&address.into()).unwrap();
     assert!(is_cut(&mut stranger.into()));
     echo(&mut connect(&session), "the requester");
+}
+
+fn open_files(process: u32) -> u64 {
+    let folder = std::fs::read_dir(format!("/proc/{process}/fd")).unwrap();
+    folder.count() as u64
+}
+
+/// Processor time of `process` so far; the kernel counts in 10 ms.
+fn processor_time(process: u32) -> Duration {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    let ticks = |index: usize| fields[index].parse::<u64>().unwrap();
+    Duration::from_millis(10 * (ticks(11) + ticks(12)))
+}
+
+#[tokio::test]
+async fn an_idle_pool_uses_hardly_any_processor_time() {
+    let pool = Pool::running(2, |_| {}).await;
+    let processes = || {
+        [
+            &pool.connection_servers[0],
+            &pool.agents[0],
+            &pool.workloads[0],
+        ]
+        .map(|process| processor_time(process.id()))
+    };
+    let before = processes();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    for (before, after) in before.into_iter().zip(processes()) {
+        let used = after - before;
+        assert!(used <= Duration::from_millis(100), "{used:?} in 2 s");
+    }
+}
+
+#[tokio::test]
+async fn without_descriptors_nothing_spins_and_all_is_served_again() {
+    let pool = Pool::running(2, |_| {}).await;
+    let process = pool.connection_servers[0].id();
+    let pid = Pid::from_raw(i32::try_from(process).unwrap());
+    let session = pool.request().await.unwrap();
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let limit = |current| {
+        prlimit(pid, Resource::Nofile, Rlimit { current, maximum }).unwrap();
+    };
+    limit(Some(3));
+    let started = (Instant::now(), processor_time(process));
+    // The kernel accepts for the listener; the forwarder cannot take it over.
+    let mut stream = connect(&session);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let used = processor_time(process) - started.1;
+    assert!(
+        used < Duration::from_millis(200),
+        "{used:?} of processor time in {:?}",
+        started.0.elapsed()
+    );
+    limit(maximum);
+    echo(&mut stream, "served after all");
+}
+
+#[tokio::test]
+async fn faults_leave_no_descriptor_behind() {
+    let mut pool = Pool::running(2, |_| {}).await;
+    let process = pool.connection_servers[0].id();
+    // Streams to agents, kept client connections and the like come first.
+    pool.request().await.map(drop).unwrap();
+    let round = async |pool: &Pool| {
+        let session = pool.request().await.unwrap();
+        let mut stream = connect(&session);
+        echo(&mut stream, "bytes");
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket
+            .send_to(b"datagram", (session.address.as_str(), session.port))
+            .unwrap();
+        session
+    };
+    let session = round(&pool).await;
+    pool.client().release(&session.id).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = open_files(process);
+    for _ in 0..20 {
+        let session = round(&pool).await;
+        let _ = pool.client().release(&session.id).await;
+        // Reset by the client, and a port without a session.
+        let session = round(&pool).await;
+        if let Ok(stream) = TcpStream::connect((session.address.as_str(), session.port)) {
+            socket2::SockRef::from(&stream)
+                .set_linger(Some(Duration::ZERO))
+                .unwrap();
+        }
+        // Over by itself, or by this.
+        let _ = pool.client().release(&session.id).await;
+        let _ = TcpStream::connect((session.address.as_str(), session.port));
+    }
+    let server = pool.request().await.unwrap();
+    let mut stream = connect(&server);
+    pool.workloads.iter_mut().for_each(common::Process::kill);
+    assert!(is_cut(&mut stream));
+    drop(stream);
+    let deadline = Instant::now() + common::SOON;
+    while open_files(process) > before {
+        assert!(
+            Instant::now() < deadline,
+            "{before} descriptors before, {} after",
+            open_files(process)
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
 }

@@ -502,6 +502,38 @@ fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
 }
 
 #[test]
+fn removing_a_udp_port_keeps_its_flows_until_they_end() {
+    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let _clients = udp_echo(bench.server);
+    let (living, stranger) = (udp_client(&bench), udp_client(&bench));
+    let echo = |text: &[u8]| {
+        living.send(text).unwrap();
+        let mut answer = [0; 16];
+        let length = living.recv(&mut answer).unwrap();
+        assert_eq!(&answer[..length], text);
+    };
+    echo(b"before");
+    let away = |range: &mut PortRange| range.connection_port = ListenPort::new(FIRST + 50).unwrap();
+    bench.lead(1, away);
+    echo(b"removed");
+    stranger.send(b"too late").unwrap();
+    until(|| bench.forwarder.counters().no_session == 1);
+    // Back while the flow lives, and away again: it is the same flow.
+    bench.lead(4, |_| {});
+    echo(b"back");
+    bench.lead(1, away);
+    echo(b"removed again");
+    assert_eq!(bench.forwarder.counters().udp_opened, 1);
+    bench
+        .forwarder
+        .cut(ListenPort::new(FIRST).unwrap(), SESSION);
+    bench.all_closed();
+    until(|| UdpSocket::bind((bench.listen, FIRST)).is_ok());
+    bench.lead(4, |_| {});
+    echo(b"a new flow");
+}
+
+#[test]
 fn a_parked_flow_keeps_its_first_datagrams() {
     let bench = Bench::new(Verdict::Ask);
     let _clients = udp_echo(bench.server);

@@ -368,6 +368,12 @@ impl Agents {
                 session: Some(session),
             }) => {
                 let session_id = session.session_id.clone();
+                debug!(
+                    slot,
+                    session = session_id,
+                    connection_port = session.connection_port,
+                    "session selected"
+                );
                 self.carry_out(self.sessions.learn(slot, session.clone()));
                 // Nobody waits any more, and nobody was told the port.
                 if !answer(request_id, Ok(session)) {
@@ -384,6 +390,12 @@ impl Agents {
             From::Session(session) => self.carry_out(self.sessions.learn(slot, session)),
             From::End(end) => {
                 self.metrics.session_ended(end.cause());
+                debug!(
+                    slot,
+                    session = end.session_id,
+                    cause = end.cause().as_str_name(),
+                    "session ends"
+                );
                 self.carry_out(self.sessions.end(slot, &end.session_id));
             }
             From::LookedUp(v1::LookedUp {
