@@ -26,7 +26,9 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
+
+use jiff::Timestamp;
 
 use self::child::{Program, Supervised};
 use self::events::Events;
@@ -34,12 +36,15 @@ use self::server::Server;
 use crate::client::Client;
 use crate::follow::write_table;
 use crate::manifest::{self, ManifestError};
-use crate::plan::{ObservedSlot, Plan, Problem, ValidPool, plan};
+use crate::plan::{Observed, ObservedServer, Plan, Problem, ValidPool, plan, server_name};
 use crate::session::PoolState;
-use crate::table::{RowState, Table};
+use crate::table::Table;
 
 /// How often the world is observed and the plan carried on.
 const STEP: Duration = Duration::from_millis(250);
+
+/// Stands for the uid that a cluster gives a pool.
+const UID: &str = "local";
 
 /// Port of the first connection server's admin pages, on its address; agents
 /// have theirs on 7071 of their own addresses.
@@ -102,7 +107,7 @@ impl Error {
 /// [`Error`]; nothing was started then.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
     let pool = manifest::load(&options.file)?;
-    let first = plan(&pool, "local", None, &[], Duration::ZERO);
+    let first = plan_first(&pool);
     check::can_run(&pool, &first.table)?;
     let system = |action: &str| {
         let action = action.to_owned();
@@ -163,7 +168,7 @@ impl Local {
     async fn start(&mut self) -> io::Result<()> {
         let address = format!("127.0.0.1:{}", self.pool.load_sharing_port);
         self.client = Client::new(&address).expect("the address is well-formed");
-        self.apply(plan(&self.pool, "local", None, &[], self.drain_limit()))?;
+        self.apply(plan_first(&self.pool))?;
         for index in 0..self.pool.connection_servers {
             let server = self.connection_server(index);
             self.connection_servers.push(server);
@@ -209,16 +214,15 @@ impl Local {
         if let Some(state) = &state {
             self.show(state);
         }
-        let observed = self.observe(state.as_ref());
-        let next = plan(
-            &self.pool,
-            "local",
-            self.table.as_ref(),
-            &observed,
-            self.drain_limit(),
-        );
+        let servers = self.observe(state.as_ref());
+        let observed = Observed {
+            uid: UID,
+            table: self.table.as_ref(),
+            generation: 0,
+            servers: &servers,
+        };
+        let next = plan(&self.pool, &observed, Timestamp::now(), self.drain_limit());
         self.apply(next)?;
-        self.replace_outdated();
         Ok(())
     }
 
@@ -282,26 +286,21 @@ impl Local {
         self.events.draw(state);
     }
 
-    fn observe(&mut self, state: Option<&PoolState>) -> Vec<ObservedSlot> {
-        let now = Instant::now();
+    fn observe(&mut self, state: Option<&PoolState>) -> Vec<ObservedServer> {
         self.servers.retain(|_, server| !server.has_stopped());
-        let table = self.table.as_ref();
-        let observed = self.servers.iter_mut().map(|(&slot, server)| {
-            let row = table.and_then(|table| table.row(slot));
-            let is_draining = row.is_some_and(|row| row.state == RowState::Draining);
-            let since = *server.draining_since.get_or_insert(now);
-            if !is_draining {
-                server.draining_since = None;
-            }
+        let template = &self.pool.template;
+        let observed = self.servers.iter().map(|(&slot, server)| {
             let reported =
                 state.and_then(|state| state.servers.iter().find(|reported| reported.slot == slot));
-            ObservedSlot {
+            ObservedServer {
                 slot,
                 uid: server.uid.clone(),
                 address: (!server.is_stopping()).then_some(server.address),
                 is_ready: reported.is_some_and(|reported| reported.attached),
+                is_outdated: server.template != *template,
+                is_stopping: server.is_stopping(),
                 sessions: reported.map(|reported| reported.sessions),
-                draining_for: is_draining.then(|| now - since),
+                ..ObservedServer::default()
             }
         });
         observed.collect()
@@ -324,14 +323,18 @@ impl Local {
             if let Some(server) = self.servers.get_mut(&slot)
                 && server.stop()
             {
-                self.events.say(format!("{} stops", server.name));
+                let reason = match server.template == self.pool.template {
+                    true => "stops",
+                    false => "is replaced: the template has changed",
+                };
+                self.events.say(format!("{} {reason}", server.name));
             }
         }
         Ok(())
     }
 
     fn start_server(&mut self, slot: u32) {
-        let name = format!("{}-{slot}", self.pool.name);
+        let name = server_name(&self.pool.name, slot);
         let address = server_address(slot);
         match Server::start(&self.context(), slot, name.clone(), address) {
             Ok(server) => {
@@ -358,31 +361,6 @@ impl Local {
         }
     }
 
-    /// Replaces one server of a former template: the next one follows when its
-    /// successor runs.
-    fn replace_outdated(&mut self) {
-        if self
-            .servers
-            .values()
-            .any(|server| server.is_stopping() || !server.is_ready())
-        {
-            return;
-        }
-        let template = &self.pool.template;
-        let outdated = self
-            .servers
-            .values_mut()
-            .find(|server| server.template != *template);
-        if let Some(server) = outdated
-            && server.stop()
-        {
-            self.events.say(format!(
-                "{} is replaced: the template has changed",
-                server.name
-            ));
-        }
-    }
-
     /// Drains and stops everything; connection servers last.
     async fn stop(mut self) {
         self.events.clear();
@@ -401,6 +379,17 @@ impl Local {
         }
         self.events.say("stopped");
     }
+}
+
+/// The plan for a pool of which there is nothing yet.
+fn plan_first(pool: &ValidPool) -> Plan {
+    let nothing = Observed {
+        uid: UID,
+        table: None,
+        generation: 0,
+        servers: &[],
+    };
+    plan(pool, &nothing, Timestamp::now(), Duration::ZERO)
 }
 
 /// Address of the processing server in `slot`: 127.0.0.2 and up.

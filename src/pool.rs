@@ -5,7 +5,7 @@
 //! Doc comments here become the CRD's descriptions, which `kubectl explain`
 //! prints; they give unit, bounds and default.
 
-use k8s_openapi::api::core::v1::PodTemplateSpec;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
 use kube::KubeSchema;
 use schemars::JsonSchema;
@@ -38,7 +38,23 @@ pub const AGENT_ADMIN_PORT: u16 = 7071;
     category = "portpool",
     namespaced,
     cel,
-    derive = "PartialEq"
+    derive = "PartialEq",
+    status = "ProcessingPoolStatus",
+    scale(
+        spec_replicas_path = ".spec.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("metadata.name must have at most 52 lower-case letters, digits and hyphens, and begin with a letter: pods and services are named after it"),
+    printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Processing servers wanted"),
+    printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas", description = "Processing servers that are ready"),
+    printcolumn(name = "Ports", type_ = "integer", json_path = ".status.ports", description = "Connection ports"),
+    printcolumn(name = "Sessions", type_ = "integer", json_path = ".status.sessions", description = "Live sessions, when known"),
+    printcolumn(name = "Free", type_ = "integer", json_path = ".status.freePorts", description = "Ports a request could get, when known"),
+    printcolumn(name = "Status", type_ = "string", json_path = ".status.message", description = "What the pool waits for, if anything"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Address", type_ = "string", json_path = ".status.address", description = "Where requests go", priority = 1),
+    printcolumn(name = "Policy", type_ = "string", json_path = ".spec.loadSharing.policy", description = "How a request is given its server", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
 pub struct ProcessingPoolSpec {
@@ -53,6 +69,7 @@ pub struct ProcessingPoolSpec {
 
     /// The server that clients ask and connect to.
     #[serde(default)]
+    #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, clients know the addresses it gave: create another pool"))]
     #[x_kube(validation = Rule::new("self.loadSharingPort < self.connectionPorts.first || self.loadSharingPort > self.connectionPorts.last").message("loadSharingPort must lie outside connectionPorts"))]
     pub connection_server: ConnectionServer,
 
@@ -64,9 +81,24 @@ pub struct ProcessingPoolSpec {
     #[serde(default)]
     pub sessions: Sessions,
 
+    /// Seconds that live sessions may keep a processing server that is to go, because the pool shrinks or its template has changed, 0 to 604800. Default 600. `portpool local` has an option instead.
+    #[serde(default = "default_drain_seconds")]
+    #[schemars(range(min = 0, max = 604800))]
+    pub drain_seconds: i32,
+
     /// The pod of one processing server, as in a Deployment. `portpool local` runs its containers' command, args and env as processes.
     #[schemars(schema_with = "preserved_template")]
-    pub template: PodTemplateSpec,
+    pub template: PodTemplate,
+}
+
+/// A pod template as it was written, unknown fields included: the API server
+/// knows newer fields than this program, and names those that nobody knows.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct PodTemplate(pub serde_json::Value);
+
+fn default_drain_seconds() -> i32 {
+    600
 }
 
 fn default_replicas() -> i32 {
@@ -81,6 +113,48 @@ fn preserved_template(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
         "description": "The pod of one processing server, as in a Deployment. `portpool local` runs its containers' command, args and env as processes.",
         "x-kubernetes-preserve-unknown-fields": true
     })
+}
+
+/// What the operator has found and done.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ProcessingPoolStatus {
+    /// Generation of the spec that this status is about.
+    pub observed_generation: i64,
+
+    /// Processing servers that exist.
+    pub replicas: i32,
+
+    /// Processing servers that are ready.
+    pub ready_replicas: i32,
+
+    /// Selects the pods of the processing servers, for the scale subresource.
+    pub selector: String,
+
+    /// Connection ports in the port-relationship table.
+    pub ports: i32,
+
+    /// Generation of the port-relationship table.
+    pub table_generation: i64,
+
+    /// Live sessions, when a connection server has told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sessions: Option<i32>,
+
+    /// Ports that a request could get, when a connection server has told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub free_ports: Option<i32>,
+
+    /// Where requests go, once known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+
+    /// One sentence: what the pool waits for, or that it is complete.
+    pub message: String,
+
+    /// Ready: the pool is as its spec says. Progressing: something is being changed. Degraded: something needs attention. ConnectionServerAvailable: requests are answered.
+    #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
 }
 
 /// A run of ports that each processing server's workload listens on.

@@ -16,6 +16,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
@@ -106,6 +107,9 @@ pub struct Row {
     pub address: Option<IpAddr>,
     /// Whether it gets new sessions.
     pub state: RowState,
+    /// Since when it is `Draining`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draining_since: Option<Timestamp>,
     /// Its connection ports. No connection port occurs twice in a table.
     pub ranges: Vec<PortRange>,
 }
@@ -384,6 +388,7 @@ mod tests {
             server_uid: Some("6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10".to_owned()),
             address: Some("2001:db8:1234:5678:9abc:def0:1234:5678".parse().unwrap()),
             state: RowState::Active,
+            draining_since: None,
             ranges,
         }
     }

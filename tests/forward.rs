@@ -115,6 +115,7 @@ impl Bench {
             slot: 0,
             server: "test-0".to_owned(),
             server_uid: None,
+            draining_since: None,
             address: Some(self.server),
             state: RowState::Active,
             ranges: vec![range],

@@ -98,6 +98,7 @@ impl World {
             slot: u32::try_from(agent).unwrap(),
             server: format!("pool-{agent}"),
             server_uid: None,
+            draining_since: None,
             address: None,
             state: RowState::Active,
             ranges: vec![PortRange {

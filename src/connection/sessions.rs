@@ -489,6 +489,7 @@ mod tests {
             slot: slot.into(),
             server: format!("pool-{slot}"),
             server_uid: None,
+            draining_since: None,
             address: None,
             state: RowState::Active,
             ranges: vec![range(slot)],

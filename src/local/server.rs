@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use tokio::task::JoinHandle;
@@ -34,7 +34,6 @@ pub(super) struct Server {
     pub(super) uid: String,
     pub(super) address: IpAddr,
     pub(super) template: PodTemplateSpec,
-    pub(super) draining_since: Option<Instant>,
     is_ready: bool,
     running: Option<(Supervised, Vec<Supervised>)>,
     stopping: Option<JoinHandle<()>>,
@@ -94,7 +93,6 @@ impl Server {
             uid,
             address,
             template: context.template.clone(),
-            draining_since: None,
             is_ready: false,
             running: Some((agent, containers)),
             stopping: None,
@@ -104,10 +102,6 @@ impl Server {
     /// Remembers that the server is ready. Whether that is news.
     pub(super) fn say_ready(&mut self) -> bool {
         !std::mem::replace(&mut self.is_ready, true)
-    }
-
-    pub(super) fn is_ready(&self) -> bool {
-        self.is_ready
     }
 
     /// Begins to stop: the agent drains, then the containers end. Whether that

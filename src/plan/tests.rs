@@ -24,7 +24,8 @@ fn resource(replicas: i32, ports: Vec<PortEntry>, last: i32) -> ProcessingPool {
         connection_server: crate::pool::ConnectionServer::default(),
         load_sharing: crate::pool::LoadSharing::default(),
         sessions: crate::pool::Sessions::default(),
-        template: k8s_openapi::api::core::v1::PodTemplateSpec::default(),
+        drain_seconds: 60,
+        template: crate::pool::PodTemplate(serde_json::json!({})),
     };
     spec.connection_server.connection_ports = ConnectionPorts {
         first: 20_000,
@@ -46,33 +47,38 @@ fn pool(replicas: i32, count: i32) -> ValidPool {
 #[derive(Clone, Default)]
 struct World {
     table: Option<Table>,
-    servers: BTreeMap<u32, ObservedSlot>,
+    servers: BTreeMap<u32, ObservedServer>,
     next_uid: u32,
+    elapsed: Duration,
+    /// Servers that start are not ready.
+    is_broken: bool,
 }
 
 impl World {
     fn step(&mut self, pool: &ValidPool) -> Plan {
-        for server in self.servers.values_mut() {
-            let row = self.table.as_ref().and_then(|table| table.row(server.slot));
-            let is_draining = row.is_some_and(|row| row.state == RowState::Draining);
-            server.draining_for =
-                is_draining.then(|| server.draining_for.unwrap_or_default() + SETTLE);
-        }
-        let observed: Vec<ObservedSlot> = self.servers.values().cloned().collect();
-        let plan = plan(pool, "uid", self.table.as_ref(), &observed, LIMIT);
+        let servers: Vec<ObservedServer> = self.servers.values().cloned().collect();
+        let observed = Observed {
+            uid: "uid",
+            table: self.table.as_ref(),
+            generation: 0,
+            servers: &servers,
+        };
+        let now = Timestamp::UNIX_EPOCH + self.elapsed;
+        self.elapsed += SETTLE;
+        let plan = plan(pool, &observed, now, LIMIT);
         plan.table.encode().expect("every planned table is valid");
         for slot in &plan.stop {
             self.servers.remove(slot);
         }
         for &slot in &plan.start {
             self.next_uid += 1;
-            let server = ObservedSlot {
+            let server = ObservedServer {
                 slot,
                 uid: self.next_uid.to_string(),
                 address: Some(IpAddr::from([127, 0, 0, 2])),
-                is_ready: true,
+                is_ready: !self.is_broken,
                 sessions: Some(0),
-                draining_for: None,
+                ..ObservedServer::default()
             };
             self.servers.insert(slot, server);
         }
@@ -160,7 +166,7 @@ fn a_server_with_sessions_is_kept_until_the_limit() {
     for _ in 0..100 {
         assert_eq!(world.step(&pool(0, 4)).stop, [0; 0]);
     }
-    world.servers.get_mut(&0).unwrap().draining_for = Some(LIMIT);
+    world.elapsed += LIMIT;
     assert_eq!(world.step(&pool(0, 4)).stop, [0]);
 }
 
@@ -171,6 +177,107 @@ fn not_ready_servers_go_first() {
     world.servers.get_mut(&0).unwrap().is_ready = false;
     world.step(&pool(2, 4));
     assert_eq!(world.states()[0], (0, RowState::Draining));
+}
+
+#[test]
+fn servers_of_the_lowest_deletion_cost_go_first() {
+    let mut world = World::default();
+    world.settle(&pool(3, 4));
+    for (slot, cost) in [(0, 5), (1, -5), (2, 0)] {
+        let server = world.servers.get_mut(&slot).unwrap();
+        (server.deletion_cost, server.sessions) = (cost, Some(9 - slot));
+    }
+    world.step(&pool(2, 4));
+    assert_eq!(world.states()[1], (1, RowState::Draining));
+}
+
+#[test]
+fn a_new_template_replaces_a_quarter_at_a_time_in_place() {
+    let mut world = World::default();
+    world.settle(&pool(8, 4));
+    let before: Vec<_> = (0..8).map(|slot| world.ports(slot)).collect();
+    let former: Vec<String> = world
+        .servers
+        .values()
+        .map(|server| server.uid.clone())
+        .collect();
+    for server in world.servers.values_mut() {
+        server.is_outdated = true;
+    }
+    for _ in 0..40 {
+        world.step(&pool(8, 4));
+        let away = world
+            .states()
+            .iter()
+            .filter(|(_, state)| *state == RowState::Draining)
+            .count();
+        assert!(away <= 2, "{away} at once");
+    }
+    assert!(
+        world
+            .servers
+            .values()
+            .all(|server| !former.contains(&server.uid))
+    );
+    assert_eq!(
+        (0..8).map(|slot| world.ports(slot)).collect::<Vec<_>>(),
+        before
+    );
+}
+
+#[test]
+fn a_template_that_does_not_work_takes_a_quarter_and_can_be_mended() {
+    let mut world = World::default();
+    world.settle(&pool(4, 4));
+    world
+        .servers
+        .values_mut()
+        .for_each(|server| server.is_outdated = true);
+    world.is_broken = true;
+    for _ in 0..40 {
+        world.step(&pool(4, 4));
+    }
+    let ready = |world: &World| {
+        world
+            .servers
+            .values()
+            .filter(|server| server.is_ready)
+            .count()
+    };
+    assert_eq!(ready(&world), 3, "the others go on");
+    world
+        .servers
+        .values_mut()
+        .for_each(|server| server.is_outdated = true);
+    world.is_broken = false;
+    for _ in 0..40 {
+        world.step(&pool(4, 4));
+    }
+    assert_eq!(ready(&world), 4);
+    assert!(world.servers.values().all(|server| !server.is_outdated));
+}
+
+#[test]
+fn a_failed_server_is_stopped_and_a_stopping_one_is_waited_for() {
+    let mut world = World::default();
+    world.settle(&pool(2, 4));
+    world.servers.get_mut(&0).unwrap().has_failed = true;
+    assert_eq!(world.clone().step(&pool(2, 4)).stop, [0]);
+    world.servers.get_mut(&0).unwrap().is_stopping = true;
+    let plan = world.step(&pool(2, 4));
+    assert_eq!((plan.stop.len(), plan.start.len()), (0, 0));
+}
+
+#[test]
+fn a_lost_table_goes_on_above_its_generation() {
+    let observed = Observed {
+        uid: "uid",
+        table: None,
+        generation: 41,
+        servers: &[],
+    };
+    let plan = plan(&pool(2, 4), &observed, Timestamp::UNIX_EPOCH, LIMIT);
+    assert_eq!(plan.table.generation, 42);
 }
 
 #[test]
@@ -310,6 +417,7 @@ enum Change {
     Scale(i32),
     Crash(u32),
     Sessions(u32, u32),
+    Template,
     Step,
 }
 
@@ -318,6 +426,7 @@ fn change() -> impl Strategy<Value = Change> {
         (0..9).prop_map(Change::Scale),
         (0..9u32).prop_map(Change::Crash),
         (0..9u32, 0..4u32).prop_map(|(slot, sessions)| Change::Sessions(slot, sessions)),
+        Just(Change::Template),
         Just(Change::Step),
         Just(Change::Step),
     ]
@@ -339,6 +448,7 @@ proptest! {
                         server.sessions = Some(sessions);
                     }
                 }
+                Change::Template => world.servers.values_mut().for_each(|server| server.is_outdated = true),
                 Change::Step => {
                     let before = world.clone();
                     let plan = world.step(&pool(replicas, count));

@@ -2,13 +2,14 @@
 //! what no schema can say is checked.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use kube::ResourceExt;
 
 use crate::pool::{
-    AGENT_ADMIN_PORT, AGENT_PORT, LoadSharing, MAX_PORT_ENTRIES, MAX_REPLICAS, PortProtocol,
-    ProcessingPool, ProxyProtocol, Sessions,
+    AGENT_ADMIN_PORT, AGENT_PORT, Exposure, LoadSharing, MAX_PORT_ENTRIES, MAX_REPLICAS,
+    PodTemplate, PortProtocol, ProcessingPool, ProxyProtocol, Sessions,
 };
 use crate::table::TargetPort;
 
@@ -52,8 +53,14 @@ pub struct ValidPool {
     pub load_sharing: LoadSharing,
     /// Times and admission.
     pub sessions: Sessions,
-    /// The processing server's pod.
+    /// How long live sessions may keep a server that is to go.
+    pub drain_limit: Duration,
+    /// How clients outside the pod network reach the connection server.
+    pub exposure: Exposure,
+    /// The processing server's pod, as far as this program knows pods.
     pub template: PodTemplateSpec,
+    /// The same as it was written.
+    pub raw_template: PodTemplate,
 }
 
 /// A port entry with checked numbers.
@@ -159,6 +166,18 @@ impl ValidPool {
                 "{replicas} servers with {per_server} ports each need {needed} connection ports, but {first} to {last} has {there}: widen connectionPorts, or lower replicas or the ports' counts"
             )));
         }
+        let drain_seconds = number(
+            spec.drain_seconds,
+            0,
+            604_800,
+            "spec.drainSeconds",
+            &mut problems,
+        );
+        let template = serde_json::from_value(spec.template.0.clone());
+        let template = template.unwrap_or_else(|error| {
+            problems.push(Problem::new("spec.template", error.to_string()));
+            PodTemplateSpec::default()
+        });
         if !problems.is_empty() {
             return Err(problems);
         }
@@ -172,7 +191,10 @@ impl ValidPool {
             advertised_address: server.advertised_address.clone(),
             load_sharing: spec.load_sharing.clone(),
             sessions: spec.sessions.clone(),
-            template: spec.template.clone(),
+            drain_limit: Duration::from_secs(drain_seconds.into()),
+            exposure: server.exposure,
+            template,
+            raw_template: spec.template.clone(),
         })
     }
 }

@@ -125,6 +125,7 @@ impl Pool {
             slot,
             server: format!("test-{slot}"),
             server_uid: None,
+            draining_since: None,
             address: Some(self.server_address(slot)),
             state: RowState::Active,
             ranges: vec![PortRange {

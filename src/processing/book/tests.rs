@@ -29,6 +29,7 @@ fn row(ranges: Vec<PortRange>) -> Row {
         slot: 0,
         server: "pool-0".to_owned(),
         server_uid: None,
+        draining_since: None,
         address: None,
         state: RowState::Active,
         ranges,
