@@ -14,8 +14,8 @@ run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
 	@echo "In another terminal: target/release/portpool connect 127.0.0.1:7700"
 	target/release/portpool local -f $(POOL)
 
-test: tools  ## Every test; the examples run with their real programs
-	cargo test --locked
+test: tools  ## Every test: examples with their real programs, the controller with a real API server
+	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked
 
 lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is installed
 	cargo fmt --check

@@ -2,7 +2,7 @@
 //! in use. Apart from the load-sharing port, so that it can stay private.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
 use axum::Router;
@@ -53,9 +53,13 @@ pub fn register_build_info(registry: &mut Registry) {
 /// # Errors
 /// [`AdminError`], naming the address.
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, AdminError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| AdminError { address, source })
+    let mut bound = TcpListener::bind(address).await;
+    // A kernel without IPv6 has no `::`.
+    if bound.is_err() && address.ip() == Ipv6Addr::UNSPECIFIED {
+        let ipv4 = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port());
+        bound = TcpListener::bind(ipv4).await.or(bound);
+    }
+    bound.map_err(|source| AdminError { address, source })
 }
 
 /// Serves the pages on `listener` until `shutdown`.

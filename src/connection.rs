@@ -29,6 +29,7 @@ pub mod sessions;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
@@ -63,6 +64,14 @@ pub struct Options {
     /// The pool's port-relationship table (JSON); followed while running
     #[arg(long, value_name = "FILE")]
     pub table: PathBuf,
+
+    /// Follow the table in this ConfigMap of the cluster; --table is its mounted copy, read once at the start
+    #[arg(long, value_name = "NAMESPACE/NAME")]
+    pub config_map: Option<String>,
+
+    /// Address that clients are told unless the table has one; default: the one that they reached this server by
+    #[arg(long, value_name = "HOST")]
+    pub advertise: Option<String>,
 
     /// Address that the load-sharing port and the connection ports listen on; `::` takes IPv6 and IPv4
     #[arg(long, value_name = "IP", default_value = "::")]
@@ -107,6 +116,14 @@ pub enum Error {
     /// The table needs more descriptors than the process may have.
     #[error(transparent)]
     OpenFiles(#[from] forward::OpenFilesError),
+    /// No cluster to follow the ConfigMap in.
+    #[error("failed to reach the cluster of ConfigMap {name}: {source}")]
+    Cluster {
+        /// The ConfigMap.
+        name: String,
+        /// Why.
+        source: Box<kube::Error>,
+    },
     /// The table cannot be followed.
     #[error(transparent)]
     Follow(#[from] follow::FollowError),
@@ -127,7 +144,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         listen: without_ipv6(options.listen),
         ..options
     };
-    let mut follower = follow::follow_file(&options.table)?;
+    let mut follower = follower(&options).await?;
     let first = tokio::select! {
         first = follower.first() => first?,
         () = &mut shutdown => return Ok(()),
@@ -215,6 +232,7 @@ impl Server {
             reservations,
             agents,
             table,
+            advertise: options.advertise.clone(),
         };
         info!(
             address = %listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string()),
@@ -242,6 +260,7 @@ impl Server {
     ) -> Result<(), Error> {
         let (draining, reservations, table) =
             (self.draining.clone(), reservations.clone(), table.clone());
+        let (rows, was_ready) = (table.clone(), AtomicBool::new(false));
         let state = admin::AdminState {
             registry: Arc::new(registry),
             ready: Box::new(move || {
@@ -254,10 +273,16 @@ impl Server {
                         .values()
                         .any(load_sharing::Server::takes_sessions)
                 };
-                if reservations.inspect(takes) {
+                // Once ready it stays so: without processing servers clients
+                // should hear that, and live flows should keep their way here.
+                let is_empty = rows.borrow().rows.is_empty();
+                if is_empty || reservations.inspect(takes) {
+                    was_ready.store(true, Ordering::Relaxed);
+                }
+                if was_ready.load(Ordering::Relaxed) {
                     Ok(())
                 } else {
-                    Err("no processing server is attached".to_owned())
+                    Err("no processing server is attached yet".to_owned())
                 }
             }),
             table: Box::new(move || Some(table.borrow().clone())),
@@ -337,6 +362,26 @@ fn apply(
     reservations.set_policy(table.load_sharing.policy);
     agents.set_table(table);
     Ok(())
+}
+
+/// Follows the ConfigMap if there is one, else the file.
+async fn follower(options: &Options) -> Result<follow::Follower, Error> {
+    let Some(config_map) = &options.config_map else {
+        return Ok(follow::follow_file(&options.table)?);
+    };
+    let client = follow::cluster().await.map_err(|source| Error::Cluster {
+        name: config_map.clone(),
+        source: Box::new(source),
+    })?;
+    let (namespace, name) = config_map
+        .split_once('/')
+        .unwrap_or(("default", config_map));
+    Ok(follow::follow_config_map(
+        client,
+        namespace,
+        name,
+        &options.table,
+    ))
 }
 
 /// `0.0.0.0` for `::` where the kernel has no IPv6; else `listen` itself.

@@ -1,8 +1,8 @@
-//! Follows a changing port-relationship table: a file, which may be a mounted
-//! ConfigMap, becomes a watch of the last valid table.
+//! Follows a changing port-relationship table: a file or a ConfigMap becomes a
+//! watch of the last valid table.
 //!
 //! ```text
-//! FILE ─change, decode, accept?→ watch<Arc<Table>> → connection server, agent
+//! file, ConfigMap ─change, decode, accept?→ watch<Arc<Table>> → connection server, agent
 //! ```
 //!
 //! A reader never goes back: an older generation of the same pool, a table of
@@ -15,12 +15,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures::{StreamExt, future};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::runtime::{WatchStreamExt, watcher};
+use kube::{Api, Client};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use crate::table::{Table, TableError};
+use crate::table::{TABLE_KEY, Table, TableError};
 
 /// How often the file is looked at without an event, for file systems that
 /// have none.
@@ -102,7 +106,7 @@ pub struct Follower {
     current: watch::Receiver<Option<Arc<Table>>>,
     turned: Arc<Turned>,
     task: AbortHandle,
-    _watcher: RecommendedWatcher,
+    _watcher: Option<RecommendedWatcher>,
 }
 
 impl Drop for Follower {
@@ -153,9 +157,11 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
     let turned = Arc::new(Turned::default());
     let file = File {
         path: path.to_owned(),
-        last_text: None,
-        sender,
-        turned: turned.clone(),
+        judge: Judge {
+            last_text: None,
+            sender,
+            turned: turned.clone(),
+        },
     };
     let task = tokio::spawn(file.follow(changed)).abort_handle();
     Ok(Follower {
@@ -163,7 +169,7 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
         current,
         turned,
         task,
-        _watcher: watcher,
+        _watcher: Some(watcher),
     })
 }
 
@@ -182,9 +188,7 @@ fn watch_folder(folder: &Path, changed: Arc<Notify>) -> notify::Result<Recommend
 
 struct File {
     path: PathBuf,
-    last_text: Option<String>,
-    sender: watch::Sender<Option<Arc<Table>>>,
-    turned: Arc<Turned>,
+    judge: Judge,
 }
 
 impl File {
@@ -196,16 +200,27 @@ impl File {
     }
 
     fn look(&mut self) {
-        let text = match std::fs::read_to_string(&self.path) {
-            Ok(text) => text,
+        match std::fs::read_to_string(&self.path) {
+            Ok(text) => self.judge.take(text),
+            // Said once, until the file is back.
             Err(error) => {
-                // Said once, until the file is back.
-                if self.last_text.take().is_some() || self.sender.borrow().is_none() {
+                if self.judge.last_text.take().is_some() || self.judge.sender.borrow().is_none() {
                     info!(path = %self.path.display(), %error, "port-relationship table cannot be read now");
                 }
-                return;
             }
-        };
+        }
+    }
+}
+
+/// Decides on texts, and publishes the tables among them.
+struct Judge {
+    last_text: Option<String>,
+    sender: watch::Sender<Option<Arc<Table>>>,
+    turned: Arc<Turned>,
+}
+
+impl Judge {
+    fn take(&mut self, text: String) {
         if self.last_text.as_ref() == Some(&text) {
             return;
         }
@@ -221,10 +236,59 @@ impl File {
                     Rejected::Older { .. } | Rejected::OtherPool { .. } => &self.turned.stale,
                 };
                 count.fetch_add(1, Ordering::Relaxed);
-                warn!(path = %self.path.display(), %reason, "port-relationship table not accepted");
+                warn!(%reason, "port-relationship table not accepted");
             }
         }
         self.last_text = Some(text);
+    }
+}
+
+/// The cluster that this process is in, or that the kubeconfig names.
+///
+/// # Errors
+/// kube's, when there is neither.
+pub async fn cluster() -> Result<Client, kube::Error> {
+    Client::try_default().await
+}
+
+/// Follows the table in ConfigMap `name` by the API's watch. `copy`, a mounted
+/// copy of it, is read once at the start, for a start without the API server.
+#[must_use]
+pub fn follow_config_map(client: Client, namespace: &str, name: &str, copy: &Path) -> Follower {
+    let (sender, current) = watch::channel(None);
+    let turned = Arc::new(Turned::default());
+    let mut judge = Judge {
+        last_text: None,
+        sender,
+        turned: turned.clone(),
+    };
+    match std::fs::read_to_string(copy) {
+        Ok(text) => judge.take(text),
+        Err(error) => {
+            debug!(path = %copy.display(), %error, "no copy of the port-relationship table")
+        }
+    }
+    let api: Api<ConfigMap> = Api::namespaced(client, namespace);
+    let only = watcher::Config::default().fields(&format!("metadata.name={name}"));
+    let changes = watcher(api, only).default_backoff().applied_objects();
+    let task = tokio::spawn(changes.for_each(move |change| {
+        match change {
+            Ok(ConfigMap { data: Some(mut data), .. }) => {
+                if let Some(text) = data.remove(TABLE_KEY) {
+                    judge.take(text);
+                }
+            }
+            Ok(_) => warn!("the ConfigMap has no port-relationship table"),
+            Err(error) => warn!(%error, "failed to watch the port-relationship table; the last one stays in force"),
+        }
+        future::ready(())
+    }));
+    Follower {
+        path: PathBuf::from(format!("ConfigMap {namespace}/{name}")),
+        current,
+        turned,
+        task: task.abort_handle(),
+        _watcher: None,
     }
 }
 

@@ -34,12 +34,13 @@
 //! selection    the protocol between connection servers and agents
 //! plan         → pool, table                     pure
 //! manifest     → pool, plan                      YAML files
-//! follow       → table                           a file as a watch
+//! follow       → table                           a file or ConfigMap as a watch
 //! admin        → table                           /livez, /readyz, /metrics
 //! connection   → pool, table, session, selection, follow, admin    a role
 //!   forward    → pool, table                     the data plane: epoll, own threads
 //! processing   → pool, table, selection, follow, admin             a role
 //! client       → pool, session
+//! operator     → pool, table, session, plan, client, admin         a role
 //! local        → pool, table, session, plan, manifest, follow, client, connection
 //! echo, telemetry
 //! ```
@@ -62,6 +63,7 @@ pub mod echo;
 pub mod follow;
 pub mod local;
 pub mod manifest;
+pub mod operator;
 pub mod plan;
 pub mod pool;
 pub mod processing;

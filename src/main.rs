@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use portpool::{client, connection, echo, local, processing, telemetry};
+use portpool::{client, connection, echo, local, manifest, operator, processing, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives a client its own port on its own server for a while.
@@ -23,6 +23,9 @@ enum Command {
     Request(client::RequestOptions),
     Connect(client::ConnectOptions),
     Release(client::ReleaseOptions),
+    Controller(operator::Options),
+    /// Prints the custom resource definition of ProcessingPool (YAML), for kubectl apply -f -
+    Crd,
     ConnectionServer(connection::Options),
     ProcessingServer(processing::Options),
     Echo(echo::Options),
@@ -72,6 +75,8 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Request(options) => client::request(options).await?,
         Command::Connect(options) => client::connect(options, interrupted()?).await?,
         Command::Release(options) => client::release(options).await?,
+        Command::Controller(options) => operator::run(options, interrupted()?).await?,
+        Command::Crd => print!("{}", manifest::crd_yaml()),
         Command::ConnectionServer(options) => connection::run(options, interrupted()?).await?,
         Command::ProcessingServer(options) => processing::run(options, interrupted()?).await?,
         Command::Echo(options) => echo::run(options, interrupted()?).await?,

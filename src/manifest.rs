@@ -71,6 +71,12 @@ pub fn crd() -> CustomResourceDefinition {
     ProcessingPool::crd()
 }
 
+/// The same as YAML, for `kubectl apply`.
+#[must_use]
+pub fn crd_yaml() -> String {
+    serde_saphyr::to_string(&crd()).expect("a definition is plain data")
+}
+
 /// Reads the pool in the file at `path`.
 ///
 /// # Errors

@@ -10,13 +10,16 @@
 //!
 //! - `validate`: a spec becomes a pool that can be planned;
 //! - `ports`: which connection ports a slot gets;
+//! - `objects`: the Kubernetes objects of a pool; `status`: what its resource tells;
 //! - this file: which slots there are.
 //!
 //! Order: a growing pool has its row first, then the server, then the address.
 //! A shrinking one drains a row, stops the server when it is empty, and drops
 //! the row when the server is gone.
 
+pub mod objects;
 mod ports;
+pub mod status;
 mod validate;
 
 use std::cmp::Reverse;

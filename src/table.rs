@@ -24,6 +24,9 @@ use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
 /// The format this code writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
 
+/// Key of the table in its ConfigMap.
+pub const TABLE_KEY: &str = "table.json";
+
 /// Most bytes of an encoded table: what a ConfigMap may hold in all.
 ///
 /// Source: Kubernetes documentation, ConfigMap, "cannot exceed 1 MiB".

@@ -74,16 +74,19 @@ async fn the_admin_ports_tell_health_metrics_and_the_table() {
         metrics.contains("portpool_flows_opened_total{transport=\"tcp\"} 1\n"),
         "{metrics}"
     );
-    // Without its agent it can serve nobody, and says so.
+    // A connection server that has never had an agent is not ready; one that
+    // had stays ready, so that clients hear what is missing.
     pool.agents[0].kill();
     pool.until(|state| !state.servers[0].attached).await;
-    let answer = get(connection_server, 7701, "/readyz");
+    assert!(get(connection_server, 7701, "/readyz").starts_with("HTTP/1.0 200"));
+    pool.start_connection_server(1);
+    pool.until_of(1, |_| true).await;
+    let answer = get(pool.connection_address(1), 7701, "/readyz");
     assert!(answer.starts_with("HTTP/1.0 503"), "{answer}");
     assert!(
-        answer.contains("no processing server is attached"),
+        answer.contains("no processing server is attached yet"),
         "{answer}"
     );
-    assert!(get(connection_server, 7701, "/livez").starts_with("HTTP/1.0 200"));
 }
 
 /// Passes one connection after another on to `target`, and swallows the answer

@@ -50,6 +50,8 @@ pub struct Api {
     pub agents: Arc<Agents>,
     /// The table in use.
     pub table: watch::Receiver<Arc<Table>>,
+    /// Address that clients are told where the table has none.
+    pub advertise: Option<String>,
 }
 
 /// Both ends of the connection that a request came by.
@@ -261,6 +263,7 @@ impl Api {
             address: table
                 .advertised_address
                 .clone()
+                .or_else(|| self.advertise.clone())
                 .unwrap_or_else(|| reached_by.to_owned()),
             port: u16::try_from(session.connection_port).unwrap_or_default(),
             protocol: PortProtocol::from_name(&session.protocol).unwrap_or_default(),

@@ -6,6 +6,8 @@
     reason = "a test stops at what it does not expect"
 )]
 
+pub mod cluster;
+
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::path::PathBuf;
@@ -34,9 +36,16 @@ pub struct Process(Child);
 
 impl Process {
     pub fn start(arguments: &[String]) -> Self {
+        Self::start_with(arguments, &[])
+    }
+
+    pub fn start_with(arguments: &[String], environment: &[(&str, &str)]) -> Self {
+        let log = std::env::var("PORTPOOL_TEST_LOG")
+            .unwrap_or_else(|_| "warn,kube_client=error".to_owned());
         let child = Command::new(env!("CARGO_BIN_EXE_portpool"))
             .args(arguments)
-            .env("PORTPOOL_LOG", "warn")
+            .env("PORTPOOL_LOG", log)
+            .envs(environment.iter().copied())
             .stdin(Stdio::null())
             .spawn()
             .unwrap();

@@ -1,0 +1,325 @@
+//! The controller role: makes ProcessingPools of a cluster true.
+//!
+//! ```text
+//! watches ─→ stores ─observe→ plan ─apply→ ConfigMap, Deployment, Services, …, pods
+//!    ↑                                                     └→ status, events
+//!    └──────────── every change triggers its pool ─────────┘
+//! ```
+//!
+//! Level-triggered: a reconcile looks at what there is, decides with `plan`,
+//! and carries the decision out; nothing is held in memory that the next one
+//! needs. What protects against looking at an old state:
+//! - a pod's name is its slot, so that it cannot be made twice;
+//! - the table is written only over the version that was read;
+//! - pods are deleted by uid, after the pool was read afresh;
+//! - objects of others are never taken over: the owner's uid counts, not the
+//!   name.
+//!
+//! - `observe`: stores, and what they say about a pool;
+//! - `apply`: one function per kind of write;
+//! - `reconcile`: the steps, the status, and what follows an error;
+//! - this file: wiring, the lease, signals.
+
+mod apply;
+mod metrics;
+mod observe;
+mod reconcile;
+
+use std::future::ready;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::future::{FutureExt, join_all};
+use kube::api::ListParams;
+use kube::runtime::controller::Config;
+use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::{Controller, WatchStreamExt, reflector, watcher};
+use kube::{Api, Client};
+use kube_lease_manager::LeaseManagerBuilder;
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use self::metrics::Metrics;
+use self::observe::Stores;
+use self::reconcile::Context;
+use crate::admin;
+use crate::plan::objects::{MANAGER, Settings};
+use crate::pool::ProcessingPool;
+
+/// Changes that come together are looked at together.
+const DEBOUNCE: Duration = Duration::from_millis(100);
+
+/// How long a lease is valid without being renewed, and how much earlier it
+/// is renewed: a successor takes over within 15 s of a crash.
+const LEASE_SECONDS: u64 = 15;
+const LEASE_GRACE_SECONDS: u64 = 5;
+
+/// Runs the controller: makes the ProcessingPools of a Kubernetes cluster true.
+///
+/// Finds the cluster as kubectl does (KUBECONFIG), or the one it runs in.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// Watch this namespace only; may be given several times. Default: all
+    #[arg(
+        long = "namespace",
+        value_name = "NAMESPACE",
+        env = "PORTPOOL_NAMESPACES",
+        value_delimiter = ','
+    )]
+    pub namespaces: Vec<String>,
+
+    /// Image with this program, for agents and connection servers
+    #[arg(long, value_name = "IMAGE", env = "PORTPOOL_IMAGE", default_value = concat!("ghcr.io/portpool/portpool:", env!("CARGO_PKG_VERSION")))]
+    pub image: String,
+
+    /// When that image is pulled: Always, IfNotPresent or Never
+    #[arg(long, value_name = "POLICY", env = "PORTPOOL_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
+    pub image_pull_policy: String,
+
+    /// Lease that only one of several controllers holds; without it this is the only controller
+    #[arg(long, value_name = "NAMESPACE/NAME", env = "PORTPOOL_LEASE")]
+    pub lease: Option<String>,
+
+    /// Pools that are reconciled at the same time, per watched namespace
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub concurrency: u16,
+
+    /// Where /livez, /readyz and /metrics are served
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7702")]
+    pub admin: SocketAddr,
+}
+
+/// Why the controller could not run, or had to stop.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no cluster to be found.
+    #[error("failed to find the cluster: {0}; set KUBECONFIG, or run in a pod")]
+    Cluster(#[source] kube::Error),
+    /// The cluster does not know ProcessingPools.
+    #[error(
+        "the cluster has no ProcessingPool resource; install it: portpool crd | kubectl apply -f -"
+    )]
+    NoResource,
+    /// The cluster refuses to tell of ProcessingPools.
+    #[error("failed to list ProcessingPools: {0}")]
+    List(#[source] kube::Error),
+    /// The lease's name is wrong.
+    #[error("--lease {0:?} is not NAMESPACE/NAME")]
+    LeaseName(String),
+    /// The lease cannot be had.
+    #[error("failed to use the lease: {0}")]
+    Lease(#[from] kube_lease_manager::LeaseManagerError),
+    /// Another controller has taken over.
+    #[error("the lease was lost to another controller; this one ends, so that it starts afresh")]
+    LeaseLost,
+    /// The admin port could not be served.
+    #[error(transparent)]
+    Admin(#[from] admin::AdminError),
+}
+
+/// Runs the controller until `shutdown`: reconciles under way are finished,
+/// and the lease is given back.
+///
+/// # Errors
+/// [`Error`].
+pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    let client = Client::try_default().await.map_err(Error::Cluster)?;
+    check_resource(&client, &options).await?;
+    let mut registry = Registry::default();
+    admin::register_build_info(&mut registry);
+    let metrics = Arc::new(Metrics::new(&mut registry));
+    let stopping = CancellationToken::new();
+    serve_admin(options.admin, registry, &stopping).await?;
+    tokio::pin!(shutdown);
+    let Some(lease) = options.lease.clone() else {
+        metrics.leader.set(1);
+        let controllers = controllers(&client, &options, &metrics, &stopping);
+        tokio::pin!(controllers);
+        tokio::select! {
+            () = &mut controllers => {}
+            () = shutdown => {
+                stopping.cancel();
+                controllers.await;
+            }
+        }
+        return Ok(());
+    };
+    let (mut leading, task) = lease_watch(&client, &lease).await?;
+    let leads = tokio::select! {
+        leads = leading.wait_for(|leads| *leads) => leads.is_ok(),
+        () = &mut shutdown => false,
+    };
+    if !leads {
+        drop(leading);
+        return match task.await {
+            Ok(Err(error)) => Err(error.into()),
+            _ => Ok(()),
+        };
+    }
+    info!(lease, "leading");
+    metrics.leader.set(1);
+    let controllers = controllers(&client, &options, &metrics, &stopping);
+    tokio::pin!(controllers);
+    let result = tokio::select! {
+        () = &mut controllers => Ok(()),
+        _ = leading.wait_for(|leads| !*leads) => Err(Error::LeaseLost),
+        () = shutdown => {
+            stopping.cancel();
+            controllers.await;
+            Ok(())
+        }
+    };
+    stopping.cancel();
+    // Closing the channel releases the lease: a successor need not wait.
+    drop(leading);
+    if let Ok(Err(error)) = task.await {
+        warn!(%error, "failed to give the lease back");
+    }
+    result
+}
+
+async fn check_resource(client: &Client, options: &Options) -> Result<(), Error> {
+    let api: Api<ProcessingPool> = match options.namespaces.first() {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    match api.list_metadata(&ListParams::default().limit(1)).await {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.is_not_found() => Err(Error::NoResource),
+        // Watching goes on trying.
+        Err(kube::Error::Service(_) | kube::Error::HyperError(_)) => Ok(()),
+        Err(error) => Err(Error::List(error)),
+    }
+}
+
+async fn lease_watch(
+    client: &Client,
+    lease: &str,
+) -> Result<
+    (
+        watch::Receiver<bool>,
+        tokio::task::JoinHandle<kube_lease_manager::Result<kube_lease_manager::LeaseManager>>,
+    ),
+    Error,
+> {
+    let (namespace, name) = lease
+        .split_once('/')
+        .ok_or_else(|| Error::LeaseName(lease.to_owned()))?;
+    let identity = format!("portpool-{}", uuid::Uuid::new_v4().simple());
+    info!(lease, identity, "waiting for the lease");
+    let manager = LeaseManagerBuilder::new(client.clone(), name)
+        .with_namespace(namespace)
+        .with_identity(identity)
+        .with_duration(LEASE_SECONDS)
+        .with_grace(LEASE_GRACE_SECONDS)
+        .build()
+        .await?;
+    Ok(manager.watch().await)
+}
+
+async fn serve_admin(
+    address: SocketAddr,
+    registry: Registry,
+    stopping: &CancellationToken,
+) -> Result<(), Error> {
+    let listener = admin::bind(address).await?;
+    let state = admin::AdminState {
+        registry: Arc::new(registry),
+        // A controller without the lease is ready to take over.
+        ready: Box::new(|| Ok(())),
+        table: Box::new(|| None),
+    };
+    tokio::spawn(admin::serve(
+        listener,
+        state,
+        stopping.clone().cancelled_owned(),
+    ));
+    Ok(())
+}
+
+/// One controller per watched namespace, or one for all.
+async fn controllers(
+    client: &Client,
+    options: &Options,
+    metrics: &Arc<Metrics>,
+    stopping: &CancellationToken,
+) {
+    let mut scopes: Vec<Option<String>> = options.namespaces.iter().cloned().map(Some).collect();
+    if scopes.is_empty() {
+        scopes.push(None);
+    }
+    info!(namespaces = ?options.namespaces, image = options.image, "controller ready");
+    let controllers = scopes.into_iter().map(|scope| {
+        controller(
+            client.clone(),
+            scope,
+            options,
+            metrics.clone(),
+            stopping.clone(),
+        )
+    });
+    join_all(controllers).await;
+}
+
+async fn controller(
+    client: Client,
+    scope: Option<String>,
+    options: &Options,
+    metrics: Arc<Metrics>,
+    stopping: CancellationToken,
+) {
+    let pools: Api<ProcessingPool> = match &scope {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    };
+    let (pool_store, writer) = reflector::store();
+    let pool_changes = watcher(pools, watcher::Config::default())
+        .default_backoff()
+        .modify(|pool| pool.metadata.managed_fields = None)
+        .reflect(writer)
+        .applied_objects();
+    let config = Config::default()
+        .debounce(DEBOUNCE)
+        .concurrency(options.concurrency);
+    let mut controller = Controller::for_stream(pool_changes, pool_store)
+        .with_config(config)
+        .graceful_shutdown_on(stopping.cancelled_owned());
+    let (stores, changes) = Stores::watch(&client, scope.as_deref());
+    for (resource, changes) in changes {
+        controller =
+            controller.watches_stream_with(changes, |object| observe::pool_of(&object), resource);
+    }
+    let reporter = Reporter {
+        controller: "portpool.dev/controller".to_owned(),
+        instance: std::env::var("HOSTNAME").ok(),
+    };
+    let context = Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        stores,
+        settings: Settings {
+            image: options.image.clone(),
+            image_pull_policy: options.image_pull_policy.clone(),
+        },
+        metrics,
+        memory: parking_lot::Mutex::default(),
+    };
+    controller
+        .run(
+            async |pool, context: Arc<Context>| reconcile::reconcile(&pool, &context).await,
+            |pool, error, context| reconcile::after_error(&pool, error, &context),
+            Arc::new(context),
+        )
+        .for_each(|result| {
+            if let Err(error) = result {
+                tracing::debug!(%error, manager = MANAGER, "reconcile ended with an error");
+            }
+            ready(())
+        })
+        .boxed()
+        .await;
+}

@@ -1,0 +1,231 @@
+//! Writes to the API server. Each is safe to repeat, and to lose the reply of.
+
+use futures::StreamExt;
+use http::Request;
+use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Api, Client, ResourceExt};
+use serde_json::Value;
+
+use super::metrics::Metrics;
+use super::observe::{Stores, is_owned, resource};
+use crate::plan::objects::{MANAGER, covers};
+use crate::plan::status::Blocker;
+
+/// Pods that are created or deleted at the same time.
+const PODS_AT_ONCE: usize = 16;
+
+/// Why a write has failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// The API server's answer.
+    #[error("failed to {action} {object}: {source}")]
+    Api {
+        action: &'static str,
+        object: String,
+        source: kube::Error,
+    },
+    /// The name belongs to somebody else.
+    #[error("{0} exists and belongs to somebody else: remove it, or give the pool another name")]
+    NameTaken(String),
+    /// The table does not encode.
+    #[error(transparent)]
+    Table(#[from] crate::table::TableError),
+}
+
+impl Error {
+    /// What the user can do something about; `None` for what passes by itself.
+    pub(super) fn blocker(&self) -> Option<Blocker> {
+        let reason = match self {
+            Self::NameTaken(_) => "NameTaken",
+            Self::Table(_) => "InvalidTable",
+            Self::Api {
+                source: kube::Error::Api(status),
+                ..
+            } => match status.code {
+                403 => "Forbidden",
+                400 | 404 | 413 | 422 => "Refused",
+                _ => return None,
+            },
+            Self::Api { .. } => return None,
+        };
+        Some(Blocker::new(reason, self.to_string()))
+    }
+}
+
+/// What writes need.
+pub(super) struct Writer<'a> {
+    pub(super) client: &'a Client,
+    pub(super) stores: &'a Stores,
+    pub(super) metrics: &'a Metrics,
+    pub(super) namespace: &'a str,
+    /// Of the pool that owns what is written.
+    pub(super) uid: &'a str,
+}
+
+impl Writer<'_> {
+    fn api(&self, kind: &str) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client.clone(), self.namespace, &resource(kind))
+    }
+
+    fn called(&self, kind: &str, name: &str) -> String {
+        format!("{kind} {}/{name}", self.namespace)
+    }
+
+    fn failed(
+        &self,
+        action: &'static str,
+        kind: &str,
+        name: &str,
+    ) -> impl FnOnce(kube::Error) -> Error {
+        let object = self.called(kind, name);
+        move |source| Error::Api {
+            action,
+            object,
+            source,
+        }
+    }
+
+    /// Applies `desired` unless that is how things are. Whether it wrote.
+    pub(super) async fn apply(&self, desired: &Value) -> Result<bool, Error> {
+        let (kind, name) = (of(desired, "/kind"), of(desired, "/metadata/name"));
+        let api = self.api(kind);
+        let known = match self.stores.get(kind, self.namespace, name) {
+            Some(known) => Some(known.as_ref().clone()),
+            // Absent, or without our label: perhaps a stranger's.
+            None => api
+                .get_opt(name)
+                .await
+                .map_err(self.failed("read", kind, name))?,
+        };
+        if let Some(known) = &known {
+            if !is_owned(known, self.uid) {
+                return Err(Error::NameTaken(self.called(kind, name)));
+            }
+            let known = serde_json::to_value(known).unwrap_or_default();
+            let mut wanted = desired.clone();
+            // Says over what to write, not what to write.
+            if let Some(metadata) = wanted["metadata"].as_object_mut() {
+                metadata.remove("resourceVersion");
+            }
+            if covers(&known, &wanted) {
+                return Ok(false);
+            }
+        }
+        let parameters = PatchParams::apply(MANAGER).force().validation_strict();
+        self.metrics.wrote("apply");
+        let applied = api.patch(name, &parameters, &Patch::Apply(desired)).await;
+        applied
+            .map(|_| true)
+            .map_err(self.failed("apply", kind, name))
+    }
+
+    /// Creates pods. Those that exist already are ours, or an error.
+    pub(super) async fn create_pods(&self, pods: Vec<Value>) -> Vec<Error> {
+        let create = |pod: Value| async move { self.create_pod(pod).await.err() };
+        let errors = futures::stream::iter(pods)
+            .map(create)
+            .buffer_unordered(PODS_AT_ONCE);
+        errors.filter_map(std::future::ready).collect().await
+    }
+
+    async fn create_pod(&self, pod: Value) -> Result<(), Error> {
+        let name = of(&pod, "/metadata/name").to_owned();
+        let failed = || self.failed("create", "Pod", &name);
+        let api = self.api("Pod");
+        let object: DynamicObject = serde_json::from_value(pod.clone())
+            .map_err(|error| failed()(kube::Error::SerdeError(error)))?;
+        let parameters = PostParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        self.metrics.wrote("create");
+        match api.create(&parameters, &object).await {
+            Ok(_) => Ok(()),
+            // Ours when an earlier reply was lost, or the watch is behind.
+            Err(kube::Error::Api(status)) if status.is_already_exists() => {
+                match api.get_opt(&name).await.map_err(failed())? {
+                    Some(pod) if !is_owned(&pod, self.uid) => {
+                        Err(Error::NameTaken(self.called("Pod", &name)))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Err(error) => Err(failed()(error)),
+        }
+    }
+
+    /// Deletes pods by name and uid; others of the name stay.
+    pub(super) async fn delete_pods(&self, pods: Vec<(String, String)>) -> Vec<Error> {
+        let delete = |(name, uid): (String, String)| async move {
+            self.delete("Pod", &name, &uid).await.err()
+        };
+        let errors = futures::stream::iter(pods)
+            .map(delete)
+            .buffer_unordered(PODS_AT_ONCE);
+        errors.filter_map(std::future::ready).collect().await
+    }
+
+    /// Deletes the object with that name and uid.
+    pub(super) async fn delete(&self, kind: &str, name: &str, uid: &str) -> Result<(), Error> {
+        let parameters = DeleteParams::default().preconditions(Preconditions {
+            uid: Some(uid.to_owned()),
+            resource_version: None,
+        });
+        self.metrics.wrote("delete");
+        match self.api(kind).delete(name, &parameters).await {
+            Ok(_) => Ok(()),
+            // Gone, or already another one.
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
+                Ok(())
+            }
+            Err(error) => Err(self.failed("delete", kind, name)(error)),
+        }
+    }
+
+    /// Has the API server check a pod without creating it, unknown fields
+    /// included.
+    pub(super) async fn check_pod(&self, mut pod: Value) -> Result<(), Error> {
+        let name = format!("{}-check", of(&pod, "/metadata/name"));
+        let failed = || self.failed("create", "Pod", &name);
+        pod["metadata"]["name"] = name.clone().into();
+        let path = self.api("Pod").resource_url().to_owned();
+        let path = format!("{path}?dryRun=All&fieldValidation=Strict&fieldManager={MANAGER}");
+        let request = Request::post(path)
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(pod.to_string().into_bytes())
+            .map_err(|error| failed()(kube::Error::HttpError(error)))?;
+        match self.client.request::<Value>(request).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+            Err(error) => Err(failed()(error)),
+        }
+    }
+
+    /// Deletes what the pool owns and `desired` does not have any more.
+    pub(super) async fn prune(&self, pool: &str, desired: &[Value]) -> Result<(), Error> {
+        let kinds = ["Service", "NetworkPolicy"];
+        for kind in kinds {
+            for object in self.stores.of_pool(kind, self.namespace, pool) {
+                let is_desired = desired.iter().any(|desired| {
+                    of(desired, "/kind") == kind
+                        && of(desired, "/metadata/name") == object.name_any()
+                });
+                if !is_desired
+                    && is_owned(&object, self.uid)
+                    && object.metadata.deletion_timestamp.is_none()
+                {
+                    self.delete(kind, &object.name_any(), &object.uid().unwrap_or_default())
+                        .await?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn of<'a>(object: &'a Value, path: &str) -> &'a str {
+    object
+        .pointer(path)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+}

@@ -1,0 +1,422 @@
+//! What there is of a pool, from the stores that watches keep.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{BoxStream, StreamExt};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::runtime::reflector::{ObjectRef, Store, store::Writer};
+use kube::runtime::{WatchStreamExt, reflector, watcher};
+use kube::{Api, Client, ResourceExt};
+use serde_json::Value;
+
+use crate::client;
+use crate::plan::objects::{
+    COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL,
+    PROCESSING_SERVER, SLOT_LABEL, connection_server_name, hash, table_name,
+};
+use crate::plan::status::{Blocker, ObservedDeployment};
+use crate::plan::{ObservedServer, ValidPool};
+use crate::pool::{Exposure, ProcessingPool};
+use crate::session::PoolState;
+use crate::table::{TABLE_KEY, Table};
+
+/// How long a connection server may take to tell its numbers.
+const ASK_DEADLINE: Duration = Duration::from_secs(1);
+
+/// Annotation that says which pods go first when a pool shrinks.
+///
+/// Source: Kubernetes documentation, ReplicaSet, pod deletion cost.
+const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
+
+/// Reasons of a waiting container that time alone does not mend.
+const STUCK: [&str; 6] = [
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "CrashLoopBackOff",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+];
+
+/// Group, version, kind and plural of everything that pools own.
+const KINDS: [(&str, &str, &str, &str); 9] = [
+    ("", "v1", "Pod", "pods"),
+    ("", "v1", "ConfigMap", "configmaps"),
+    ("", "v1", "Service", "services"),
+    ("", "v1", "ServiceAccount", "serviceaccounts"),
+    ("apps", "v1", "Deployment", "deployments"),
+    ("rbac.authorization.k8s.io", "v1", "Role", "roles"),
+    (
+        "rbac.authorization.k8s.io",
+        "v1",
+        "RoleBinding",
+        "rolebindings",
+    ),
+    (
+        "networking.k8s.io",
+        "v1",
+        "NetworkPolicy",
+        "networkpolicies",
+    ),
+    (
+        "policy",
+        "v1",
+        "PodDisruptionBudget",
+        "poddisruptionbudgets",
+    ),
+];
+
+/// The resource of `kind`, one of those that pools own.
+pub(super) fn resource(kind: &str) -> ApiResource {
+    let (group, version, kind, plural) = KINDS
+        .into_iter()
+        .find(|(_, _, known, _)| *known == kind)
+        .expect("objects are made of these kinds only");
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind), plural)
+}
+
+type Changes = BoxStream<'static, Result<DynamicObject, watcher::Error>>;
+
+/// What the watches know: objects with our label, without what is not needed.
+pub(super) struct Stores(HashMap<&'static str, Store<DynamicObject>>);
+
+impl Stores {
+    /// Watches every kind; the streams drive the stores.
+    pub(super) fn watch(
+        client: &Client,
+        scope: Option<&str>,
+    ) -> (Self, Vec<(ApiResource, Changes)>) {
+        let mut stores = HashMap::new();
+        let mut streams = Vec::new();
+        for (_, _, kind, _) in KINDS {
+            let resource = resource(kind);
+            let api: Api<DynamicObject> = match scope {
+                Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+                None => Api::all_with(client.clone(), &resource),
+            };
+            let writer = Writer::new(resource.clone());
+            stores.insert(kind, writer.as_reader());
+            let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
+            let changes = watcher(api, ours)
+                .default_backoff()
+                .modify(move |object| trim(kind, object));
+            streams.push((
+                resource,
+                reflector(writer, changes).touched_objects().boxed(),
+            ));
+        }
+        (Self(stores), streams)
+    }
+
+    /// Waits until every first list is complete: what is missing before that
+    /// may exist.
+    pub(super) async fn ready(&self) {
+        for store in self.0.values() {
+            // It fails when the watch has ended, as at shutdown.
+            let _ = store.wait_until_ready().await;
+        }
+    }
+
+    pub(super) fn get(
+        &self,
+        kind: &str,
+        namespace: &str,
+        name: &str,
+    ) -> Option<Arc<DynamicObject>> {
+        let reference = ObjectRef::new_with(name, resource(kind)).within(namespace);
+        self.0.get(kind)?.get(&reference)
+    }
+
+    /// Objects of `kind` with the label of the pool.
+    pub(super) fn of_pool(
+        &self,
+        kind: &str,
+        namespace: &str,
+        pool: &str,
+    ) -> Vec<Arc<DynamicObject>> {
+        let store = self.0.get(kind).map(Store::state).unwrap_or_default();
+        let is_of_pool = |object: &Arc<DynamicObject>| {
+            object.namespace().as_deref() == Some(namespace)
+                && object
+                    .labels()
+                    .get(POOL_LABEL)
+                    .is_some_and(|label| label == pool)
+        };
+        store.into_iter().filter(is_of_pool).collect()
+    }
+}
+
+/// Drops what nothing here looks at: a pool of 1000 pods should fit in a few
+/// megabytes.
+fn trim(kind: &str, object: &mut DynamicObject) {
+    object.metadata.managed_fields = None;
+    if kind == "Pod"
+        && let Value::Object(fields) = &mut object.data
+    {
+        fields.remove("spec");
+        object
+            .metadata
+            .annotations
+            .get_or_insert_default()
+            .retain(|name, _| name == HASH_ANNOTATION || name == DELETION_COST);
+    }
+}
+
+/// The pool that a changed object belongs to.
+pub(super) fn pool_of(object: &DynamicObject) -> Option<ObjectRef<ProcessingPool>> {
+    let name = object.labels().get(POOL_LABEL)?;
+    Some(ObjectRef::new(name).within(&object.namespace()?))
+}
+
+/// Whether `object` belongs to the pool with `uid`.
+pub(super) fn is_owned(object: &DynamicObject, uid: &str) -> bool {
+    object
+        .owner_references()
+        .iter()
+        .any(|owner| owner.uid == uid && owner.controller == Some(true))
+}
+
+/// The table's ConfigMap.
+#[derive(Debug, Default)]
+pub(super) struct ObservedTable {
+    pub(super) text: Option<String>,
+    pub(super) resource_version: Option<String>,
+    /// What we wrote; absent when the ConfigMap is, or somebody has changed it.
+    pub(super) table: Option<Table>,
+    /// Generation of what is there, whoever wrote it.
+    pub(super) generation: u64,
+}
+
+/// What there is of a pool.
+#[derive(Debug)]
+pub(super) struct Observation {
+    pub(super) table: ObservedTable,
+    pub(super) servers: Vec<ObservedServer>,
+    pub(super) deployment: ObservedDeployment,
+    pub(super) live: Option<PoolState>,
+    pub(super) address: Option<String>,
+    pub(super) blockers: Vec<Blocker>,
+}
+
+/// Observes the pool `name` with `uid`. `template_hash`: what its pods should
+/// be made from.
+pub(super) async fn observe(
+    stores: &Stores,
+    namespace: &str,
+    uid: &str,
+    pool: &ValidPool,
+    template_hash: &str,
+) -> Observation {
+    stores.ready().await;
+    let (servers, connection_pods) = pods(stores, namespace, &pool.name);
+    let live = ask(&connection_pods, pool.load_sharing_port).await;
+    let mut blockers = Vec::new();
+    let mut observed = Vec::new();
+    for pod in servers.iter().filter(|pod| is_owned(pod, uid)) {
+        blockers.extend(pod_blocker(pod));
+        observed.extend(server(pod, template_hash, live.as_ref()));
+    }
+    blockers.extend(connection_pods.iter().filter_map(|pod| pod_blocker(pod)));
+    let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
+    Observation {
+        table: table(stores, namespace, uid, &pool.name),
+        servers: observed,
+        deployment: deployment
+            .map(|object| observe_deployment(&object))
+            .unwrap_or_default(),
+        address: address(stores, namespace, pool, &connection_pods),
+        live,
+        blockers,
+    }
+}
+
+type Pods = Vec<Arc<DynamicObject>>;
+
+/// Processing servers' pods, and connection servers'.
+fn pods(stores: &Stores, namespace: &str, pool: &str) -> (Pods, Pods) {
+    let is = |pod: &DynamicObject, component: &str| {
+        pod.labels()
+            .get(COMPONENT_LABEL)
+            .is_some_and(|label| label == component)
+    };
+    let ours = stores.of_pool("Pod", namespace, pool).into_iter();
+    let (servers, others): (Pods, Pods) = ours.partition(|pod| is(pod, PROCESSING_SERVER));
+    (
+        servers,
+        others
+            .into_iter()
+            .filter(|pod| is(pod, CONNECTION_SERVER))
+            .collect(),
+    )
+}
+
+fn text<'a>(object: &'a DynamicObject, path: &str) -> Option<&'a str> {
+    object.data.pointer(path).and_then(Value::as_str)
+}
+
+fn number(object: &DynamicObject, path: &str) -> i64 {
+    object
+        .data
+        .pointer(path)
+        .and_then(Value::as_i64)
+        .unwrap_or(0)
+}
+
+fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<&'a Value> {
+    let conditions = object
+        .data
+        .pointer("/status/conditions")
+        .and_then(Value::as_array)?;
+    conditions
+        .iter()
+        .find(|condition| condition["type"] == kind)
+}
+
+fn is_ready(pod: &DynamicObject) -> bool {
+    condition(pod, "Ready").is_some_and(|condition| condition["status"] == "True")
+}
+
+fn server(
+    pod: &DynamicObject,
+    template_hash: &str,
+    live: Option<&PoolState>,
+) -> Option<ObservedServer> {
+    let slot = pod.labels().get(SLOT_LABEL)?.parse().ok()?;
+    let reported = live.and_then(|live| live.servers.iter().find(|server| server.slot == slot));
+    let phase = text(pod, "/status/phase").unwrap_or_default();
+    let cost = pod
+        .annotations()
+        .get(DELETION_COST)
+        .and_then(|cost| cost.parse().ok());
+    Some(ObservedServer {
+        slot,
+        uid: pod.uid().unwrap_or_default(),
+        address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
+        is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none(),
+        is_outdated: pod
+            .annotations()
+            .get(HASH_ANNOTATION)
+            .is_none_or(|hash| hash != template_hash),
+        is_stopping: pod.metadata.deletion_timestamp.is_some(),
+        has_failed: phase == "Failed" || phase == "Succeeded",
+        deletion_cost: cost.unwrap_or(0),
+        sessions: reported
+            .filter(|server| server.attached)
+            .map(|server| server.sessions),
+    })
+}
+
+/// What keeps a pod from running and does not pass by itself.
+fn pod_blocker(pod: &DynamicObject) -> Option<Blocker> {
+    let name = pod.name_any();
+    if let Some(condition) =
+        condition(pod, "PodScheduled").filter(|condition| condition["reason"] == "Unschedulable")
+    {
+        let message = condition["message"].as_str().unwrap_or_default();
+        return Some(Blocker::new(
+            "Unschedulable",
+            format!("pod {name} cannot be scheduled: {message}"),
+        ));
+    }
+    for list in ["initContainerStatuses", "containerStatuses"] {
+        let statuses = pod
+            .data
+            .pointer(&format!("/status/{list}"))
+            .and_then(Value::as_array);
+        for status in statuses.into_iter().flatten() {
+            let waiting = &status["state"]["waiting"];
+            let reason = waiting["reason"].as_str().unwrap_or_default();
+            if let Some(reason) = STUCK.into_iter().find(|stuck| *stuck == reason) {
+                let container = status["name"].as_str().unwrap_or_default();
+                let message = waiting["message"].as_str().unwrap_or_default();
+                return Some(Blocker::new(
+                    reason,
+                    format!("container {container} of pod {name}: {reason}: {message}"),
+                ));
+            }
+        }
+    }
+    None
+}
+
+fn observe_deployment(deployment: &DynamicObject) -> ObservedDeployment {
+    let replicas = number(deployment, "/spec/replicas");
+    let is_seen = number(deployment, "/status/observedGeneration")
+        >= deployment.metadata.generation.unwrap_or(0);
+    let updated = number(deployment, "/status/updatedReplicas");
+    ObservedDeployment {
+        available: i32::try_from(number(deployment, "/status/availableReplicas")).unwrap_or(0),
+        is_current: is_seen
+            && updated == replicas
+            && number(deployment, "/status/replicas") == replicas,
+    }
+}
+
+fn table(stores: &Stores, namespace: &str, uid: &str, pool: &str) -> ObservedTable {
+    let Some(object) = stores.get("ConfigMap", namespace, &table_name(pool)) else {
+        return ObservedTable::default();
+    };
+    let text = object.data["data"][TABLE_KEY].as_str().map(str::to_owned);
+    let decoded = text.as_deref().and_then(|text| Table::decode(text).ok());
+    let decoded = decoded.filter(|table| table.pool_uid == uid);
+    let is_ours = text.as_ref().is_some_and(|text| {
+        object.annotations().get(HASH_ANNOTATION) == Some(&hash(&Value::from(text.as_str())))
+    });
+    ObservedTable {
+        generation: decoded.as_ref().map_or(0, |table| table.generation),
+        table: decoded.filter(|_| is_ours && is_owned(&object, uid)),
+        resource_version: object.resource_version(),
+        text,
+    }
+}
+
+/// Asks the connection servers, one after another, until one tells.
+async fn ask(pods: &Pods, port: u16) -> Option<PoolState> {
+    for pod in pods.iter().filter(|pod| is_ready(pod)) {
+        let address = text(pod, "/status/podIP").and_then(|address| address.parse().ok());
+        let Some(address) = address else { continue };
+        let address = std::net::SocketAddr::new(address, port).to_string();
+        let Ok(client) = client::Client::new(&address) else {
+            continue;
+        };
+        if let Ok(Ok(state)) = tokio::time::timeout(ASK_DEADLINE, client.pool()).await {
+            return Some(state);
+        }
+    }
+    None
+}
+
+/// Where requests go.
+fn address(stores: &Stores, namespace: &str, pool: &ValidPool, pods: &Pods) -> Option<String> {
+    let service = stores.get("Service", namespace, &pool.name)?;
+    let port = pool.load_sharing_port;
+    if let Some(address) = pool
+        .advertised_address
+        .as_ref()
+        .filter(|_| pool.exposure != Exposure::ClusterIP)
+    {
+        return Some(format!("{address}:{port}"));
+    }
+    match pool.exposure {
+        Exposure::ClusterIP => Some(format!("{}.{namespace}.svc:{port}", pool.name)),
+        Exposure::NodePort => {
+            let port = number(&service, "/spec/ports/0/nodePort");
+            (port > 0).then(|| format!("NODE:{port}"))
+        }
+        Exposure::LoadBalancer => {
+            let ingress = "/status/loadBalancer/ingress/0";
+            let host = text(&service, &format!("{ingress}/ip"))
+                .or_else(|| text(&service, &format!("{ingress}/hostname")));
+            host.map(|host| format!("{host}:{port}"))
+        }
+        Exposure::HostNetwork => {
+            let host = pods
+                .iter()
+                .filter(|pod| is_ready(pod))
+                .find_map(|pod| text(pod, "/status/hostIP"));
+            host.map(|host| format!("{host}:{port}"))
+        }
+    }
+}

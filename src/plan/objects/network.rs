@@ -1,0 +1,143 @@
+//! How a pool is reached, and by whom: Services, NetworkPolicy and
+//! PodDisruptionBudgets.
+
+use std::ops::RangeInclusive;
+
+use serde_json::{Value, json};
+
+use super::{CONNECTION_SERVER, Owner, PROCESSING_SERVER, metadata, selector};
+use crate::pool::Exposure;
+use crate::table::Table;
+
+/// Connection ports in one NodePort Service: kube-proxy and the API server
+/// handle objects of this size without effort.
+const PORTS_PER_SERVICE: usize = 500;
+
+/// What a cluster gives node ports from, unless it is set up differently.
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
+
+/// The Service of the load-sharing port, and those of the connection ports
+/// where the exposure needs them.
+pub(super) fn services(owner: Owner<'_>, table: &Table) -> Vec<Value> {
+    let pool = owner.pool;
+    let first = |kind: &str, ports: &[Value]| service(owner, &pool.name, kind, ports);
+    match pool.exposure {
+        // The ports of a host need no Service from outside.
+        Exposure::ClusterIP | Exposure::HostNetwork => {
+            vec![first("ClusterIP", &[load_sharing_port(owner, false)])]
+        }
+        Exposure::LoadBalancer => {
+            let mut ports = vec![load_sharing_port(owner, false)];
+            ports.extend(connection_ports(table, false));
+            vec![first("LoadBalancer", &ports)]
+        }
+        Exposure::NodePort => {
+            let mut services = vec![first("NodePort", &[load_sharing_port(owner, true)])];
+            let ports = connection_ports(table, true);
+            let chunks = ports.chunks(PORTS_PER_SERVICE).enumerate();
+            services.extend(chunks.map(|(index, ports)| {
+                service(
+                    owner,
+                    &format!("{}-ports-{index}", pool.name),
+                    "NodePort",
+                    ports,
+                )
+            }));
+            services
+        }
+    }
+}
+
+fn service(owner: Owner<'_>, name: &str, kind: &str, ports: &[Value]) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata(owner, name, CONNECTION_SERVER),
+        "spec": {
+            "type": kind,
+            "selector": selector(&owner.pool.name, CONNECTION_SERVER),
+            "ports": ports,
+        },
+    })
+}
+
+fn load_sharing_port(owner: Owner<'_>, on_nodes: bool) -> Value {
+    let port = owner.pool.load_sharing_port;
+    service_port(
+        "load-sharing",
+        port,
+        "TCP",
+        on_nodes && NODE_PORTS.contains(&port),
+    )
+}
+
+fn connection_ports(table: &Table, on_nodes: bool) -> Vec<Value> {
+    let mut ports = Vec::new();
+    for range in table.rows.iter().flat_map(|row| &row.ranges) {
+        for port in range.connection_ports() {
+            let number = port.get();
+            if range.protocol.has_tcp() {
+                ports.push(service_port(
+                    &format!("tcp-{number}"),
+                    number,
+                    "TCP",
+                    on_nodes,
+                ));
+            }
+            if range.protocol.has_udp() {
+                ports.push(service_port(
+                    &format!("udp-{number}"),
+                    number,
+                    "UDP",
+                    on_nodes,
+                ));
+            }
+        }
+    }
+    ports
+}
+
+fn service_port(name: &str, port: u16, protocol: &str, is_node_port: bool) -> Value {
+    let mut value = json!({ "name": name, "port": port, "targetPort": port, "protocol": protocol });
+    if is_node_port {
+        value["nodePort"] = port.into();
+    }
+    value
+}
+
+/// Only the pool's connection servers reach its processing servers. A policy
+/// cannot name pods on a host's network, so there is none then.
+pub(super) fn policies(owner: Owner<'_>) -> Vec<Value> {
+    if owner.pool.exposure == Exposure::HostNetwork {
+        return Vec::new();
+    }
+    let name = format!("{}-processing-servers", owner.pool.name);
+    let from = selector(&owner.pool.name, CONNECTION_SERVER);
+    vec![json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata(owner, &name, PROCESSING_SERVER),
+        "spec": {
+            "podSelector": { "matchLabels": selector(&owner.pool.name, PROCESSING_SERVER) },
+            "policyTypes": ["Ingress"],
+            "ingress": [{ "from": [{ "podSelector": { "matchLabels": from } }] }],
+        },
+    })]
+}
+
+/// At most one server of each role is evicted at a time.
+pub(super) fn budgets(owner: Owner<'_>) -> Vec<Value> {
+    let budget = |component: &str| {
+        let name = format!("{}-{component}s", owner.pool.name);
+        json!({
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": metadata(owner, &name, component),
+            "spec": {
+                "maxUnavailable": 1,
+                "selector": { "matchLabels": selector(&owner.pool.name, component) },
+            },
+        })
+    };
+    [PROCESSING_SERVER, CONNECTION_SERVER].map(budget).to_vec()
+}

@@ -1,0 +1,158 @@
+use super::*;
+use crate::plan::{Observed, plan};
+use crate::pool::ProcessingPool;
+use jiff::Timestamp;
+use std::time::Duration;
+
+fn pool(change: impl FnOnce(&mut Value)) -> ValidPool {
+    let mut value = json!({
+        "apiVersion": "portpool.dev/v1alpha1",
+        "kind": "ProcessingPool",
+        "metadata": { "name": "games" },
+        "spec": {
+            "ports": [{ "name": "game", "port": 7000, "count": 2, "protocol": "TCPUDP" }],
+            "template": {
+                "metadata": { "labels": { "team": "red" } },
+                "spec": { "containers": [{ "name": "game", "image": "game:1", "novelField": 1 }] },
+            },
+        },
+    });
+    change(&mut value);
+    let pool: ProcessingPool = serde_json::from_value(value).unwrap();
+    ValidPool::new(&pool).unwrap()
+}
+
+fn settings() -> Settings {
+    Settings {
+        image: "portpool:1".to_owned(),
+        image_pull_policy: "IfNotPresent".to_owned(),
+    }
+}
+
+fn owner(pool: &ValidPool) -> Owner<'_> {
+    Owner {
+        pool,
+        namespace: "arena",
+        uid: "uid",
+    }
+}
+
+fn table(pool: &ValidPool) -> Table {
+    let nothing = Observed {
+        uid: "uid",
+        table: None,
+        generation: 0,
+        servers: &[],
+    };
+    plan(pool, &nothing, Timestamp::UNIX_EPOCH, Duration::ZERO).table
+}
+
+fn find<'a>(objects: &'a [Value], kind: &str) -> Vec<&'a Value> {
+    objects
+        .iter()
+        .filter(|object| object["kind"] == kind)
+        .collect()
+}
+
+#[test]
+fn the_template_stays_as_written_beside_the_agent() {
+    let pool = pool(|_| {});
+    let pod = pod(owner(&pool), &settings(), 3);
+    assert_eq!(pod["metadata"]["name"], "games-3");
+    assert_eq!(pod["metadata"]["labels"]["team"], "red");
+    assert_eq!(pod["metadata"]["labels"][SLOT_LABEL], "3");
+    assert_eq!(pod["spec"]["containers"][0]["novelField"], 1);
+    assert_eq!(pod["spec"]["initContainers"][0]["restartPolicy"], "Always");
+    assert_eq!(pod["spec"]["automountServiceAccountToken"], false);
+}
+
+#[test]
+fn pods_of_one_template_have_one_hash_and_others_another() {
+    let (one, other) = (
+        pool(|_| {}),
+        pool(|value| value["spec"]["template"]["spec"]["hostname"] = "x".into()),
+    );
+    let hash_of = |pool: &ValidPool, slot| {
+        pod(owner(pool), &settings(), slot)["metadata"]["annotations"][HASH_ANNOTATION].clone()
+    };
+    assert_eq!(hash_of(&one, 0), hash_of(&one, 7));
+    assert_ne!(hash_of(&one, 0), hash_of(&other, 0));
+    let scaled = pool(|value| value["spec"]["replicas"] = 9.into());
+    assert_eq!(
+        hash_of(&one, 0),
+        hash_of(&scaled, 0),
+        "scaling replaces no server"
+    );
+}
+
+#[test]
+fn every_exposure_has_its_services() {
+    let kinds = |exposure: &str, first: u16| {
+        let pool = pool(|value| {
+            value["spec"]["connectionServer"] = json!({
+                "exposure": exposure,
+                "connectionPorts": { "first": first, "last": first + 999 },
+            });
+        });
+        let objects = objects(owner(&pool), &table(&pool), &settings());
+        let services = find(&objects, "Service").into_iter();
+        let shape = services.map(|service| {
+            let ports = service["spec"]["ports"].as_array().unwrap();
+            let on_nodes = ports
+                .iter()
+                .filter(|port| port["nodePort"] == port["port"])
+                .count();
+            (
+                service["spec"]["type"].as_str().unwrap().to_owned(),
+                ports.len(),
+                on_nodes,
+            )
+        });
+        shape.collect::<Vec<_>>()
+    };
+    // Two servers with two ports each, TCP and UDP: eight.
+    assert_eq!(kinds("ClusterIP", 20_000), [("ClusterIP".to_owned(), 1, 0)]);
+    assert_eq!(
+        kinds("HostNetwork", 20_000),
+        [("ClusterIP".to_owned(), 1, 0)]
+    );
+    assert_eq!(
+        kinds("LoadBalancer", 20_000),
+        [("LoadBalancer".to_owned(), 9, 0)]
+    );
+    assert_eq!(
+        kinds("NodePort", 31_000),
+        [("NodePort".to_owned(), 1, 0), ("NodePort".to_owned(), 8, 8)]
+    );
+}
+
+#[test]
+fn the_connection_server_may_read_its_table_and_nothing_else() {
+    let pool = pool(|_| {});
+    let objects = objects(owner(&pool), &table(&pool), &settings());
+    let role = find(&objects, "Role")[0];
+    assert_eq!(
+        role["rules"],
+        json!([{
+            "apiGroups": [""], "resources": ["configmaps"], "resourceNames": ["games-port-table"], "verbs": ["get", "list", "watch"],
+        }])
+    );
+}
+
+#[test]
+fn what_is_there_covers_what_is_desired_until_it_differs() {
+    let desired = json!({ "a": { "b": [1, { "c": "x" }] }, "e": {} });
+    let cases = [
+        (
+            json!({ "a": { "b": [1, { "c": "x", "default": true }] }, "more": 1 }),
+            true,
+        ),
+        (json!({ "a": { "b": [1, { "c": "y" }] } }), false),
+        (json!({ "a": { "b": [1] } }), false),
+        (json!({ "a": { "b": [1, { "c": "x" }, 2] } }), false),
+        (json!({}), false),
+    ];
+    for (observed, is_covered) in cases {
+        assert_eq!(covers(&observed, &desired), is_covered, "{observed}");
+    }
+}

@@ -1,0 +1,551 @@
+//! The controller against a real API server.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::cluster::{Space, spec, until};
+use kube::ResourceExt;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use portpool::table::RowState;
+use serde_json::{Value, json};
+
+const QUIET: Duration = Duration::from_secs(8);
+
+#[tokio::test]
+async fn a_pool_becomes_ready_owns_everything_and_is_then_left_alone() {
+    let space = Space::new("becomes-ready").await;
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let pool = space.pool("games").await;
+    let status = pool.status.clone().unwrap();
+    assert_eq!(
+        (status.replicas, status.ready_replicas, status.ports),
+        (2, 2, 8)
+    );
+    assert_eq!(status.message, "all 2 processing servers are ready");
+    assert_eq!(
+        status.address.as_deref(),
+        Some("games.becomes-ready.svc:7700")
+    );
+    let kinds = [
+        ("", "ConfigMap", "configmaps", "games-port-table"),
+        ("", "Service", "services", "games"),
+        (
+            "",
+            "ServiceAccount",
+            "serviceaccounts",
+            "games-connection-server",
+        ),
+        (
+            "apps",
+            "Deployment",
+            "deployments",
+            "games-connection-server",
+        ),
+        (
+            "rbac.authorization.k8s.io",
+            "Role",
+            "roles",
+            "games-connection-server",
+        ),
+        (
+            "rbac.authorization.k8s.io",
+            "RoleBinding",
+            "rolebindings",
+            "games-connection-server",
+        ),
+        (
+            "networking.k8s.io",
+            "NetworkPolicy",
+            "networkpolicies",
+            "games-processing-servers",
+        ),
+        (
+            "policy",
+            "PodDisruptionBudget",
+            "poddisruptionbudgets",
+            "games-processing-servers",
+        ),
+        (
+            "policy",
+            "PodDisruptionBudget",
+            "poddisruptionbudgets",
+            "games-connection-servers",
+        ),
+        ("", "Pod", "pods", "games-0"),
+        ("", "Pod", "pods", "games-1"),
+    ];
+    for (group, kind, plural, name) in kinds {
+        let object = space.objects(group, kind, plural).get(name).await.unwrap();
+        let owners = object.owner_references();
+        assert_eq!(owners.len(), 1, "{kind} {name}");
+        assert_eq!(
+            Some(&owners[0].uid),
+            pool.metadata.uid.as_ref(),
+            "{kind} {name}"
+        );
+    }
+    let table = space.table("games").await.unwrap();
+    assert!(table.rows.iter().all(|row| row.address.is_some()));
+    let before = space.metric("portpool_api_writes_total").await;
+    assert!(before > 0);
+    tokio::time::sleep(QUIET).await;
+    assert_eq!(
+        space.metric("portpool_api_writes_total").await,
+        before,
+        "writes of an idle pool"
+    );
+}
+
+#[tokio::test]
+async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
+    let space = Space::new("scaling").await;
+    // Nobody tells of sessions here, so draining takes all of its time.
+    let spec = |replicas| {
+        let mut spec = spec(replicas);
+        spec["drainSeconds"] = 0.into();
+        spec
+    };
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let before = space.table("games").await.unwrap();
+    space.apply("games", spec(5)).await.unwrap();
+    space.ready("games").await;
+    let grown = space.table("games").await.unwrap();
+    for row in &before.rows {
+        assert_eq!(grown.row(row.slot).unwrap().ranges, row.ranges);
+    }
+    let cost = json!({ "metadata": { "annotations": { "controller.kubernetes.io/pod-deletion-cost": "-7" } } });
+    space
+        .pods()
+        .patch("games-2", &PatchParams::default(), &Patch::Merge(&cost))
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    // The deletion cost comes before the number.
+    let scale = json!({ "spec": { "replicas": 4 } });
+    space
+        .pools()
+        .patch_scale("games", &PatchParams::default(), &Patch::Merge(&scale))
+        .await
+        .unwrap();
+    until("four servers", async || {
+        space.servers("games").await.len() == 4
+    })
+    .await;
+    assert!(!space.servers("games").await.contains_key("games-2"));
+    space.apply("games", spec(1)).await.unwrap();
+    space.ready("games").await;
+    assert_eq!(
+        space.servers("games").await.into_keys().collect::<Vec<_>>(),
+        ["games-0"]
+    );
+    let shrunk = space.table("games").await.unwrap();
+    assert_eq!(shrunk.rows, before.rows[..1]);
+    space.apply("games", spec(0)).await.unwrap();
+    space.ready("games").await;
+    assert!(space.servers("games").await.is_empty());
+}
+
+#[tokio::test]
+async fn a_failed_or_deleted_pod_is_replaced_in_its_slot() {
+    let space = Space::new("replaced").await;
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let (ports, pods) = (
+        space.table("games").await.unwrap().rows,
+        space.servers("games").await,
+    );
+    let failed = json!({ "status": { "phase": "Failed", "reason": "Evicted" } });
+    space
+        .pods()
+        .patch_status("games-0", &PatchParams::default(), &Patch::Merge(&failed))
+        .await
+        .unwrap();
+    space
+        .pods()
+        .delete("games-1", &DeleteParams::default())
+        .await
+        .unwrap();
+    until("two other pods", async || {
+        let now = space.servers("games").await;
+        now.len() == 2
+            && now
+                .values()
+                .all(|uid| !pods.values().any(|former| former == uid))
+    })
+    .await;
+    space.ready("games").await;
+    let now = space.table("games").await.unwrap().rows;
+    assert!(
+        ports
+            .iter()
+            .zip(&now)
+            .all(|(former, now)| former.ranges == now.ranges)
+    );
+}
+
+#[tokio::test]
+async fn a_table_that_is_changed_or_deleted_is_restored() {
+    let space = Space::new("restored").await;
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let good = space.table("games").await.unwrap();
+    let maps = space.objects("", "ConfigMap", "configmaps");
+    let mut forged = good.clone();
+    forged.generation += 50;
+    forged.rows.pop();
+    let tampers = [
+        Value::from("no table"),
+        Value::Null,
+        forged.encode().unwrap().into(),
+    ];
+    for text in tampers {
+        let patch = json!({ "data": { "table.json": text } });
+        maps.patch(
+            "games-port-table",
+            &PatchParams::default(),
+            &Patch::Merge(&patch),
+        )
+        .await
+        .unwrap();
+        let took = until("the table is back", async || {
+            space
+                .table("games")
+                .await
+                .is_some_and(|table| table.rows == good.rows)
+        })
+        .await;
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
+    let generation = space.table("games").await.unwrap().generation;
+    assert!(
+        generation > forged.generation,
+        "readers never go back: {generation}"
+    );
+    maps.delete("games-port-table", &DeleteParams::default())
+        .await
+        .unwrap();
+    let took = until("the table is back", async || {
+        space
+            .table("games")
+            .await
+            .is_some_and(|table| table.rows == good.rows && table.generation > generation)
+    })
+    .await;
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    // Without memory the generation still grows.
+    let mut space = space;
+    let generation = space.table("games").await.unwrap().generation;
+    until("the status knows", async || {
+        space
+            .pool("games")
+            .await
+            .status
+            .unwrap()
+            .table_generation
+            .cast_unsigned()
+            == generation
+    })
+    .await;
+    space.controller.take();
+    maps.delete("games-port-table", &DeleteParams::default())
+        .await
+        .unwrap();
+    space.start_controller();
+    until("the table is back", async || {
+        space
+            .table("games")
+            .await
+            .is_some_and(|table| table.rows == good.rows && table.generation > generation)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_invalid_template_is_told_in_the_api_servers_words_and_tears_nothing_down() {
+    let space = Space::new("invalid-template").await;
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let before = space.servers("games").await;
+    let broken: [(&str, Value, &str); 3] = [
+        (
+            "/template/spec/containers/0/comand",
+            json!(["x"]),
+            "unknown field \"spec.containers[0].comand\"",
+        ),
+        (
+            "/template/spec/containers/0/ports",
+            json!([{ "containerPort": 99999 }]),
+            "must be between 1 and 65535",
+        ),
+        (
+            "/template/spec/restartPolicy",
+            json!("Sometimes"),
+            "Unsupported value: \"Sometimes\"",
+        ),
+    ];
+    for (path, value, words) in broken {
+        let mut wrong = spec(2);
+        let (parent, field) = path.rsplit_once('/').unwrap();
+        wrong.pointer_mut(parent).unwrap()[field] = value;
+        space.apply("games", wrong).await.unwrap();
+        space.degraded("games", words).await;
+        assert!(!space.is_ready("games").await);
+        assert_eq!(space.servers("games").await, before);
+        space.apply("games", spec(2)).await.unwrap();
+        space.ready("games").await;
+        assert_eq!(space.servers("games").await, before);
+    }
+    // What no schema can say.
+    let mut wrong = spec(2);
+    wrong["ports"][0]["port"] = 7068.into();
+    space.apply("games", wrong).await.unwrap();
+    space.degraded("games", "spec.ports[0].port").await;
+    assert_eq!(space.servers("games").await, before);
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+}
+
+#[tokio::test]
+async fn a_bad_image_takes_a_quarter_is_named_and_can_be_mended() {
+    let space = Space::new("bad-image").await;
+    let with = |image: &str| {
+        let mut spec = spec(4);
+        spec["template"]["spec"]["containers"][0]["image"] = image.into();
+        spec["drainSeconds"] = 0.into();
+        spec
+    };
+    space.apply("games", with("good:1")).await.unwrap();
+    space.ready("games").await;
+    space.apply("games", with("bad:2")).await.unwrap();
+    space
+        .degraded("games", "ImagePullBackOff: no such image")
+        .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let pods = space.pods().list(&ListParams::default()).await.unwrap();
+    let bad = pods
+        .iter()
+        .filter(|pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("bad:2"));
+    assert_eq!(bad.count(), 1, "the others go on");
+    space.apply("games", with("good:3")).await.unwrap();
+    space.ready("games").await;
+    let pods = space.pods().list(&ListParams::default()).await.unwrap();
+    assert!(
+        pods.iter()
+            .all(|pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("good:3"))
+    );
+}
+
+#[tokio::test]
+async fn objects_of_others_are_never_taken_over() {
+    let space = Space::new("strangers").await;
+    let pod = serde_json::from_value(json!({
+        "metadata": { "name": "games-0", "annotations": { "test/hands-off": "" } },
+        "spec": { "containers": [{ "name": "x", "image": "stranger:1" }] },
+    }));
+    let stranger = space
+        .pods()
+        .create(&PostParams::default(), &pod.unwrap())
+        .await
+        .unwrap();
+    let services = space.objects("", "Service", "services");
+    let service = serde_json::from_value(json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "games" }, "spec": { "ports": [{ "port": 80 }] },
+    }));
+    services
+        .create(&PostParams::default(), &service.unwrap())
+        .await
+        .unwrap();
+    space.apply("games", spec(2)).await.unwrap();
+    space
+        .degraded("games", "exists and belongs to somebody else")
+        .await;
+    until("the other slot works", async || {
+        space.servers("games").await.contains_key("games-1")
+    })
+    .await;
+    assert_eq!(
+        space.pods().get("games-0").await.unwrap().uid(),
+        stranger.uid()
+    );
+    assert_eq!(
+        services.get("games").await.unwrap().data["spec"]["ports"][0]["port"],
+        80
+    );
+    services
+        .delete("games", &DeleteParams::default())
+        .await
+        .unwrap();
+    space
+        .pods()
+        .delete("games-0", &DeleteParams::default())
+        .await
+        .unwrap();
+    space.ready("games").await;
+}
+
+#[tokio::test]
+async fn what_is_edited_by_hand_is_put_back() {
+    let space = Space::new("edited").await;
+    space.apply("games", spec(1)).await.unwrap();
+    space.ready("games").await;
+    let deployments = space.objects("apps", "Deployment", "deployments");
+    let services = space.objects("", "Service", "services");
+    let roles = space.objects("rbac.authorization.k8s.io", "Role", "roles");
+    let patch = json!({ "spec": { "replicas": 3 } });
+    deployments
+        .patch(
+            "games-connection-server",
+            &PatchParams::default(),
+            &Patch::Merge(&patch),
+        )
+        .await
+        .unwrap();
+    let patch = json!({ "rules": [] });
+    roles
+        .patch(
+            "games-connection-server",
+            &PatchParams::default(),
+            &Patch::Merge(&patch),
+        )
+        .await
+        .unwrap();
+    services
+        .delete("games", &DeleteParams::default())
+        .await
+        .unwrap();
+    until("all is back", async || {
+        let deployment = deployments.get("games-connection-server").await.unwrap();
+        let role = roles.get("games-connection-server").await.unwrap();
+        deployment.data["spec"]["replicas"] == 1
+            && role.data["rules"]
+                .as_array()
+                .is_some_and(|rules| rules.len() == 1)
+            && services.get_opt("games").await.unwrap().is_some()
+    })
+    .await;
+    // A field that the spec no longer asks for goes.
+    let mut with = spec(1);
+    with["connectionServer"] = json!({ "replicas": 2 });
+    space.apply("games", with).await.unwrap();
+    until("two", async || {
+        deployments
+            .get("games-connection-server")
+            .await
+            .unwrap()
+            .data["spec"]["replicas"]
+            == 2
+    })
+    .await;
+    space.apply("games", spec(1)).await.unwrap();
+    until("one", async || {
+        deployments
+            .get("games-connection-server")
+            .await
+            .unwrap()
+            .data["spec"]["replicas"]
+            == 1
+    })
+    .await;
+    space.ready("games").await;
+}
+
+#[tokio::test]
+async fn wrong_specs_are_refused_at_admission_with_field_and_rule() {
+    let space = Space::new("admission").await;
+    let cases: [(&str, Value, &str); 16] = [
+        ("/replicas", json!(-1), "spec.replicas"),
+        ("/replicas", json!(1001), "spec.replicas"),
+        ("/replicas", json!("two"), "spec.replicas"),
+        ("/ports", json!([]), "spec.ports"),
+        ("/ports/0/count", json!(0), "spec.ports[0].count"),
+        ("/ports/0/name", json!("Not a name"), "spec.ports[0].name"),
+        ("/ports/0/protocol", json!("SCTP"), "spec.ports[0].protocol"),
+        (
+            "/ports/0/port",
+            json!(65534),
+            "port + count - 1 must not exceed 65535",
+        ),
+        (
+            "/ports/0/proxyProtocol",
+            json!("V3"),
+            "spec.ports[0].proxyProtocol",
+        ),
+        (
+            "/connectionServer",
+            json!({ "replicas": 0 }),
+            "spec.connectionServer.replicas",
+        ),
+        (
+            "/connectionServer",
+            json!({ "loadSharingPort": 20001 }),
+            "loadSharingPort must lie outside connectionPorts",
+        ),
+        (
+            "/connectionServer",
+            json!({ "connectionPorts": { "first": 9, "last": 8 } }),
+            "first must not be above last",
+        ),
+        (
+            "/connectionServer",
+            json!({ "exposure": "Magic" }),
+            "spec.connectionServer.exposure",
+        ),
+        (
+            "/loadSharing",
+            json!({ "policy": "Best" }),
+            "spec.loadSharing.policy",
+        ),
+        (
+            "/sessions",
+            json!({ "claimSeconds": 0 }),
+            "spec.sessions.claimSeconds",
+        ),
+        ("/drainSeconds", json!(-1), "spec.drainSeconds"),
+    ];
+    for (path, value, words) in cases {
+        let mut wrong = spec(2);
+        let (parent, field) = path.rsplit_once('/').unwrap();
+        wrong.pointer_mut(parent).unwrap()[field] = value;
+        let error = space.apply("games", wrong).await.unwrap_err().to_string();
+        assert!(error.contains(words), "{path}: {error}");
+    }
+    let mut unknown = spec(2);
+    unknown["replica"] = 3.into();
+    let error = space.apply("games", unknown).await.unwrap_err().to_string();
+    assert!(error.contains("replica"), "{error}");
+    let error = space
+        .apply("9-games", spec(2))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("begin with a letter"), "{error}");
+    space.apply("games", spec(0)).await.unwrap();
+    let mut moved = spec(0);
+    moved["connectionServer"] = json!({ "exposure": "HostNetwork" });
+    let error = space.apply("games", moved).await.unwrap_err().to_string();
+    assert!(error.contains("exposure cannot change"), "{error}");
+}
+
+#[tokio::test]
+async fn a_pool_without_room_says_so_and_goes_on_when_it_has() {
+    let space = Space::new("without-room").await;
+    let mut tight = spec(2);
+    tight["connectionServer"] = json!({ "connectionPorts": { "first": 20000, "last": 20006 } });
+    space.apply("games", tight.clone()).await.unwrap();
+    space
+        .degraded("games", "need 8 connection ports, but 20000 to 20006 has 7")
+        .await;
+    tight["connectionServer"]["connectionPorts"]["last"] = 20_007.into();
+    space.apply("games", tight).await.unwrap();
+    space.ready("games").await;
+    let table = space.table("games").await.unwrap();
+    assert!(table.rows.iter().all(|row| row.state == RowState::Active));
+}
