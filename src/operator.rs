@@ -88,6 +88,10 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub concurrency: u16,
 
+    /// Seconds after which a pool's pods are listed afresh, whatever the watches have told
+    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+    pub resync_seconds: u64,
+
     /// Where /livez, /readyz and /metrics are served
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7702")]
     pub admin: SocketAddr,
@@ -305,6 +309,7 @@ async fn controller(
             image: options.image.clone(),
             image_pull_policy: options.image_pull_policy.clone(),
         },
+        resync: Duration::from_secs(options.resync_seconds),
         metrics,
         memory: parking_lot::Mutex::default(),
     };

@@ -1,14 +1,20 @@
 //! Writes to the API server. Each is safe to repeat, and to lose the reply of.
 
+use std::collections::HashSet;
+
 use futures::StreamExt;
 use http::Request;
-use kube::api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{
+    DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
+};
 use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 
 use super::metrics::Metrics;
 use super::observe::{Stores, is_owned, resource};
-use crate::plan::objects::{MANAGER, covers};
+use crate::plan::objects::{
+    COMPONENT_LABEL, MANAGED_BY, MANAGER, POOL_LABEL, PROCESSING_SERVER, covers,
+};
 use crate::plan::status::Blocker;
 
 /// Pods that are created or deleted at the same time.
@@ -18,7 +24,7 @@ const PODS_AT_ONCE: usize = 16;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     /// The API server's answer.
-    #[error("failed to {action} {object}: {source}")]
+    #[error("failed to {action} {object}: {}", words(.source))]
     Api {
         action: &'static str,
         object: String,
@@ -27,6 +33,9 @@ pub(super) enum Error {
     /// The name belongs to somebody else.
     #[error("{0} exists and belongs to somebody else: remove it, or give the pool another name")]
     NameTaken(String),
+    /// A pod of ours that the watches do not show.
+    #[error("{0} has lost the labels that portpool put on it: put them back, or delete it")]
+    LabelsLost(String),
     /// The table does not encode.
     #[error(transparent)]
     Table(#[from] crate::table::TableError),
@@ -37,6 +46,7 @@ impl Error {
     pub(super) fn blocker(&self) -> Option<Blocker> {
         let reason = match self {
             Self::NameTaken(_) => "NameTaken",
+            Self::LabelsLost(_) => "LabelsLost",
             Self::Table(_) => "InvalidTable",
             Self::Api {
                 source: kube::Error::Api(status),
@@ -49,6 +59,14 @@ impl Error {
             Self::Api { .. } => return None,
         };
         Some(Blocker::new(reason, self.to_string()))
+    }
+}
+
+/// The API server's own words, where it has answered.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        error => error.to_string(),
     }
 }
 
@@ -85,8 +103,9 @@ impl Writer<'_> {
         }
     }
 
-    /// Applies `desired` unless that is how things are. Whether it wrote.
-    pub(super) async fn apply(&self, desired: &Value) -> Result<bool, Error> {
+    /// Applies `desired` unless that is how things are. The version that it
+    /// wrote, if it did.
+    pub(super) async fn apply(&self, desired: &Value) -> Result<Option<String>, Error> {
         let (kind, name) = (of(desired, "/kind"), of(desired, "/metadata/name"));
         let api = self.api(kind);
         let known = match self.stores.get(kind, self.namespace, name) {
@@ -108,14 +127,14 @@ impl Writer<'_> {
                 metadata.remove("resourceVersion");
             }
             if covers(&known, &wanted) {
-                return Ok(false);
+                return Ok(None);
             }
         }
         let parameters = PatchParams::apply(MANAGER).force().validation_strict();
         self.metrics.wrote("apply");
         let applied = api.patch(name, &parameters, &Patch::Apply(desired)).await;
         applied
-            .map(|_| true)
+            .map(|applied| applied.resource_version())
             .map_err(self.failed("apply", kind, name))
     }
 
@@ -143,9 +162,17 @@ impl Writer<'_> {
             Ok(_) => Ok(()),
             // Ours when an earlier reply was lost, or the watch is behind.
             Err(kube::Error::Api(status)) if status.is_already_exists() => {
+                let is_labelled = |pod: &DynamicObject| {
+                    pod.labels()
+                        .get(MANAGED_BY)
+                        .is_some_and(|label| label == MANAGER)
+                };
                 match api.get_opt(&name).await.map_err(failed())? {
                     Some(pod) if !is_owned(&pod, self.uid) => {
                         Err(Error::NameTaken(self.called("Pod", &name)))
+                    }
+                    Some(pod) if !is_labelled(&pod) => {
+                        Err(Error::LabelsLost(self.called("Pod", &name)))
                     }
                     _ => Ok(()),
                 }
@@ -180,6 +207,26 @@ impl Writer<'_> {
             }
             Err(error) => Err(self.failed("delete", kind, name)(error)),
         }
+    }
+
+    /// The uids of the processing servers' pods, from the API server itself.
+    pub(super) async fn list_pods(&self, pool: &str) -> Result<HashSet<String>, Error> {
+        let servers = format!(
+            "{MANAGED_BY}={MANAGER},{POOL_LABEL}={pool},{COMPONENT_LABEL}={PROCESSING_SERVER}"
+        );
+        let ours = ListParams::default().labels(&servers);
+        let listed = self.api("Pod").list_metadata(&ours).await;
+        let listed = listed.map_err(self.failed("list", "Pods of", pool))?;
+        Ok(listed
+            .items
+            .into_iter()
+            .filter(|pod| {
+                pod.owner_references()
+                    .iter()
+                    .any(|owner| owner.uid == self.uid)
+            })
+            .filter_map(|pod| pod.metadata.uid)
+            .collect())
     }
 
     /// Has the API server check a pod without creating it, unknown fields

@@ -1,6 +1,6 @@
 //! One pool: observe, plan, apply, report.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,11 +23,14 @@ use crate::pool::{ProcessingPool, ProcessingPoolStatus};
 use crate::table::{RowState, Table};
 
 /// When a pool is looked at again although nothing has changed: while servers
-/// drain, for numbers, when blocked, and for good measure.
+/// drain, for numbers, when blocked. Else with the next resync.
 const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 const NUMBERS_INTERVAL: Duration = Duration::from_secs(15);
 const BLOCKED_INTERVAL: Duration = Duration::from_secs(10);
-const RESYNC_INTERVAL: Duration = Duration::from_secs(300);
+
+/// Pause for a watch that does not show all pods yet, and most of them.
+const WATCH_PAUSE: Duration = Duration::from_millis(500);
+const MOST_WAITS: u32 = 10;
 
 /// Pause after the first error, and the longest after repeated ones.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -40,6 +43,8 @@ pub(super) struct Context {
     pub(super) settings: Settings,
     pub(super) recorder: Recorder,
     pub(super) metrics: Arc<Metrics>,
+    /// How often a pool's pods are listed afresh.
+    pub(super) resync: Duration,
     /// By the pools' uid. Saves work; nothing depends on it.
     pub(super) memory: Mutex<HashMap<String, Memory>>,
 }
@@ -47,12 +52,21 @@ pub(super) struct Context {
 /// What is remembered of a pool.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Memory {
-    /// The table as last written, to restore it when somebody changes it.
+    /// The table as last written, to restore it when somebody changes it, and
+    /// to go on before the watch has told of the write.
     table: Option<Table>,
+    /// Version of the ConfigMap with it.
+    table_version: u64,
+    /// Uids of pods that the watch still shows, but the last listing did not.
+    ghosts: HashSet<String>,
     /// The template that the API server has accepted.
     checked_template: Option<String>,
     /// Errors in a row.
     failures: u32,
+    /// When its pods were last listed afresh.
+    listed: Option<Instant>,
+    /// How often in a row the watch was waited for.
+    waits: u32,
 }
 
 /// Brings the pool one step nearer to its spec, and tells in its status.
@@ -103,6 +117,55 @@ impl Context {
     fn remember<T>(&self, uid: &str, change: impl FnOnce(&mut Memory) -> T) -> T {
         change(self.memory.lock().entry(uid.to_owned()).or_default())
     }
+
+    /// Puts right what the watches do not know yet, or will never.
+    fn correct(&self, uid: &str, observation: &mut Observation) {
+        self.remember(uid, |memory| {
+            observation
+                .servers
+                .retain(|server| !memory.ghosts.contains(&server.uid));
+            let table = &mut observation.table;
+            // Versions are numbers that grow, since Kubernetes 1.35 by contract.
+            let version = table
+                .resource_version
+                .as_ref()
+                .and_then(|version| version.parse().ok());
+            if version.is_some_and(|version: u64| version < memory.table_version)
+                && let Some(written) = &memory.table
+            {
+                table.text = written.encode().ok();
+                table.resource_version = Some(memory.table_version.to_string());
+                table.generation = written.generation;
+                table.table = Some(written.clone());
+            }
+        });
+    }
+
+    /// Whether the pool's pods are to be listed afresh now: at first, and then
+    /// every now and then.
+    fn is_due_for_listing(&self, uid: &str) -> bool {
+        let listed = self.remember(uid, |memory| memory.listed);
+        listed.is_none_or(|listed| listed.elapsed() >= self.resync)
+    }
+
+    /// Compares what the watch shows with `pods`, the uids just listed. Whether
+    /// the watch is behind, so that it should be waited for.
+    fn is_behind(&self, uid: &str, observation: &Observation, pods: &HashSet<String>) -> bool {
+        let servers = observation.servers.iter();
+        let shown: HashSet<&String> = servers.map(|server| &server.uid).collect();
+        self.remember(uid, |memory| {
+            let is_missing = pods.iter().any(|pod| !shown.contains(pod));
+            if is_missing && memory.waits < MOST_WAITS {
+                memory.waits += 1;
+                return true;
+            }
+            memory.waits = 0;
+            memory.listed = Some(Instant::now());
+            let gone = shown.into_iter().filter(|pod| !pods.contains(*pod));
+            memory.ghosts = gone.cloned().collect();
+            false
+        })
+    }
 }
 
 /// Observe, plan, apply, report. When to look again, and whether something is
@@ -119,7 +182,7 @@ async fn step(
             // What runs goes on as it is.
             let blockers = [Blocker::invalid(&problems)];
             report_invalid(resource, context, &blockers).await?;
-            return Ok((RESYNC_INTERVAL, true));
+            return Ok((context.resync, true));
         }
     };
     let owner = Owner {
@@ -136,6 +199,13 @@ async fn step(
     };
     let hash = objects::template_hash(owner, &context.settings);
     let mut observation = observe(&context.stores, namespace, uid, &pool, &hash).await;
+    if context.is_due_for_listing(uid) {
+        let pods = writer.list_pods(&pool.name).await?;
+        if context.is_behind(uid, &observation, &pods) {
+            return Ok((WATCH_PAUSE, false));
+        }
+    }
+    context.correct(uid, &mut observation);
     let mut blockers = std::mem::take(&mut observation.blockers);
     let mut failure = None;
     let mut table = observation.table.table.clone();
@@ -188,8 +258,9 @@ async fn step(
         (true, ..) => DRAIN_INTERVAL,
         (_, false, _) => BLOCKED_INTERVAL,
         (_, _, 1..) => NUMBERS_INTERVAL,
-        _ => RESYNC_INTERVAL,
+        _ => context.resync,
     };
+    let after = after.min(context.resync);
     Ok((after, !blockers.is_empty()))
 }
 
@@ -236,9 +307,13 @@ async fn apply(
     let text = table.encode()?;
     if observation.table.text.as_ref() != Some(&text) || observation.table.table.is_none() {
         let version = observation.table.resource_version.as_deref();
-        writer
+        let written = writer
             .apply(&objects::config_map(owner, &text, version))
             .await?;
+        let written = written.and_then(|version| version.parse().ok());
+        context.remember(owner.uid, |memory| {
+            memory.table_version = written.unwrap_or(memory.table_version);
+        });
         info!(
             generation = table.generation,
             servers = table.rows.len(),

@@ -1,0 +1,372 @@
+//! The whole path in a cluster without a node: a real controller, API server,
+//! connection server and agents; the pods' addresses are loopback addresses
+//! where the agents run.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::cluster::{ApiServer, Space, metric, spec, until};
+use common::{Process, echo, is_cut};
+use kube::ResourceExt;
+use kube::api::{DeleteParams, ListParams, PostParams};
+use portpool::client::Client;
+use portpool::session::{Session, SessionRequest};
+use portpool::table::TABLE_KEY;
+use serde_json::json;
+
+/// Address of the connection server. The agents' are 127.250.0.10 and up, so
+/// that one test at a time may have them.
+const CONNECTION_SERVER: &str = "127.251.0.1";
+
+static ADDRESSES: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// What runs for the pods: agents with workloads, and a connection server.
+struct Node {
+    space: Space,
+    folder: tempfile::TempDir,
+    running: BTreeMap<String, [Process; 2]>,
+    connection_server: Option<Process>,
+    _addresses: tokio::sync::MutexGuard<'static, ()>,
+}
+
+impl Node {
+    /// A pool with `replicas` servers, everything running and attached.
+    async fn new(server: Arc<ApiServer>, name: &str, replicas: u32) -> Self {
+        let addresses = ADDRESSES.lock().await;
+        let mut space = Space::without_controller(server, name).await;
+        space.start_controller();
+        // In place of the Deployment controller and the node.
+        let pod = serde_json::from_value(json!({
+            "metadata": {
+                "name": "games-connection-server",
+                "labels": {
+                    "app.kubernetes.io/managed-by": "portpool",
+                    "portpool.dev/pool": "games",
+                    "portpool.dev/component": "connection-server",
+                },
+                "annotations": { "test/address": CONNECTION_SERVER },
+            },
+            "spec": { "containers": [{ "name": "x", "image": "x" }] },
+        }));
+        space
+            .pods()
+            .create(&PostParams::default(), &pod.unwrap())
+            .await
+            .unwrap();
+        space.apply("games", spec(replicas)).await.unwrap();
+        space.ready("games").await;
+        let mut node = Self {
+            space,
+            folder: tempfile::tempdir().unwrap(),
+            running: BTreeMap::new(),
+            connection_server: None,
+            _addresses: addresses,
+        };
+        node.mount().await;
+        node.start_connection_server();
+        node.run_pods().await;
+        node
+    }
+
+    fn table_file(&self) -> String {
+        self.folder.path().join(TABLE_KEY).display().to_string()
+    }
+
+    /// What the kubelet does with the ConfigMap volume.
+    async fn mount(&self) {
+        let table = self.space.table("games").await.unwrap();
+        portpool::follow::write_table(self.table_file().as_ref(), &table).unwrap();
+    }
+
+    fn start_connection_server(&mut self) {
+        let kubeconfig = self.space.server.kubeconfig().display().to_string();
+        let arguments = [
+            "connection-server".to_owned(),
+            format!("--table={}", self.table_file()),
+            format!("--config-map={}/games-port-table", self.space.name),
+            format!("--listen={CONNECTION_SERVER}"),
+            format!("--advertise={CONNECTION_SERVER}"),
+            format!("--admin={CONNECTION_SERVER}:7701"),
+        ];
+        let process = Process::start_with(&arguments, &[("KUBECONFIG", &kubeconfig)]);
+        self.connection_server = Some(process);
+    }
+
+    /// Starts and ends agents and workloads as there are pods.
+    async fn run_pods(&mut self) {
+        let selector = "portpool.dev/component=processing-server";
+        let pods = self
+            .space
+            .pods()
+            .list(&ListParams::default().labels(selector))
+            .await
+            .unwrap();
+        let wanted: BTreeMap<String, (String, String)> = pods
+            .into_iter()
+            .filter_map(|pod| {
+                let slot = pod.labels().get("portpool.dev/slot")?.clone();
+                let address = pod.status.as_ref()?.pod_ip.clone()?;
+                Some((pod.uid()?, (slot, address)))
+            })
+            .collect();
+        self.running.retain(|uid, _| wanted.contains_key(uid));
+        for (uid, (slot, address)) in wanted {
+            let table = self.table_file();
+            self.running.entry(uid).or_insert_with(|| {
+                let agent = [
+                    "processing-server".to_owned(),
+                    format!("--table={table}"),
+                    format!("--slot={slot}"),
+                    format!("--address={address}"),
+                    "--listen-scope=address".to_owned(),
+                    format!("--admin={address}:7071"),
+                ];
+                let workload = [
+                    "echo".to_owned(),
+                    format!("--listen={address}"),
+                    "--ports=7000-7003".to_owned(),
+                ];
+                [Process::start(&agent), Process::start(&workload)]
+            });
+        }
+    }
+
+    fn client(&self) -> Client {
+        Client::new(&format!("{CONNECTION_SERVER}:7700")).unwrap()
+    }
+
+    async fn until_free(&self, ports: u32) {
+        let client = self.client();
+        until(&format!("{ports} ports are free"), async || {
+            client
+                .pool()
+                .await
+                .is_ok_and(|state| state.free_ports == ports)
+        })
+        .await;
+    }
+
+    async fn session(&self) -> (Session, TcpStream) {
+        let request = SessionRequest {
+            wait_seconds: 10,
+            ..SessionRequest::default()
+        };
+        let session = self.client().request(request).await.unwrap();
+        assert_eq!(session.address, CONNECTION_SERVER);
+        let stream = common::connect(&session);
+        (session, stream)
+    }
+}
+
+#[tokio::test]
+async fn sessions_go_through_and_hold_servers_while_a_pool_shrinks() {
+    let mut node = Node::new(ApiServer::shared().await, "path", 2).await;
+    node.until_free(8).await;
+    let (session, mut stream) = node.session().await;
+    echo(&mut stream, "through the cluster");
+    until("the status tells of the session", async || {
+        let status = node.space.pool("games").await.status.unwrap();
+        status.sessions == Some(1) && status.free_ports == Some(7)
+    })
+    .await;
+    // Growing: the new server serves.
+    node.space.apply("games", spec(3)).await.unwrap();
+    node.space.ready("games").await;
+    node.mount().await;
+    node.run_pods().await;
+    node.until_free(11).await;
+    // Shrinking: the server with the session stays until it ends.
+    node.space.apply("games", spec(0)).await.unwrap();
+    until("only the busy one is left", async || {
+        node.space
+            .servers("games")
+            .await
+            .into_keys()
+            .eq([session.server.clone()])
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    echo(&mut stream, "still here");
+    assert_eq!(node.space.servers("games").await.len(), 1);
+    drop(stream);
+    until("all are gone", async || {
+        node.space.servers("games").await.is_empty()
+    })
+    .await;
+    node.space.ready("games").await;
+    // And back from nothing.
+    node.space.apply("games", spec(2)).await.unwrap();
+    node.space.ready("games").await;
+    node.mount().await;
+    node.run_pods().await;
+    node.until_free(8).await;
+    let (_, mut stream) = node.session().await;
+    echo(&mut stream, "again");
+}
+
+#[tokio::test]
+async fn without_the_api_server_sessions_are_made_and_connection_servers_restart() {
+    let server = Arc::new(ApiServer::own().await);
+    let mut node = Node::new(server.clone(), "absence", 2).await;
+    node.until_free(8).await;
+    let (_, mut before) = node.session().await;
+    echo(&mut before, "before");
+    node.mount().await;
+    server.stop();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    echo(&mut before, "meanwhile");
+    let (_, mut meanwhile) = node.session().await;
+    echo(&mut meanwhile, "made without the API server");
+    // Its connections go with it; the mounted copy is enough to start.
+    node.connection_server.take();
+    assert!(is_cut(&mut before));
+    node.start_connection_server();
+    let started = Instant::now();
+    let (_, mut after) = node.session().await;
+    echo(&mut after, "made after a restart without the API server");
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        started.elapsed()
+    );
+    server.resume();
+    server.installed().await;
+    node.space.apply("games", spec(3)).await.unwrap();
+    node.space.ready("games").await;
+    node.mount().await;
+    node.run_pods().await;
+    let client = node.client();
+    until("the new table is followed", async || {
+        client.pool().await.is_ok_and(|state| {
+            state
+                .servers
+                .iter()
+                .filter(|server| server.attached)
+                .count()
+                == 3
+        })
+    })
+    .await;
+    echo(&mut after, "nobody was cut");
+}
+
+#[tokio::test]
+async fn of_two_controllers_one_leads_and_the_other_takes_over() {
+    let space = Space::without_controller(ApiServer::shared().await, "two-controllers").await;
+    let lease = ["--lease=two-controllers/portpool".to_owned()];
+    let kubeconfig = space.server.kubeconfig().to_owned();
+    let ports = [space.admin_port, space.admin_port + 1, space.admin_port + 2];
+    let start = |port: u16| space.controller_with(&kubeconfig, port, &lease);
+    let leads = |port: u16| metric(port, "portpool_leader") == 1;
+    let mut first = start(ports[0]);
+    until("the first leads", async || leads(ports[0])).await;
+    let second = start(ports[1]);
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    assert!(!leads(ports[1]), "one at a time");
+    // Killed: the lease must run out.
+    first.kill();
+    let took = until("the second leads", async || leads(ports[1])).await;
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    space.apply("games", spec(3)).await.unwrap();
+    space.ready("games").await;
+    // Told to stop: the lease is given back.
+    let third = start(ports[2]);
+    until("the third waits", async || {
+        metric(ports[2], "portpool_build_info") == 1
+    })
+    .await;
+    second.terminate();
+    let took = until("the third leads", async || leads(ports[2])).await;
+    assert!(took < Duration::from_secs(8), "{took:?}");
+    space.apply("games", spec(1)).await.unwrap();
+    until("the third works", async || {
+        space
+            .table("games")
+            .await
+            .is_some_and(|table| table.generation > 3)
+    })
+    .await;
+    // Frozen beyond the lease: whoever comes next is not disturbed by it later.
+    third.signal(rustix::process::Signal::STOP);
+    let fourth = start(ports[1]);
+    let took = until("the fourth leads", async || leads(ports[1])).await;
+    assert!(took < Duration::from_secs(25), "{took:?}");
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let (table, servers) = (space.table("games").await, space.servers("games").await);
+    third.signal(rustix::process::Signal::CONT);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(space.table("games").await, table);
+    assert_eq!(space.servers("games").await, servers);
+    assert!(leads(ports[1]));
+    drop(fourth);
+}
+
+#[tokio::test]
+async fn a_deleted_pool_leaves_nothing_also_while_it_is_being_made() {
+    let server = Arc::new(ApiServer::own().await);
+    server.start_controller_manager(&[]);
+    let mut space = Space::without_controller(server, "deleted").await;
+    space.start_controller();
+    let left = async || {
+        let mut names = Vec::new();
+        let kinds = [
+            ("", "Pod", "pods"),
+            ("", "ConfigMap", "configmaps"),
+            ("", "Service", "services"),
+            ("", "ServiceAccount", "serviceaccounts"),
+            ("apps", "Deployment", "deployments"),
+            ("rbac.authorization.k8s.io", "Role", "roles"),
+            ("rbac.authorization.k8s.io", "RoleBinding", "rolebindings"),
+            ("networking.k8s.io", "NetworkPolicy", "networkpolicies"),
+            ("policy", "PodDisruptionBudget", "poddisruptionbudgets"),
+        ];
+        for (group, kind, plural) in kinds {
+            let ours = ListParams::default().labels("app.kubernetes.io/managed-by=portpool");
+            let listed = space
+                .objects(group, kind, plural)
+                .list(&ours)
+                .await
+                .unwrap();
+            names.extend(
+                listed
+                    .iter()
+                    .map(|object| format!("{kind} {}", object.name_any())),
+            );
+        }
+        names
+    };
+    for (parameters, wait_ready) in [
+        (DeleteParams::background(), true),
+        (DeleteParams::foreground(), true),
+        (DeleteParams::background(), false),
+    ] {
+        space.apply("games", spec(3)).await.unwrap();
+        if wait_ready {
+            space.ready("games").await;
+        } else {
+            until("it is being made", async || {
+                space.config_map("games").await.is_some()
+            })
+            .await;
+        }
+        space.pools().delete("games", &parameters).await.unwrap();
+        until("the pool is gone", async || {
+            space.pools().get_opt("games").await.unwrap().is_none()
+        })
+        .await;
+        until("all it had is gone", async || left().await.is_empty()).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(left().await, Vec::<String>::new());
+    }
+}
