@@ -18,9 +18,11 @@
 //! - `observe`: stores, and what they say about a pool;
 //! - `apply`: one function per kind of write;
 //! - `reconcile`: the steps, the status, and what follows an error;
-//! - this file: wiring, the lease, signals.
+//! - `lease`: one of several controllers leads;
+//! - this file: wiring, signals.
 
 mod apply;
+mod lease;
 mod metrics;
 mod observe;
 mod reconcile;
@@ -37,11 +39,9 @@ use kube::runtime::controller::Config;
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::{Controller, WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
-use kube_lease_manager::LeaseManagerBuilder;
 use prometheus_client::registry::Registry;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::info;
 
 use self::metrics::Metrics;
 use self::observe::Stores;
@@ -52,11 +52,6 @@ use crate::pool::ProcessingPool;
 
 /// Changes that come together are looked at together.
 const DEBOUNCE: Duration = Duration::from_millis(100);
-
-/// How long a lease is valid without being renewed, and how much earlier it
-/// is renewed: a successor takes over within 15 s of a crash.
-const LEASE_SECONDS: u64 = 15;
-const LEASE_GRACE_SECONDS: u64 = 5;
 
 /// Runs the controller: makes the ProcessingPools of a Kubernetes cluster true.
 ///
@@ -152,25 +147,17 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         }
         return Ok(());
     };
-    let (mut leading, task) = lease_watch(&client, &lease).await?;
-    let leads = tokio::select! {
-        leads = leading.wait_for(|leads| *leads) => leads.is_ok(),
-        () = &mut shutdown => false,
+    let held = tokio::select! {
+        held = lease::hold(&client, &lease) => held?,
+        () = &mut shutdown => return Ok(()),
     };
-    if !leads {
-        drop(leading);
-        return match task.await {
-            Ok(Err(error)) => Err(error.into()),
-            _ => Ok(()),
-        };
-    }
     info!(lease, "leading");
     metrics.leader.set(1);
     let controllers = controllers(&client, &options, &metrics, &stopping);
     tokio::pin!(controllers);
     let result = tokio::select! {
         () = &mut controllers => Ok(()),
-        _ = leading.wait_for(|leads| !*leads) => Err(Error::LeaseLost),
+        () = held.lost() => Err(Error::LeaseLost),
         () = shutdown => {
             stopping.cancel();
             controllers.await;
@@ -178,11 +165,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         }
     };
     stopping.cancel();
-    // Closing the channel releases the lease: a successor need not wait.
-    drop(leading);
-    if let Ok(Err(error)) = task.await {
-        warn!(%error, "failed to give the lease back");
-    }
+    held.release().await;
     result
 }
 
@@ -198,31 +181,6 @@ async fn check_resource(client: &Client, options: &Options) -> Result<(), Error>
         Err(kube::Error::Service(_) | kube::Error::HyperError(_)) => Ok(()),
         Err(error) => Err(Error::List(error)),
     }
-}
-
-async fn lease_watch(
-    client: &Client,
-    lease: &str,
-) -> Result<
-    (
-        watch::Receiver<bool>,
-        tokio::task::JoinHandle<kube_lease_manager::Result<kube_lease_manager::LeaseManager>>,
-    ),
-    Error,
-> {
-    let (namespace, name) = lease
-        .split_once('/')
-        .ok_or_else(|| Error::LeaseName(lease.to_owned()))?;
-    let identity = format!("portpool-{}", uuid::Uuid::new_v4().simple());
-    info!(lease, identity, "waiting for the lease");
-    let manager = LeaseManagerBuilder::new(client.clone(), name)
-        .with_namespace(namespace)
-        .with_identity(identity)
-        .with_duration(LEASE_SECONDS)
-        .with_grace(LEASE_GRACE_SECONDS)
-        .build()
-        .await?;
-    Ok(manager.watch().await)
 }
 
 async fn serve_admin(
