@@ -2,12 +2,12 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run test lint generate tools
+.PHONY: all help run test lint generate tools scale-operator
 
 all: lint test
 
 help:  ## What there is
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
 	cargo build --release --locked
@@ -24,8 +24,13 @@ lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is in
 	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
 	else echo "cargo-deny is not installed, licences are not checked: cargo install --locked cargo-deny"; fi
 
-generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD
+scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, and 200 pools
+	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \
+	cargo test --release --locked --test operator_scale -- --ignored --nocapture --test-threads=1
+
+generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml
 	BLESS=1 cargo test --locked --test generated
+	BLESS=1 cargo test --locked --test chart generated
 
 tools:  ## Programs of the examples; installed as root on Debian, else named
 	@for program in iperf3 redis-server; do \

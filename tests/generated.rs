@@ -51,4 +51,8 @@ fn openapi_document_is_generated_from_the_handlers() {
 fn crd_is_generated_from_the_types() {
     let crd = portpool::manifest::crd_yaml();
     agree("crds/processingpools.portpool.dev.yaml", &crd);
+    agree(
+        "charts/portpool/files/processingpools.portpool.dev.yaml",
+        &crd,
+    );
 }

@@ -344,6 +344,25 @@ async fn a_bad_image_takes_a_quarter_is_named_and_can_be_mended() {
 }
 
 #[tokio::test]
+async fn a_pod_that_no_node_takes_is_named_and_can_be_mended() {
+    let space = Space::new("no-node").await;
+    let with = |image: &str| {
+        let mut spec = spec(1);
+        spec["template"]["spec"]["containers"][0]["image"] = image.into();
+        spec
+    };
+    space.apply("games", with("nowhere:1")).await.unwrap();
+    space
+        .degraded(
+            "games",
+            "pod games-0 cannot be scheduled: 0/1 nodes are available",
+        )
+        .await;
+    space.apply("games", with("good:1")).await.unwrap();
+    space.ready("games").await;
+}
+
+#[tokio::test]
 async fn objects_of_others_are_never_taken_over() {
     let space = Space::new("strangers").await;
     let pod = serde_json::from_value(json!({

@@ -18,7 +18,7 @@ use crate::plan::objects::{
 use crate::plan::status::Blocker;
 
 /// Pods that are created or deleted at the same time.
-const PODS_AT_ONCE: usize = 16;
+const PODS_AT_ONCE: usize = 48;
 
 /// Why a write has failed.
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +139,7 @@ impl Writer<'_> {
     }
 
     /// Creates pods. Those that exist already are ours, or an error.
-    pub(super) async fn create_pods(&self, pods: Vec<Value>) -> Vec<Error> {
+    pub(super) async fn create_pods(&self, pods: impl Iterator<Item = Value>) -> Vec<Error> {
         let create = |pod: Value| async move { self.create_pod(pod).await.err() };
         let errors = futures::stream::iter(pods)
             .map(create)

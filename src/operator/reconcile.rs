@@ -327,10 +327,9 @@ async fn apply(
         errors.extend(writer.apply(object).await.err());
     }
     errors.extend(writer.prune(&owner.pool.name, &desired).await.err());
-    let pods = start
-        .iter()
-        .map(|slot| objects::pod(owner, &context.settings, *slot));
-    errors.extend(writer.create_pods(pods.collect()).await);
+    let slots = start.clone().into_iter();
+    let pods = slots.map(|slot| objects::pod(owner, &context.settings, slot));
+    errors.extend(writer.create_pods(pods).await);
     let uid_of = |slot: &u32| {
         let server = observation
             .servers

@@ -202,6 +202,10 @@ impl ApiServer {
         *self.controller_manager.lock().unwrap() = Some(server);
     }
 
+    pub fn stop_controller_manager(&self) {
+        self.controller_manager.lock().unwrap().take();
+    }
+
     pub fn kubeconfig(&self) -> &Path {
         &self.kubeconfig
     }
@@ -252,13 +256,17 @@ impl ApiServer {
 }
 
 pub fn write_kubeconfig(path: &Path, server: &str) {
+    write_kubeconfig_with(path, server, TOKEN);
+}
+
+pub fn write_kubeconfig_with(path: &Path, server: &str, token: &str) {
     let config = json!({
         "apiVersion": "v1",
         "kind": "Config",
         "current-context": "test",
         "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test" } }],
         "clusters": [{ "name": "test", "cluster": { "server": server, "insecure-skip-tls-verify": true } }],
-        "users": [{ "name": "test", "user": { "token": TOKEN } }],
+        "users": [{ "name": "test", "user": { "token": token } }],
     });
     std::fs::write(path, config.to_string()).unwrap();
 }
@@ -461,8 +469,8 @@ pub fn spec(replicas: u32) -> Value {
     })
 }
 
-/// What a node and the Deployment controller would report, except for pods
-/// whose image begins with `bad`.
+/// What a node and the Deployment controller would report. Pods whose image
+/// begins with `bad` or `nowhere` do not run.
 async fn kubelet(client: Client, namespace: String) {
     let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
     let deployments: Api<Deployment> = Api::namespaced(client, &namespace);
@@ -524,6 +532,11 @@ fn pod_status(pod: &Pod) -> Value {
         return json!({ "status": { "containerStatuses": [{
             "name": "main", "image": image, "imageID": "", "ready": false, "restartCount": 0,
             "state": { "waiting": { "reason": "ImagePullBackOff", "message": "no such image" } },
+        }] } });
+    }
+    if image.starts_with("nowhere") {
+        return json!({ "status": { "conditions": [{
+            "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available",
         }] } });
     }
     let slot: u8 = pod

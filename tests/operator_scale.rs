@@ -1,0 +1,164 @@
+//! How long a large pool and many pools take, beside a ReplicaSet on the same
+//! API server. Run in release: `make scale-operator`.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::cluster::{ApiServer, Space, metric, spec};
+use k8s_openapi::api::apps::v1::ReplicaSet;
+use kube::api::{ListParams, PostParams};
+use kube::{Api, Client};
+use serde_json::json;
+
+const SERVERS: usize = 1000;
+const POOLS: usize = 200;
+const LIMIT: Duration = Duration::from_secs(300);
+
+async fn pods(client: &Client, namespace: &str) -> usize {
+    let api: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(client.clone(), namespace);
+    // From the API server's cache: counting should cost little.
+    let any = ListParams::default().match_any();
+    api.list_metadata(&any).await.unwrap().items.len()
+}
+
+/// Time until there are `wanted` pods.
+async fn until_pods(client: &Client, namespace: &str, wanted: usize, started: Instant) -> Duration {
+    while pods(client, namespace).await < wanted {
+        assert!(started.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    started.elapsed()
+}
+
+fn memory(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmHWM"))
+        .unwrap();
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        / 1024
+}
+
+async fn replica_set(
+    server: &Arc<ApiServer>,
+    client: &Client,
+    name: &str,
+    more: &[&str],
+) -> Duration {
+    server.start_controller_manager(more);
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let space = Space::without_controller(server.clone(), name).await;
+    let sets: Api<ReplicaSet> = Api::namespaced(client.clone(), name);
+    let set = serde_json::from_value(json!({
+        "metadata": { "name": "set" },
+        "spec": {
+            "replicas": SERVERS,
+            "selector": { "matchLabels": { "app": "set" } },
+            "template": {
+                "metadata": { "labels": { "app": "set" } },
+                "spec": { "containers": [{ "name": "main", "image": "example.test/echo:1" }] },
+            },
+        },
+    }));
+    let started = Instant::now();
+    sets.create(&PostParams::default(), &set.unwrap())
+        .await
+        .unwrap();
+    let took = until_pods(client, name, SERVERS, started).await;
+    drop(space);
+    server.stop_controller_manager();
+    took
+}
+
+async fn large_pool(server: &Arc<ApiServer>, name: &str) -> Duration {
+    let mut space = Space::without_controller(server.clone(), name).await;
+    space.start_controller();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let started = Instant::now();
+    space
+        .apply("games", spec(u32::try_from(SERVERS).unwrap()))
+        .await
+        .unwrap();
+    let took = until_pods(&space.client, name, SERVERS, started).await;
+    while !space.is_ready("games").await {
+        assert!(started.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let writes = metric(space.admin_port, "portpool_api_writes_total");
+    let controller = space.controller.as_ref().unwrap().id();
+    println!(
+        "pool of {SERVERS}: pods after {took:.1?}, ready after {:.1?}, {writes} writes, {} MiB at most",
+        started.elapsed(),
+        memory(controller)
+    );
+    took
+}
+
+#[tokio::test]
+#[ignore = "measures; make scale-operator"]
+async fn a_large_pool_beside_a_replica_set() {
+    let server = Arc::new(ApiServer::own().await);
+    let client = server.client().await;
+    for round in 0..3 {
+        large_pool(&server, &format!("pool-{round}")).await;
+        let raised = ["--kube-api-qps=10000", "--kube-api-burst=10000"];
+        let took = replica_set(&server, &client, &format!("raised-{round}"), &raised).await;
+        println!("ReplicaSet of {SERVERS}, rate limit raised: pods after {took:.1?}");
+    }
+    let took = replica_set(&server, &client, "limited", &[]).await;
+    println!("ReplicaSet of {SERVERS}, default rate limit: pods after {took:.1?}");
+}
+
+#[tokio::test]
+#[ignore = "measures; make scale-operator"]
+async fn many_pools() {
+    let server = Arc::new(ApiServer::own().await);
+    let mut space = Space::without_controller(server, "many").await;
+    space.start_controller();
+    let started = Instant::now();
+    for index in 0..POOLS {
+        space
+            .apply(&format!("games-{index}"), spec(2))
+            .await
+            .unwrap();
+    }
+    let applied = started.elapsed();
+    loop {
+        let pools = space.pools().list(&ListParams::default()).await.unwrap();
+        let ready = pools.items.iter().filter(|pool| {
+            let conditions = pool.status.iter().flat_map(|status| &status.conditions);
+            conditions
+                .into_iter()
+                .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+        });
+        if ready.count() == POOLS {
+            break;
+        }
+        assert!(started.elapsed() < LIMIT);
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    let writes = metric(space.admin_port, "portpool_api_writes_total");
+    let memory = memory(space.controller.as_ref().unwrap().id());
+    println!(
+        "{POOLS} pools of 2: applied in {applied:.1?}, all ready after {:.1?}, {writes} writes, {memory} MiB at most",
+        started.elapsed()
+    );
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let before = metric(space.admin_port, "portpool_api_writes_total");
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    let idle = metric(space.admin_port, "portpool_api_writes_total") - before;
+    println!("{POOLS} pools, idle: {idle} writes in 60 s");
+    assert_eq!(idle, 0);
+}
