@@ -247,7 +247,7 @@ async fn controller(
     let config = Config::default()
         .debounce(DEBOUNCE)
         .concurrency(options.concurrency);
-    let mut controller = Controller::for_stream(pool_changes, pool_store)
+    let mut controller = Controller::for_stream(pool_changes, pool_store.clone())
         .with_config(config)
         .graceful_shutdown_on(stopping.cancelled_owned());
     let (stores, changes) = Stores::watch(&client, scope.as_deref());
@@ -262,6 +262,7 @@ async fn controller(
     let context = Context {
         recorder: Recorder::new(client.clone(), reporter),
         client,
+        pools: pool_store,
         stores,
         settings: Settings {
             image: options.image.clone(),

@@ -15,6 +15,8 @@ use common::cluster::{ApiServer, Space, metric, spec};
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use kube::api::{ListParams, PostParams};
 use kube::{Api, Client};
+use portpool::plan::ValidPool;
+use portpool::plan::objects::{Owner, Settings, pod};
 use serde_json::json;
 
 const SERVERS: usize = 1000;
@@ -26,6 +28,25 @@ async fn pods(client: &Client, namespace: &str) -> usize {
     // From the API server's cache: counting should cost little.
     let any = ListParams::default().match_any();
     api.list_metadata(&any).await.unwrap().items.len()
+}
+
+/// What the pool's pods are made of, so that both make the same.
+fn pod_spec() -> serde_json::Value {
+    let pool = json!({
+        "apiVersion": "portpool.dev/v1alpha1", "kind": "ProcessingPool",
+        "metadata": { "name": "games" }, "spec": spec(1),
+    });
+    let pool = ValidPool::new(&serde_json::from_value(pool).unwrap()).unwrap();
+    let owner = Owner {
+        pool: &pool,
+        namespace: "any",
+        uid: "any",
+    };
+    let settings = Settings {
+        image: "portpool:test".to_owned(),
+        image_pull_policy: "IfNotPresent".to_owned(),
+    };
+    pod(owner, &settings, 0)["spec"].clone()
 }
 
 /// Time until there are `wanted` pods.
@@ -68,7 +89,7 @@ async fn replica_set(
             "selector": { "matchLabels": { "app": "set" } },
             "template": {
                 "metadata": { "labels": { "app": "set" } },
-                "spec": { "containers": [{ "name": "main", "image": "example.test/echo:1" }] },
+                "spec": pod_spec(),
             },
         },
     }));

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
 use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::reflector::Store;
 use kube::{Api, Client, Resource, ResourceExt};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
@@ -39,6 +40,7 @@ const LAST_RETRY: Duration = Duration::from_secs(15);
 /// What all reconciles share.
 pub(super) struct Context {
     pub(super) client: Client,
+    pub(super) pools: Store<ProcessingPool>,
     pub(super) stores: Stores,
     pub(super) settings: Settings,
     pub(super) recorder: Recorder,
@@ -148,6 +150,18 @@ impl Context {
         listed.is_none_or(|listed| listed.elapsed() >= self.resync)
     }
 
+    /// Forgets pools that are gone; a deletion triggers no reconcile.
+    fn forget_deleted(&self) {
+        let pools = self.pools.state();
+        let uids: HashSet<&str> = pools
+            .iter()
+            .filter_map(|pool| pool.metadata.uid.as_deref())
+            .collect();
+        self.memory
+            .lock()
+            .retain(|uid, _| uids.contains(uid.as_str()));
+    }
+
     /// Compares what the watch shows with `pods`, the uids just listed. Whether
     /// the watch is behind, so that it should be waited for.
     fn is_behind(&self, uid: &str, observation: &Observation, pods: &HashSet<String>) -> bool {
@@ -204,6 +218,7 @@ async fn step(
         if context.is_behind(uid, &observation, &pods) {
             return Ok((WATCH_PAUSE, false));
         }
+        context.forget_deleted();
     }
     context.correct(uid, &mut observation);
     let mut blockers = std::mem::take(&mut observation.blockers);
@@ -321,15 +336,15 @@ async fn apply(
         );
     }
     context.remember(owner.uid, |memory| memory.table = Some(table.clone()));
-    let mut errors = Vec::new();
     let desired = objects::objects(owner, &table, &context.settings);
-    for object in &desired {
-        errors.extend(writer.apply(object).await.err());
-    }
-    errors.extend(writer.prune(&owner.pool.name, &desired).await.err());
     let slots = start.clone().into_iter();
     let pods = slots.map(|slot| objects::pod(owner, &context.settings, slot));
-    errors.extend(writer.create_pods(pods).await);
+    // Neither waits for the other: a pod needs its row only.
+    let (mut errors, failed) = futures::join!(
+        apply_objects(writer, owner, &desired),
+        writer.create_pods(pods)
+    );
+    errors.extend(failed);
     let uid_of = |slot: &u32| {
         let server = observation
             .servers
@@ -346,6 +361,17 @@ async fn apply(
         info!(?start, ?stop, errors = errors.len(), "pods changed");
     }
     Ok((table, errors))
+}
+
+/// Applies what is desired beside the table and the pods, one object after
+/// another, and removes what is no longer.
+async fn apply_objects(writer: &Writer<'_>, owner: Owner<'_>, desired: &[Value]) -> Vec<Error> {
+    let mut errors = Vec::new();
+    for object in desired {
+        errors.extend(writer.apply(object).await.err());
+    }
+    errors.extend(writer.prune(&owner.pool.name, desired).await.err());
+    errors
 }
 
 /// The plan. A table that somebody has changed or removed is planned from

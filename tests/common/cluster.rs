@@ -55,7 +55,13 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        // Killed itself, the supervisor could not kill what it runs. Asked
+        // twice, it does not wait for that.
+        let pid = rustix::process::Pid::from_child(&self.child);
+        for _ in 0..2 {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            std::thread::sleep(Duration::from_millis(50));
+        }
         let _ = self.child.wait();
     }
 }
