@@ -40,7 +40,7 @@
 //!   forward    → pool, table                     the data plane: epoll, own threads
 //! processing   → pool, table, selection, follow, admin             a role
 //! client       → pool, session
-//! operator     → pool, table, session, plan, client, admin         a role
+//! operator     → pool, table, session, plan, follow, client, admin a role
 //! local        → pool, table, session, plan, manifest, follow, client, connection
 //! echo, telemetry
 //! ```

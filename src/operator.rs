@@ -37,6 +37,7 @@ use futures::future::{FutureExt, join_all};
 use kube::api::ListParams;
 use kube::runtime::controller::Config;
 use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use prometheus_client::registry::Registry;
@@ -47,6 +48,7 @@ use self::metrics::Metrics;
 use self::observe::Stores;
 use self::reconcile::Context;
 use crate::admin;
+use crate::follow::WatchBackoff;
 use crate::plan::objects::{MANAGER, Settings};
 use crate::pool::ProcessingPool;
 
@@ -203,6 +205,22 @@ async fn serve_admin(
     Ok(())
 }
 
+/// No pause of the controller's own after an error of a watch: it would hold up
+/// all watches, and each has its own backoff.
+struct OwnBackoff;
+
+impl Iterator for OwnBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        Some(Duration::ZERO)
+    }
+}
+
+impl Backoff for OwnBackoff {
+    fn reset(&mut self) {}
+}
+
 /// One controller per watched namespace, or one for all.
 async fn controllers(
     client: &Client,
@@ -240,7 +258,7 @@ async fn controller(
     };
     let (pool_store, writer) = reflector::store();
     let pool_changes = watcher(pools, watcher::Config::default())
-        .default_backoff()
+        .backoff(WatchBackoff::default())
         .modify(|pool| pool.metadata.managed_fields = None)
         .reflect(writer)
         .applied_objects();
@@ -249,6 +267,7 @@ async fn controller(
         .concurrency(options.concurrency);
     let mut controller = Controller::for_stream(pool_changes, pool_store.clone())
         .with_config(config)
+        .trigger_backoff(OwnBackoff)
         .graceful_shutdown_on(stopping.cancelled_owned());
     let (stores, changes) = Stores::watch(&client, scope.as_deref());
     for (resource, changes) in changes {

@@ -241,7 +241,8 @@ async fn without_the_api_server_sessions_are_made_and_connection_servers_restart
     server.resume();
     server.installed().await;
     node.space.apply("games", spec(3)).await.unwrap();
-    node.space.ready("games").await;
+    let took = node.space.ready("games").await;
+    assert!(took < Duration::from_secs(20), "{took:?}");
     node.mount().await;
     node.run_pods().await;
     let client = node.client();

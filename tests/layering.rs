@@ -41,7 +41,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("client", &["pool", "session"]),
     (
         "operator",
-        &["pool", "table", "session", "plan", "client", "admin"],
+        &[
+            "pool", "table", "session", "plan", "follow", "client", "admin",
+        ],
     ),
     (
         "local",

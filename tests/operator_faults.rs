@@ -209,7 +209,6 @@ async fn watches_that_break_and_expire_are_taken_up_again() {
         "{requests} requests in 8 s of broken watches"
     );
     faulty.proxy.rule(|_| Fault::Pass);
-    // kube's watches pause up to 30 s after errors in a row.
     faulty.space.ready("games").await;
     faulty.space.apply("games", quick(1)).await.unwrap();
     faulty.space.ready("games").await;

@@ -12,6 +12,7 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 
 use crate::client;
+use crate::follow::WatchBackoff;
 use crate::plan::objects::{
     COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL,
     PROCESSING_SERVER, SLOT_LABEL, connection_server_name, hash, table_name,
@@ -100,7 +101,7 @@ impl Stores {
             stores.insert(kind, writer.as_reader());
             let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
             let changes = watcher(api, ours)
-                .default_backoff()
+                .backoff(WatchBackoff::default())
                 .modify(move |object| trim(kind, object));
             streams.push((
                 resource,

@@ -35,7 +35,7 @@ const MOST_WAITS: u32 = 10;
 
 /// Pause after the first error, and the longest after repeated ones.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
-const LAST_RETRY: Duration = Duration::from_secs(15);
+const LAST_RETRY: Duration = Duration::from_secs(10);
 
 /// What all reconciles share.
 pub(super) struct Context {
