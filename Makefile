@@ -2,7 +2,7 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run test lint generate tools scale-operator
+.PHONY: all help run test lint generate image tools scale-operator
 
 all: lint test
 
@@ -31,6 +31,9 @@ scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, 
 generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml
 	BLESS=1 cargo test --locked --test generated
 	BLESS=1 cargo test --locked --test chart generated
+
+image:  ## A static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
+	tools/image
 
 tools:  ## Programs of the examples; installed as root on Debian, else named
 	@for program in iperf3 redis-server; do \

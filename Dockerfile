@@ -1,0 +1,13 @@
+# The same image as `make image`, for those who have Docker.
+FROM rust:1.95-bookworm AS build
+WORKDIR /portpool
+COPY . .
+RUN target="$(uname -m)-unknown-linux-gnu" \
+ && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$target" \
+ && install -m 755 "target/$target/release/portpool" /usr/local/bin/portpool
+
+FROM scratch
+COPY --from=build /usr/local/bin/portpool /usr/local/bin/portpool
+ENV PATH=/usr/local/bin
+USER 65532:65532
+ENTRYPOINT ["portpool"]
