@@ -66,6 +66,9 @@ struct Inner {
     port_by_id: HashMap<String, ListenPort>,
     id_by_idempotency_key: HashMap<String, String>,
     ending: HashMap<SessionKey, Ending>,
+    /// Sessions that a client has given back, with their slot, until the agent
+    /// says the end: what it told before it heard of that comes late.
+    released: HashMap<String, u32>,
     asked: HashMap<ListenPort, Vec<Parked>>,
 }
 
@@ -218,6 +221,8 @@ impl Sessions {
                 ..live.session.clone()
             });
         let _ = outbox.send(greet(known.collect()));
+        // Of a release that was lost with the former stream nobody will tell.
+        inner.released.retain(|_, released| *released != slot);
         inner.outboxes.insert(slot, outbox);
     }
 
@@ -257,6 +262,7 @@ impl Sessions {
             .filter(|live| live.slot == slot)
             .map(|live| live.session.session_id.clone())
             .collect();
+        inner.released.retain(|_, released| *released != slot);
         ids.iter().filter_map(|id| inner.end(id)).collect()
     }
 
@@ -293,7 +299,8 @@ impl Sessions {
             }
             return actions;
         }
-        if inner.is_ending(&session.session_id) {
+        let id = &session.session_id;
+        if inner.is_ending(id) || inner.released.contains_key(id) {
             return actions;
         }
         // A successor on the port means that we missed the end of the former.
@@ -318,6 +325,7 @@ impl Sessions {
     #[must_use]
     pub fn end(&self, slot: u32, id: &str) -> Option<Action> {
         let mut inner = self.inner.write();
+        inner.released.remove(id);
         let action = inner.end(id);
         if action.is_none() && !inner.is_ending(id) {
             let session_id = id.to_owned();
@@ -337,6 +345,7 @@ impl Sessions {
         }
         let session_id = id.to_owned();
         inner.send(slot, Message::Release(v1::Release { session_id }));
+        inner.released.insert(id.to_owned(), slot);
         Some(Ok(inner.end(id)))
     }
 
@@ -757,6 +766,21 @@ mod tests {
         };
         assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);
         assert!(sessions.get("a").is_none());
+        assert!(sessions.get("b").is_some());
+    }
+
+    #[test]
+    fn a_session_given_back_does_not_come_back_with_late_news() {
+        let (sessions, _outbox, _sent) = attached();
+        sessions.learn(0, session("a", PORT));
+        assert_eq!(sessions.release("a"), Some(Ok(None)));
+        sessions.learn(0, session("a", PORT));
+        assert!(
+            sessions.get("a").is_none(),
+            "told before the agent heard of it"
+        );
+        assert_eq!(sessions.end(0, "a"), None);
+        sessions.learn(0, session("b", PORT));
         assert!(sessions.get("b").is_some());
     }
 }
