@@ -45,7 +45,7 @@ async fn allocate(pool: &Pool) -> (Vec<Session>, Vec<Duration>) {
             let client = client.clone();
             tokio::spawn(async move {
                 let mut taken = Vec::new();
-                for _ in 0..SESSIONS / CLIENTS {
+                for _ in 0..SESSIONS.div_ceil(CLIENTS) {
                     let started = Instant::now();
                     let session = client.request(SessionRequest::default()).await.unwrap();
                     taken.push((session, started.elapsed()));
