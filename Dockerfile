@@ -4,7 +4,7 @@ WORKDIR /portpool
 COPY . .
 RUN target="$(uname -m)-unknown-linux-gnu" \
  && RUSTFLAGS="-C target-feature=+crt-static" cargo build --release --locked --target "$target" \
- && install -m 755 "target/$target/release/portpool" /usr/local/bin/portpool
+ && strip --strip-debug -o /usr/local/bin/portpool "target/$target/release/portpool"
 
 FROM scratch
 COPY --from=build /usr/local/bin/portpool /usr/local/bin/portpool
