@@ -17,17 +17,20 @@
 //!
 //! - `observe`: stores, and what they say about a pool;
 //! - `apply`: one function per kind of write;
-//! - `reconcile`: the steps, the status, and what follows an error;
+//! - `reconcile`: the steps, and what follows an error;
+//! - `report`: status and events; `memory`: what saves work;
 //! - `lease`: one of several controllers leads;
 //! - this file: wiring, signals.
 
 mod apply;
 mod lease;
+mod memory;
 mod metrics;
 mod observe;
 mod reconcile;
+mod report;
 
-use std::future::ready;
+use std::future::{pending, ready};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,11 +47,12 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use self::memory::Memory;
 use self::metrics::Metrics;
 use self::observe::Stores;
 use self::reconcile::Context;
 use crate::admin;
-use crate::follow::WatchBackoff;
+use crate::follow::{self, WatchBackoff};
 use crate::plan::objects::{MANAGER, Settings};
 use crate::pool::ProcessingPool;
 
@@ -128,7 +132,7 @@ pub enum Error {
 /// # Errors
 /// [`Error`].
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    let client = Client::try_default().await.map_err(Error::Cluster)?;
+    let client = follow::cluster().await.map_err(Error::Cluster)?;
     check_resource(&client, &options).await?;
     let mut registry = Registry::default();
     admin::register_build_info(&mut registry);
@@ -136,30 +140,25 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let stopping = CancellationToken::new();
     serve_admin(options.admin, registry, &stopping).await?;
     tokio::pin!(shutdown);
-    let Some(lease) = options.lease.clone() else {
-        metrics.leader.set(1);
-        let controllers = controllers(&client, &options, &metrics, &stopping);
-        tokio::pin!(controllers);
-        tokio::select! {
-            () = &mut controllers => {}
-            () = shutdown => {
-                stopping.cancel();
-                controllers.await;
-            }
-        }
-        return Ok(());
+    let held = match &options.lease {
+        Some(lease) => tokio::select! {
+            held = lease::hold(&client, lease) => Some(held?),
+            () = &mut shutdown => return Ok(()),
+        },
+        None => None,
     };
-    let held = tokio::select! {
-        held = lease::hold(&client, &lease) => held?,
-        () = &mut shutdown => return Ok(()),
-    };
-    info!(lease, "leading");
     metrics.leader.set(1);
+    let lost = async {
+        match &held {
+            Some(held) => held.lost().await,
+            None => pending().await,
+        }
+    };
     let controllers = controllers(&client, &options, &metrics, &stopping);
     tokio::pin!(controllers);
     let result = tokio::select! {
         () = &mut controllers => Ok(()),
-        () = held.lost() => Err(Error::LeaseLost),
+        () = lost => Err(Error::LeaseLost),
         () = shutdown => {
             stopping.cancel();
             controllers.await;
@@ -167,7 +166,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         }
     };
     stopping.cancel();
-    held.release().await;
+    if let Some(held) = held {
+        held.release().await;
+    }
     result
 }
 
@@ -287,9 +288,8 @@ async fn controller(
             image: options.image.clone(),
             image_pull_policy: options.image_pull_policy.clone(),
         },
-        resync: Duration::from_secs(options.resync_seconds),
         metrics,
-        memory: parking_lot::Mutex::default(),
+        memory: Memory::new(Duration::from_secs(options.resync_seconds)),
     };
     controller
         .run(

@@ -48,8 +48,8 @@ pub struct Observed<'a> {
     pub uid: &'a str,
     /// The table that was published last.
     pub table: Option<&'a Table>,
-    /// The highest generation ever published, where that is known from
-    /// elsewhere: readers refuse to go back.
+    /// The highest generation that readers may have seen, where `table` is not
+    /// what they see: the next one goes above it, changed or not. Else 0.
     pub generation: u64,
     /// The processing servers, in any order.
     pub servers: &'a [ObservedServer],
@@ -277,7 +277,7 @@ fn next_table(
         sessions: pool.sessions.clone(),
         rows,
     };
-    if previous != Some(&table) {
+    if previous != Some(&table) || table.generation <= observed.generation {
         table.generation = table.generation.max(observed.generation) + 1;
     }
     table

@@ -1,6 +1,7 @@
 //! Writes to the API server. Each is safe to repeat, and to lose the reply of.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use futures::StreamExt;
 use http::Request;
@@ -109,24 +110,22 @@ impl Writer<'_> {
         let (kind, name) = (of(desired, "/kind"), of(desired, "/metadata/name"));
         let api = self.api(kind);
         let known = match self.stores.get(kind, self.namespace, name) {
-            Some(known) => Some(known.as_ref().clone()),
+            Some(known) => Some(known),
             // Absent, or without our label: perhaps a stranger's.
             None => api
                 .get_opt(name)
                 .await
-                .map_err(self.failed("read", kind, name))?,
+                .map_err(self.failed("read", kind, name))?
+                .map(Arc::new),
         };
-        if let Some(known) = &known {
+        if let Some(known) = known.as_deref() {
             if !is_owned(known, self.uid) {
                 return Err(Error::NameTaken(self.called(kind, name)));
             }
-            let known = serde_json::to_value(known).unwrap_or_default();
-            let mut wanted = desired.clone();
-            // Says over what to write, not what to write.
-            if let Some(metadata) = wanted["metadata"].as_object_mut() {
-                metadata.remove("resourceVersion");
-            }
-            if covers(&known, &wanted) {
+            // What is to replace a certain version was compared by the caller.
+            let is_decided = desired.pointer("/metadata/resourceVersion").is_some();
+            let is_there = || covers(&serde_json::to_value(known).unwrap_or_default(), desired);
+            if !is_decided && is_there() {
                 return Ok(None);
             }
         }
@@ -151,7 +150,7 @@ impl Writer<'_> {
         let name = of(&pod, "/metadata/name").to_owned();
         let failed = || self.failed("create", "Pod", &name);
         let api = self.api("Pod");
-        let object: DynamicObject = serde_json::from_value(pod.clone())
+        let object: DynamicObject = serde_json::from_value(pod)
             .map_err(|error| failed()(kube::Error::SerdeError(error)))?;
         let parameters = PostParams {
             field_manager: Some(MANAGER.to_owned()),
@@ -220,11 +219,7 @@ impl Writer<'_> {
         Ok(listed
             .items
             .into_iter()
-            .filter(|pod| {
-                pod.owner_references()
-                    .iter()
-                    .any(|owner| owner.uid == self.uid)
-            })
+            .filter(|pod| is_owned(pod, self.uid))
             .filter_map(|pod| pod.metadata.uid)
             .collect())
     }
@@ -258,7 +253,7 @@ impl Writer<'_> {
                         && of(desired, "/metadata/name") == object.name_any()
                 });
                 if !is_desired
-                    && is_owned(&object, self.uid)
+                    && is_owned(object.as_ref(), self.uid)
                     && object.metadata.deletion_timestamp.is_none()
                 {
                     self.delete(kind, &object.name_any(), &object.uid().unwrap_or_default())

@@ -172,7 +172,7 @@ pub(super) fn pool_of(object: &DynamicObject) -> Option<ObjectRef<ProcessingPool
 }
 
 /// Whether `object` belongs to the pool with `uid`.
-pub(super) fn is_owned(object: &DynamicObject, uid: &str) -> bool {
+pub(super) fn is_owned(object: &impl ResourceExt, uid: &str) -> bool {
     object
         .owner_references()
         .iter()
@@ -215,7 +215,7 @@ pub(super) async fn observe(
     let live = ask(&connection_pods, pool.load_sharing_port).await;
     let mut blockers = Vec::new();
     let mut observed = Vec::new();
-    for pod in servers.iter().filter(|pod| is_owned(pod, uid)) {
+    for pod in servers.iter().filter(|pod| is_owned(pod.as_ref(), uid)) {
         blockers.extend(pod_blocker(pod));
         observed.extend(server(pod, template_hash, live.as_ref()));
     }
@@ -367,7 +367,7 @@ fn table(stores: &Stores, namespace: &str, uid: &str, pool: &str) -> ObservedTab
     });
     ObservedTable {
         generation: decoded.as_ref().map_or(0, |table| table.generation),
-        table: decoded.filter(|_| is_ours && is_owned(&object, uid)),
+        table: decoded.filter(|_| is_ours && is_owned(object.as_ref(), uid)),
         resource_version: object.resource_version(),
         text,
     }

@@ -1,26 +1,25 @@
-//! One pool: observe, plan, apply, report.
+//! One pool: the steps observe, plan, apply, report, and what follows an error.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use kube::api::{Patch, PatchParams};
 use kube::runtime::controller::Action;
-use kube::runtime::events::{Event, EventType, Recorder};
+use kube::runtime::events::Recorder;
 use kube::runtime::reflector::Store;
-use kube::{Api, Client, Resource, ResourceExt};
-use parking_lot::Mutex;
-use serde_json::{Value, json};
+use kube::{Api, Client, ResourceExt};
+use serde_json::Value;
 use tracing::{Instrument, info, info_span, warn};
 
 use super::apply::{Error, Writer};
+use super::memory::Memory;
 use super::metrics::{Metrics, Outcome};
 use super::observe::{Observation, Stores, observe};
-use crate::plan::objects::{self, MANAGER, Owner, Settings};
-use crate::plan::status::{Blocker, Facts, Live, ObservedDeployment, status};
+use super::report::{report, report_invalid};
+use crate::plan::objects::{self, Owner, Settings};
+use crate::plan::status::{Blocker, Facts, Live, status};
 use crate::plan::{Observed, Plan, ValidPool, plan, server_name};
-use crate::pool::{ProcessingPool, ProcessingPoolStatus};
+use crate::pool::ProcessingPool;
 use crate::table::{RowState, Table};
 
 /// When a pool is looked at again although nothing has changed: while servers
@@ -29,9 +28,8 @@ const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 const NUMBERS_INTERVAL: Duration = Duration::from_secs(15);
 const BLOCKED_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Pause for a watch that does not show all pods yet, and most of them.
+/// Pause for a watch that does not show all pods yet.
 const WATCH_PAUSE: Duration = Duration::from_millis(500);
-const MOST_WAITS: u32 = 10;
 
 /// Pause after the first error, and the longest after repeated ones.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
@@ -45,30 +43,7 @@ pub(super) struct Context {
     pub(super) settings: Settings,
     pub(super) recorder: Recorder,
     pub(super) metrics: Arc<Metrics>,
-    /// How often a pool's pods are listed afresh.
-    pub(super) resync: Duration,
-    /// By the pools' uid. Saves work; nothing depends on it.
-    pub(super) memory: Mutex<HashMap<String, Memory>>,
-}
-
-/// What is remembered of a pool.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Memory {
-    /// The table as last written, to restore it when somebody changes it, and
-    /// to go on before the watch has told of the write.
-    table: Option<Table>,
-    /// Version of the ConfigMap with it.
-    table_version: u64,
-    /// Uids of pods that the watch still shows, but the last listing did not.
-    ghosts: HashSet<String>,
-    /// The template that the API server has accepted.
-    checked_template: Option<String>,
-    /// Errors in a row.
-    failures: u32,
-    /// When its pods were last listed afresh.
-    listed: Option<Instant>,
-    /// How often in a row the watch was waited for.
-    waits: u32,
+    pub(super) memory: Memory,
 }
 
 /// Brings the pool one step nearer to its spec, and tells in its status.
@@ -77,7 +52,7 @@ pub(super) async fn reconcile(pool: &ProcessingPool, context: &Context) -> Resul
     let uid = pool.uid().unwrap_or_default();
     if pool.metadata.deletion_timestamp.is_some() {
         // Owned objects are garbage-collected.
-        context.memory.lock().remove(&uid);
+        context.memory.forget(&uid);
         return Ok(Action::await_change());
     }
     let span = info_span!("reconcile", namespace, pool = pool.name_any());
@@ -98,7 +73,7 @@ pub(super) async fn reconcile(pool: &ProcessingPool, context: &Context) -> Resul
         .get_or_create(&Outcome { outcome })
         .inc();
     if result.is_ok() {
-        context.remember(&uid, |memory| memory.failures = 0);
+        context.memory.with(&uid, |memory| memory.failures = 0);
     }
     result.map(|(after, _)| Action::requeue(after))
 }
@@ -106,80 +81,13 @@ pub(super) async fn reconcile(pool: &ProcessingPool, context: &Context) -> Resul
 /// Tries again, ever more seldom.
 pub(super) fn after_error(pool: &ProcessingPool, error: &Error, context: &Context) -> Action {
     let uid = pool.uid().unwrap_or_default();
-    let failures = context.remember(&uid, |memory| {
+    let failures = context.memory.with(&uid, |memory| {
         memory.failures = memory.failures.saturating_add(1);
         memory.failures
     });
     warn!(namespace = pool.namespace(), pool = pool.name_any(), %error, failures, "reconcile failed; trying again");
     let pause = FIRST_RETRY.saturating_mul(1 << failures.min(10).saturating_sub(1));
     Action::requeue(pause.min(LAST_RETRY))
-}
-
-impl Context {
-    fn remember<T>(&self, uid: &str, change: impl FnOnce(&mut Memory) -> T) -> T {
-        change(self.memory.lock().entry(uid.to_owned()).or_default())
-    }
-
-    /// Puts right what the watches do not know yet, or will never.
-    fn correct(&self, uid: &str, observation: &mut Observation) {
-        self.remember(uid, |memory| {
-            observation
-                .servers
-                .retain(|server| !memory.ghosts.contains(&server.uid));
-            let table = &mut observation.table;
-            // Versions are numbers that grow, since Kubernetes 1.35 by contract.
-            let version = table
-                .resource_version
-                .as_ref()
-                .and_then(|version| version.parse().ok());
-            if version.is_some_and(|version: u64| version < memory.table_version)
-                && let Some(written) = &memory.table
-            {
-                table.text = written.encode().ok();
-                table.resource_version = Some(memory.table_version.to_string());
-                table.generation = written.generation;
-                table.table = Some(written.clone());
-            }
-        });
-    }
-
-    /// Whether the pool's pods are to be listed afresh now: at first, and then
-    /// every now and then.
-    fn is_due_for_listing(&self, uid: &str) -> bool {
-        let listed = self.remember(uid, |memory| memory.listed);
-        listed.is_none_or(|listed| listed.elapsed() >= self.resync)
-    }
-
-    /// Forgets pools that are gone; a deletion triggers no reconcile.
-    fn forget_deleted(&self) {
-        let pools = self.pools.state();
-        let uids: HashSet<&str> = pools
-            .iter()
-            .filter_map(|pool| pool.metadata.uid.as_deref())
-            .collect();
-        self.memory
-            .lock()
-            .retain(|uid, _| uids.contains(uid.as_str()));
-    }
-
-    /// Compares what the watch shows with `pods`, the uids just listed. Whether
-    /// the watch is behind, so that it should be waited for.
-    fn is_behind(&self, uid: &str, observation: &Observation, pods: &HashSet<String>) -> bool {
-        let servers = observation.servers.iter();
-        let shown: HashSet<&String> = servers.map(|server| &server.uid).collect();
-        self.remember(uid, |memory| {
-            let is_missing = pods.iter().any(|pod| !shown.contains(pod));
-            if is_missing && memory.waits < MOST_WAITS {
-                memory.waits += 1;
-                return true;
-            }
-            memory.waits = 0;
-            memory.listed = Some(Instant::now());
-            let gone = shown.into_iter().filter(|pod| !pods.contains(*pod));
-            memory.ghosts = gone.cloned().collect();
-            false
-        })
-    }
 }
 
 /// Observe, plan, apply, report. When to look again, and whether something is
@@ -196,7 +104,7 @@ async fn step(
             // What runs goes on as it is.
             let blockers = [Blocker::invalid(&problems)];
             report_invalid(resource, context, &blockers).await?;
-            return Ok((context.resync, true));
+            return Ok((context.memory.resync(), true));
         }
     };
     let owner = Owner {
@@ -213,14 +121,14 @@ async fn step(
     };
     let hash = objects::template_hash(owner, &context.settings);
     let mut observation = observe(&context.stores, namespace, uid, &pool, &hash).await;
-    if context.is_due_for_listing(uid) {
+    if context.memory.is_due_for_listing(uid) {
         let pods = writer.list_pods(&pool.name).await?;
-        if context.is_behind(uid, &observation, &pods) {
+        if context.memory.is_behind(uid, &observation, &pods) {
             return Ok((WATCH_PAUSE, false));
         }
-        context.forget_deleted();
+        context.memory.forget_deleted(&context.pools);
     }
-    context.correct(uid, &mut observation);
+    context.memory.correct(uid, &mut observation);
     let mut blockers = std::mem::take(&mut observation.blockers);
     let mut failure = None;
     let mut table = observation.table.table.clone();
@@ -273,9 +181,9 @@ async fn step(
         (true, ..) => DRAIN_INTERVAL,
         (_, false, _) => BLOCKED_INTERVAL,
         (_, _, 1..) => NUMBERS_INTERVAL,
-        _ => context.resync,
+        _ => context.memory.resync(),
     };
-    let after = after.min(context.resync);
+    let after = after.min(context.memory.resync());
     Ok((after, !blockers.is_empty()))
 }
 
@@ -289,7 +197,7 @@ async fn check_template(
     context: &Context,
 ) -> Result<(), Error> {
     let is_known = observation.servers.iter().any(|server| !server.is_outdated);
-    let is_checked = context.remember(owner.uid, |memory| {
+    let is_checked = context.memory.with(owner.uid, |memory| {
         memory.checked_template.as_deref() == Some(hash)
     });
     if is_known || is_checked {
@@ -298,7 +206,7 @@ async fn check_template(
     writer
         .check_pod(objects::pod(owner, &context.settings, 0))
         .await?;
-    context.remember(owner.uid, |memory| {
+    context.memory.with(owner.uid, |memory| {
         memory.checked_template = Some(hash.to_owned())
     });
     Ok(())
@@ -326,7 +234,7 @@ async fn apply(
             .apply(&objects::config_map(owner, &text, version))
             .await?;
         let written = written.and_then(|version| version.parse().ok());
-        context.remember(owner.uid, |memory| {
+        context.memory.with(owner.uid, |memory| {
             memory.table_version = written.unwrap_or(memory.table_version);
         });
         info!(
@@ -335,10 +243,11 @@ async fn apply(
             "table written"
         );
     }
-    context.remember(owner.uid, |memory| memory.table = Some(table.clone()));
+    context
+        .memory
+        .with(owner.uid, |memory| memory.table = Some(table.clone()));
     let desired = objects::objects(owner, &table, &context.settings);
-    let slots = start.clone().into_iter();
-    let pods = slots.map(|slot| objects::pod(owner, &context.settings, slot));
+    let pods = objects::pods(owner, &context.settings, start.clone().into_iter());
     // Neither waits for the other: a pod needs its row only.
     let (mut errors, failed) = futures::join!(
         apply_objects(writer, owner, &desired),
@@ -382,7 +291,9 @@ fn next(
     observation: &Observation,
     context: &Context,
 ) -> Plan {
-    let remembered = context.remember(owner.uid, |memory| memory.table.clone());
+    let remembered = context
+        .memory
+        .with(owner.uid, |memory| memory.table.clone());
     let told = resource
         .status
         .as_ref()
@@ -397,16 +308,12 @@ fn next(
         generation: if is_lost { seen } else { 0 },
         servers: &observation.servers,
     };
-    let mut plan = plan(
+    plan(
         owner.pool,
         &observed,
         Timestamp::now(),
         owner.pool.drain_limit,
-    );
-    if is_lost && plan.table.generation <= seen {
-        plan.table.generation = seen + 1;
-    }
-    plan
+    )
 }
 
 /// Whether carrying out takes something from sessions.
@@ -442,124 +349,4 @@ async fn is_current(resource: &ProcessingPool, context: &Context) -> Result<bool
             && live.metadata.generation == resource.metadata.generation
             && live.metadata.deletion_timestamp.is_none()
     }))
-}
-
-async fn report_invalid(
-    resource: &ProcessingPool,
-    context: &Context,
-    blockers: &[Blocker],
-) -> Result<(), Error> {
-    let (former, name) = (resource.status.as_ref(), resource.name_any());
-    let facts = Facts {
-        name: &name,
-        generation: resource.metadata.generation.unwrap_or(0),
-        pool: None,
-        table: None,
-        servers: &[],
-        deployment: ObservedDeployment::default(),
-        live: None,
-        address: former.and_then(|status| status.address.clone()),
-        blockers,
-    };
-    let mut next = status(&facts, former, Timestamp::now());
-    // Not looked at, so not known to have changed.
-    if let Some(former) = former {
-        next.replicas = former.replicas;
-        next.ready_replicas = former.ready_replicas;
-        next.ports = former.ports;
-        let kept = |kind: &str| {
-            former
-                .conditions
-                .iter()
-                .find(|condition| condition.type_ == kind)
-                .cloned()
-        };
-        if let (Some(slot), Some(kept)) = (
-            next.conditions
-                .iter_mut()
-                .find(|condition| condition.type_ == "ConnectionServerAvailable"),
-            kept("ConnectionServerAvailable"),
-        ) {
-            *slot = kept;
-        }
-    }
-    report(resource, context, next).await
-}
-
-/// Writes the status if it has changed, and an event for each condition that
-/// has.
-async fn report(
-    resource: &ProcessingPool,
-    context: &Context,
-    next: ProcessingPoolStatus,
-) -> Result<(), Error> {
-    if resource.status.as_ref() == Some(&next) {
-        return Ok(());
-    }
-    let (namespace, name) = (
-        resource.namespace().unwrap_or_default(),
-        resource.name_any(),
-    );
-    let api: Api<ProcessingPool> = Api::namespaced(context.client.clone(), &namespace);
-    let patch = json!({
-        "apiVersion": ProcessingPool::api_version(&()),
-        "kind": ProcessingPool::kind(&()),
-        "metadata": { "name": name, "uid": resource.uid() },
-        "status": next,
-    });
-    context.metrics.wrote("status");
-    let parameters = PatchParams::apply(MANAGER).force();
-    match api
-        .patch_status(&name, &parameters, &Patch::Apply::<Value>(patch))
-        .await
-    {
-        Ok(_) => {}
-        // The pool is gone, or another of the name has come.
-        Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
-            return Ok(());
-        }
-        Err(source) => {
-            return Err(Error::Api {
-                action: "write the status of",
-                object: format!("ProcessingPool {namespace}/{name}"),
-                source,
-            });
-        }
-    }
-    for event in transitions(resource.status.as_ref(), &next) {
-        // The status has said it; an event that is lost is no reason to repeat.
-        if let Err(error) = context
-            .recorder
-            .publish(&event, &resource.object_ref(&()))
-            .await
-        {
-            warn!(%error, "failed to publish an event");
-        }
-    }
-    Ok(())
-}
-
-/// One event for each condition that has changed its status or reason.
-fn transitions(former: Option<&ProcessingPoolStatus>, next: &ProcessingPoolStatus) -> Vec<Event> {
-    let is_news = |kind: &str, status: &str, reason: &str| {
-        let known =
-            former.and_then(|former| former.conditions.iter().find(|known| known.type_ == kind));
-        known.is_none_or(|known| known.status != status || known.reason != reason)
-    };
-    let news = next.conditions.iter().filter(|condition| {
-        let is_told = condition.type_ == "Ready"
-            || (condition.type_ == "Degraded" && condition.status == "True");
-        is_told && is_news(&condition.type_, &condition.status, &condition.reason)
-    });
-    let events = news.map(|condition| Event {
-        type_: match condition.type_.as_str() {
-            "Degraded" => EventType::Warning,
-            _ => EventType::Normal,
-        },
-        reason: condition.reason.clone(),
-        note: Some(condition.message.chars().take(1000).collect()),
-        action: "Reconcile".to_owned(),
-        secondary: None,
-    });
-    events.collect()
 }

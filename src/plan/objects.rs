@@ -13,7 +13,7 @@ mod pod;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
-pub use self::pod::{pod, template_hash};
+pub use self::pod::{pod, pods, template_hash};
 use super::ValidPool;
 use crate::table::{TABLE_KEY, Table};
 

@@ -13,12 +13,27 @@ use crate::table::TABLE_KEY;
 /// Name of the agent's container.
 const AGENT: &str = "portpool-agent";
 
+/// The pods of the processing servers in `slots`, each made when it is asked
+/// for.
+pub fn pods(
+    owner: Owner<'_>,
+    settings: &Settings,
+    slots: impl Iterator<Item = u32>,
+) -> impl Iterator<Item = Value> {
+    let hash = template_hash(owner, settings);
+    slots.map(move |slot| {
+        let mut pod = for_slot(owner, settings, slot);
+        pod["metadata"]["annotations"][HASH_ANNOTATION] = hash.as_str().into();
+        pod
+    })
+}
+
 /// The pod of the processing server in `slot`.
 #[must_use]
 pub fn pod(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
-    let mut pod = for_slot(owner, settings, slot);
-    pod["metadata"]["annotations"][HASH_ANNOTATION] = template_hash(owner, settings).into();
-    pod
+    pods(owner, settings, std::iter::once(slot))
+        .next()
+        .expect("one slot makes one pod")
 }
 
 /// The hash of what all pods of the pool are made from.
