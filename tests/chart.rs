@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use common::Process;
-use common::cluster::{ApiServer, Space, metric, spec, until, write_kubeconfig_with};
+use common::cluster::{ApiServer, Space, metric, quick, until, write_kubeconfig_with};
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::core::v1::ServiceAccount;
 use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams, PostParams};
@@ -193,21 +193,23 @@ async fn what_is_installed_is_enough_to_make_pools_true() {
         metric(space.admin_port, "portpool_leader") == 1
     })
     .await;
-    let quick = |replicas: u32, exposure: &str| {
-        let mut spec = spec(replicas);
-        spec["drainSeconds"] = 0.into();
+    let exposed = |replicas: u32, exposure: &str| {
+        let mut spec = quick(replicas);
         spec["connectionServer"] =
             json!({ "exposure": exposure, "connectionPorts": { "first": 31000, "last": 31999 } });
         spec
     };
-    space.apply("inside", quick(2, "ClusterIP")).await.unwrap();
-    space.apply("nodes", quick(2, "NodePort")).await.unwrap();
+    space
+        .apply("inside", exposed(2, "ClusterIP"))
+        .await
+        .unwrap();
+    space.apply("nodes", exposed(2, "NodePort")).await.unwrap();
     space.ready("inside").await;
     space.ready("nodes").await;
     let services = space.objects("", "Service", "services");
     let ports = services.get("nodes-ports-0").await.unwrap();
     assert_eq!(ports.data["spec"]["ports"][0]["nodePort"], 31_000);
-    space.apply("nodes", quick(0, "NodePort")).await.unwrap();
+    space.apply("nodes", exposed(0, "NodePort")).await.unwrap();
     until("the ports' Service is gone", async || {
         services.get_opt("nodes-ports-0").await.unwrap().is_none()
     })

@@ -9,7 +9,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::cluster::{Space, spec, until};
+use common::cluster::{Space, quick, spec, until};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use portpool::table::RowState;
@@ -106,16 +106,10 @@ async fn a_pool_becomes_ready_owns_everything_and_is_then_left_alone() {
 #[tokio::test]
 async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
     let space = Space::new("scaling").await;
-    // Nobody tells of sessions here, so draining takes all of its time.
-    let spec = |replicas| {
-        let mut spec = spec(replicas);
-        spec["drainSeconds"] = 0.into();
-        spec
-    };
-    space.apply("games", spec(2)).await.unwrap();
+    space.apply("games", quick(2)).await.unwrap();
     space.ready("games").await;
     let before = space.table("games").await.unwrap();
-    space.apply("games", spec(5)).await.unwrap();
+    space.apply("games", quick(5)).await.unwrap();
     space.ready("games").await;
     let grown = space.table("games").await.unwrap();
     for row in &before.rows {
@@ -140,7 +134,7 @@ async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
     })
     .await;
     assert!(!space.servers("games").await.contains_key("games-2"));
-    space.apply("games", spec(1)).await.unwrap();
+    space.apply("games", quick(1)).await.unwrap();
     space.ready("games").await;
     assert_eq!(
         space.servers("games").await.into_keys().collect::<Vec<_>>(),
@@ -148,7 +142,7 @@ async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
     );
     let shrunk = space.table("games").await.unwrap();
     assert_eq!(shrunk.rows, before.rows[..1]);
-    space.apply("games", spec(0)).await.unwrap();
+    space.apply("games", quick(0)).await.unwrap();
     space.ready("games").await;
     assert!(space.servers("games").await.is_empty());
 }
@@ -317,9 +311,8 @@ async fn an_invalid_template_is_told_in_the_api_servers_words_and_tears_nothing_
 async fn a_bad_image_takes_a_quarter_is_named_and_can_be_mended() {
     let space = Space::new("bad-image").await;
     let with = |image: &str| {
-        let mut spec = spec(4);
+        let mut spec = quick(4);
         spec["template"]["spec"]["containers"][0]["image"] = image.into();
-        spec["drainSeconds"] = 0.into();
         spec
     };
     space.apply("games", with("good:1")).await.unwrap();

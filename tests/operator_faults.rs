@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::cluster::{ApiServer, Space, spec, until};
+use common::cluster::{ApiServer, KINDS, Space, quick, until};
 use common::proxy::{Call, Fault, Proxy};
 use futures::StreamExt;
 use http::Method;
@@ -62,6 +62,15 @@ impl Faulty {
         }
     }
 
+    /// The whole scenario under a fault.
+    async fn survives(name: &str, rule: impl Fn(&Call) -> Fault + Send + Sync + 'static) {
+        let mut faulty = Self::new(name).await;
+        faulty.proxy.rule(rule);
+        faulty.start();
+        faulty.scenario().await;
+        faulty.check().await;
+    }
+
     /// What must hold after [`Self::scenario`], and go on to hold.
     async fn check(&self) {
         for _ in 0..2 {
@@ -73,13 +82,6 @@ impl Faulty {
         }
         assert_eq!(self.counts(), (3, 2), "pods created and deleted");
     }
-}
-
-/// Nobody tells of sessions here, so draining would take all of its time.
-fn quick(replicas: u32) -> Value {
-    let mut spec = spec(replicas);
-    spec["drainSeconds"] = 0.into();
-    spec
 }
 
 fn is_pod(call: &Call, method: &Method) -> bool {
@@ -137,29 +139,23 @@ async fn crash_after(fatal: u64, writes: u64) {
 
 #[tokio::test]
 async fn a_lost_answer_makes_no_second_pod() {
-    let mut faulty = Faulty::new("lost-answers").await;
     let lost = AtomicU64::new(0);
-    faulty.proxy.rule(move |call| {
+    Faulty::survives("lost-answers", move |call| {
         match is_pod(call, &Method::POST) || is_pod(call, &Method::DELETE) {
             true if lost.fetch_add(1, Ordering::Relaxed).is_multiple_of(2) => Fault::LoseReply,
             _ => Fault::Pass,
         }
-    });
-    faulty.start();
-    faulty.scenario().await;
-    faulty.check().await;
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn conflicts_on_every_second_write_are_worked_through() {
-    let mut faulty = Faulty::new("conflicts").await;
-    faulty.proxy.rule(|call| match call.write {
+    Faulty::survives("conflicts", |call| match call.write {
         Some(write) if write % 2 == 0 => Fault::Answer(409, "Conflict"),
         _ => Fault::Pass,
-    });
-    faulty.start();
-    faulty.scenario().await;
-    faulty.check().await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -217,16 +213,13 @@ async fn watches_that_break_and_expire_are_taken_up_again() {
 
 #[tokio::test]
 async fn events_that_come_late_make_nothing_twice() {
-    let mut faulty = Faulty::new("late-events").await;
-    faulty.proxy.rule(|call| {
+    Faulty::survives("late-events", |call| {
         match call.path.contains("/pods") || call.path.contains("/configmaps") {
             true if call.is_watch => Fault::DelayEvents(Duration::from_millis(700)),
             _ => Fault::Pass,
         }
-    });
-    faulty.start();
-    faulty.scenario().await;
-    faulty.check().await;
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -311,18 +304,7 @@ async fn children_of_a_former_pool_of_the_name_are_not_touched() {
         .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(faulty.space.servers("games").await, former);
-    let kinds = [
-        ("", "Pod", "pods"),
-        ("", "ConfigMap", "configmaps"),
-        ("", "Service", "services"),
-        ("", "ServiceAccount", "serviceaccounts"),
-        ("apps", "Deployment", "deployments"),
-        ("rbac.authorization.k8s.io", "Role", "roles"),
-        ("rbac.authorization.k8s.io", "RoleBinding", "rolebindings"),
-        ("networking.k8s.io", "NetworkPolicy", "networkpolicies"),
-        ("policy", "PodDisruptionBudget", "poddisruptionbudgets"),
-    ];
-    for (group, kind, plural) in kinds {
+    for (group, kind, plural) in KINDS {
         let api = faulty.space.objects(group, kind, plural);
         for object in api
             .list(&ListParams::default().labels("portpool.dev/pool=games"))

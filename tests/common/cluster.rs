@@ -254,9 +254,19 @@ impl ApiServer {
         api.patch(&crd.name_any(), &parameters, &Patch::Apply(&crd))
             .await
             .unwrap();
-        let pools: Api<ProcessingPool> = Api::all(client);
+        let pools: Api<ProcessingPool> = Api::all(client.clone());
         until("the resource is served", async || {
             pools.list(&ListParams::default()).await.is_ok()
+        })
+        .await;
+        // The garbage collector looks only every 30 s what kinds there are.
+        until("the resource is discovered", async || {
+            let request = http::Request::get("/apis").header(
+                http::header::ACCEPT,
+                "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList",
+            );
+            let answer = client.request_text(request.body(Vec::new()).unwrap()).await;
+            answer.is_ok_and(|text| text.contains("processingpools"))
         })
         .await;
     }
@@ -367,6 +377,18 @@ impl Space {
         let kind = kube::api::GroupVersionKind::gvk(group, "v1", kind);
         let resource = kube::api::ApiResource::from_gvk_with_plural(&kind, plural);
         Api::namespaced_with(self.client.clone(), &self.name, &resource)
+    }
+
+    /// Kinds and names of the objects that portpool has made here.
+    pub async fn owned(&self) -> Vec<String> {
+        let ours = ListParams::default().labels("app.kubernetes.io/managed-by=portpool");
+        let mut names = Vec::new();
+        for (group, kind, plural) in KINDS {
+            let listed = self.objects(group, kind, plural).list(&ours).await.unwrap();
+            let called = |object: &DynamicObject| format!("{kind} {}", object.name_any());
+            names.extend(listed.iter().map(called));
+        }
+        names
     }
 
     /// Creates or changes a pool by server-side apply, as a user would.
@@ -481,6 +503,27 @@ pub fn spec(replicas: u32) -> Value {
         "template": { "spec": { "containers": [{ "name": "main", "image": "example.test/echo:1" }] } },
     })
 }
+
+/// The same without draining: where nobody tells of sessions, it would take all
+/// of its time.
+pub fn quick(replicas: u32) -> Value {
+    let mut spec = spec(replicas);
+    spec["drainSeconds"] = 0.into();
+    spec
+}
+
+/// Group, kind and plural of all that a pool may own.
+pub const KINDS: [(&str, &str, &str); 9] = [
+    ("", "Pod", "pods"),
+    ("", "ConfigMap", "configmaps"),
+    ("", "Service", "services"),
+    ("", "ServiceAccount", "serviceaccounts"),
+    ("apps", "Deployment", "deployments"),
+    ("rbac.authorization.k8s.io", "Role", "roles"),
+    ("rbac.authorization.k8s.io", "RoleBinding", "rolebindings"),
+    ("networking.k8s.io", "NetworkPolicy", "networkpolicies"),
+    ("policy", "PodDisruptionBudget", "poddisruptionbudgets"),
+];
 
 /// What a node and the Deployment controller would report. Pods whose image
 /// begins with `bad` or `nowhere` do not run.
