@@ -11,7 +11,8 @@
 //!
 //! Source: US 8,544,018 B2, claim 1, the storage part.
 
-use std::collections::HashMap;
+mod index;
+
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
@@ -19,6 +20,7 @@ use std::num::NonZeroU16;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+pub use self::index::PortIndex;
 use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
 
 /// The format this code writes and reads.
@@ -337,7 +339,7 @@ impl Table {
                 return Err(TableError::Slot { slot: pair[1].slot });
             }
         }
-        let mut owners: HashMap<u32, u32> = HashMap::new();
+        let mut runs: Vec<(&PortRange, u32)> = Vec::new();
         for row in &self.rows {
             for range in &row.ranges {
                 if range.count == 0
@@ -350,17 +352,19 @@ impl Table {
                         name,
                     });
                 }
-                let first = u32::from(range.connection_port.get());
-                for port in first..=range.last_connection_port() {
-                    if let Some(first) = owners.insert(port, row.slot) {
-                        let second = row.slot;
-                        return Err(TableError::DuplicatePort {
-                            port,
-                            first,
-                            second,
-                        });
-                    }
-                }
+                runs.push((range, row.slot));
+            }
+        }
+        runs.sort_by_key(|(range, slot)| (range.connection_port, *slot));
+        for pair in runs.windows(2) {
+            let [(before, first), (after, second)] = [pair[0], pair[1]];
+            let port = u32::from(after.connection_port.get());
+            if port <= before.last_connection_port() {
+                return Err(TableError::DuplicatePort {
+                    port,
+                    first: first.min(second),
+                    second: first.max(second),
+                });
             }
         }
         Ok(())
@@ -372,7 +376,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn range(first: u16, count: u16) -> PortRange {
+    pub(super) fn range(first: u16, count: u16) -> PortRange {
         PortRange {
             name: "main".to_owned(),
             connection_port: ListenPort::new(first).unwrap(),
@@ -384,7 +388,7 @@ mod tests {
         }
     }
 
-    fn row(slot: u32, ranges: Vec<PortRange>) -> Row {
+    pub(super) fn row(slot: u32, ranges: Vec<PortRange>) -> Row {
         Row {
             slot,
             server: format!("a-pool-with-a-long-name-{slot}"),
@@ -396,7 +400,7 @@ mod tests {
         }
     }
 
-    fn table(rows: Vec<Row>) -> Table {
+    pub(super) fn table(rows: Vec<Row>) -> Table {
         Table {
             format_version: FORMAT_VERSION,
             pool: "pool".to_owned(),

@@ -120,7 +120,7 @@ impl Bench {
             state: RowState::Active,
             ranges: vec![range],
         }];
-        self.forwarder.apply(&self.table).unwrap();
+        self.forwarder.apply(&Arc::new(self.table.clone())).unwrap();
     }
 
     fn serve(&self) -> TcpListener {
@@ -286,7 +286,10 @@ fn a_server_that_refuses_or_has_no_address_resets_the_client() {
     assert!(was_reset(&mut bench.connect()));
     until(|| bench.forwarder.counters().connect_refused == 1);
     bench.table.rows[0].address = None;
-    bench.forwarder.apply(&bench.table).unwrap();
+    bench
+        .forwarder
+        .apply(&Arc::new(bench.table.clone()))
+        .unwrap();
     assert!(was_reset(&mut bench.connect()));
     until(|| bench.forwarder.counters().no_server == 1);
     bench.all_closed();
@@ -367,7 +370,10 @@ fn cutting_a_session_resets_its_connections_only() {
 fn a_silent_connection_is_reset_after_its_idle_time() {
     let mut bench = Bench::new(Verdict::Admit(SESSION));
     bench.table.sessions.idle_timeout_seconds = 1;
-    bench.forwarder.apply(&bench.table).unwrap();
+    bench
+        .forwarder
+        .apply(&Arc::new(bench.table.clone()))
+        .unwrap();
     let (mut client, _server) = bench.pair();
     let started = Instant::now();
     assert!(was_reset(&mut client));
@@ -406,7 +412,11 @@ fn a_port_in_use_is_named_and_nothing_is_changed() {
     let mut bench = Bench::new(Verdict::Admit(SESSION));
     let _other = TcpListener::bind((bench.listen, FIRST + 5)).unwrap();
     bench.table.rows[0].ranges[0].count = 8;
-    let error = bench.forwarder.apply(&bench.table).unwrap_err().to_string();
+    let error = bench
+        .forwarder
+        .apply(&Arc::new(bench.table.clone()))
+        .unwrap_err()
+        .to_string();
     assert!(
         error.contains(&(FIRST + 5).to_string()) && error.contains("another program"),
         "{error}"
@@ -493,7 +503,10 @@ fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
     udp_client(&bench).send(b"nobody listens").unwrap();
     until(|| bench.gate.closed.lock().unwrap().len() == 1);
     bench.table.sessions.udp_idle_timeout_seconds = 1;
-    bench.forwarder.apply(&bench.table).unwrap();
+    bench
+        .forwarder
+        .apply(&Arc::new(bench.table.clone()))
+        .unwrap();
     let _clients = udp_echo(bench.server);
     let client = udp_client(&bench);
     client.send(b"x").unwrap();

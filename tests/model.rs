@@ -12,6 +12,7 @@
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use portpool::connection::forward::{Gate, SessionKey, Traffic, Transport, Verdict};
@@ -157,7 +158,7 @@ impl World {
     fn connection_server(&mut self) -> ConnectionServer {
         self.names += 1;
         let sessions = Sessions::default();
-        sessions.set_table(&self.table);
+        sessions.set_table(&Arc::new(self.table.clone()));
         let streams = (0..self.table.rows.len()).map(|_| None).collect();
         ConnectionServer {
             name: format!("server-{}", self.names),

@@ -15,18 +15,20 @@
 //! - `worker`: the event loop and its deadlines; `tcp`: one connection's state
 //!   and its two directions; `udp`: clients' flows;
 //! - `listeners`: opening ports; `limits`: descriptors and port ranges;
+//! - `routes`: where a port leads, looked up once for each client;
 //! - `slab`: where sessions live; `proxy_protocol`: its header; `counters`.
 
 mod counters;
 mod limits;
 mod listeners;
 mod proxy_protocol;
+mod routes;
 mod slab;
 mod tcp;
 mod udp;
 mod worker;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -41,8 +43,8 @@ use rustix::event::{EventfdFlags, eventfd};
 pub use self::counters::{Counters, Snapshot};
 pub use self::limits::{OpenFilesError, check_open_files, ephemeral_overlap};
 use self::listeners::Listener;
+use self::routes::Routes;
 use self::worker::{Command, Worker};
-use crate::pool::ProxyProtocol;
 use crate::table::{ListenPort, Table};
 
 /// Names a session within this process. Never reused.
@@ -122,14 +124,6 @@ impl Config {
     }
 }
 
-/// Where a connection port leads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Route {
-    /// Absent until the server's address is known: clients are reset.
-    target: Option<SocketAddr>,
-    proxy_protocol: ProxyProtocol,
-}
-
 /// Idle times in seconds, 0 for none; read by threads at their deadlines.
 #[derive(Debug, Default)]
 struct IdleTimes {
@@ -172,8 +166,9 @@ fn hint(error: &io::Error) -> &'static str {
 pub struct Forwarder {
     listen: IpAddr,
     workers: Vec<Handle>,
-    open: Mutex<HashMap<(ListenPort, Transport), Route>>,
+    open: Mutex<HashSet<(ListenPort, Transport)>>,
     draining: DrainingPorts,
+    routes: Arc<Routes>,
     idle: Arc<IdleTimes>,
     counters: Arc<Counters>,
 }
@@ -204,13 +199,14 @@ impl Forwarder {
             Arc::new(IdleTimes::default()),
             Arc::new(Counters::default()),
         );
-        let draining = DrainingPorts::default();
+        let (draining, routes) = (DrainingPorts::default(), Arc::new(Routes::default()));
         let workers = (0..config.threads).map(|index| {
             let (commands, inbox) = mpsc::channel();
             let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
             let shared = worker::Shared {
                 gate: gate.clone(),
                 draining: draining.clone(),
+                routes: routes.clone(),
                 idle: idle.clone(),
                 counters: counters.clone(),
             };
@@ -228,6 +224,7 @@ impl Forwarder {
         Ok(Self {
             listen: config.listen,
             workers: workers.collect::<Result<_, io::Error>>()?,
+            routes,
             open: Mutex::default(),
             draining,
             idle,
@@ -243,58 +240,79 @@ impl Forwarder {
     /// # Errors
     /// [`ApplyError`] names the port that cannot be opened; nothing has
     /// changed then.
-    pub fn apply(&self, table: &Table) -> Result<(), ApplyError> {
-        let wanted = routes(table);
+    pub fn apply(&self, table: &Arc<Table>) -> Result<(), ApplyError> {
+        let wanted = listeners_of(table);
         let mut open = self.open.lock();
-        let mut opened: Vec<(ListenPort, Listener)> = Vec::new();
-        let mut reopened: Vec<ListenPort> = Vec::new();
         // Held while opening: no thread closes a port that is to be kept.
         let mut draining = self.draining.lock();
-        for &(port, transport) in wanted.keys().filter(|key| !open.contains_key(key)) {
-            if transport == Transport::Udp && draining.contains(&port) {
-                reopened.push(port);
-            } else {
-                opened.push((port, Listener::open(self.listen, port, transport)?));
-            }
-        }
-        draining.retain(|port| !reopened.contains(port));
+        let is_draining = |(port, transport): &(ListenPort, Transport)| {
+            *transport == Transport::Udp && draining.contains(port)
+        };
+        let (reopened, new): (Vec<_>, Vec<_>) =
+            wanted.difference(&open).partition(|key| is_draining(key));
+        let opened = self.open_ports(new)?;
+        draining.retain(|port| !reopened.contains(&&(*port, Transport::Udp)));
         drop(draining);
-        let seconds = |value: i32| u64::try_from(value).unwrap_or(0);
-        self.idle.tcp.store(
-            seconds(table.sessions.idle_timeout_seconds),
-            Ordering::Relaxed,
-        );
-        self.idle.udp.store(
-            seconds(table.sessions.udp_idle_timeout_seconds),
-            Ordering::Relaxed,
-        );
-        for (key, route) in &wanted {
-            if open.get(key).is_some_and(|current| current != route) {
-                self.owner(key.0).send(Command::Route(key.0, key.1, *route));
+        self.set_idle_times(table);
+        // Before the ports are: nobody must find one that leads nowhere.
+        self.routes.set(table.clone());
+        for (worker, listeners) in self.workers.iter().zip(opened) {
+            if !listeners.is_empty() {
+                worker.send(Command::Listen(listeners));
             }
         }
-        for (port, listener) in opened {
-            let route = wanted[&(port, listener.transport())];
-            self.owner(port)
-                .send(Command::Listen(port, listener, route));
+        for (port, _) in reopened {
+            self.owner(*port).send(Command::Reopen(*port));
         }
-        for port in reopened {
-            let route = wanted[&(port, Transport::Udp)];
-            self.owner(port).send(Command::Reopen(port, route));
-        }
-        let gone: Vec<_> = open
-            .keys()
-            .filter(|key| !wanted.contains_key(key))
-            .copied()
-            .collect();
-        for (port, transport) in &gone {
+        let mut is_any_gone = false;
+        for (port, transport) in open.difference(&wanted) {
             self.owner(*port).send(Command::Close(*port, *transport));
+            is_any_gone = true;
         }
-        if !gone.is_empty() {
+        if is_any_gone {
             self.settle();
         }
         *open = wanted;
         Ok(())
+    }
+
+    /// Opens listeners, those of each worker on a thread of its own, and
+    /// returns them by worker.
+    fn open_ports(
+        &self,
+        wanted: Vec<&(ListenPort, Transport)>,
+    ) -> Result<Vec<Vec<(ListenPort, Listener)>>, ApplyError> {
+        let mut shares: Vec<Vec<(ListenPort, Transport)>> = vec![Vec::new(); self.workers.len()];
+        for &(port, transport) in wanted {
+            shares[self.owner_index(port)].push((port, transport));
+        }
+        let open = |share: Vec<(ListenPort, Transport)>| {
+            let open =
+                |(port, transport)| Ok((port, Listener::open(self.listen, port, transport)?));
+            share.into_iter().map(open).collect::<Result<Vec<_>, _>>()
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = shares
+                .into_iter()
+                .map(|share| scope.spawn(move || open(share)))
+                .collect();
+            threads
+                .into_iter()
+                .map(|thread| thread.join().expect("opening a socket does not panic"))
+                .collect()
+        })
+    }
+
+    fn set_idle_times(&self, table: &Table) {
+        let seconds = |value: i32| u64::try_from(value).unwrap_or(0);
+        let sessions = &table.sessions;
+        self.idle
+            .tcp
+            .store(seconds(sessions.idle_timeout_seconds), Ordering::Relaxed);
+        self.idle.udp.store(
+            seconds(sessions.udp_idle_timeout_seconds),
+            Ordering::Relaxed,
+        );
     }
 
     /// Brings the verdict on a client parked at `port`; [`Verdict::Ask`] counts
@@ -353,7 +371,11 @@ impl Forwarder {
     }
 
     fn owner(&self, port: ListenPort) -> &Handle {
-        &self.workers[usize::from(port.get()) % self.workers.len()]
+        &self.workers[self.owner_index(port)]
+    }
+
+    fn owner_index(&self, port: ListenPort) -> usize {
+        usize::from(port.get()) % self.workers.len()
     }
 }
 
@@ -364,26 +386,13 @@ impl Drop for Forwarder {
 }
 
 /// Every listener that `table` asks for.
-fn routes(table: &Table) -> HashMap<(ListenPort, Transport), Route> {
-    let mut routes = HashMap::with_capacity(table.connection_port_count());
-    for row in &table.rows {
-        for range in &row.ranges {
-            for port in range.connection_ports() {
-                let target = range
-                    .target(port)
-                    .and_then(|target| row.socket_address(target));
-                let route = Route {
-                    target,
-                    proxy_protocol: range.proxy_protocol,
-                };
-                if range.protocol.has_tcp() {
-                    routes.insert((port, Transport::Tcp), route);
-                }
-                if range.protocol.has_udp() {
-                    routes.insert((port, Transport::Udp), route);
-                }
-            }
-        }
-    }
-    routes
+fn listeners_of(table: &Table) -> HashSet<(ListenPort, Transport)> {
+    let ranges = table.rows.iter().flat_map(|row| &row.ranges);
+    let listeners = ranges.flat_map(|range| {
+        let tcp = range.protocol.has_tcp().then_some(Transport::Tcp);
+        let udp = range.protocol.has_udp().then_some(Transport::Udp);
+        let transports = tcp.into_iter().chain(udp);
+        transports.flat_map(|transport| range.connection_ports().map(move |port| (port, transport)))
+    });
+    listeners.collect()
 }

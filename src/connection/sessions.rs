@@ -19,6 +19,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -28,7 +29,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 use crate::pool::Admission;
 use crate::selection::v1::{self, ToAgent, to_agent::Message};
-use crate::table::{ListenPort, Table};
+use crate::table::{ListenPort, PortIndex, Table};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
 /// request, a connection or a session, and those are bounded where they begin.
@@ -60,7 +61,7 @@ pub struct Sessions {
 #[derive(Debug, Default)]
 struct Inner {
     admission: Admission,
-    slots: HashMap<ListenPort, u32>,
+    table: Option<PortIndex>,
     outboxes: HashMap<u32, Outbox>,
     live: HashMap<ListenPort, Live>,
     port_by_id: HashMap<String, ListenPort>,
@@ -100,6 +101,11 @@ struct Ending {
 }
 
 impl Inner {
+    /// The slot that `port` leads to.
+    fn slot(&self, port: ListenPort) -> Option<u32> {
+        Some(self.table.as_ref()?.find(port)?.0.slot)
+    }
+
     fn send(&self, slot: u32, message: Message) {
         if let Some(outbox) = self.outboxes.get(&slot) {
             // A closed outbox is a stream that just broke; the next greeting
@@ -186,20 +192,9 @@ pub fn canonical(address: IpAddr) -> IpAddr {
 
 impl Sessions {
     /// Follows `table`: which slot a port asks, and whether a session is needed.
-    pub fn set_table(&self, table: &Table) {
-        let slots = table
-            .rows
-            .iter()
-            .flat_map(|row| {
-                let ports = row
-                    .ranges
-                    .iter()
-                    .flat_map(crate::table::PortRange::connection_ports);
-                ports.map(move |port| (port, row.slot))
-            })
-            .collect();
+    pub fn set_table(&self, table: &Arc<Table>) {
         let mut inner = self.inner.write();
-        inner.slots = slots;
+        inner.table = Some(PortIndex::new(table.clone()));
         inner.admission = table.sessions.admission;
     }
 
@@ -232,7 +227,7 @@ impl Sessions {
         let ports = inner
             .asked
             .keys()
-            .filter(|port| inner.slots.get(port) == Some(&slot));
+            .filter(|port| inner.slot(**port) == Some(slot));
         for &port in ports {
             inner.look_up(slot, port);
         }
@@ -285,7 +280,7 @@ impl Sessions {
         };
         let mut inner = self.inner.write();
         // Another server cannot speak for this port.
-        if inner.slots.get(&port) != Some(&slot) {
+        if inner.slot(port) != Some(slot) {
             return Vec::new();
         }
         let mut actions = Vec::new();
@@ -429,7 +424,7 @@ impl Gate for Sessions {
     fn ask(&self, ticket: Ticket, port: ListenPort, _transport: Transport, client: SocketAddr) {
         let now = Instant::now();
         let mut inner = self.inner.write();
-        let Some(&slot) = inner.slots.get(&port) else {
+        let Some(slot) = inner.slot(port) else {
             return;
         };
         let parked = inner.asked.entry(port).or_default();
@@ -540,7 +535,7 @@ mod tests {
     /// Sessions with slot 0 attached, and what its agent is sent.
     fn attached() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
         let sessions = Sessions::default();
-        sessions.set_table(&table(Admission::Reserved));
+        sessions.set_table(&Arc::new(table(Admission::Reserved)));
         let (outbox, mut sent) = unbounded_channel();
         sessions.attach(0, outbox.clone(), |_| ToAgent::default());
         sent.try_recv().expect("the greeting");
@@ -751,7 +746,7 @@ mod tests {
     #[test]
     fn open_admission_needs_no_session() {
         let sessions = Sessions::default();
-        sessions.set_table(&table(Admission::Open));
+        sessions.set_table(&Arc::new(table(Admission::Open)));
         assert_eq!(admit(&sessions, PORT, 1), Verdict::Admit(NO_SESSION));
         sessions.closed(port(PORT), NO_SESSION, Traffic::default());
     }

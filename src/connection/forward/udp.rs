@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
 use super::slab::Key;
-use super::{Route, SessionKey, Ticket, Traffic};
+use super::{SessionKey, Ticket, Traffic};
 use crate::table::ListenPort;
 
 /// Largest datagram, and so the space for one.
@@ -25,8 +25,6 @@ const PARKED_DATAGRAMS: usize = 8;
 /// An open UDP connection port.
 #[derive(Debug)]
 pub(super) struct Port {
-    pub(super) port: ListenPort,
-    pub(super) route: Route,
     pub(super) flows: HashMap<SocketAddr, Key>,
     pub(super) parked: HashMap<SocketAddr, Ticket>,
     /// The table no longer has it: no new flows.
@@ -47,25 +45,14 @@ pub(super) struct Received {
 }
 
 impl Port {
-    pub(super) fn new(
-        port: ListenPort,
-        route: Route,
-        socket: UdpSocket,
-        state: UdpSocketState,
-    ) -> Self {
+    pub(super) fn new(socket: UdpSocket, state: UdpSocketState) -> Self {
         Self {
-            port,
-            route,
             flows: HashMap::new(),
             parked: HashMap::new(),
             is_draining: false,
             socket,
             state,
         }
-    }
-
-    pub(super) fn socket(&self) -> &UdpSocket {
-        &self.socket
     }
 
     /// Reads one datagram, or several of one client at once.
@@ -108,8 +95,7 @@ impl Port {
 /// One client's datagrams to and from the server.
 #[derive(Debug)]
 pub(super) struct Flow {
-    pub(super) port: Key,
-    pub(super) number: ListenPort,
+    pub(super) port: ListenPort,
     pub(super) client: SocketAddr,
     pub(super) local: Option<IpAddr>,
     pub(super) session: SessionKey,
@@ -157,7 +143,7 @@ pub(super) fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
 /// A client whose session is not known yet, with its first datagrams.
 #[derive(Debug)]
 pub(super) struct Parked {
-    pub(super) port: Key,
+    pub(super) port: ListenPort,
     pub(super) client: SocketAddr,
     pub(super) local: Option<IpAddr>,
     pub(super) datagrams: Vec<Box<[u8]>>,

@@ -20,10 +20,11 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
 use super::counters::{self, Counters, count};
 use super::listeners::Listener;
+use super::routes::Routes;
 use super::slab::{Key, Slab};
 use super::tcp::{Connection, SCRATCH_BYTES, Side};
 use super::udp::{self, DATAGRAM_BYTES};
-use super::{DrainingPorts, Gate, IdleTimes, Route, SessionKey, Ticket, Transport, Verdict};
+use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Transport, Verdict};
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
@@ -52,10 +53,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// What control asks of a thread.
 #[derive(Debug)]
 pub(super) enum Command {
-    Listen(ListenPort, Listener, Route),
+    Listen(Vec<(ListenPort, Listener)>),
     /// A UDP port that is draining is wanted again.
-    Reopen(ListenPort, Route),
-    Route(ListenPort, Transport, Route),
+    Reopen(ListenPort),
     Close(ListenPort, Transport),
     Answer(ListenPort, Ticket, Verdict),
     Cut(SessionKey),
@@ -86,32 +86,25 @@ impl Source {
         Self::Flow,
     ];
 
-    fn data(self, key: Key) -> EventData {
-        EventData::new_u64(u64::from(self as u8) << 56 | key.to_bits())
+    /// `id` is below 2^56: a key's bits, or a port's number.
+    fn data(self, id: u64) -> EventData {
+        EventData::new_u64(u64::from(self as u8) << 56 | id)
     }
 
-    fn of(data: EventData) -> Option<(Self, Key)> {
+    fn of(data: EventData) -> Option<(Self, u64)> {
         let bits = data.u64();
         let source = Self::ALL
             .into_iter()
             .find(|source| u64::from(*source as u8) == bits >> 56)?;
-        Some((source, Key::from_bits(bits)))
+        Some((source, bits & !(0xff << 56)))
     }
-}
-
-/// An open TCP connection port.
-#[derive(Debug)]
-struct TcpPort {
-    port: ListenPort,
-    listener: TcpListener,
-    route: Route,
 }
 
 /// A parked client.
 #[derive(Debug)]
 enum Parked {
     Tcp {
-        port: Key,
+        port: ListenPort,
         client: OwnedFd,
         address: SocketAddr,
     },
@@ -122,6 +115,7 @@ enum Parked {
 pub(super) struct Shared {
     pub(super) gate: Arc<dyn Gate>,
     pub(super) draining: DrainingPorts,
+    pub(super) routes: Arc<Routes>,
     pub(super) idle: Arc<IdleTimes>,
     pub(super) counters: Arc<Counters>,
 }
@@ -134,11 +128,11 @@ pub(super) struct Worker {
     idle: Arc<IdleTimes>,
     counters: Arc<Counters>,
     epoll: OwnedFd,
-    ports: HashMap<(ListenPort, Transport), Key>,
-    tcp_ports: Slab<TcpPort>,
-    udp_ports: Slab<udp::Port>,
+    routes: Arc<Routes>,
+    tcp_ports: HashMap<ListenPort, TcpListener>,
+    udp_ports: HashMap<ListenPort, udp::Port>,
     /// UDP ports that the table no longer has, until their flows have ended.
-    draining: Vec<Key>,
+    draining: Vec<ListenPort>,
     draining_ports: DrainingPorts,
     connections: Slab<Connection>,
     flows: Slab<udp::Flow>,
@@ -148,7 +142,7 @@ pub(super) struct Worker {
     /// Connections that want another turn.
     ready: Vec<Key>,
     /// Until when nothing is accepted, and the ports that wait for that.
-    paused: Option<(Instant, Vec<Key>)>,
+    paused: Option<(Instant, Vec<ListenPort>)>,
     next_tick: Instant,
     now: Instant,
     scratch: Vec<u8>,
@@ -162,11 +156,7 @@ impl Worker {
         shared: Shared,
     ) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        let nobody = Key {
-            index: 0,
-            generation: 0,
-        };
-        epoll::add(&epoll, wake, Source::Wake.data(nobody), EventFlags::IN)?;
+        epoll::add(&epoll, wake, Source::Wake.data(0), EventFlags::IN)?;
         let now = Instant::now();
         Ok(Self {
             inbox,
@@ -175,9 +165,9 @@ impl Worker {
             idle: shared.idle,
             counters: shared.counters,
             epoll,
-            ports: HashMap::new(),
-            tcp_ports: Slab::default(),
-            udp_ports: Slab::default(),
+            routes: shared.routes,
+            tcp_ports: HashMap::new(),
+            udp_ports: HashMap::new(),
             draining: Vec::new(),
             draining_ports: shared.draining,
             connections: Slab::default(),
@@ -244,15 +234,17 @@ impl Worker {
 
     fn handle(&mut self, event: Event) {
         let flags = event.flags;
-        let Some((source, key)) = Source::of(event.data) else {
+        let Some((source, id)) = Source::of(event.data) else {
             return;
         };
+        let (key, port) = (Key::from_bits(id), port_of(id));
         let ended = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
         let broken = flags.intersects(EventFlags::HUP | EventFlags::ERR);
         match source {
             Source::Wake => self.take_commands(),
-            Source::TcpPort => self.accept(key),
-            Source::UdpPort => self.receive_from_clients(key),
+            // Of a port that was closed meanwhile nothing is found.
+            Source::TcpPort => port.map_or((), |port| self.accept(port)),
+            Source::UdpPort => port.map_or((), |port| self.receive_from_clients(port)),
             Source::Client => self.connection_event(key, Side::Client, ended, broken),
             Source::Server => self.connection_event(key, Side::Server, ended, broken),
             Source::Flow => self.receive_from_server(key),
@@ -264,9 +256,12 @@ impl Worker {
         let _ = rustix::io::read(&*self.wake, &mut count);
         while let Ok(command) = self.inbox.try_recv() {
             match command {
-                Command::Listen(port, listener, route) => self.listen(port, listener, route),
-                Command::Reopen(port, route) => self.reopen(port, route),
-                Command::Route(port, transport, route) => self.route(port, transport, route),
+                Command::Listen(listeners) => {
+                    for (port, listener) in listeners {
+                        self.listen(port, listener);
+                    }
+                }
+                Command::Reopen(port) => self.reopen(port),
                 Command::Close(port, transport) => self.close_port(port, transport),
                 Command::Answer(port, ticket, verdict) => self.answer(port, ticket, verdict),
                 Command::Cut(session) => self.cut(session),
@@ -279,79 +274,43 @@ impl Worker {
         }
     }
 
-    fn listen(&mut self, port: ListenPort, listener: Listener, route: Route) {
+    fn listen(&mut self, port: ListenPort, listener: Listener) {
         let transport = listener.transport();
-        let (key, registered) = match listener {
+        let watched = match listener {
             Listener::Tcp(listener) => {
-                let key = self.tcp_ports.insert(TcpPort {
-                    port,
-                    listener,
-                    route,
-                });
-                (key, self.register_tcp_port(key))
+                let watched = self.watch_listener(port, &listener, Source::TcpPort);
+                self.tcp_ports.insert(port, listener);
+                watched
             }
             Listener::Udp(socket, state) => {
-                let data_port = udp::Port::new(port, route, socket, state);
-                let key = self.udp_ports.insert(data_port);
-                let registered = self.udp_ports.get_mut(key).is_some_and(|port| {
-                    epoll::add(
-                        &self.epoll,
-                        port.socket(),
-                        Source::UdpPort.data(key),
-                        EventFlags::IN,
-                    )
-                    .is_ok()
-                });
-                (key, registered)
+                let watched = self.watch_listener(port, &socket, Source::UdpPort);
+                self.udp_ports.insert(port, udp::Port::new(socket, state));
+                watched
             }
         };
-        if !registered {
-            tracing::error!(%port, ?transport, "failed to watch a connection port");
+        if let Err(error) = watched {
+            tracing::error!(%port, ?transport, %error, "failed to watch a connection port");
         }
-        self.ports.insert((port, transport), key);
     }
 
-    fn register_tcp_port(&mut self, key: Key) -> bool {
-        self.tcp_ports.get_mut(key).is_some_and(|port| {
-            epoll::add(
-                &self.epoll,
-                &port.listener,
-                Source::TcpPort.data(key),
-                EventFlags::IN,
-            )
-            .is_ok()
-        })
-    }
-
-    fn route(&mut self, port: ListenPort, transport: Transport, route: Route) {
-        let Some(&key) = self.ports.get(&(port, transport)) else {
-            return;
-        };
-        match transport {
-            Transport::Tcp => {
-                if let Some(port) = self.tcp_ports.get_mut(key) {
-                    port.route = route;
-                }
-            }
-            Transport::Udp => {
-                if let Some(port) = self.udp_ports.get_mut(key) {
-                    port.route = route;
-                }
-            }
-        }
+    fn watch_listener(
+        &self,
+        port: ListenPort,
+        listener: impl AsFd,
+        source: Source,
+    ) -> rustix::io::Result<()> {
+        let data = source.data(port.get().into());
+        epoll::add(&self.epoll, listener, data, EventFlags::IN)
     }
 
     /// Closes a port. Its connections go on, and so do its flows, for which
     /// its socket stays open.
     fn close_port(&mut self, port: ListenPort, transport: Transport) {
-        let Some(key) = self.ports.remove(&(port, transport)) else {
-            return;
-        };
         match transport {
             Transport::Tcp => {
-                self.tcp_ports.remove(key);
+                self.tcp_ports.remove(&port);
             }
-            Transport::Udp => self.drain_udp_port(key),
+            Transport::Udp => self.drain_udp_port(port),
         }
     }
 
@@ -392,10 +351,10 @@ impl Worker {
                     address,
                 },
             ) => {
-                self.start(port, number, client, address, session);
+                self.start(port, client, address, session);
             }
             (Verdict::Admit(session), Parked::Udp(parked)) => {
-                self.unpark_flow(number, &parked, session);
+                self.unpark_flow(&parked, session);
             }
             (Verdict::Refuse | Verdict::Ask, parked) => {
                 count(&self.counters.no_session);
@@ -408,7 +367,7 @@ impl Worker {
         match parked {
             Parked::Tcp { client, .. } => super::tcp::reset(&client),
             Parked::Udp(parked) => {
-                if let Some(port) = self.udp_ports.get_mut(parked.port) {
+                if let Some(port) = self.udp_ports.get_mut(&parked.port) {
                     port.parked.remove(&parked.client);
                 }
             }
@@ -453,7 +412,10 @@ impl Worker {
             && let Some((_, ports)) = self.paused.take()
         {
             for port in ports {
-                self.register_tcp_port(port);
+                if let Some(listener) = self.tcp_ports.get(&port) {
+                    // Refused for lack of memory: accepting failed for the same.
+                    let _ = self.watch_listener(port, listener, Source::TcpPort);
+                }
             }
         }
         let late = |since: &Instant| self.now.duration_since(*since) >= PARKED_DEADLINE;
@@ -473,6 +435,10 @@ impl Worker {
         self.tick_flows();
         self.close_drained();
     }
+}
+
+fn port_of(id: u64) -> Option<ListenPort> {
+    ListenPort::new(u16::try_from(id).ok()?)
 }
 
 /// Registers a session's socket for all it will ever be asked about.

@@ -13,7 +13,7 @@ use super::{MAX_FLOWS, Parked, Source, Worker};
 use crate::connection::forward::counters::count;
 use crate::connection::forward::slab::Key;
 use crate::connection::forward::udp::{self, Flow, Received, Sent};
-use crate::connection::forward::{Route, SessionKey, Traffic, Transport, Verdict};
+use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict};
 use crate::table::ListenPort;
 
 /// Reads from one socket before others get their turn. All sockets here are
@@ -22,35 +22,25 @@ const READS_PER_TURN: usize = 64;
 
 impl Worker {
     /// Takes no new flows on a port, and closes it when the last one has ended.
-    pub(super) fn drain_udp_port(&mut self, key: Key) {
-        let Some(port) = self.udp_ports.get_mut(key) else {
+    pub(super) fn drain_udp_port(&mut self, number: ListenPort) {
+        let Some(port) = self.udp_ports.get_mut(&number) else {
             return;
         };
         if port.flows.is_empty() {
-            self.udp_ports.remove(key);
+            self.udp_ports.remove(&number);
             return;
         }
         port.is_draining = true;
-        self.draining_ports.lock().insert(port.port);
-        self.draining.push(key);
+        self.draining_ports.lock().insert(number);
+        self.draining.push(number);
         self.schedule();
     }
 
     /// The table has a draining port again.
-    pub(super) fn reopen(&mut self, number: ListenPort, route: Route) {
-        let udp_ports = &mut self.udp_ports;
-        let is_it = |key: &Key| {
-            udp_ports
-                .get_mut(*key)
-                .is_some_and(|port| port.port == number)
-        };
-        let Some(index) = self.draining.iter().position(is_it) else {
-            return;
-        };
-        let key = self.draining.swap_remove(index);
-        if let Some(port) = self.udp_ports.get_mut(key) {
-            (port.is_draining, port.route) = (false, route);
-            self.ports.insert((number, Transport::Udp), key);
+    pub(super) fn reopen(&mut self, number: ListenPort) {
+        self.draining.retain(|draining| *draining != number);
+        if let Some(port) = self.udp_ports.get_mut(&number) {
+            port.is_draining = false;
         }
     }
 
@@ -61,29 +51,27 @@ impl Worker {
             return;
         };
         let udp_ports = &mut self.udp_ports;
-        self.draining.retain(|key| {
-            let Some(port) = udp_ports.get_mut(*key) else {
-                return false;
-            };
+        self.draining.retain(|number| {
+            let has_flows = udp_ports
+                .get(number)
+                .is_some_and(|port| !port.flows.is_empty());
             // A port that is no longer in the set is about to be reopened.
-            let is_over = port.flows.is_empty() && ports.contains(&port.port);
+            let is_over = !has_flows && ports.remove(number);
             if is_over {
-                let number = port.port;
-                udp_ports.remove(*key);
-                ports.remove(&number);
+                udp_ports.remove(number);
             }
             !is_over
         });
     }
 
-    pub(super) fn receive_from_clients(&mut self, key: Key) {
+    pub(super) fn receive_from_clients(&mut self, number: ListenPort) {
         let mut space = std::mem::take(&mut self.scratch);
         for _ in 0..READS_PER_TURN {
-            let Some(port) = self.udp_ports.get_mut(key) else {
+            let Some(port) = self.udp_ports.get(&number) else {
                 break;
             };
             match port.receive(&mut space) {
-                Ok(received) => self.handle_datagrams(key, received, &space),
+                Ok(received) => self.handle_datagrams(number, received, &space),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // An ICMP error of a reply: that client's flow will expire.
                 Err(_) => {}
@@ -92,7 +80,7 @@ impl Worker {
         self.scratch = space;
     }
 
-    fn handle_datagrams(&mut self, key: Key, received: Received, space: &[u8]) {
+    fn handle_datagrams(&mut self, number: ListenPort, received: Received, space: &[u8]) {
         let bytes = &space[..received.length];
         // An empty datagram has no chunks, but is one.
         let stride = received.stride.max(1);
@@ -102,11 +90,11 @@ impl Worker {
         for datagram in datagrams {
             let flow = self
                 .udp_ports
-                .get_mut(key)
+                .get(&number)
                 .and_then(|port| port.flows.get(&received.client).copied());
             match flow {
                 Some(flow) => self.send_upstream(flow, datagram),
-                None => self.meet_client(key, received, datagram),
+                None => self.meet_client(number, received, datagram),
             }
         }
     }
@@ -127,9 +115,9 @@ impl Worker {
     }
 
     /// A datagram of a client that has no flow.
-    fn meet_client(&mut self, key: Key, received: Received, datagram: &[u8]) {
+    fn meet_client(&mut self, number: ListenPort, received: Received, datagram: &[u8]) {
         let Received { client, local, .. } = received;
-        let Some(port) = self.udp_ports.get_mut(key) else {
+        let Some(port) = self.udp_ports.get(&number) else {
             return;
         };
         if let Some(ticket) = port.parked.get(&client) {
@@ -141,31 +129,30 @@ impl Worker {
         if port.is_draining {
             return count(&self.counters.no_session);
         }
-        let number = port.port;
         // Two connection ports that answer each other would never stop.
         let is_local =
             local.is_some_and(|local| local.to_canonical() == client.ip().to_canonical());
         let own = ListenPort::new(client.port());
-        if is_local && own.is_some_and(|own| self.ports.contains_key(&(own, Transport::Udp))) {
+        if is_local && own.is_some_and(|own| self.udp_ports.contains_key(&own)) {
             return count(&self.counters.loops);
         }
         match self.gate.admit(number, Transport::Udp, client) {
             Verdict::Admit(session) => {
-                if let Some(flow) = self.open_flow(key, number, client, local, session) {
+                if let Some(flow) = self.open_flow(number, client, local, session) {
                     self.send_upstream(flow, datagram);
                 }
             }
             Verdict::Refuse => count(&self.counters.no_session),
             Verdict::Ask => {
                 let mut parked = udp::Parked {
-                    port: key,
+                    port: number,
                     client,
                     local,
                     datagrams: Vec::new(),
                 };
                 parked.keep(datagram);
                 let ticket = self.park(Parked::Udp(parked), number, Transport::Udp, client);
-                if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(key)) {
+                if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(&number)) {
                     port.parked.insert(client, ticket);
                 }
                 self.schedule();
@@ -173,18 +160,11 @@ impl Worker {
         }
     }
 
-    pub(super) fn unpark_flow(
-        &mut self,
-        number: ListenPort,
-        parked: &udp::Parked,
-        session: SessionKey,
-    ) {
-        if let Some(port) = self.udp_ports.get_mut(parked.port) {
+    pub(super) fn unpark_flow(&mut self, parked: &udp::Parked, session: SessionKey) {
+        if let Some(port) = self.udp_ports.get_mut(&parked.port) {
             port.parked.remove(&parked.client);
         }
-        if let Some(flow) =
-            self.open_flow(parked.port, number, parked.client, parked.local, session)
-        {
+        if let Some(flow) = self.open_flow(parked.port, parked.client, parked.local, session) {
             for datagram in &parked.datagrams {
                 self.send_upstream(flow, datagram);
             }
@@ -193,7 +173,6 @@ impl Worker {
 
     fn open_flow(
         &mut self,
-        key: Key,
         number: ListenPort,
         client: SocketAddr,
         local: Option<IpAddr>,
@@ -201,14 +180,10 @@ impl Worker {
     ) -> Option<Key> {
         count(&self.counters.udp_opened);
         // A port may be closed while its client is parked.
-        let target = self
-            .udp_ports
-            .get_mut(key)
-            .and_then(|port| port.route.target);
-        let server = match target {
+        let server = match self.routes.get(number) {
             None => Err(&self.counters.no_server),
             Some(_) if self.flows.len() >= MAX_FLOWS => Err(&self.counters.too_many),
-            Some(target) => udp::connect(target).map_err(|_| &self.counters.connect_failed),
+            Some(route) => udp::connect(route.target).map_err(|_| &self.counters.connect_failed),
         };
         let server = match server {
             Ok(server) => server,
@@ -219,8 +194,7 @@ impl Worker {
             }
         };
         let flow = Flow {
-            port: key,
-            number,
+            port: number,
             client,
             local,
             session,
@@ -233,13 +207,13 @@ impl Worker {
             .entry(session)
             .or_default()
             .push((Transport::Udp, flow_key));
-        let data = Source::Flow.data(flow_key);
+        let data = Source::Flow.data(flow_key.to_bits());
         let epoll = &self.epoll;
         let is_watched = self
             .flows
             .get_mut(flow_key)
             .is_some_and(|flow| epoll::add(epoll, &flow.server, data, EventFlags::IN).is_ok());
-        if let Some(port) = self.udp_ports.get_mut(key) {
+        if let Some(port) = self.udp_ports.get_mut(&number) {
             port.flows.insert(client, flow_key);
         }
         self.schedule();
@@ -270,7 +244,7 @@ impl Worker {
             };
             flow.active = self.now;
             flow.traffic.downstream_bytes += length as u64;
-            let Some(port) = self.udp_ports.get_mut(flow.port) else {
+            let Some(port) = self.udp_ports.get(&flow.port) else {
                 break;
             };
             if port.reply(flow, &space[..length]).is_err() {
@@ -282,8 +256,7 @@ impl Worker {
 
     pub(super) fn end_flow(&mut self, key: Key) {
         let Some(Flow {
-            port,
-            number,
+            port: number,
             client,
             session,
             server,
@@ -293,7 +266,7 @@ impl Worker {
         else {
             return;
         };
-        if let Some(port) = self.udp_ports.get_mut(port) {
+        if let Some(port) = self.udp_ports.get_mut(&number) {
             port.flows.remove(&client);
         }
         self.leave_session(session, Transport::Udp, key);

@@ -21,24 +21,23 @@ use crate::table::ListenPort;
 const ACCEPTS_PER_TURN: usize = 16;
 
 impl Worker {
-    pub(super) fn accept(&mut self, key: Key) {
+    pub(super) fn accept(&mut self, port: ListenPort) {
         for _ in 0..ACCEPTS_PER_TURN {
-            let Some(port) = self.tcp_ports.get_mut(key) else {
+            let Some(listener) = self.tcp_ports.get(&port) else {
                 return;
             };
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            match net::acceptfrom_with(&port.listener, flags) {
+            match net::acceptfrom_with(listener, flags) {
                 Ok((client, address)) => {
-                    let number = port.port;
                     if let Some(address) =
                         address.and_then(|address| SocketAddr::try_from(address).ok())
                     {
-                        let verdict = self.gate.admit(number, Transport::Tcp, address);
-                        self.admit(key, number, client, address, verdict);
+                        let verdict = self.gate.admit(port, Transport::Tcp, address);
+                        self.admit(port, client, address, verdict);
                     }
                 }
                 Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    self.pause_accepting(key);
+                    self.pause_accepting(port);
                     return;
                 }
                 // Nothing left, or a client that is gone again.
@@ -49,38 +48,31 @@ impl Worker {
 
     /// Takes the port out of epoll for a while: reported again and again, it
     /// would only spin.
-    fn pause_accepting(&mut self, key: Key) {
+    fn pause_accepting(&mut self, port: ListenPort) {
         count(&self.counters.accept_failed);
-        if let Some(port) = self.tcp_ports.get_mut(key)
-            && epoll::delete(&self.epoll, &port.listener).is_ok()
+        if let Some(listener) = self.tcp_ports.get(&port)
+            && epoll::delete(&self.epoll, listener).is_ok()
         {
             let until = self.now + ACCEPT_PAUSE;
-            self.paused.get_or_insert((until, Vec::new())).1.push(key);
+            self.paused.get_or_insert((until, Vec::new())).1.push(port);
             self.next_tick = self.next_tick.min(until);
         }
     }
 
-    fn admit(
-        &mut self,
-        key: Key,
-        number: ListenPort,
-        client: OwnedFd,
-        address: SocketAddr,
-        verdict: Verdict,
-    ) {
+    fn admit(&mut self, port: ListenPort, client: OwnedFd, address: SocketAddr, verdict: Verdict) {
         match verdict {
-            Verdict::Admit(session) => self.start(key, number, client, address, session),
+            Verdict::Admit(session) => self.start(port, client, address, session),
             Verdict::Refuse => {
                 count(&self.counters.no_session);
                 tcp::reset(&client);
             }
             Verdict::Ask => {
                 let parked = Parked::Tcp {
-                    port: key,
+                    port,
                     client,
                     address,
                 };
-                self.park(parked, number, Transport::Tcp, address);
+                self.park(parked, port, Transport::Tcp, address);
                 self.schedule();
             }
         }
@@ -89,7 +81,6 @@ impl Worker {
     /// Connects an admitted client with its server.
     pub(super) fn start(
         &mut self,
-        key: Key,
         port: ListenPort,
         client: OwnedFd,
         address: SocketAddr,
@@ -97,8 +88,7 @@ impl Worker {
     ) {
         count(&self.counters.tcp_opened);
         // A port may be closed while its client is parked.
-        let route = self.tcp_ports.get_mut(key).map(|port| port.route);
-        let Some((target, route)) = route.and_then(|route| Some((route.target?, route))) else {
+        let Some(route) = self.routes.get(port) else {
             count(&self.counters.no_server);
             tcp::reset(&client);
             return self.report(port, session, Traffic::default());
@@ -110,7 +100,7 @@ impl Worker {
                 .and_then(|local| SocketAddr::try_from(local).ok());
             proxy_protocol::header(address, local.unwrap_or(address))
         });
-        match Connection::start(port, session, client, target, header, self.now) {
+        match Connection::start(port, session, client, route.target, header, self.now) {
             Ok(connection) => self.watch_connection(connection),
             Err((client, errno)) => {
                 self.count_unreachable(errno);
@@ -224,6 +214,14 @@ impl Worker {
 }
 
 fn epoll_pair(epoll: &OwnedFd, connection: &Connection, key: Key) -> rustix::io::Result<()> {
-    super::watch(epoll, &connection.client, Source::Client.data(key))?;
-    super::watch(epoll, &connection.server, Source::Server.data(key))
+    super::watch(
+        epoll,
+        &connection.client,
+        Source::Client.data(key.to_bits()),
+    )?;
+    super::watch(
+        epoll,
+        &connection.server,
+        Source::Server.data(key.to_bits()),
+    )
 }

@@ -1,0 +1,38 @@
+//! Where connection ports lead: the table in force, shared by all threads and
+//! looked up once for each client.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+
+use crate::pool::ProxyProtocol;
+use crate::table::{ListenPort, PortIndex, Table};
+
+/// Where a connection port leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Route {
+    pub(super) target: SocketAddr,
+    pub(super) proxy_protocol: ProxyProtocol,
+}
+
+/// The routes of the table in force; none before the first.
+#[derive(Debug, Default)]
+pub(super) struct Routes(ArcSwapOption<PortIndex>);
+
+impl Routes {
+    pub(super) fn set(&self, table: Arc<Table>) {
+        self.0.store(Some(Arc::new(PortIndex::new(table))));
+    }
+
+    /// `None` when the table does not have the port, or not yet the address of
+    /// its server.
+    pub(super) fn get(&self, port: ListenPort) -> Option<Route> {
+        let index = self.0.load();
+        let (row, range) = index.as_ref()?.find(port)?;
+        Some(Route {
+            target: row.socket_address(range.target(port)?)?,
+            proxy_protocol: range.proxy_protocol,
+        })
+    }
+}
