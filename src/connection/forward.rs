@@ -13,7 +13,8 @@
 //! ```
 //!
 //! - `worker`: the event loop and its deadlines; `tcp`: one connection's state
-//!   and its two directions; `udp`: clients' flows;
+//!   and its two directions; `stream`: its sockets; `udp`: clients' flows;
+//! - `pipes`: what busy directions splice through;
 //! - `listeners`: opening ports; `limits`: descriptors and port ranges;
 //! - `routes`: where a port leads, looked up once for each client;
 //! - `slab`: where sessions live; `proxy_protocol`: its header; `counters`.
@@ -21,9 +22,11 @@
 mod counters;
 mod limits;
 mod listeners;
+mod pipes;
 mod proxy_protocol;
 mod routes;
 mod slab;
+mod stream;
 mod tcp;
 mod udp;
 mod worker;
@@ -204,6 +207,7 @@ impl Forwarder {
             let (commands, inbox) = mpsc::channel();
             let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
             let shared = worker::Shared {
+                threads: config.threads,
                 gate: gate.clone(),
                 draining: draining.clone(),
                 routes: routes.clone(),

@@ -71,6 +71,12 @@ impl<T> Slab<T> {
         self.entries.len() - self.vacant.len()
     }
 
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.entries
+            .iter_mut()
+            .filter_map(|(_, item)| item.as_mut())
+    }
+
     /// The items with their keys.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         let keyed = self.entries.iter().zip(0u32..);

@@ -5,14 +5,19 @@
 //! writes at once; only what the receiver does not take now is kept, and then
 //! nothing more is read until that is gone. So a slow reader costs at most one
 //! scratch space, and the sender feels it through TCP's own window.
+//!
+//! A direction that keeps filling the scratch space is lent a pipe, through
+//! which the kernel moves pages instead of copying bytes twice.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SendFlags, Shutdown, SocketFlags, SocketType, sockopt};
+use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
+use super::pipes::{Pipe, Pipes};
+use super::stream::Stream;
 use super::{SessionKey, Traffic};
 use crate::table::ListenPort;
 
@@ -22,16 +27,41 @@ pub(super) const SCRATCH_BYTES: usize = 64 * 1024;
 /// Reads of one direction before the others of its thread get their turn.
 const READS_PER_TURN: usize = 8;
 
+/// Scratch spaces that a direction fills one after the other before it is lent
+/// a pipe: two, so that a message of a usual size never is.
+const FULL_READS: u8 = 2;
+
+/// Bytes between two looks at deadlines below which a direction needs no pipe.
+const BUSY_BYTES: usize = 1024 * 1024;
+
+/// What a thread lends to the direction that has its turn.
+#[derive(Debug)]
+pub(super) struct Means {
+    pub(super) scratch: Vec<u8>,
+    pub(super) pipes: Pipes,
+}
+
+/// What the destination did not take yet.
+#[derive(Debug)]
+enum Held {
+    /// Bytes, from an offset on.
+    Bytes(Box<[u8]>, usize),
+    /// A pipe, and how many bytes are in it: lent until the direction is quiet.
+    Pipe(Pipe, usize),
+}
+
 /// A direction: from a source to a destination socket.
 #[derive(Debug, Default)]
 struct Direction {
-    /// What the destination did not take yet, from an offset on.
-    kept: Option<(Box<[u8]>, usize)>,
+    /// In a box: most directions hold nothing.
+    held: Option<Box<Held>>,
+    bytes: u64,
+    /// Reads in a row that have filled the scratch space.
+    full_reads: u8,
     /// The source has ended its side.
     is_read: bool,
     /// The destination was told of the end: nothing will follow.
     is_done: bool,
-    bytes: u64,
 }
 
 /// How far a direction got.
@@ -41,21 +71,29 @@ enum Progress {
     Blocked,
     /// Had its turn; there may be more.
     Yielded,
+    /// The source has ended and the destination has everything.
     Done,
     /// A socket broke: both are to be reset.
-    Broken,
+    Broken(Fault),
+}
+
+/// Which socket of a direction broke.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    Source(Errno),
+    Destination(Errno),
 }
 
 impl Direction {
     /// Moves bytes until something blocks or the turn is over. `at_end` says
     /// that the source's end has been signalled, so that a short read is not
     /// taken for the last one.
-    fn pump(
+    fn pump<S: Stream>(
         &mut self,
-        source: &OwnedFd,
-        destination: &OwnedFd,
+        source: &S,
+        destination: &S,
         at_end: bool,
-        scratch: &mut [u8],
+        means: &mut Means,
     ) -> Progress {
         if self.is_done {
             return Progress::Done;
@@ -64,58 +102,124 @@ impl Direction {
             match self.flush(destination) {
                 Ok(true) => {}
                 Ok(false) => return Progress::Blocked,
-                Err(_) => return Progress::Broken,
+                Err(errno) => return Progress::Broken(Fault::Destination(errno)),
             }
             if self.is_read {
-                // A destination that is gone cannot be told; it has its end.
-                let _ = net::shutdown(destination, Shutdown::Write);
+                self.give_back(&mut means.pipes);
                 self.is_done = true;
                 return Progress::Done;
             }
-            let length = match rustix::io::read(source, &mut *scratch) {
-                Ok(length) => length,
-                Err(Errno::AGAIN) => return Progress::Blocked,
-                Err(Errno::INTR) => continue,
-                Err(_) => return Progress::Broken,
-            };
-            if length == 0 {
-                self.is_read = true;
-                continue;
-            }
-            self.bytes += length as u64;
-            match send(destination, &scratch[..length]) {
-                Ok(sent) if sent < length => self.kept = Some((scratch[sent..length].into(), 0)),
-                Ok(_) => {}
-                Err(_) => return Progress::Broken,
-            }
-            // The source has nothing more; the next event tells.
-            if length < scratch.len() && !at_end && self.kept.is_none() {
-                return Progress::Blocked;
+            match self.fill(source, destination, means) {
+                Ok(0) => self.is_read = true,
+                // The source has nothing more; the next event tells.
+                Ok(length) if length < SCRATCH_BYTES && !at_end && self.held.is_none() => {
+                    return Progress::Blocked;
+                }
+                Ok(_) | Err(Fault::Source(Errno::INTR)) => {}
+                Err(Fault::Source(Errno::AGAIN)) => return Progress::Blocked,
+                Err(fault) => return Progress::Broken(fault),
             }
         }
         Progress::Yielded
     }
 
-    /// Sends what was kept. Whether all of it is gone.
-    fn flush(&mut self, destination: &OwnedFd) -> Result<bool, Errno> {
-        while let Some((kept, offset)) = &mut self.kept {
-            let sent = send(destination, &kept[*offset..])?;
-            if sent == 0 {
-                return Ok(false);
+    /// Takes in what the source has, and passes on what the destination takes
+    /// at once. The number of bytes taken in; 0 at the source's end.
+    fn fill<S: Stream>(
+        &mut self,
+        source: &S,
+        destination: &S,
+        means: &mut Means,
+    ) -> Result<usize, Fault> {
+        if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
+            let length = source.fill_pipe(pipe).map_err(Fault::Source)?;
+            *inside += length;
+            pipe.moved += length;
+            self.bytes += length as u64;
+            return Ok(length);
+        }
+        let space = &mut means.scratch[..SCRATCH_BYTES];
+        let length = source.read(space).map_err(Fault::Source)?;
+        self.bytes += length as u64;
+        let sent = match length {
+            0 => 0,
+            _ => send(destination, &space[..length]).map_err(Fault::Destination)?,
+        };
+        if sent < length {
+            let kept = means.scratch[sent..length].into();
+            self.held = Some(Box::new(Held::Bytes(kept, 0)));
+        }
+        self.full_reads = match length {
+            SCRATCH_BYTES => self.full_reads.saturating_add(1),
+            _ => 0,
+        };
+        if self.full_reads >= FULL_READS && self.held.is_none() {
+            let pipe = means.pipes.lend();
+            self.held = pipe.map(|pipe| Box::new(Held::Pipe(pipe, 0)));
+        }
+        Ok(length)
+    }
+
+    /// Sends what is held. Whether all of it is gone.
+    fn flush<S: Stream>(&mut self, destination: &S) -> Result<bool, Errno> {
+        match self.held.as_deref_mut() {
+            None => return Ok(true),
+            Some(Held::Bytes(kept, offset)) => {
+                while *offset < kept.len() {
+                    match send(destination, &kept[*offset..])? {
+                        0 => return Ok(false),
+                        sent => *offset += sent,
+                    }
+                }
             }
-            *offset += sent;
-            if *offset == kept.len() {
-                self.kept = None;
+            Some(Held::Pipe(pipe, inside)) => {
+                while *inside > 0 {
+                    match destination.drain_pipe(pipe, *inside) {
+                        Ok(sent) => *inside -= sent,
+                        Err(Errno::AGAIN) => return Ok(false),
+                        Err(Errno::INTR) => {}
+                        Err(errno) => return Err(errno),
+                    }
+                }
+                return Ok(true);
             }
         }
+        self.held = None;
         Ok(true)
+    }
+
+    /// Whether bytes wait for the destination.
+    fn is_holding(&self) -> bool {
+        match self.held.as_deref() {
+            None => false,
+            Some(Held::Bytes(..)) => true,
+            Some(Held::Pipe(_, inside)) => *inside > 0,
+        }
+    }
+
+    /// Gives a lent pipe back, with what is in it.
+    fn give_back(&mut self, pipes: &mut Pipes) {
+        let held = self.held.take_if(|held| matches!(**held, Held::Pipe(..)));
+        if let Some(Held::Pipe(pipe, inside)) = held.map(|held| *held) {
+            self.full_reads = 0;
+            pipes.take_back(pipe, inside);
+        }
+    }
+
+    fn give_back_if_idle(&mut self, pipes: &mut Pipes) {
+        if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
+            let moved = std::mem::take(&mut pipe.moved);
+            if *inside == 0 && moved < BUSY_BYTES {
+                self.give_back(pipes);
+            }
+        }
     }
 }
 
 /// Sends what the socket takes; 0 when its buffer is full.
-fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+fn send<S: Stream>(socket: &S, bytes: &[u8]) -> Result<usize, Errno> {
     loop {
-        match net::send(socket, bytes, SendFlags::NOSIGNAL) {
+        match socket.send(bytes) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Ok(0),
             result => return result,
@@ -128,6 +232,21 @@ fn send(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
 pub(super) enum Side {
     Client,
     Server,
+}
+
+/// What epoll says about a socket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Signals {
+    /// There may be something to read, or the end of it.
+    pub(super) readable: bool,
+    /// There may be room to send.
+    pub(super) writable: bool,
+    /// The peer has ended its sending.
+    pub(super) ended: bool,
+    /// The connection is gone, in whichever way.
+    pub(super) gone: bool,
+    /// The connection has met an error.
+    pub(super) failed: bool,
 }
 
 /// A connection's state after an event.
@@ -147,11 +266,11 @@ pub(super) enum Outcome {
 
 /// A connection from a client through a connection port to a server.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct Connection<S = OwnedFd> {
     pub(super) port: ListenPort,
     pub(super) session: SessionKey,
-    pub(super) client: OwnedFd,
-    pub(super) server: OwnedFd,
+    pub(super) client: S,
+    pub(super) server: S,
     pub(super) is_connecting: bool,
     /// When something last happened.
     pub(super) active: Instant,
@@ -173,78 +292,138 @@ impl Connection {
         now: Instant,
     ) -> Result<Self, (OwnedFd, Errno)> {
         match connect(target) {
-            Ok(server) => {
-                let kept = header.map(|header| (header.into_boxed_slice(), 0));
-                Ok(Self {
-                    port,
-                    session,
-                    client,
-                    server,
-                    is_connecting: true,
-                    active: now,
-                    client_ended: false,
-                    server_ended: false,
-                    upstream: Direction {
-                        kept,
-                        ..Direction::default()
-                    },
-                    downstream: Direction::default(),
-                })
-            }
+            Ok(server) => Ok(Self::new(port, session, client, server, header, now)),
             Err(errno) => Err((client, errno)),
         }
     }
+}
 
-    /// Handles an event on one side. `ended`: that side has ended its sending;
-    /// `broken`: it is gone altogether.
-    pub(super) fn event(
-        &mut self,
-        side: Side,
-        ended: bool,
-        broken: bool,
-        scratch: &mut [u8],
-    ) -> Outcome {
-        match side {
-            Side::Client => self.client_ended |= ended,
-            Side::Server => self.server_ended |= ended,
+impl<S: Stream> Connection<S> {
+    fn new(
+        port: ListenPort,
+        session: SessionKey,
+        client: S,
+        server: S,
+        header: Option<Vec<u8>>,
+        now: Instant,
+    ) -> Self {
+        let held = header.map(|header| Box::new(Held::Bytes(header.into_boxed_slice(), 0)));
+        Self {
+            port,
+            session,
+            client,
+            server,
+            is_connecting: true,
+            active: now,
+            client_ended: false,
+            server_ended: false,
+            upstream: Direction {
+                held,
+                ..Direction::default()
+            },
+            downstream: Direction::default(),
         }
+    }
+
+    /// Handles what epoll says about one side.
+    pub(super) fn event(&mut self, side: Side, signals: Signals, means: &mut Means) -> Outcome {
+        let Signals {
+            readable,
+            writable,
+            ended,
+            gone,
+            failed,
+        } = signals;
+        let (is_read_done, is_holding) = match side {
+            Side::Client => {
+                self.client_ended |= ended;
+                (self.upstream.is_done, self.downstream.is_holding())
+            }
+            Side::Server => {
+                self.server_ended |= ended;
+                (self.downstream.is_done, self.upstream.is_holding())
+            }
+        };
         if self.is_connecting {
-            if side == Side::Client {
-                // What the client sends waits in the kernel until the server is there.
-                return if broken {
-                    Outcome::Broken
-                } else {
-                    Outcome::Waiting
-                };
-            }
-            match sockopt::socket_error(&self.server) {
-                Ok(Ok(())) => self.is_connecting = false,
-                Ok(Err(errno)) | Err(errno) => return Outcome::Unreachable(errno),
+            match side {
+                Side::Client if gone => return Outcome::Broken,
+                Side::Client => {}
+                Side::Server => {
+                    if gone && let Some(errno) = self.server.take_error() {
+                        return Outcome::Unreachable(errno);
+                    }
+                    self.is_connecting = false;
+                }
             }
         }
-        self.pump(scratch)
+        // Nobody reads from this side any more, so nobody else would notice.
+        if failed && is_read_done {
+            return Outcome::Broken;
+        }
+        let reads = readable || ended || gone;
+        let writes = writable && is_holding;
+        match side {
+            Side::Client => self.move_bytes(reads, writes, means),
+            Side::Server => self.move_bytes(writes, reads, means),
+        }
     }
 
     /// Moves what can be moved, both ways.
-    pub(super) fn pump(&mut self, scratch: &mut [u8]) -> Outcome {
-        let upstream = self
-            .upstream
-            .pump(&self.client, &self.server, self.client_ended, scratch);
-        let downstream =
-            self.downstream
-                .pump(&self.server, &self.client, self.server_ended, scratch);
-        match (upstream, downstream) {
-            (Progress::Broken, _) | (_, Progress::Broken) => Outcome::Broken,
-            (Progress::Done, Progress::Done) => Outcome::Finished,
-            (Progress::Yielded, _) | (_, Progress::Yielded) => Outcome::Ready,
-            _ => Outcome::Waiting,
+    pub(super) fn pump(&mut self, means: &mut Means) -> Outcome {
+        self.move_bytes(true, true, means)
+    }
+
+    fn move_bytes(&mut self, upstream: bool, downstream: bool, means: &mut Means) -> Outcome {
+        let was_done = (self.upstream.is_done, self.downstream.is_done);
+        let mut progress = [Progress::Blocked; 2];
+        if upstream {
+            progress[0] = self
+                .upstream
+                .pump(&self.client, &self.server, self.client_ended, means);
+        }
+        if downstream {
+            progress[1] =
+                self.downstream
+                    .pump(&self.server, &self.client, self.server_ended, means);
+        }
+        for progress in progress {
+            match progress {
+                Progress::Broken(Fault::Destination(errno)) if self.is_connecting => {
+                    return Outcome::Unreachable(errno);
+                }
+                Progress::Broken(_) => return Outcome::Broken,
+                _ => {}
+            }
+        }
+        match (self.upstream.is_done, self.downstream.is_done) {
+            // Closing tells whoever was not told.
+            (true, true) => return Outcome::Finished,
+            (true, false) if !was_done.0 => self.server.end(),
+            (false, true) if !was_done.1 => self.client.end(),
+            _ => {}
+        }
+        match progress.contains(&Progress::Yielded) {
+            true => Outcome::Ready,
+            false => Outcome::Waiting,
         }
     }
 
     /// Makes closing the sockets reset them.
     pub(super) fn reset(&self) {
-        reset(&self.client);
-        reset(&self.server);
+        self.client.reset_on_close();
+        self.server.reset_on_close();
+    }
+
+    /// Gives all pipes back: the connection is over.
+    pub(super) fn give_back_pipes(&mut self, pipes: &mut Pipes) {
+        self.upstream.give_back(pipes);
+        self.downstream.give_back(pipes);
+    }
+
+    /// Gives back pipes that carried little since this was last asked.
+    pub(super) fn give_back_idle_pipes(&mut self, pipes: &mut Pipes) {
+        self.upstream.give_back_if_idle(pipes);
+        self.downstream.give_back_if_idle(pipes);
     }
 
     /// What went through.
@@ -254,12 +433,6 @@ impl Connection {
             downstream_bytes: self.downstream.bytes,
         }
     }
-}
-
-/// Makes closing `socket` reset the connection.
-pub(super) fn reset(socket: &OwnedFd) {
-    // A socket that is gone already needs no reset.
-    let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
 }
 
 fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
@@ -277,3 +450,6 @@ fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
         Err(errno) => Err(errno),
     }
 }
+
+#[cfg(test)]
+mod tests;

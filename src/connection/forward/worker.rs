@@ -20,9 +20,11 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
 use super::counters::{self, Counters, count};
 use super::listeners::Listener;
+use super::pipes::Pipes;
 use super::routes::Routes;
 use super::slab::{Key, Slab};
-use super::tcp::{Connection, SCRATCH_BYTES, Side};
+use super::stream::Stream;
+use super::tcp::{Connection, Means, SCRATCH_BYTES, Side, Signals};
 use super::udp::{self, DATAGRAM_BYTES};
 use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Transport, Verdict};
 use crate::table::ListenPort;
@@ -113,6 +115,7 @@ enum Parked {
 
 /// What all data threads share with control.
 pub(super) struct Shared {
+    pub(super) threads: usize,
     pub(super) gate: Arc<dyn Gate>,
     pub(super) draining: DrainingPorts,
     pub(super) routes: Arc<Routes>,
@@ -145,7 +148,7 @@ pub(super) struct Worker {
     paused: Option<(Instant, Vec<ListenPort>)>,
     next_tick: Instant,
     now: Instant,
-    scratch: Vec<u8>,
+    means: Means,
     is_stopping: bool,
 }
 
@@ -179,7 +182,10 @@ impl Worker {
             paused: None,
             next_tick: now,
             now,
-            scratch: vec![0; SCRATCH_BYTES.max(DATAGRAM_BYTES)],
+            means: Means {
+                scratch: vec![0; SCRATCH_BYTES.max(DATAGRAM_BYTES)],
+                pipes: Pipes::new(shared.threads),
+            },
             is_stopping: false,
         })
     }
@@ -238,15 +244,20 @@ impl Worker {
             return;
         };
         let (key, port) = (Key::from_bits(id), port_of(id));
-        let ended = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
-        let broken = flags.intersects(EventFlags::HUP | EventFlags::ERR);
+        let signals = Signals {
+            readable: flags.contains(EventFlags::IN),
+            writable: flags.contains(EventFlags::OUT),
+            ended: flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR),
+            gone: flags.intersects(EventFlags::HUP | EventFlags::ERR),
+            failed: flags.contains(EventFlags::ERR),
+        };
         match source {
             Source::Wake => self.take_commands(),
             // Of a port that was closed meanwhile nothing is found.
             Source::TcpPort => port.map_or((), |port| self.accept(port)),
             Source::UdpPort => port.map_or((), |port| self.receive_from_clients(port)),
-            Source::Client => self.connection_event(key, Side::Client, ended, broken),
-            Source::Server => self.connection_event(key, Side::Server, ended, broken),
+            Source::Client => self.connection_event(key, Side::Client, signals),
+            Source::Server => self.connection_event(key, Side::Server, signals),
             Source::Flow => self.receive_from_server(key),
         }
     }
@@ -365,7 +376,7 @@ impl Worker {
 
     fn turn_away(&mut self, parked: Parked) {
         match parked {
-            Parked::Tcp { client, .. } => super::tcp::reset(&client),
+            Parked::Tcp { client, .. } => client.reset_on_close(),
             Parked::Udp(parked) => {
                 if let Some(port) = self.udp_ports.get_mut(&parked.port) {
                     port.parked.remove(&parked.client);

@@ -65,7 +65,7 @@ impl Worker {
     }
 
     pub(super) fn receive_from_clients(&mut self, number: ListenPort) {
-        let mut space = std::mem::take(&mut self.scratch);
+        let mut space = std::mem::take(&mut self.means.scratch);
         for _ in 0..READS_PER_TURN {
             let Some(port) = self.udp_ports.get(&number) else {
                 break;
@@ -77,7 +77,7 @@ impl Worker {
                 Err(_) => {}
             }
         }
-        self.scratch = space;
+        self.means.scratch = space;
     }
 
     fn handle_datagrams(&mut self, number: ListenPort, received: Received, space: &[u8]) {
@@ -226,7 +226,7 @@ impl Worker {
     }
 
     pub(super) fn receive_from_server(&mut self, key: Key) {
-        let mut space = std::mem::take(&mut self.scratch);
+        let mut space = std::mem::take(&mut self.means.scratch);
         for _ in 0..READS_PER_TURN {
             let Some(flow) = self.flows.get_mut(key) else {
                 break;
@@ -251,7 +251,7 @@ impl Worker {
                 count(&self.counters.datagrams_dropped);
             }
         }
-        self.scratch = space;
+        self.means.scratch = space;
     }
 
     pub(super) fn end_flow(&mut self, key: Key) {

@@ -12,13 +12,23 @@ use rustix::net::{self, SocketFlags, sockopt};
 use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker};
 use crate::connection::forward::counters::count;
 use crate::connection::forward::slab::Key;
-use crate::connection::forward::tcp::{self, Connection, Outcome, Side};
+use crate::connection::forward::stream::Stream;
+use crate::connection::forward::tcp::{Connection, Outcome, Side, Signals};
 use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict, proxy_protocol};
 use crate::pool::ProxyProtocol;
 use crate::table::ListenPort;
 
 /// Connections accepted from one port before others get their turn.
 const ACCEPTS_PER_TURN: usize = 16;
+
+/// A client that has just come may have sent already.
+const FIRST_SIGNALS: Signals = Signals {
+    readable: true,
+    writable: false,
+    ended: false,
+    gone: false,
+    failed: false,
+};
 
 impl Worker {
     pub(super) fn accept(&mut self, port: ListenPort) {
@@ -64,7 +74,7 @@ impl Worker {
             Verdict::Admit(session) => self.start(port, client, address, session),
             Verdict::Refuse => {
                 count(&self.counters.no_session);
-                tcp::reset(&client);
+                client.reset_on_close();
             }
             Verdict::Ask => {
                 let parked = Parked::Tcp {
@@ -90,7 +100,7 @@ impl Worker {
         // A port may be closed while its client is parked.
         let Some(route) = self.routes.get(port) else {
             count(&self.counters.no_server);
-            tcp::reset(&client);
+            client.reset_on_close();
             return self.report(port, session, Traffic::default());
         };
         let _ = sockopt::set_socket_keepalive(&client, true);
@@ -104,7 +114,7 @@ impl Worker {
             Ok(connection) => self.watch_connection(connection),
             Err((client, errno)) => {
                 self.count_unreachable(errno);
-                tcp::reset(&client);
+                client.reset_on_close();
                 self.report(port, session, Traffic::default());
             }
         }
@@ -117,29 +127,34 @@ impl Worker {
             .entry(session)
             .or_default()
             .push((Transport::Tcp, key));
-        let is_watched = self
-            .connections
-            .get_mut(key)
-            .map(|connection| epoll_pair(&self.epoll, connection, key));
-        if !matches!(is_watched, Some(Ok(()))) {
-            count(&self.counters.accept_failed);
-            self.end_connection(key, true);
-        }
         self.schedule();
+        let Some(connection) = self.connections.get_mut(key) else {
+            return;
+        };
+        // A near server is connected by now, and the client's first bytes may
+        // be there: one event less.
+        let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut self.means);
+        if matches!(outcome, Outcome::Waiting | Outcome::Ready)
+            && epoll_pair(&self.epoll, connection, key).is_err()
+        {
+            count(&self.counters.accept_failed);
+            return self.end_connection(key, true);
+        }
+        self.conclude(key, outcome);
     }
 
-    pub(super) fn connection_event(&mut self, key: Key, side: Side, ended: bool, broken: bool) {
+    pub(super) fn connection_event(&mut self, key: Key, side: Side, signals: Signals) {
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
         connection.active = self.now;
-        let outcome = connection.event(side, ended, broken, &mut self.scratch);
+        let outcome = connection.event(side, signals, &mut self.means);
         self.conclude(key, outcome);
     }
 
     pub(super) fn pump(&mut self, key: Key) {
         if let Some(connection) = self.connections.get_mut(key) {
-            let outcome = connection.pump(&mut self.scratch);
+            let outcome = connection.pump(&mut self.means);
             self.conclude(key, outcome);
         }
     }
@@ -158,9 +173,10 @@ impl Worker {
     }
 
     pub(super) fn end_connection(&mut self, key: Key, reset: bool) {
-        let Some(connection) = self.connections.remove(key) else {
+        let Some(mut connection) = self.connections.remove(key) else {
             return;
         };
+        connection.give_back_pipes(&mut self.means.pipes);
         if reset {
             connection.reset();
         }
@@ -180,6 +196,10 @@ impl Worker {
     }
 
     pub(super) fn tick_connections(&mut self) {
+        for connection in self.connections.iter_mut() {
+            connection.give_back_idle_pipes(&mut self.means.pipes);
+        }
+        self.means.pipes.close_unused();
         let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
         let late: Vec<(Key, bool)> = self
             .connections

@@ -1,0 +1,111 @@
+//! Pipes that a thread lends to directions which carry much: through one, the
+//! kernel moves pages from socket to socket.
+//!
+//! Without CAP_SYS_RESOURCE all pipes of a user share a budget of
+//! `pipe-user-pages-soft` (64 MiB by default), past which a pipe holds two
+//! pages and is slower than copying. So there are few, lent only while they
+//! are of use, and who gets none copies.
+//!
+//! Source: Linux, `fs/pipe.c`, `account_pipe_buffers` and `pipe_set_size`.
+
+use std::os::fd::OwnedFd;
+
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+
+/// Size of a pipe, and most bytes moved at once.
+pub(super) const PIPE_BYTES: usize = 512 * 1024;
+
+/// Pipes of all threads together: half of what a user may have.
+const MOST_PIPES: usize = 64;
+
+/// How often nobody is lent a pipe after the system has refused one.
+const REFUSALS_PER_ATTEMPT: u16 = 1024;
+
+/// An empty pipe, or one whose borrower knows what is in it.
+#[derive(Debug)]
+pub(super) struct Pipe {
+    pub(super) output: OwnedFd,
+    pub(super) input: OwnedFd,
+    /// Bytes that went in since its borrower was last looked at.
+    pub(super) moved: usize,
+}
+
+impl Pipe {
+    fn new() -> rustix::io::Result<Self> {
+        let (output, input) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC)?;
+        fcntl_setpipe_size(&input, PIPE_BYTES)?;
+        Ok(Self {
+            output,
+            input,
+            moved: 0,
+        })
+    }
+}
+
+/// A thread's pipes.
+#[derive(Debug)]
+pub(super) struct Pipes {
+    free: Vec<Pipe>,
+    lent: usize,
+    most: usize,
+    /// Requests that are refused without asking the system.
+    refusals_left: u16,
+}
+
+impl Pipes {
+    /// The share of one of `threads` threads: at least one pipe.
+    pub(super) fn new(threads: usize) -> Self {
+        Self {
+            free: Vec::new(),
+            lent: 0,
+            most: (MOST_PIPES / threads).max(1),
+            refusals_left: 0,
+        }
+    }
+
+    /// A pipe, if there is one.
+    pub(super) fn lend(&mut self) -> Option<Pipe> {
+        if let Some(pipe) = self.free.pop() {
+            self.lent += 1;
+            return Some(pipe);
+        }
+        if self.lent >= self.most {
+            return None;
+        }
+        if self.refusals_left > 0 {
+            self.refusals_left -= 1;
+            return None;
+        }
+        match Pipe::new() {
+            Ok(pipe) => {
+                self.lent += 1;
+                Some(pipe)
+            }
+            Err(_) => {
+                self.refusals_left = REFUSALS_PER_ATTEMPT;
+                None
+            }
+        }
+    }
+
+    /// Takes a lent pipe back that holds `inside` bytes; they are discarded.
+    pub(super) fn take_back(&mut self, pipe: Pipe, inside: usize) {
+        self.lent -= 1;
+        if inside == 0 {
+            self.free.push(pipe);
+        }
+    }
+
+    /// Number of pipes that are lent.
+    #[cfg(test)]
+    pub(super) fn lent(&self) -> usize {
+        self.lent
+    }
+
+    /// Closes the pipes, unless one is in use: then others may be soon.
+    pub(super) fn close_unused(&mut self) {
+        if self.lent == 0 {
+            self.free.clear();
+        }
+    }
+}
