@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
@@ -16,11 +16,153 @@ use super::slab::Key;
 use super::{SessionKey, Ticket, Traffic};
 use crate::table::ListenPort;
 
-/// Largest datagram, and so the space for one.
-pub(super) const DATAGRAM_BYTES: usize = 65_535;
+/// Most datagrams received at once.
+const BATCH: usize = quinn_udp::BATCH_SIZE;
+
+/// Space for one datagram, the largest of which has 65,507 bytes, or for
+/// several that the kernel has joined.
+const SLOT_BYTES: usize = 64 * 1024;
+
+/// Longest datagrams that are sent in one go: they fit the smallest MTU that
+/// IPv6 allows (1280), longer ones might be refused.
+///
+/// Source: RFC 8200, section 5.
+const MOST_JOINED: usize = 1200;
+
+/// Most bytes sent in one go: the largest datagram that the kernel takes.
+const JOINED_BYTES: usize = 65_507;
 
 /// Datagrams of one parked client that are kept.
 const PARKED_DATAGRAMS: usize = 8;
+
+/// How many datagrams to ask a socket for: a few more than it had last time,
+/// so that one call gets all of a burst, and a lone one costs little.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Appetite(u8);
+
+impl Appetite {
+    pub(super) fn new() -> Self {
+        Self(2)
+    }
+
+    fn most(self) -> usize {
+        usize::from(self.0)
+    }
+
+    fn learn(&mut self, received: usize) {
+        let most = match received >= self.most() {
+            true => 2 * received,
+            false => received + 1,
+        };
+        self.0 = u8::try_from(most.clamp(2, BATCH)).expect("a batch is small");
+    }
+}
+
+/// A thread's space for datagrams.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    space: Vec<u8>,
+    metas: Vec<RecvMeta>,
+    joined: Vec<u8>,
+}
+
+/// Datagrams of one sender, one after the other.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Run<'a> {
+    pub(super) sender: SocketAddr,
+    /// The address that they were sent to, where the system tells.
+    pub(super) local: Option<IpAddr>,
+    pub(super) bytes: &'a [u8],
+    /// Length of each datagram but the last, which may be shorter.
+    pub(super) stride: usize,
+}
+
+impl<'a> Run<'a> {
+    /// Each datagram.
+    pub(super) fn datagrams(self) -> impl Iterator<Item = &'a [u8]> {
+        // An empty datagram has no chunks, but is one.
+        let empty = self.bytes.is_empty().then_some(self.bytes);
+        self.bytes.chunks(self.stride.max(1)).chain(empty)
+    }
+
+    fn is_one(self) -> bool {
+        self.bytes.len() <= self.stride
+    }
+
+    /// How many there are.
+    fn count(self) -> u64 {
+        self.datagrams().count() as u64
+    }
+}
+
+impl Batch {
+    /// Memory is taken up as it is used.
+    pub(super) fn new() -> Self {
+        Self {
+            space: vec![0; BATCH * SLOT_BYTES],
+            metas: vec![RecvMeta::default(); BATCH],
+            joined: Vec::new(),
+        }
+    }
+
+    /// Receives what is there, as far as `appetite` goes. Whether there may be
+    /// more.
+    pub(super) fn receive(
+        &mut self,
+        state: &UdpSocketState,
+        socket: UdpSockRef<'_>,
+        appetite: &mut Appetite,
+    ) -> io::Result<(usize, bool)> {
+        let most = appetite.most();
+        let mut slots = self.space.chunks_mut(SLOT_BYTES).map(IoSliceMut::new);
+        let mut slices: [IoSliceMut<'_>; BATCH] =
+            std::array::from_fn(|_| slots.next().expect("there are as many slots"));
+        let received = state.recv(socket, &mut slices[..most], &mut self.metas[..most])?;
+        appetite.learn(received);
+        Ok((received, received == most))
+    }
+
+    /// The run that begins with the datagram received as `first` of
+    /// `received`, and the index behind it. Datagrams of one length are joined.
+    pub(super) fn run(&mut self, first: usize, received: usize) -> (Run<'_>, usize) {
+        let meta = self.metas[first];
+        let slot = |index: usize, length: usize| {
+            &self.space[index * SLOT_BYTES..index * SLOT_BYTES + length]
+        };
+        let mut run = Run {
+            sender: meta.addr,
+            local: meta.dst_ip,
+            bytes: slot(first, meta.len),
+            stride: meta.stride,
+        };
+        let mut next = first + 1;
+        // Joined by the kernel already, empty, or too long to be joined.
+        if meta.len != meta.stride || meta.len == 0 || meta.len > MOST_JOINED {
+            return (run, next);
+        }
+        let (mut total, mut last) = (meta.len, meta.len);
+        while next < received && last == meta.len {
+            let follower = &self.metas[next];
+            let fits = follower.len == follower.stride
+                && (1..=meta.len).contains(&follower.len)
+                && total + follower.len <= JOINED_BYTES;
+            if !fits || follower.addr != meta.addr || follower.dst_ip != meta.dst_ip {
+                break;
+            }
+            (total, last) = (total + follower.len, follower.len);
+            next += 1;
+        }
+        if next > first + 1 {
+            self.joined.clear();
+            for index in first..next {
+                self.joined
+                    .extend_from_slice(slot(index, self.metas[index].len));
+            }
+            run.bytes = &self.joined;
+        }
+        (run, next)
+    }
+}
 
 /// An open UDP connection port.
 #[derive(Debug)]
@@ -29,19 +171,9 @@ pub(super) struct Port {
     pub(super) parked: HashMap<SocketAddr, Ticket>,
     /// The table no longer has it: no new flows.
     pub(super) is_draining: bool,
+    appetite: Appetite,
     socket: UdpSocket,
     state: UdpSocketState,
-}
-
-/// A datagram that came in on a connection port.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Received {
-    pub(super) client: SocketAddr,
-    /// The address that the client sent it to, where the system tells.
-    pub(super) local: Option<IpAddr>,
-    /// Length of what was read; more than one datagram when above `stride`.
-    pub(super) length: usize,
-    pub(super) stride: usize,
 }
 
 impl Port {
@@ -50,45 +182,82 @@ impl Port {
             flows: HashMap::new(),
             parked: HashMap::new(),
             is_draining: false,
+            appetite: Appetite::new(),
             socket,
             state,
         }
     }
 
-    /// Reads one datagram, or several of one client at once.
-    pub(super) fn receive(&self, space: &mut [u8]) -> io::Result<Received> {
-        let mut meta = [RecvMeta::default()];
-        let mut slices = [IoSliceMut::new(space)];
-        self.state
-            .recv(UdpSockRef::from(&self.socket), &mut slices, &mut meta)?;
-        let [
-            RecvMeta {
-                addr: client,
-                dst_ip: local,
-                len: length,
-                stride,
-                ..
-            },
-        ] = meta;
-        Ok(Received {
-            client,
-            local,
-            length,
-            stride,
-        })
+    /// Receives datagrams of clients into `batch`.
+    pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<(usize, bool)> {
+        let socket = UdpSockRef::from(&self.socket);
+        batch.receive(&self.state, socket, &mut self.appetite)
     }
 
-    /// Sends a reply from the address that the client knows.
-    pub(super) fn reply(&self, flow: &Flow, datagram: &[u8]) -> io::Result<()> {
-        let transmit = Transmit {
-            destination: flow.client,
-            ecn: None,
-            contents: datagram,
-            segment_size: None,
-            src_ip: flow.local,
+    /// Receives datagrams of a flow's server into `batch`.
+    pub(super) fn receive_from_server(
+        &self,
+        flow: &mut Flow,
+        batch: &mut Batch,
+    ) -> io::Result<(usize, bool)> {
+        let socket = UdpSockRef::from(&flow.server);
+        batch.receive(&self.state, socket, &mut flow.appetite)
+    }
+
+    /// Sends a client's datagrams to its server.
+    pub(super) fn send_upstream(&self, flow: &mut Flow, run: Run<'_>) -> Sent {
+        let socket = flow.server.as_fd();
+        let plain = |datagram: &[u8]| match net::send(&flow.server, datagram, SendFlags::empty()) {
+            Ok(_) => Ok(()),
+            Err(errno) => Err(errno.into()),
         };
-        self.state
-            .try_send(UdpSockRef::from(&self.socket), &transmit)
+        let sent = self.send(run, socket, flow.target, None, plain);
+        flow.traffic.upstream_bytes += sent.bytes;
+        sent
+    }
+
+    /// Sends a server's datagrams from the address that the client knows.
+    pub(super) fn reply(&self, flow: &Flow, run: Run<'_>) -> Sent {
+        let socket = self.socket.as_fd();
+        let plain = |datagram: &[u8]| {
+            let transmit = transmit(flow.client, flow.local, datagram, None);
+            self.state.try_send(UdpSockRef::from(&socket), &transmit)
+        };
+        self.send(run, socket, flow.client, flow.local, plain)
+    }
+
+    /// Sends several datagrams in one go where the kernel can, else each by
+    /// `plain`.
+    fn send(
+        &self,
+        run: Run<'_>,
+        socket: BorrowedFd<'_>,
+        destination: SocketAddr,
+        source: Option<IpAddr>,
+        plain: impl Fn(&[u8]) -> io::Result<()>,
+    ) -> Sent {
+        let mut sent = Sent::default();
+        let segments = self.state.max_gso_segments();
+        if !run.is_one() && run.stride <= MOST_JOINED && segments > 1 {
+            for bytes in run.bytes.chunks(run.stride * segments) {
+                let part = Run { bytes, ..run };
+                let transmit = transmit(destination, source, bytes, Some(run.stride));
+                match self.state.try_send(UdpSockRef::from(&socket), &transmit) {
+                    Ok(()) => sent.bytes += bytes.len() as u64,
+                    // The network takes no such thing: each on its own.
+                    Err(error) if is_unsupported(&error) => {
+                        part.datagrams()
+                            .for_each(|datagram| sent.add(datagram, plain(datagram)));
+                    }
+                    Err(error) => sent.fail(part.count(), &error),
+                }
+            }
+            return sent;
+        }
+        for datagram in run.datagrams() {
+            sent.add(datagram, plain(datagram));
+        }
+        sent
     }
 }
 
@@ -100,30 +269,58 @@ pub(super) struct Flow {
     pub(super) local: Option<IpAddr>,
     pub(super) session: SessionKey,
     pub(super) server: OwnedFd,
+    pub(super) target: SocketAddr,
+    pub(super) appetite: Appetite,
     pub(super) active: Instant,
     pub(super) traffic: Traffic,
 }
 
-/// What became of a datagram.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Sent {
-    Yes,
-    /// The socket's buffer is full: dropped, as any network would.
-    Dropped,
-    /// The server is gone, as ICMP told.
-    Gone,
+/// What became of datagrams that were to be sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sent {
+    /// Bytes that the socket took.
+    pub(super) bytes: u64,
+    /// Datagrams dropped, as any network would: its buffer was full.
+    pub(super) dropped: u64,
+    /// The receiver is gone, as ICMP told; so are the datagrams.
+    pub(super) is_gone: bool,
 }
 
-impl Flow {
-    pub(super) fn send_upstream(&mut self, datagram: &[u8]) -> Sent {
-        match net::send(&self.server, datagram, SendFlags::empty()) {
-            Ok(_) => {
-                self.traffic.upstream_bytes += datagram.len() as u64;
-                Sent::Yes
-            }
-            Err(Errno::CONNREFUSED | Errno::HOSTUNREACH | Errno::NETUNREACH) => Sent::Gone,
-            Err(_) => Sent::Dropped,
+impl Sent {
+    fn add(&mut self, datagram: &[u8], result: io::Result<()>) {
+        match result {
+            Ok(()) => self.bytes += datagram.len() as u64,
+            Err(error) => self.fail(1, &error),
         }
+    }
+
+    fn fail(&mut self, datagrams: u64, error: &io::Error) {
+        match Errno::from_io_error(error) {
+            Some(Errno::CONNREFUSED | Errno::HOSTUNREACH | Errno::NETUNREACH) => {
+                self.is_gone = true;
+            }
+            _ => self.dropped += datagrams,
+        }
+    }
+}
+
+/// The error that refuses segmentation, and not the datagrams.
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::IO))
+}
+
+fn transmit(
+    destination: SocketAddr,
+    source: Option<IpAddr>,
+    contents: &[u8],
+    segment_size: Option<usize>,
+) -> Transmit<'_> {
+    Transmit {
+        destination,
+        ecn: None,
+        contents,
+        segment_size,
+        src_ip: source,
     }
 }
 

@@ -25,7 +25,7 @@ use super::routes::Routes;
 use super::slab::{Key, Slab};
 use super::stream::Stream;
 use super::tcp::{Connection, Means, SCRATCH_BYTES, Side, Signals};
-use super::udp::{self, DATAGRAM_BYTES};
+use super::udp;
 use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Transport, Verdict};
 use crate::table::ListenPort;
 
@@ -149,6 +149,7 @@ pub(super) struct Worker {
     next_tick: Instant,
     now: Instant,
     means: Means,
+    batch: udp::Batch,
     is_stopping: bool,
 }
 
@@ -183,9 +184,10 @@ impl Worker {
             next_tick: now,
             now,
             means: Means {
-                scratch: vec![0; SCRATCH_BYTES.max(DATAGRAM_BYTES)],
+                scratch: vec![0; SCRATCH_BYTES],
                 pipes: Pipes::new(shared.threads),
             },
+            batch: udp::Batch::new(),
             is_stopping: false,
         })
     }

@@ -221,7 +221,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
     fn every_byte_arrives_once_in_order_and_nothing_is_waited_for_in_vain(

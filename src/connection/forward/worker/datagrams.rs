@@ -6,19 +6,17 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::event::epoll::{self, EventFlags};
-use rustix::io::Errno;
-use rustix::net::{RecvFlags, recv};
 
 use super::{MAX_FLOWS, Parked, Source, Worker};
-use crate::connection::forward::counters::count;
+use crate::connection::forward::counters::{add, count};
 use crate::connection::forward::slab::Key;
-use crate::connection::forward::udp::{self, Flow, Received, Sent};
+use crate::connection::forward::udp::{self, Appetite, Flow, Run};
 use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict};
 use crate::table::ListenPort;
 
-/// Reads from one socket before others get their turn. All sockets here are
+/// Batches from one socket before others get their turn. All sockets here are
 /// level-triggered, so what is left is reported again.
-const READS_PER_TURN: usize = 64;
+const BATCHES_PER_TURN: usize = 4;
 
 impl Worker {
     /// Takes no new flows on a port, and closes it when the last one has ended.
@@ -65,58 +63,70 @@ impl Worker {
     }
 
     pub(super) fn receive_from_clients(&mut self, number: ListenPort) {
-        let mut space = std::mem::take(&mut self.means.scratch);
-        for _ in 0..READS_PER_TURN {
-            let Some(port) = self.udp_ports.get(&number) else {
+        let mut batch = std::mem::take(&mut self.batch);
+        for _ in 0..BATCHES_PER_TURN {
+            let Some(port) = self.udp_ports.get_mut(&number) else {
                 break;
             };
-            match port.receive(&mut space) {
-                Ok(received) => self.handle_datagrams(number, received, &space),
+            let (received, is_more) = match port.receive(&mut batch) {
+                Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // An ICMP error of a reply: that client's flow will expire.
-                Err(_) => {}
+                Err(_) => continue,
+            };
+            let mut next = 0;
+            while next < received {
+                let (run, after) = batch.run(next, received);
+                self.handle_run(number, run);
+                next = after;
+            }
+            if !is_more {
+                break;
             }
         }
-        self.means.scratch = space;
+        self.batch = batch;
     }
 
-    fn handle_datagrams(&mut self, number: ListenPort, received: Received, space: &[u8]) {
-        let bytes = &space[..received.length];
-        // An empty datagram has no chunks, but is one.
-        let stride = received.stride.max(1);
-        let datagrams = bytes
-            .chunks(stride)
-            .chain(bytes.is_empty().then_some(bytes));
-        for datagram in datagrams {
-            let flow = self
-                .udp_ports
-                .get(&number)
-                .and_then(|port| port.flows.get(&received.client).copied());
-            match flow {
-                Some(flow) => self.send_upstream(flow, datagram),
-                None => self.meet_client(number, received, datagram),
+    fn handle_run(&mut self, number: ListenPort, run: Run<'_>) {
+        let flow_of = |worker: &Self| {
+            let port = worker.udp_ports.get(&number)?;
+            port.flows.get(&run.sender).copied()
+        };
+        if let Some(flow) = flow_of(self) {
+            return self.send_upstream(flow, run);
+        }
+        for datagram in run.datagrams() {
+            let one = Run {
+                bytes: datagram,
+                stride: datagram.len(),
+                ..run
+            };
+            match flow_of(self) {
+                Some(flow) => self.send_upstream(flow, one),
+                None => self.meet_client(number, one),
             }
         }
     }
 
-    fn send_upstream(&mut self, key: Key, datagram: &[u8]) {
+    fn send_upstream(&mut self, key: Key, run: Run<'_>) {
         let Some(flow) = self.flows.get_mut(key) else {
             return;
         };
+        let Some(port) = self.udp_ports.get(&flow.port) else {
+            return;
+        };
         flow.active = self.now;
-        match flow.send_upstream(datagram) {
-            Sent::Yes => {}
-            Sent::Dropped => count(&self.counters.datagrams_dropped),
-            Sent::Gone => {
-                count(&self.counters.connect_refused);
-                self.end_flow(key);
-            }
+        let sent = port.send_upstream(flow, run);
+        add(&self.counters.datagrams_dropped, sent.dropped);
+        if sent.is_gone {
+            count(&self.counters.connect_refused);
+            self.end_flow(key);
         }
     }
 
     /// A datagram of a client that has no flow.
-    fn meet_client(&mut self, number: ListenPort, received: Received, datagram: &[u8]) {
-        let Received { client, local, .. } = received;
+    fn meet_client(&mut self, number: ListenPort, run: Run<'_>) {
+        let (client, local, datagram) = (run.sender, run.local, run.bytes);
         let Some(port) = self.udp_ports.get(&number) else {
             return;
         };
@@ -139,7 +149,7 @@ impl Worker {
         match self.gate.admit(number, Transport::Udp, client) {
             Verdict::Admit(session) => {
                 if let Some(flow) = self.open_flow(number, client, local, session) {
-                    self.send_upstream(flow, datagram);
+                    self.send_upstream(flow, run);
                 }
             }
             Verdict::Refuse => count(&self.counters.no_session),
@@ -166,7 +176,13 @@ impl Worker {
         }
         if let Some(flow) = self.open_flow(parked.port, parked.client, parked.local, session) {
             for datagram in &parked.datagrams {
-                self.send_upstream(flow, datagram);
+                let run = Run {
+                    sender: parked.client,
+                    local: parked.local,
+                    bytes: datagram,
+                    stride: datagram.len(),
+                };
+                self.send_upstream(flow, run);
             }
         }
     }
@@ -180,13 +196,15 @@ impl Worker {
     ) -> Option<Key> {
         count(&self.counters.udp_opened);
         // A port may be closed while its client is parked.
-        let server = match self.routes.get(number) {
+        let opened = match self.routes.get(number) {
             None => Err(&self.counters.no_server),
             Some(_) if self.flows.len() >= MAX_FLOWS => Err(&self.counters.too_many),
-            Some(route) => udp::connect(route.target).map_err(|_| &self.counters.connect_failed),
+            Some(route) => udp::connect(route.target)
+                .map(|server| (server, route.target))
+                .map_err(|_| &self.counters.connect_failed),
         };
-        let server = match server {
-            Ok(server) => server,
+        let (server, target) = match opened {
+            Ok(opened) => opened,
             Err(counter) => {
                 count(counter);
                 self.report(number, session, Traffic::default());
@@ -199,6 +217,8 @@ impl Worker {
             local,
             session,
             server,
+            target,
+            appetite: Appetite::new(),
             active: self.now,
             traffic: Traffic::default(),
         };
@@ -226,15 +246,17 @@ impl Worker {
     }
 
     pub(super) fn receive_from_server(&mut self, key: Key) {
-        let mut space = std::mem::take(&mut self.means.scratch);
-        for _ in 0..READS_PER_TURN {
+        let mut batch = std::mem::take(&mut self.batch);
+        for _ in 0..BATCHES_PER_TURN {
             let Some(flow) = self.flows.get_mut(key) else {
                 break;
             };
-            let length = match recv(&flow.server, &mut *space, RecvFlags::empty()) {
-                Ok((length, _)) => length,
-                Err(Errno::AGAIN) => break,
-                Err(Errno::INTR) => continue,
+            let Some(port) = self.udp_ports.get(&flow.port) else {
+                break;
+            };
+            let (received, is_more) = match port.receive_from_server(flow, &mut batch) {
+                Ok(received) => received,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
                     // ICMP: the server does not listen any more.
                     count(&self.counters.connect_refused);
@@ -243,15 +265,21 @@ impl Worker {
                 }
             };
             flow.active = self.now;
-            flow.traffic.downstream_bytes += length as u64;
-            let Some(port) = self.udp_ports.get(&flow.port) else {
+            let mut next = 0;
+            while next < received {
+                let (run, after) = batch.run(next, received);
+                flow.traffic.downstream_bytes += run.bytes.len() as u64;
+                add(
+                    &self.counters.datagrams_dropped,
+                    port.reply(flow, run).dropped,
+                );
+                next = after;
+            }
+            if !is_more {
                 break;
-            };
-            if port.reply(flow, &space[..length]).is_err() {
-                count(&self.counters.datagrams_dropped);
             }
         }
-        self.means.scratch = space;
+        self.batch = batch;
     }
 
     pub(super) fn end_flow(&mut self, key: Key) {
