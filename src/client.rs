@@ -106,6 +106,12 @@ impl ClientError {
     pub fn is_exhausted(&self) -> bool {
         matches!(self, Self::Refused(problem) if problem.status == 503)
     }
+
+    /// Whether asking again later may help: nothing was free, or nobody there.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        self.is_exhausted() || matches!(self, Self::Unreachable { .. } | Self::TimedOut(_))
+    }
 }
 
 impl Client {

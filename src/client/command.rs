@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, stdin, stdout};
 use tokio::net::UdpSocket;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Client, ClientError, endpoint};
 use crate::pool::{ClientBinding, PortProtocol};
@@ -13,6 +13,15 @@ use crate::session::{Session, SessionRequest};
 
 /// How long `portpool connect --udp` waits for replies after its input ends.
 const LAST_REPLIES: Duration = Duration::from_secs(1);
+
+/// How long what `--expect` names may take to come.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+
+/// How long to wait for the answer to a datagram before it is sent again.
+const DATAGRAM_TIME: Duration = Duration::from_secs(1);
+
+/// Pause before asking again under `--retry-seconds`.
+const ASK_PAUSE: Duration = Duration::from_secs(1);
 
 /// What is asked for.
 #[derive(clap::Args, Clone, Debug)]
@@ -44,6 +53,10 @@ pub struct AskOptions {
     /// Wait this long, in order, when nothing is free: 0 to 300
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub wait: u32,
+
+    /// Ask again for this long while nobody answers or nothing is free
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub retry_seconds: u32,
 }
 
 fn parse_protocol(text: &str) -> Result<PortProtocol, String> {
@@ -91,6 +104,14 @@ pub struct ConnectOptions {
     /// Send each chunk of input as a UDP datagram
     #[arg(long)]
     udp: bool,
+
+    /// Send this instead of standard input; for scripts, with --expect
+    #[arg(long, value_name = "TEXT", requires = "expect")]
+    send: Option<String>,
+
+    /// Fail unless this is the beginning of what comes back within 5 s
+    #[arg(long, value_name = "TEXT", requires = "send")]
+    expect: Option<String>,
 }
 
 /// Gives a session back.
@@ -114,6 +135,34 @@ pub enum CommandError {
     /// The connection or a standard stream broke.
     #[error("connection broke: {0}")]
     Broken(#[from] io::Error),
+    /// The server's answer is another one than `--expect` names.
+    #[error("{server} answered {got:?} within {} s, not {expected:?}", ANSWER_TIME.as_secs())]
+    Answer {
+        /// The processing server.
+        server: String,
+        /// What it should have said.
+        expected: String,
+        /// What it has said.
+        got: String,
+    },
+}
+
+/// Asks for a session, for as long as `--retry-seconds` says.
+async fn ask(
+    client: &Client,
+    wanted: SessionRequest,
+    retry_seconds: u32,
+) -> Result<Session, ClientError> {
+    let deadline = Instant::now() + Duration::from_secs(retry_seconds.into());
+    loop {
+        match client.request(wanted.clone()).await {
+            Err(error) if error.may_pass() && Instant::now() < deadline => {
+                tracing::info!(%error, "no session yet");
+                sleep(ASK_PAUSE).await;
+            }
+            result => return result,
+        }
+    }
 }
 
 /// `portpool request`.
@@ -122,7 +171,8 @@ pub enum CommandError {
 /// [`CommandError`].
 pub async fn request(options: RequestOptions) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
-    let session = client.request((&options.ask).into()).await?;
+    let wanted = (&options.ask).into();
+    let session = ask(&client, wanted, options.ask.retry_seconds).await?;
     let line = match options.output {
         Output::Text => endpoint(&session),
         Output::Json => serde_json::to_string_pretty(&session).map_err(io::Error::other)?,
@@ -145,12 +195,14 @@ pub async fn connect(
     if options.udp {
         wanted.protocol.get_or_insert(PortProtocol::UDP);
     }
-    let session = client.request(wanted).await?;
+    let session = ask(&client, wanted, options.ask.retry_seconds).await?;
     eprintln!("connected to {} on {}", session.server, endpoint(&session));
+    let expected = options.send.as_deref().zip(options.expect.as_deref());
     let piping = async {
-        match options.udp {
-            true => pipe_datagrams(&session).await,
-            false => pipe_stream(&client, &session).await,
+        match (expected, options.udp) {
+            (Some((text, expected)), udp) => expect(&client, &session, udp, text, expected).await,
+            (None, true) => pipe_datagrams(&session).await,
+            (None, false) => pipe_stream(&client, &session).await,
         }
     };
     let piped = tokio::select! {
@@ -168,6 +220,90 @@ pub async fn connect(
 /// [`CommandError`].
 pub async fn release(options: ReleaseOptions) -> Result<(), CommandError> {
     Ok(Client::new(&options.address)?.release(&options.id).await?)
+}
+
+/// Sends `text`; the answer has to begin with `expected`.
+async fn expect(
+    client: &Client,
+    session: &Session,
+    udp: bool,
+    text: &str,
+    expected: &str,
+) -> Result<(), CommandError> {
+    let mut got = Vec::new();
+    let exchange = async {
+        match udp {
+            true => exchange_datagrams(session, text, expected.len(), &mut got).await,
+            false => exchange_stream(client, session, text, expected.len(), &mut got).await,
+        }
+    };
+    // Too late is judged by what has come until then.
+    if let Ok(exchanged) = timeout(ANSWER_TIME, exchange).await {
+        exchanged?;
+    }
+    let answer = String::from_utf8_lossy(&got);
+    if !answer.starts_with(expected) {
+        return Err(CommandError::Answer {
+            server: session.server.clone(),
+            expected: expected.to_owned(),
+            got: answer.into_owned(),
+        });
+    }
+    let mut stdout = stdout();
+    stdout.write_all(format!("{answer}\n").as_bytes()).await?;
+    Ok(stdout.flush().await?)
+}
+
+/// Sends `text` and adds `length` bytes of the answer to `got`, or fewer when
+/// the server ends the connection.
+async fn exchange_stream(
+    client: &Client,
+    session: &Session,
+    text: &str,
+    length: usize,
+    got: &mut Vec<u8>,
+) -> Result<(), CommandError> {
+    let mut stream = client.connect(session).await?;
+    stream.write_all(text.as_bytes()).await?;
+    let mut chunk = [0; 4096];
+    while got.len() < length {
+        match stream.read(&mut chunk).await? {
+            0 => break,
+            read => got.extend_from_slice(&chunk[..read]),
+        }
+    }
+    Ok(())
+}
+
+/// Sends `text` as a datagram, again while nothing comes back, and adds
+/// `length` bytes of the answer to `got`.
+async fn exchange_datagrams(
+    session: &Session,
+    text: &str,
+    length: usize,
+    got: &mut Vec<u8>,
+) -> Result<(), CommandError> {
+    let socket = udp_socket(session).await?;
+    let mut reply = vec![0; 65_535];
+    while got.len() < length {
+        socket.send(text.as_bytes()).await?;
+        if let Ok(received) = timeout(DATAGRAM_TIME, socket.recv(&mut reply)).await {
+            got.extend_from_slice(&reply[..received?]);
+        }
+    }
+    Ok(())
+}
+
+/// A socket that talks to the session's connection port only.
+async fn udp_socket(session: &Session) -> io::Result<UdpSocket> {
+    let any = match session.address.contains(':') {
+        true => "[::]:0",
+        false => "0.0.0.0:0",
+    };
+    let socket = UdpSocket::bind(any).await?;
+    let peer = (session.address.as_str(), session.port);
+    socket.connect(peer).await?;
+    Ok(socket)
 }
 
 async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandError> {
@@ -194,15 +330,7 @@ async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandEr
 }
 
 async fn pipe_datagrams(session: &Session) -> Result<(), CommandError> {
-    let any = if session.address.contains(':') {
-        "[::]:0"
-    } else {
-        "0.0.0.0:0"
-    };
-    let socket = UdpSocket::bind(any).await?;
-    socket
-        .connect((session.address.as_str(), session.port))
-        .await?;
+    let socket = udp_socket(session).await?;
     let mut stdout = stdout();
     let mut stdin = stdin();
     let (mut chunk, mut reply) = (vec![0; 65_507], vec![0; 65_535]);

@@ -1,0 +1,68 @@
+//! `portpool connect --send --expect`, as scripts and `helm test` use it.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::process::{Child, Command, Output, Stdio};
+
+use common::Pool;
+
+fn connect(pool: &Pool, more: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_portpool"))
+        .args(["connect", &format!("{}:7700", pool.connection_address(0))])
+        .args(more)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+fn told(output: &Output) -> String {
+    String::from_utf8([output.stdout.as_slice(), &output.stderr].concat()).unwrap()
+}
+
+#[tokio::test]
+async fn a_script_sends_and_expects_over_tcp_and_udp() {
+    let pool = Pool::running(1, |_| {}).await;
+    for udp in [None, Some("--udp")] {
+        let options = ["--send=over and out", "--expect=over"].into_iter();
+        let options: Vec<&str> = options.chain(udp).collect();
+        let output = connect(&pool, &options).wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", told(&output));
+        assert!(output.stdout.starts_with(b"over"), "{}", told(&output));
+    }
+    // The sessions were given back at once.
+    pool.until(|state| state.free_ports == 4).await;
+}
+
+#[tokio::test]
+async fn an_unexpected_answer_fails_and_is_told() {
+    let pool = Pool::running(1, |_| {}).await;
+    let options = ["--send=ping", "--expect=pong"];
+    let output = connect(&pool, &options).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+    let words = r#"test-0 answered "ping" within 5 s, not "pong""#;
+    assert!(told(&output).contains(words), "{}", told(&output));
+}
+
+#[tokio::test]
+async fn a_script_may_come_before_the_pool() {
+    let mut pool = Pool::new(1, |_| {});
+    let options = ["--send=early", "--expect=early", "--retry-seconds=20"];
+    let early = connect(&pool, &options);
+    pool.start_connection_server(0);
+    pool.start_agent(0);
+    pool.start_workload(0);
+    let output = early.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", told(&output));
+    // Without the option, nobody there is a failure.
+    pool.connection_servers.clear();
+    let output = connect(&pool, &options[..2]).wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+    assert!(told(&output).contains("failed to ask"), "{}", told(&output));
+}
