@@ -45,7 +45,7 @@ use kube::runtime::{Controller, WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use self::memory::Memory;
 use self::metrics::Metrics;
@@ -80,6 +80,15 @@ pub struct Options {
     /// When that image is pulled: Always, IfNotPresent or Never
     #[arg(long, value_name = "POLICY", env = "PORTPOOL_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     pub image_pull_policy: String,
+
+    /// Secret to pull that image with, in each pool's namespace; may be given several times
+    #[arg(
+        long = "image-pull-secret",
+        value_name = "NAME",
+        env = "PORTPOOL_IMAGE_PULL_SECRETS",
+        value_delimiter = ','
+    )]
+    pub image_pull_secrets: Vec<String>,
 
     /// Lease that only one of several controllers holds; without it this is the only controller
     #[arg(long, value_name = "NAMESPACE/NAME", env = "PORTPOOL_LEASE")]
@@ -172,17 +181,40 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     result
 }
 
+/// Whether ProcessingPools can be listed. Where there are several namespaces,
+/// one is enough: a namespace that is gone takes its rights along, and must not
+/// keep the others from being looked after.
 async fn check_resource(client: &Client, options: &Options) -> Result<(), Error> {
-    let api: Api<ProcessingPool> = match options.namespaces.first() {
+    let mut failed = None;
+    for scope in scopes(options) {
+        let api = within(client, scope.as_deref());
+        match api.list_metadata(&ListParams::default().limit(1)).await {
+            Err(kube::Error::Api(status)) if status.is_not_found() => {
+                return Err(Error::NoResource);
+            }
+            // Watching goes on trying where nobody has answered.
+            Ok(_) | Err(kube::Error::Service(_) | kube::Error::HyperError(_)) => return Ok(()),
+            Err(error) => {
+                warn!(namespace = scope, %error, "failed to list ProcessingPools");
+                failed = Some(error);
+            }
+        }
+    }
+    failed.map_or(Ok(()), |error| Err(Error::List(error)))
+}
+
+/// The namespaces that are watched, or all.
+fn scopes(options: &Options) -> Vec<Option<String>> {
+    match options.namespaces.as_slice() {
+        [] => vec![None],
+        namespaces => namespaces.iter().cloned().map(Some).collect(),
+    }
+}
+
+fn within(client: &Client, scope: Option<&str>) -> Api<ProcessingPool> {
+    match scope {
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
-    };
-    match api.list_metadata(&ListParams::default().limit(1)).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.is_not_found() => Err(Error::NoResource),
-        // Watching goes on trying.
-        Err(kube::Error::Service(_) | kube::Error::HyperError(_)) => Ok(()),
-        Err(error) => Err(Error::List(error)),
     }
 }
 
@@ -229,12 +261,8 @@ async fn controllers(
     metrics: &Arc<Metrics>,
     stopping: &CancellationToken,
 ) {
-    let mut scopes: Vec<Option<String>> = options.namespaces.iter().cloned().map(Some).collect();
-    if scopes.is_empty() {
-        scopes.push(None);
-    }
     info!(namespaces = ?options.namespaces, image = options.image, "controller ready");
-    let controllers = scopes.into_iter().map(|scope| {
+    let controllers = scopes(options).into_iter().map(|scope| {
         controller(
             client.clone(),
             scope,
@@ -253,10 +281,7 @@ async fn controller(
     metrics: Arc<Metrics>,
     stopping: CancellationToken,
 ) {
-    let pools: Api<ProcessingPool> = match &scope {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
-    };
+    let pools = within(&client, scope.as_deref());
     let (pool_store, writer) = reflector::store();
     let pool_changes = watcher(pools, watcher::Config::default())
         .backoff(WatchBackoff::default())
@@ -287,6 +312,7 @@ async fn controller(
         settings: Settings {
             image: options.image.clone(),
             image_pull_policy: options.image_pull_policy.clone(),
+            image_pull_secrets: options.image_pull_secrets.clone(),
         },
         metrics,
         memory: Memory::new(Duration::from_secs(options.resync_seconds)),

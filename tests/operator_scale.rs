@@ -45,6 +45,7 @@ fn pod_spec() -> serde_json::Value {
     let settings = Settings {
         image: "portpool:test".to_owned(),
         image_pull_policy: "IfNotPresent".to_owned(),
+        image_pull_secrets: Vec::new(),
     };
     pod(owner, &settings, 0)["spec"].clone()
 }

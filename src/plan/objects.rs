@@ -55,6 +55,8 @@ pub struct Settings {
     pub image: String,
     /// When the image is pulled: Always, IfNotPresent or Never.
     pub image_pull_policy: String,
+    /// Names of Secrets to pull it with, in the pool's namespace.
+    pub image_pull_secrets: Vec<String>,
 }
 
 /// A pool with what identifies it in a cluster.
@@ -200,6 +202,12 @@ fn restricted() -> Value {
         "runAsUser": 65532,
         "seccompProfile": { "type": "RuntimeDefault" },
     })
+}
+
+/// References to the Secrets that the image is pulled with.
+fn pull_secrets(settings: &Settings) -> impl Iterator<Item = Value> {
+    let names = settings.image_pull_secrets.iter();
+    names.map(|name| json!({ "name": name }))
 }
 
 fn field_env(name: &str, field: &str) -> Value {

@@ -4,7 +4,8 @@ use serde_json::{Value, json};
 
 use super::{
     CONNECTION_ADMIN_PORT, CONNECTION_SERVER, Owner, Settings, TABLE_FOLDER,
-    connection_server_name, field_env, labels, metadata, probe, restricted, selector, table_name,
+    connection_server_name, field_env, labels, metadata, probe, pull_secrets, restricted, selector,
+    table_name,
 };
 use crate::pool::Exposure;
 use crate::table::TABLE_KEY;
@@ -76,6 +77,9 @@ pub(super) fn deployment(owner: Owner<'_>, settings: &Settings) -> Value {
     });
     if on_host {
         spec["hostNetwork"] = true.into();
+    }
+    if !settings.image_pull_secrets.is_empty() {
+        spec["imagePullSecrets"] = pull_secrets(settings).collect();
     }
     json!({
         "apiVersion": "apps/v1",

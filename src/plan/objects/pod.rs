@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::{
     HASH_ANNOTATION, MANAGED_BY, MANAGER, Owner, PROCESSING_SERVER, SLOT_LABEL, Settings,
-    TABLE_FOLDER, field_env, hash, owner_reference, probe, restricted, selector, table_name,
+    TABLE_FOLDER, field_env, hash, owner_reference, probe, pull_secrets, restricted, selector,
+    table_name,
 };
 use crate::plan::server_name;
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
@@ -62,6 +63,13 @@ fn for_slot(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
         json!({ "name": "portpool-state", "emptyDir": {} }),
     ];
     list(&mut spec, "volumes").extend(volumes);
+    if !settings.image_pull_secrets.is_empty() {
+        let secrets = list(&mut spec, "imagePullSecrets");
+        let more: Vec<Value> = pull_secrets(settings)
+            .filter(|secret| !secrets.contains(secret))
+            .collect();
+        secrets.extend(more);
+    }
     // First, so that it is there before any other container.
     list(&mut spec, "initContainers").insert(0, agent(owner, settings, slot));
     json!({

@@ -26,6 +26,7 @@ fn settings() -> Settings {
     Settings {
         image: "portpool:1".to_owned(),
         image_pull_policy: "IfNotPresent".to_owned(),
+        image_pull_secrets: Vec::new(),
     }
 }
 
@@ -64,6 +65,31 @@ fn the_template_stays_as_written_beside_the_agent() {
     assert_eq!(pod["spec"]["containers"][0]["novelField"], 1);
     assert_eq!(pod["spec"]["initContainers"][0]["restartPolicy"], "Always");
     assert_eq!(pod["spec"]["automountServiceAccountToken"], false);
+}
+
+#[test]
+fn secrets_to_pull_the_image_are_named_once_beside_the_templates_own() {
+    let pool = pool(|value| {
+        value["spec"]["template"]["spec"]["imagePullSecrets"] =
+            json!([{ "name": "theirs" }, { "name": "both" }]);
+    });
+    let settings = Settings {
+        image_pull_secrets: vec!["both".to_owned(), "ours".to_owned()],
+        ..settings()
+    };
+    let named = |spec: &Value| {
+        let secrets = spec["imagePullSecrets"].as_array().unwrap().iter();
+        let names = secrets.map(|secret| secret["name"].as_str().unwrap().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    let pod = pod(owner(&pool), &settings, 0);
+    assert_eq!(named(&pod["spec"]), ["theirs", "both", "ours"]);
+    let objects = objects(owner(&pool), &table(&pool), &settings);
+    let deployment = find(&objects, "Deployment")[0];
+    assert_eq!(
+        named(&deployment["spec"]["template"]["spec"]),
+        ["both", "ours"]
+    );
 }
 
 #[test]
