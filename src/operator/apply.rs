@@ -243,22 +243,21 @@ impl Writer<'_> {
         }
     }
 
-    /// Deletes what the pool owns and `desired` does not have any more.
+    /// Deletes the Services that the pool owns and `desired` does not have any
+    /// more. Other kinds are always desired: the exposure of a pool stays.
     pub(super) async fn prune(&self, pool: &str, desired: &[Value]) -> Result<(), Error> {
-        let kinds = ["Service", "NetworkPolicy"];
-        for kind in kinds {
-            for object in self.stores.of_pool(kind, self.namespace, pool) {
-                let is_desired = desired.iter().any(|desired| {
-                    of(desired, "/kind") == kind
-                        && of(desired, "/metadata/name") == object.name_any()
-                });
-                if !is_desired
-                    && is_owned(object.as_ref(), self.uid)
-                    && object.metadata.deletion_timestamp.is_none()
-                {
-                    self.delete(kind, &object.name_any(), &object.uid().unwrap_or_default())
-                        .await?;
-                }
+        let kind = "Service";
+        for object in self.stores.of_pool(kind, self.namespace, pool) {
+            let name = object.name_any();
+            let is_desired = desired.iter().any(|desired| {
+                of(desired, "/kind") == kind && of(desired, "/metadata/name") == name
+            });
+            if !is_desired
+                && is_owned(object.as_ref(), self.uid)
+                && object.metadata.deletion_timestamp.is_none()
+            {
+                self.delete(kind, &name, &object.uid().unwrap_or_default())
+                    .await?;
             }
         }
         Ok(())
