@@ -28,7 +28,7 @@ scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, 
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \
 	cargo test --release --locked --test operator_scale -- --ignored --nocapture --test-threads=1
 
-generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml
+generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml, chart README
 	BLESS=1 cargo test --locked --test generated
 	BLESS=1 cargo test --locked --test chart generated
 

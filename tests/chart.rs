@@ -1,5 +1,6 @@
-//! The Helm chart: what it renders, what it refuses, and whether its rights
-//! are enough.
+//! The Helm chart as it is rendered: what it makes of values, and which it
+//! refuses. `BLESS=1 cargo test --test chart generated` (`make generate`)
+//! rewrites the files that are generated from it.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,58 +9,33 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
 
-use common::Process;
-use common::cluster::{ApiServer, Space, metric, quick, until, write_kubeconfig_with};
-use k8s_openapi::api::authentication::v1::TokenRequest;
-use k8s_openapi::api::core::v1::ServiceAccount;
-use kube::api::{Api, ApiResource, DynamicObject, Patch, PatchParams, PostParams};
-use kube::core::GroupVersionKind;
+use common::agree;
+use common::helm::{CHART, documents, helm, of_kind, render, template, the};
 use serde_json::{Value, json};
 
 /// How the committed `install.yaml` begins; the chart follows.
 const INSTALL_HEAD: &str = "# Generated from charts/portpool by `make generate`.\napiVersion: v1\nkind: Namespace\nmetadata:\n  name: portpool\n";
 
-fn helm(arguments: &[&str]) -> (bool, String) {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let script = Command::new(root.join("tools/get-helm"))
-        .stderr(Stdio::inherit())
-        .output()
-        .unwrap();
-    assert!(script.status.success(), "no helm to test with, see above");
-    let program = String::from_utf8(script.stdout).unwrap();
-    let output = Command::new(program.trim())
-        .args(arguments)
-        .current_dir(root)
-        .output()
-        .unwrap();
-    let told = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8(told).unwrap())
+/// Values with everything on.
+const EVERYTHING: &str = "--values=tests/chart/everything.values.yaml";
+
+/// Heading in the chart's README; what follows is generated.
+const VALUES_HEADING: &str = "## Values\n";
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-fn render(more: &[&str]) -> Vec<Value> {
-    let mut arguments = vec![
-        "template",
-        "portpool",
-        "charts/portpool",
-        "--namespace=portpool",
-    ];
-    arguments.extend(more);
-    let (is_rendered, text) = helm(&arguments);
-    assert!(is_rendered, "{text}");
-    documents(&text)
+fn default_values() -> Value {
+    serde_saphyr::from_str(&read("charts/portpool/values.yaml")).unwrap()
 }
 
-fn documents(text: &str) -> Vec<Value> {
-    let documents = text
-        .split("\n---\n")
-        .filter(|text| text.lines().any(|line| line.starts_with("kind:")));
-    documents
-        .map(|text| serde_saphyr::from_str(text).unwrap())
-        .collect()
+fn schema() -> Value {
+    serde_json::from_str(&read("charts/portpool/values.schema.json")).unwrap()
 }
 
 fn kinds(objects: &[Value]) -> Vec<&str> {
@@ -70,162 +46,398 @@ fn kinds(objects: &[Value]) -> Vec<&str> {
 }
 
 #[test]
-fn the_chart_passes_lint_and_install_yaml_is_generated_from_it() {
-    let (passes, told) = helm(&["lint", "--strict", "charts/portpool"]);
-    assert!(passes, "{told}");
-    let (is_rendered, text) = helm(&[
-        "template",
-        "portpool",
-        "charts/portpool",
-        "--namespace=portpool",
-    ]);
-    assert!(is_rendered, "{text}");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("charts/install.yaml");
-    let expected = format!("{INSTALL_HEAD}{text}");
-    if std::env::var_os("BLESS").is_some() {
-        std::fs::write(&path, &expected).unwrap();
+fn the_chart_passes_lint() {
+    for more in [&[][..], &[EVERYTHING], &["--set=namespaces={red}"]] {
+        let (passes, told) = helm(&[&["lint", "--strict", CHART], more].concat());
+        assert!(passes, "{told}");
     }
-    let found = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        found == expected,
-        "charts/install.yaml is out of date: run `make generate` and review the diff"
-    );
 }
 
 #[test]
-fn values_of_wrong_type_or_name_are_refused() {
-    for (value, words) in [
-        ("replicas=two", "got string, want integer"),
-        ("replica=2", "additional properties 'replica' not allowed"),
-        ("image.pullPolicy=Sometimes", "value must be one of"),
-        ("replicas=0", "minimum: got 0, want 1"),
+fn generated_install_yaml() {
+    let text = template(&["--skip-tests"]);
+    agree("charts/install.yaml", &format!("{INSTALL_HEAD}{text}"));
+}
+
+#[test]
+fn generated_everything_on() {
+    agree("tests/chart/everything.yaml", &template(&[EVERYTHING]));
+}
+
+#[test]
+fn generated_rights() {
+    let mut text = String::new();
+    for (title, more) in [
+        ("All namespaces", &[][..]),
+        ("Namespaces red and blue", &["--set=namespaces={red,blue}"]),
     ] {
-        let (passes, told) = helm(&["template", "portpool", "charts/portpool", "--set", value]);
+        writeln!(text, "{title}").unwrap();
+        let objects = render(more);
+        for object in &objects {
+            let place = object["metadata"]["namespace"].as_str().unwrap_or("*");
+            let role = format!("{} {}", object["kind"].as_str().unwrap(), name(object));
+            if let Some(to) = object["roleRef"]["name"].as_str() {
+                let to = format!("{} {to}", object["roleRef"]["kind"].as_str().unwrap());
+                writeln!(text, "  {place}: {role} binds {to}").unwrap();
+            }
+            for rule in object["rules"].as_array().into_iter().flatten() {
+                let words = |field: &str| {
+                    let words = rule[field].as_array().into_iter().flatten();
+                    let words = words.filter_map(Value::as_str);
+                    words.collect::<Vec<_>>().join(",")
+                };
+                let group = words("apiGroups");
+                let only = match words("resourceNames").as_str() {
+                    "" => String::new(),
+                    names => format!(" named {names}"),
+                };
+                let (resources, verbs) = (words("resources"), words("verbs"));
+                writeln!(
+                    text,
+                    "  {place}: {role} may {verbs} {group}/{resources}{only}"
+                )
+                .unwrap();
+            }
+        }
+    }
+    agree("tests/chart/rights.txt", &text);
+}
+
+fn name(object: &Value) -> &str {
+    object["metadata"]["name"].as_str().unwrap()
+}
+
+/// A value of `values.yaml` with its comment.
+struct Documented {
+    path: Vec<String>,
+    description: String,
+}
+
+/// The values that have a comment, in order. Every value has one, or its parts
+/// do.
+fn documented(values: &str) -> Vec<Documented> {
+    let (mut found, mut path) = (Vec::new(), Vec::<(usize, String)>::new());
+    let mut description: Option<String> = None;
+    for line in values.lines() {
+        let text = line.trim_start();
+        let indentation = line.len() - text.len();
+        if let Some(comment) = text.strip_prefix("# -- ") {
+            description = Some(comment.to_owned());
+            continue;
+        }
+        let Some((key, rest)) = text.split_once(':') else {
+            continue;
+        };
+        path.retain(|(outer, _)| *outer < indentation);
+        let is_part = path.iter().any(|(_, key)| key.is_empty());
+        match description.take() {
+            Some(description) => {
+                let keys = path.iter().map(|(_, key)| key.clone());
+                found.push(Documented {
+                    path: keys.chain([key.to_owned()]).collect(),
+                    description,
+                });
+                // What is inside is a part of this value.
+                path.push((indentation, String::new()));
+            }
+            None if is_part => {}
+            None => {
+                assert!(rest.is_empty(), "values.yaml: {key} has no comment");
+                path.push((indentation, key.to_owned()));
+            }
+        }
+    }
+    found
+}
+
+fn at<'a>(value: &'a Value, path: &[String]) -> &'a Value {
+    path.iter().fold(value, |value, key| &value[key])
+}
+
+#[test]
+fn generated_readme() {
+    let path = "charts/portpool/README.md";
+    let readme = read(path);
+    let (text, _) = readme
+        .split_once(VALUES_HEADING)
+        .expect("has the heading of its values");
+    let mut readme =
+        format!("{text}{VALUES_HEADING}\n| value | meaning | default |\n|---|---|---|\n");
+    let values = default_values();
+    for Documented { path, description } in documented(&read("charts/portpool/values.yaml")) {
+        let default = at(&values, &path);
+        let description = description.replace('|', "\\|");
+        writeln!(
+            readme,
+            "| `{}` | {description} | `{default}` |",
+            path.join(".")
+        )
+        .unwrap();
+    }
+    agree(path, &readme);
+}
+
+#[test]
+fn versions_are_those_of_the_program() {
+    let chart: Value = serde_saphyr::from_str(&read("charts/portpool/Chart.yaml")).unwrap();
+    let version = env!("CARGO_PKG_VERSION");
+    assert_eq!(chart["version"], version);
+    assert_eq!(chart["appVersion"], version);
+    for annotation in ["images", "crdsExamples"] {
+        let text = &chart["annotations"][format!("artifacthub.io/{annotation}")];
+        let image = format!("ghcr.io/portpool/portpool:{version}");
+        assert!(text.as_str().unwrap().contains(&image), "{annotation}");
+    }
+    let label = format!("org.opencontainers.image.version={version} ");
+    assert!(read("Dockerfile").contains(&label), "Dockerfile");
+}
+
+/// A value that is of the wrong type wherever `schema` is.
+fn wrong(schema: &Value) -> Value {
+    match schema["type"].as_str() {
+        Some("array") => json!(7),
+        _ => json!(["wrong"]),
+    }
+}
+
+/// Every value that the schema names, and what has parts.
+fn named(schema: &Value, path: &str, found: &mut BTreeMap<String, Value>) {
+    found.insert(path.to_owned(), schema.clone());
+    for (key, part) in schema["properties"].as_object().into_iter().flatten() {
+        named(part, &format!("{path}/{key}"), found);
+    }
+}
+
+/// `value` with `part` at `path`, which is `/a/b`.
+fn nested(path: &str, part: Value) -> Value {
+    let keys = path.rsplit('/').filter(|key| !key.is_empty());
+    keys.fold(part, |part, key| json!({ key: part }))
+}
+
+/// What helm says of `values`, which it must refuse.
+fn refusal(values: &Value) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("values.json");
+    std::fs::write(&file, values.to_string()).unwrap();
+    let more = format!("--values={}", file.display());
+    let (passes, told) = helm(&["template", "portpool", CHART, &more]);
+    assert!(!passes, "{values} is not refused");
+    told
+}
+
+#[test]
+fn a_wrong_type_and_an_unknown_key_are_refused_by_name_everywhere() {
+    let mut all = BTreeMap::new();
+    named(&schema(), "", &mut all);
+    assert!(all.len() > 70, "the schema names {}", all.len());
+    // What each object would have to refuse is told at once.
+    let mut unknown = json!({});
+    for (path, schema) in &all {
+        let is_open = schema["additionalProperties"] != false;
+        if schema["type"] == "object" && !is_open {
+            let part = nested(path, json!({ "surprise": 1 }));
+            merge(&mut unknown, part);
+        }
+    }
+    let told = refusal(&unknown);
+    let mut wrongs = json!({});
+    for (path, schema) in &all {
+        if path.is_empty() {
+            continue;
+        }
+        if schema["type"] == "object" && schema["additionalProperties"] == false {
+            let place = format!("at '{path}': additional properties 'surprise' not allowed");
+            assert!(told.contains(&place), "{place}: {told}");
+        } else {
+            merge(&mut wrongs, nested(path, wrong(schema)));
+        }
+    }
+    assert!(told.contains("at '': additional properties 'surprise' not allowed"));
+    let told = refusal(&wrongs);
+    for (path, schema) in &all {
+        if schema["additionalProperties"] != false {
+            let place = format!("at '{path}'");
+            assert!(told.contains(&place), "{place}: {told}");
+        }
+    }
+    // An object's own type, which the values inside have hidden above.
+    for path in ["/image", "/crds", "/rbac", "/podMonitor", "/resources"] {
+        let told = refusal(&nested(path, json!("text")));
+        let words = format!("at '{path}': got string, want object");
+        assert!(told.contains(&words), "{told}");
+    }
+}
+
+fn merge(into: &mut Value, more: Value) {
+    match (into, more) {
+        (Value::Object(into), Value::Object(more)) => {
+            for (key, value) in more {
+                merge(into.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (into, more) => *into = more,
+    }
+}
+
+#[test]
+fn values_out_of_bounds_are_refused_by_name() {
+    for (value, words) in [
+        ("replicas=two", "at '/replicas': got string, want integer"),
+        ("replicas=0", "at '/replicas': minimum: got 0, want 1"),
+        ("replica=2", "additional properties 'replica' not allowed"),
+        ("image.pullPolicy=Sometimes", "at '/image/pullPolicy'"),
+        ("image.digest=latest", "at '/image/digest'"),
+        ("namespaces={Red}", "at '/namespaces/0'"),
+        ("namespaces={red,red}", "at '/namespaces'"),
+        ("imagePullSecrets={registry}", "at '/imagePullSecrets/0'"),
+        ("tolerations[0].effekt=NoSchedule", "at '/tolerations/0'"),
+        (
+            "resources.limits.memory=true",
+            "at '/resources/limits/memory'",
+        ),
+        (
+            "podDisruptionBudget.maxUnavailable=half",
+            "at '/podDisruptionBudget/maxUnavailable'",
+        ),
+        ("podMonitor.interval=soon", "at '/podMonitor/interval'"),
+        ("extraObjects[0].kind=ConfigMap", "at '/extraObjects/0'"),
+        ("fullnameOverride=9lives", "at '/fullnameOverride'"),
+    ] {
+        let (passes, told) = helm(&["template", "portpool", CHART, "--set", value]);
         assert!(!passes && told.contains(words), "{value}: {told}");
     }
 }
 
 #[test]
+fn the_schema_knows_the_values_and_no_others() {
+    fn compare(values: &Value, schema: &Value, path: &str) {
+        let Some(properties) = schema["properties"].as_object() else {
+            return;
+        };
+        let Some(values) = values.as_object() else {
+            return;
+        };
+        for (key, value) in values {
+            let part = properties.get(key);
+            let part = part.unwrap_or_else(|| panic!("the schema lacks {path}/{key}"));
+            compare(value, part, &format!("{path}/{key}"));
+        }
+        // Kubernetes' own structures have parts that no default names.
+        if ["", "/image", "/crds", "/rbac", "/podMonitor"].contains(&path) {
+            for key in properties.keys() {
+                let is_known = values.contains_key(key) || key == "global";
+                assert!(is_known, "values.yaml lacks {path}/{key}");
+            }
+        }
+    }
+    compare(&default_values(), &schema(), "");
+}
+
+#[test]
 fn toggles_do_what_they_say() {
+    let toggles = [
+        ("networkPolicy.enabled", "NetworkPolicy"),
+        ("podMonitor.enabled", "PodMonitor"),
+        ("serviceMonitor.enabled", "ServiceMonitor"),
+        ("prometheusRule.enabled", "PrometheusRule"),
+        ("crds.install", "CustomResourceDefinition"),
+        ("podDisruptionBudget.enabled", "PodDisruptionBudget"),
+        ("serviceAccount.create", "ServiceAccount"),
+        ("rbac.create", "ClusterRoleBinding"),
+    ];
+    for (toggle, kind) in toggles {
+        for is_on in [true, false] {
+            let objects = render(&[&format!("--set={toggle}={is_on}")]);
+            assert_eq!(kinds(&objects).contains(&kind), is_on, "{toggle}={is_on}");
+        }
+    }
+    // What needs more than a plain cluster is off by itself.
     let usual = render(&[]);
-    assert!(kinds(&usual).contains(&"CustomResourceDefinition"));
-    assert!(!kinds(&usual).contains(&"NetworkPolicy") && !kinds(&usual).contains(&"PodMonitor"));
-    assert!(!kinds(&render(&["--set=crds.install=false"])).contains(&"CustomResourceDefinition"));
-    let more = render(&["--set=networkPolicy=true,podMonitor=true"]);
-    assert!(kinds(&more).contains(&"NetworkPolicy") && kinds(&more).contains(&"PodMonitor"));
-    let limited = render(&["--set=namespaces={red,blue}"]);
-    let bound: Vec<&str> = limited
-        .iter()
-        .filter(|object| object["kind"] == "RoleBinding")
-        .filter_map(|object| object["metadata"]["namespace"].as_str())
-        .collect();
-    assert_eq!(bound, ["portpool", "red", "blue"]);
-    assert!(!kinds(&limited).contains(&"ClusterRoleBinding"));
+    for (_, kind) in &toggles[..4] {
+        assert!(!kinds(&usual).contains(kind), "{kind}");
+    }
+}
+
+#[test]
+fn a_chart_without_cluster_rights_is_possible() {
+    let usual = render(&["--set=namespaces={red,blue}"]);
+    assert!(of_kind(&usual, "ClusterRoleBinding").is_empty());
+    let bound = of_kind(&usual, "RoleBinding").into_iter();
+    let bound = bound.filter_map(|binding| binding["metadata"]["namespace"].as_str());
+    assert_eq!(bound.collect::<Vec<_>>(), ["portpool", "red", "blue"]);
+    let least = render(&[
+        "--set=namespaces={red,blue},rbac.aggregateClusterRoles=false,crds.install=false",
+    ]);
+    for object in &least {
+        let place = &object["metadata"]["namespace"];
+        assert!(place.is_string(), "{} {}", object["kind"], name(object));
+    }
 }
 
 #[test]
 fn no_right_is_a_wildcard_or_reads_secrets() {
-    for object in render(&[]) {
-        for rule in object["rules"].as_array().into_iter().flatten() {
-            let text = rule.to_string();
-            assert!(!text.contains('*') && !text.contains("secrets"), "{text}");
+    for more in [&[][..], &[EVERYTHING], &["--set=namespaces={red}"]] {
+        for object in render(more) {
+            for rule in object["rules"].as_array().into_iter().flatten() {
+                let text = rule.to_string();
+                assert!(!text.contains('*') && !text.contains("secrets"), "{text}");
+            }
         }
     }
 }
 
-/// A kubeconfig of the chart's service account.
-async fn account(server: &ApiServer) -> (tempfile::TempDir, PathBuf) {
-    let client = server.client().await;
-    let accounts: Api<ServiceAccount> = Api::namespaced(client, "portpool");
-    let request: TokenRequest =
-        serde_json::from_value(json!({ "spec": { "audiences": [] } })).unwrap();
-    let token = accounts
-        .create_token_request("portpool-controller", &PostParams::default(), &request)
-        .await
-        .unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("kubeconfig");
-    write_kubeconfig_with(
-        &path,
-        &format!("https://127.0.0.1:{}", server.port),
-        &token.status.unwrap().token.unwrap(),
-    );
-    (folder, path)
+#[test]
+fn placement_and_secrets_reach_every_pod() {
+    let objects = render(&[EVERYTHING]);
+    let pods = [
+        &the(&objects, "Deployment")["spec"]["template"]["spec"],
+        &the(&objects, "ProcessingPool")["spec"]["template"]["spec"],
+        &the(&objects, "Pod")["spec"],
+    ];
+    for pod in pods {
+        assert_eq!(pod["imagePullSecrets"], json!([{ "name": "registry" }]));
+        assert_eq!(pod["nodeSelector"]["kubernetes.io/os"], "linux");
+        assert_eq!(pod["tolerations"][0]["key"], "dedicated");
+        let image = pod["containers"][0]["image"].as_str().unwrap();
+        assert!(image.starts_with("registry.example/portpool@sha256:"));
+    }
+    let arguments = pods[0]["containers"][0]["args"].to_string();
+    assert!(arguments.contains("--image-pull-secret=registry"));
 }
 
-#[tokio::test]
-async fn what_is_installed_is_enough_to_make_pools_true() {
-    let server = Arc::new(ApiServer::own().await);
-    let client = server.client().await;
-    let text =
-        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("charts/install.yaml"))
-            .unwrap();
-    for object in documents(&text) {
-        let (group, version) = object["apiVersion"]
-            .as_str()
-            .unwrap()
-            .rsplit_once('/')
-            .unwrap_or(("", "v1"));
-        let kind = GroupVersionKind::gvk(group, version, object["kind"].as_str().unwrap());
-        let resource = ApiResource::from_gvk(&kind);
-        let api: Api<DynamicObject> = match object["metadata"]["namespace"].as_str() {
-            Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
-            None => Api::all_with(client.clone(), &resource),
-        };
-        let parameters = PatchParams::apply("test").force().validation_strict();
-        let name = object["metadata"]["name"].as_str().unwrap();
-        api.patch(name, &parameters, &Patch::Apply(&object))
-            .await
-            .unwrap_or_else(|error| panic!("{kind:?} {name}: {error}"));
+#[test]
+fn names_are_short_and_of_the_release() {
+    let long = "a-release-whose-name-is-as-long-as-helm-lets-it-be-53";
+    for (release, base) in [
+        ("portpool", "portpool"),
+        ("my-portpool", "my-portpool"),
+        ("games", "games-portpool"),
+        (long, "a-release-whose-name-is-as-long-as-helm-lets"),
+    ] {
+        let more = ["--set=serviceMonitor.enabled=true,podMonitor.enabled=true"];
+        let arguments = [&["template", release, CHART], &more[..]].concat();
+        let (is_rendered, text) = helm(&arguments);
+        assert!(is_rendered, "{text}");
+        for object in documents(&text) {
+            let (kind, name) = (object["kind"].as_str().unwrap(), name(&object));
+            if kind != "CustomResourceDefinition" {
+                assert!(name.len() <= 63 && name.starts_with(base), "{kind} {name}");
+            }
+        }
     }
-    let (_folder, kubeconfig) = account(&server).await;
-    let space = Space::without_controller(server, "games").await;
-    let arguments = [
-        "controller".to_owned(),
-        "--lease=portpool/portpool-controller".to_owned(),
-        format!("--admin=127.0.0.1:{}", space.admin_port),
-    ];
-    let _controller = Process::start_with(
-        &arguments,
-        &[("KUBECONFIG", &kubeconfig.display().to_string())],
-    );
-    until("the controller leads", async || {
-        metric(space.admin_port, "portpool_leader") == 1
-    })
-    .await;
-    let exposed = |replicas: u32, exposure: &str| {
-        let mut spec = quick(replicas);
-        spec["connectionServer"] =
-            json!({ "exposure": exposure, "connectionPorts": { "first": 31000, "last": 31999 } });
-        spec
-    };
-    space
-        .apply("inside", exposed(2, "ClusterIP"))
-        .await
-        .unwrap();
-    space.apply("nodes", exposed(2, "NodePort")).await.unwrap();
-    space.ready("inside").await;
-    space.ready("nodes").await;
-    let services = space.objects("", "Service", "services");
-    let ports = services.get("nodes-ports-0").await.unwrap();
-    assert_eq!(ports.data["spec"]["ports"][0]["nodePort"], 31_000);
-    space.apply("nodes", exposed(0, "NodePort")).await.unwrap();
-    until("the ports' Service is gone", async || {
-        services.get_opt("nodes-ports-0").await.unwrap().is_none()
-    })
-    .await;
-    space.ready("nodes").await;
-    // Events are written with these rights too.
-    let events = space.objects("events.k8s.io", "Event", "events");
-    until("an event tells", async || {
-        let listed = events
-            .list(&kube::api::ListParams::default())
-            .await
-            .unwrap();
-        listed
-            .items
-            .iter()
-            .any(|event| event.data["reason"] == "Complete")
-    })
-    .await;
+}
+
+#[test]
+fn the_tests_pool_is_where_pools_are_looked_after() {
+    for (more, place) in [
+        ("--set=replicas=1", "portpool"),
+        ("--set=namespaces={red,portpool}", "portpool"),
+        ("--set=namespaces={red,blue}", "red"),
+    ] {
+        let objects = render(&[more]);
+        for kind in ["ProcessingPool", "Pod"] {
+            let found = &the(&objects, kind)["metadata"]["namespace"];
+            assert_eq!(found, place, "{kind} {more}");
+        }
+    }
 }

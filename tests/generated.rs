@@ -6,24 +6,12 @@
     reason = "a test stops at what it does not expect"
 )]
 
+mod common;
+
 use std::fs;
 use std::path::Path;
 
-/// Compares `path` with `expected`, or writes it when `BLESS` is set.
-fn agree(path: &str, expected: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
-    if std::env::var_os("BLESS").is_some() {
-        fs::create_dir_all(path.parent().expect("has a parent")).unwrap();
-        fs::write(&path, expected).unwrap();
-        return;
-    }
-    let found = fs::read_to_string(&path).unwrap_or_default();
-    assert!(
-        found == expected,
-        "{} is out of date: run `make generate` and review the diff",
-        path.display()
-    );
-}
+use common::agree;
 
 #[test]
 fn selection_protocol_code_is_generated_from_its_proto() {

@@ -115,7 +115,7 @@ impl ApiServer {
             match shared.upgrade() {
                 Some(server) => server,
                 None => {
-                    let server = Arc::new(Self::start());
+                    let server = Arc::new(Self::start(&[]));
                     *shared = Arc::downgrade(&server);
                     server
                 }
@@ -127,12 +127,17 @@ impl ApiServer {
 
     /// One of a test's own, to be stopped and started.
     pub async fn own() -> Self {
-        let server = Self::start();
+        Self::own_with(&[]).await
+    }
+
+    /// The same, with more arguments.
+    pub async fn own_with(more: &[String]) -> Self {
+        let server = Self::start(more);
         server.installed().await;
         server
     }
 
-    fn start() -> Self {
+    fn start(more: &[String]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let (client, peer, port) = (free_port(), free_port(), free_port());
@@ -156,7 +161,7 @@ impl ApiServer {
             format!("{TOKEN},admin,admin,system:masters\n"),
         )
         .unwrap();
-        let arguments = vec![
+        let mut arguments = vec![
             format!("--etcd-servers=http://127.0.0.1:{client}"),
             format!("--secure-port={port}"),
             "--bind-address=127.0.0.1".to_owned(),
@@ -171,6 +176,7 @@ impl ApiServer {
             // Needs a controller manager otherwise.
             "--disable-admission-plugins=ServiceAccount".to_owned(),
         ];
+        arguments.extend_from_slice(more);
         let kubeconfig = folder.path().join("kubeconfig");
         write_kubeconfig(&kubeconfig, &format!("https://127.0.0.1:{port}"));
         let server = Self {
@@ -480,15 +486,20 @@ impl Space {
     }
 }
 
+/// What a program's admin port at `address` tells; empty when it is not there.
+pub fn metrics(address: &str) -> String {
+    use std::io::{Read, Write};
+    let mut text = String::new();
+    if let Ok(mut stream) = std::net::TcpStream::connect(address) {
+        write!(stream, "GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+        stream.read_to_string(&mut text).unwrap();
+    }
+    text
+}
+
 /// The sum of a metric of a program.
 pub fn metric(admin_port: u16, name: &str) -> u64 {
-    use std::io::{Read, Write};
-    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", admin_port)) else {
-        return 0;
-    };
-    write!(stream, "GET /metrics HTTP/1.0\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
+    let text = metrics(&format!("127.0.0.1:{admin_port}"));
     let values = text.lines().filter(|line| line.starts_with(name));
     values
         .filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok())

@@ -7,11 +7,12 @@
 )]
 
 pub mod cluster;
+pub mod helm;
 pub mod proxy;
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
@@ -28,6 +29,23 @@ pub const SOON: Duration = Duration::from_secs(20);
 /// Ports of each server, and its first one.
 pub const COUNT: u16 = 4;
 pub const SERVER_PORT: u16 = 7000;
+
+/// Compares the committed file `path` with `expected`, or writes it when
+/// `BLESS` is set.
+pub fn agree(path: &str, expected: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if std::env::var_os("BLESS").is_some() {
+        std::fs::create_dir_all(path.parent().expect("has a parent")).unwrap();
+        std::fs::write(&path, expected).unwrap();
+        return;
+    }
+    let found = std::fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == expected,
+        "{} is out of date: run `make generate` and review the diff",
+        path.display()
+    );
+}
 
 /// A network of its own for every test of this process.
 static NETWORK: AtomicU8 = AtomicU8::new(1);

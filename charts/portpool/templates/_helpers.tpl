@@ -1,10 +1,15 @@
-{{- define "portpool.labels" -}}
-app.kubernetes.io/name: portpool
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/component: controller
-app.kubernetes.io/part-of: portpool
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+{{- /* What all names begin with. Short enough for what is added to it. */ -}}
+{{- define "portpool.base" -}}
+{{- $name := ternary .Release.Name (printf "%s-portpool" .Release.Name) (contains "portpool" .Release.Name) }}
+{{- default $name .Values.fullnameOverride | trunc 44 | trimSuffix "-" }}
+{{- end }}
+
+{{- define "portpool.name" -}}
+{{ include "portpool.base" . }}-controller
+{{- end }}
+
+{{- define "portpool.serviceAccount" -}}
+{{ default (ternary (include "portpool.name" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name }}
 {{- end }}
 
 {{- define "portpool.selector" -}}
@@ -13,12 +18,34 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 app.kubernetes.io/component: controller
 {{- end }}
 
-{{- define "portpool.name" -}}
-{{- if eq .Release.Name "portpool" }}portpool-controller{{ else }}{{ printf "%s-portpool-controller" .Release.Name | trunc 63 | trimSuffix "-" }}{{ end }}
+{{- define "portpool.labels" -}}
+{{- $ours := include "portpool.selector" . | fromYaml }}
+{{- $_ := set $ours "app.kubernetes.io/part-of" "portpool" }}
+{{- $_ := set $ours "app.kubernetes.io/version" .Chart.AppVersion }}
+{{- $_ := set $ours "app.kubernetes.io/managed-by" .Release.Service }}
+{{- $_ := set $ours "helm.sh/chart" (printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_") }}
+{{- merge $ours .Values.commonLabels | toYaml }}
+{{- end }}
+
+{{- /* Metadata of an object, from a list: the context, and what its name ends with. */ -}}
+{{- define "portpool.metadata" -}}
+{{- $context := index . 0 -}}
+name: {{ include "portpool.name" $context }}{{ index . 1 }}
+namespace: {{ $context.Release.Namespace }}
+labels: {{- include "portpool.labels" $context | nindent 2 }}
 {{- end }}
 
 {{- define "portpool.image" -}}
-{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{ .Values.image.repository }}{{ if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
+{{- end }}
+
+{{- /* How pods of the image are pulled, and where they may run. */ -}}
+{{- define "portpool.placement" -}}
+{{- range $field := list "imagePullSecrets" "nodeSelector" "tolerations" }}
+{{- with index $.Values $field }}
+{{ dict $field . | toYaml }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{- /* What a controller does in a namespace whose pools it looks after. */ -}}
@@ -36,7 +63,7 @@ app.kubernetes.io/component: controller
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch, create, delete]
-# The table; also what the connection servers' Roles give on.
+# The table; reading it is also what the connection servers' Roles give on.
 - apiGroups: [""]
   resources: [configmaps, serviceaccounts]
   verbs: [get, list, watch, create, patch]
@@ -51,7 +78,7 @@ app.kubernetes.io/component: controller
   verbs: [get, list, watch, create, patch]
 - apiGroups: [networking.k8s.io]
   resources: [networkpolicies]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, watch, create, patch]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
   verbs: [get, list, watch, create, patch]
