@@ -12,9 +12,10 @@ mod common;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
+use std::process::Command;
 
-use common::agree;
 use common::helm::{CHART, documents, helm, of_kind, render, template, the};
+use common::{Pool, agree};
 use serde_json::{Value, json};
 
 /// How the committed `install.yaml` begins; the chart follows.
@@ -412,6 +413,8 @@ fn names_are_short_and_of_the_release() {
         ("portpool", "portpool"),
         ("my-portpool", "my-portpool"),
         ("games", "games-portpool"),
+        ("games.eu", "games-eu-portpool"),
+        ("9lives", "portpool-9lives"),
         (long, "a-release-whose-name-is-as-long-as-helm-lets"),
     ] {
         let more = ["--set=serviceMonitor.enabled=true,podMonitor.enabled=true"];
@@ -424,6 +427,46 @@ fn names_are_short_and_of_the_release() {
                 assert!(name.len() <= 63 && name.starts_with(base), "{kind} {name}");
             }
         }
+    }
+}
+
+#[tokio::test]
+async fn the_tests_pod_passes_bytes_through_a_pool_and_notices_when_it_cannot() {
+    let objects = render(&["--show-only=templates/tests/allocation.yaml"]);
+    let service = name(the(&objects, "Service"));
+    // As kubelet names it.
+    let variable = service.to_uppercase().replace('-', "_");
+    let variable = format!("$({variable}_SERVICE_HOST)");
+    let mut pool = Pool::running(1, |_| {}).await;
+    let address = pool.connection_address(0).to_string();
+    let containers = &the(&objects, "Pod")["spec"]["containers"];
+    let run = |container: &Value| {
+        let arguments = container["args"].as_array().unwrap().iter();
+        let arguments = arguments.map(|argument| {
+            let argument = argument.as_str().unwrap();
+            argument.replace(&variable, &address).replace("=180", "=1")
+        });
+        Command::new(env!("CARGO_BIN_EXE_portpool"))
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    let containers = containers.as_array().unwrap();
+    let transports: Vec<_> = containers
+        .iter()
+        .map(|container| &container["name"])
+        .collect();
+    assert_eq!(transports, ["tcp", "udp"]);
+    for container in containers {
+        let output = run(container);
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{told}");
+    }
+    // No workload: nothing is free.
+    pool.workloads.clear();
+    pool.until(|state| state.free_ports == 0).await;
+    for container in containers {
+        assert_eq!(run(container).status.code(), Some(3));
     }
 }
 

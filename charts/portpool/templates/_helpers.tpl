@@ -1,6 +1,16 @@
-{{- /* What all names begin with. Short enough for what is added to it. */ -}}
+{{- /*
+What all names begin with: letters first, no dots, as names of Services have
+it, and short enough for what is added to it.
+*/ -}}
 {{- define "portpool.base" -}}
-{{- $name := ternary .Release.Name (printf "%s-portpool" .Release.Name) (contains "portpool" .Release.Name) }}
+{{- $release := .Release.Name | replace "." "-" }}
+{{- $name := printf "%s-portpool" $release }}
+{{- if contains "portpool" $release }}
+{{- $name = $release }}
+{{- end }}
+{{- if regexMatch "^[0-9]" $name }}
+{{- $name = printf "portpool-%s" $release }}
+{{- end }}
 {{- default $name .Values.fullnameOverride | trunc 44 | trimSuffix "-" }}
 {{- end }}
 
