@@ -92,7 +92,7 @@ async fn the_api_server_takes_every_object_and_pod_security_every_pod() {
         apply(&client, &crd, false).await.unwrap();
     }
     for more in [&[][..], &[EVERYTHING]] {
-        for mut object in render(more) {
+        for object in render(more) {
             let kind = object["kind"].as_str().unwrap().to_owned();
             let called = format!("{kind} {}", name(&object));
             // A monitor's resource may take a moment to be served.
@@ -105,13 +105,8 @@ async fn the_api_server_takes_every_object_and_pod_security_every_pod() {
                 }
             })
             .await;
-            let template = ["Deployment", "ProcessingPool"].contains(&kind.as_str());
-            if template {
-                let mut pod = object["spec"]["template"].take();
-                pod["apiVersion"] = "v1".into();
-                pod["kind"] = "Pod".into();
-                pod["metadata"]["name"] = "of-template".into();
-                pod["metadata"]["namespace"] = "portpool".into();
+            if ["Deployment", "ProcessingPool"].contains(&kind.as_str()) {
+                let pod = pod_of(&object["spec"]["template"], "portpool");
                 let taken = apply(&client, &pod, true).await;
                 taken.unwrap_or_else(|error| panic!("pod of {called}: {error}"));
             }
@@ -125,6 +120,34 @@ async fn the_api_server_takes_every_object_and_pod_security_every_pod() {
     });
     let refused = apply(&client, &loose, true).await.unwrap_err().to_string();
     assert!(refused.contains("PodSecurity"), "{refused}");
+}
+
+#[tokio::test]
+async fn pools_run_under_pod_security_restricted() {
+    let space = Space::new("strict").await;
+    restricted(&space.client, "strict").await;
+    let values = ["--show-only=templates/tests/allocation.yaml"];
+    let mut pool = the(&render(&values), "ProcessingPool").clone();
+    pool["metadata"]["namespace"] = "strict".into();
+    apply(&space.client, &pool, false).await.unwrap();
+    space.ready(name(&pool)).await;
+    assert_eq!(space.servers(name(&pool)).await.len(), 2);
+    // The connection server's pods, which nobody makes here.
+    let deployments = space.objects("apps", "Deployment", "deployments");
+    let deployment = format!("{}-connection-server", name(&pool));
+    let deployment = deployments.get(&deployment).await.unwrap();
+    let pod = pod_of(&deployment.data["spec"]["template"], "strict");
+    apply(&space.client, &pod, true).await.unwrap();
+}
+
+/// The pod that `template` makes in `namespace`.
+fn pod_of(template: &Value, namespace: &str) -> Value {
+    let mut pod = template.clone();
+    pod["apiVersion"] = "v1".into();
+    pod["kind"] = "Pod".into();
+    pod["metadata"]["name"] = "of-template".into();
+    pod["metadata"]["namespace"] = namespace.into();
+    pod
 }
 
 /// An API server that writes down who does what, and demands the right to
@@ -431,6 +454,21 @@ fn helm_must(server: &ApiServer, arguments: &[&str]) -> String {
     told
 }
 
+/// The pool that the chart's notes have the reader apply, as the shell gives
+/// it to kubectl.
+fn noted_pool(notes: &str) -> Value {
+    let (_, rest) = notes.split_once("kubectl apply -f -").unwrap();
+    let (document, _) = rest.split_once("\nEND\n").unwrap();
+    let script = format!("cat{document}\nEND\n");
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    let mut pool: Value =
+        serde_saphyr::from_str(&String::from_utf8(output.stdout).unwrap()).unwrap();
+    let command = pool["spec"]["template"]["spec"]["containers"][0]["command"].to_string();
+    assert!(command.contains("$(POD_IP)"), "{command}");
+    pool["metadata"]["namespace"] = "default".into();
+    pool
+}
+
 #[tokio::test]
 async fn helm_installs_upgrades_and_uninstalls() {
     let server = ApiServer::own().await;
@@ -446,13 +484,7 @@ async fn helm_installs_upgrades_and_uninstalls() {
     assert!(!is_done && told.contains(words), "{told}");
     let take = ["--take-ownership", "--force-conflicts"];
     let told = helm_must(&server, &[&install[..], &take].concat());
-    assert!(told.contains("kubectl apply -f - <<END"), "{told}");
-    let pool: ProcessingPool = serde_json::from_value(json!({
-        "apiVersion": "portpool.dev/v1alpha1", "kind": "ProcessingPool",
-        "metadata": { "name": "small" }, "spec": quick(2),
-    }))
-    .unwrap();
-    pools.create(&PostParams::default(), &pool).await.unwrap();
+    apply(&client, &noted_pool(&told), false).await.unwrap();
     let upgrade = ["upgrade", "portpool", CHART, there, "--set=replicas=3"];
     helm_must(&server, &upgrade);
     helm_must(&server, &uninstall);
