@@ -561,3 +561,37 @@ async fn a_pool_without_room_says_so_and_goes_on_when_it_has() {
     let table = space.table("games").await.unwrap();
     assert!(table.rows.iter().all(|row| row.state == RowState::Active));
 }
+
+#[tokio::test]
+async fn connection_ports_come_before_the_load_sharing_ports_node_port() {
+    let space = Space::new("node-ports").await;
+    let exposed = |replicas: u32| {
+        let mut spec = quick(replicas);
+        spec["connectionServer"] =
+            json!({ "exposure": "NodePort", "connectionPorts": { "first": 32000, "last": 32099 } });
+        spec
+    };
+    space.apply("games", exposed(1)).await.unwrap();
+    space.ready("games").await;
+    let services = space.objects("", "Service", "services");
+    let node_port = async |service: &str| {
+        let service = services.get_opt(service).await.unwrap();
+        service.and_then(|service| service.data["spec"]["ports"][0]["nodePort"].as_u64())
+    };
+    // The cluster might have chosen this one, which the next server needs.
+    let port = json!({ "name": "load-sharing", "port": 7700, "nodePort": 32005 });
+    let chosen = Patch::Strategic(json!({ "spec": { "ports": [port] } }));
+    let parameters = PatchParams::default();
+    services.patch("games", &parameters, &chosen).await.unwrap();
+    space.apply("games", exposed(2)).await.unwrap();
+    space.ready("games").await;
+    until("both have ports of their own", async || {
+        let load_sharing = node_port("games").await;
+        load_sharing.is_some_and(|port| !(32_000..32_008).contains(&port))
+    })
+    .await;
+    let ports = services.get("games-ports-0").await.unwrap();
+    let ports = ports.data["spec"]["ports"].as_array().unwrap().iter();
+    let ports: Vec<u64> = ports.filter_map(|port| port["nodePort"].as_u64()).collect();
+    assert_eq!(ports, (32_000..32_008).collect::<Vec<_>>());
+}

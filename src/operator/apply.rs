@@ -244,7 +244,8 @@ impl Writer<'_> {
     }
 
     /// Deletes the Services that the pool owns and `desired` does not have any
-    /// more. Other kinds are always desired: the exposure of a pool stays.
+    /// more, and that of the load-sharing port when it is in the way. Other
+    /// kinds are always desired: the exposure of a pool stays.
     pub(super) async fn prune(&self, pool: &str, desired: &[Value]) -> Result<(), Error> {
         let kind = "Service";
         for object in self.stores.of_pool(kind, self.namespace, pool) {
@@ -252,7 +253,7 @@ impl Writer<'_> {
             let is_desired = desired.iter().any(|desired| {
                 of(desired, "/kind") == kind && of(desired, "/metadata/name") == name
             });
-            if !is_desired
+            if (!is_desired || (name == pool && is_in_the_way(&object, desired)))
                 && is_owned(object.as_ref(), self.uid)
                 && object.metadata.deletion_timestamp.is_none()
             {
@@ -262,6 +263,25 @@ impl Writer<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether the cluster has given `service` a node port that another one in
+/// `desired` asks for by number. Made anew after that one, it gets another.
+/// Only for a service whose node port the cluster chooses: what is observed
+/// of the others may be old.
+fn is_in_the_way(service: &DynamicObject, desired: &[Value]) -> bool {
+    let node_ports = |service: &Value| -> Vec<u64> {
+        let ports = service.pointer("/spec/ports").and_then(Value::as_array);
+        let ports = ports.into_iter().flatten();
+        ports.filter_map(|port| port["nodePort"].as_u64()).collect()
+    };
+    let given = node_ports(&service.data);
+    let others = desired.iter().filter(|desired| {
+        of(desired, "/kind") == "Service" && of(desired, "/metadata/name") != service.name_any()
+    });
+    others
+        .flat_map(node_ports)
+        .any(|asked| given.contains(&asked))
 }
 
 fn of<'a>(object: &'a Value, path: &str) -> &'a str {

@@ -32,17 +32,17 @@ pub(super) fn services(owner: Owner<'_>, table: &Table) -> Vec<Value> {
             vec![first("LoadBalancer", &ports)]
         }
         Exposure::NodePort => {
-            let mut services = vec![first("NodePort", &[load_sharing_port(owner, true)])];
             let ports = connection_ports(table, true);
             let chunks = ports.chunks(PORTS_PER_SERVICE).enumerate();
-            services.extend(chunks.map(|(index, ports)| {
-                service(
-                    owner,
-                    &format!("{}-ports-{index}", pool.name),
-                    "NodePort",
-                    ports,
-                )
-            }));
+            let mut services: Vec<Value> = chunks
+                .map(|(index, ports)| {
+                    let name = format!("{}-ports-{index}", pool.name);
+                    service(owner, &name, "NodePort", ports)
+                })
+                .collect();
+            // Last: the node port that the cluster chooses for it must not be
+            // one of theirs.
+            services.push(first("NodePort", &[load_sharing_port(owner, true)]));
             services
         }
     }

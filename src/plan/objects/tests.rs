@@ -148,7 +148,7 @@ fn every_exposure_has_its_services() {
     );
     assert_eq!(
         kinds("NodePort", 31_000),
-        [("NodePort".to_owned(), 1, 0), ("NodePort".to_owned(), 8, 8)]
+        [("NodePort".to_owned(), 8, 8), ("NodePort".to_owned(), 1, 0)]
     );
 }
 
