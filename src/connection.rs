@@ -89,6 +89,14 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub data_threads: Option<usize>,
 
+    /// Seconds after which a TCP client or server that shows no sign of life, or takes nothing of what waits for it, is given up; 0: the system's default
+    #[arg(long, value_name = "SECONDS", default_value_t = forward::Config::PEER_TIMEOUT.as_secs())]
+    pub peer_timeout_seconds: u64,
+
+    /// How many clients there may be
+    #[command(flatten)]
+    pub limits: forward::Limits,
+
     /// Seconds that live sessions may go on after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
@@ -182,7 +190,11 @@ impl Server {
         let metrics = Arc::new(Metrics::new(&mut registry));
         let sessions = Arc::new(Sessions::default());
         let reservations = Arc::new(Reservations::default());
-        let config = forward::Config::new(options.listen, options.data_threads);
+        let config = forward::Config {
+            limits: options.limits,
+            peer_timeout: Duration::from_secs(options.peer_timeout_seconds),
+            ..forward::Config::new(options.listen, options.data_threads)
+        };
         let forwarder = Arc::new(Forwarder::start(&config, &sessions)?);
         registry.register_collector(Box::new(metrics::Live::new(
             &forwarder,
@@ -195,6 +207,8 @@ impl Server {
             forwarder.clone(),
             metrics.clone(),
         ));
+        // Clients may come as soon as the first port is open.
+        sessions.set_table(first);
         apply(first, &sessions, &reservations, &forwarder, &agents)?;
         let (in_use, table) = watch::channel(first.clone());
         let server = Self {

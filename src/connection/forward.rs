@@ -15,16 +15,22 @@
 //! - `worker`: the event loop and its deadlines; `tcp`: one connection's state
 //!   and its two directions; `stream`: its sockets; `udp`: clients' flows;
 //! - `pipes`: what busy directions splice through;
-//! - `listeners`: opening ports; `limits`: descriptors and port ranges;
+//! - `listeners`: opening ports; `limits`: descriptors, port ranges, clients;
+//!   `admission`: counts of clients;
 //! - `routes`: where a port leads, looked up once for each client;
+//! - `liveness`: peers that are gone; `send_queue`: what they have not
+//!   acknowledged;
 //! - `slab`: where sessions live; `proxy_protocol`: its header; `counters`.
 
+mod admission;
 mod counters;
 mod limits;
 mod listeners;
+mod liveness;
 mod pipes;
 mod proxy_protocol;
 mod routes;
+mod send_queue;
 mod slab;
 mod stream;
 mod tcp;
@@ -35,7 +41,7 @@ use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -43,8 +49,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
+use self::admission::{Admission, Bounds};
 pub use self::counters::{Counters, Snapshot};
-pub use self::limits::{OpenFilesError, check_open_files, ephemeral_overlap};
+pub use self::limits::{Limits, OpenFilesError, check_open_files, ephemeral_overlap};
 use self::listeners::Listener;
 use self::routes::Routes;
 use self::worker::{Command, Worker};
@@ -101,9 +108,9 @@ pub trait Gate: Send + Sync + 'static {
     fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
 }
 
-/// How long applying a table waits for ports to be closed. A turn of a data
-/// thread takes milliseconds at most.
-const SETTLE_LIMIT: Duration = Duration::from_secs(1);
+/// How long applying a table waits for ports to be watched or closed: 60,000
+/// take a data thread about 0.1 s, a turn of its loop milliseconds.
+const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How the data plane runs.
 #[derive(Clone, Debug)]
@@ -112,17 +119,28 @@ pub struct Config {
     pub listen: IpAddr,
     /// Data threads, 1 to 1024.
     pub threads: usize,
+    /// How many clients there may be.
+    pub limits: Limits,
+    /// After how long without a sign of life a TCP peer is given up; zero for
+    /// the system's default, hours.
+    pub peer_timeout: Duration,
 }
 
 impl Config {
+    /// Long enough for a reader that pauses, short enough that the ports of
+    /// clients that are gone come back.
+    pub const PEER_TIMEOUT: Duration = Duration::from_secs(300);
+
     /// Listens on `listen` with `threads` threads, by default one per
-    /// processor.
+    /// processor, and with default limits.
     #[must_use]
     pub fn new(listen: IpAddr, threads: Option<usize>) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             listen,
             threads: threads.unwrap_or(processors).clamp(1, 1024),
+            limits: Limits::default(),
+            peer_timeout: Self::PEER_TIMEOUT,
         }
     }
 }
@@ -167,7 +185,10 @@ fn hint(error: &io::Error) -> &'static str {
 /// The running data plane. Stops when dropped.
 #[derive(Debug)]
 pub struct Forwarder {
-    listen: IpAddr,
+    config: Config,
+    tcp_admission: Arc<Admission>,
+    udp_admission: Arc<Admission>,
+    flow_share: Arc<AtomicU32>,
     workers: Vec<Handle>,
     open: Mutex<HashSet<(ListenPort, Transport)>>,
     draining: DrainingPorts,
@@ -203,6 +224,8 @@ impl Forwarder {
             Arc::new(Counters::default()),
         );
         let (draining, routes) = (DrainingPorts::default(), Arc::new(Routes::default()));
+        let (tcp_admission, udp_admission) = (Admission::new(), Admission::new());
+        let flow_share = Arc::new(AtomicU32::new(0));
         let workers = (0..config.threads).map(|index| {
             let (commands, inbox) = mpsc::channel();
             let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
@@ -213,6 +236,10 @@ impl Forwarder {
                 routes: routes.clone(),
                 idle: idle.clone(),
                 counters: counters.clone(),
+                tcp_admission: tcp_admission.clone(),
+                udp_admission: udp_admission.clone(),
+                flow_share: flow_share.clone(),
+                peer_timeout: config.peer_timeout,
             };
             let worker = Worker::new(inbox, &wake, shared)?;
             let name = format!("forward-{index}");
@@ -226,7 +253,10 @@ impl Forwarder {
             })
         });
         Ok(Self {
-            listen: config.listen,
+            config: config.clone(),
+            tcp_admission: tcp_admission.clone(),
+            udp_admission: udp_admission.clone(),
+            flow_share: flow_share.clone(),
             workers: workers.collect::<Result<_, io::Error>>()?,
             routes,
             open: Mutex::default(),
@@ -254,28 +284,32 @@ impl Forwarder {
         };
         let (reopened, new): (Vec<_>, Vec<_>) =
             wanted.difference(&open).partition(|key| is_draining(key));
-        let opened = self.open_ports(new)?;
+        let opened = self.open_ports(&new)?;
         draining.retain(|port| !reopened.contains(&&(*port, Transport::Udp)));
         drop(draining);
-        self.set_idle_times(table);
         // Before the ports are: nobody must find one that leads nowhere.
-        self.routes.set(table.clone());
+        let former = self.routes.set(table.clone());
+        self.set_limits(&wanted);
         for (worker, listeners) in self.workers.iter().zip(opened) {
             if !listeners.is_empty() {
                 worker.send(Command::Listen(listeners));
             }
         }
+        if !new.is_empty()
+            && let Some(error) = self.settle()
+        {
+            self.close(new);
+            self.routes.restore(former);
+            self.set_limits(&open);
+            let reopened = reopened.into_iter().map(|(port, _)| *port);
+            self.draining.lock().extend(reopened);
+            return Err(error);
+        }
+        self.set_idle_times(table);
         for (port, _) in reopened {
             self.owner(*port).send(Command::Reopen(*port));
         }
-        let mut is_any_gone = false;
-        for (port, transport) in open.difference(&wanted) {
-            self.owner(*port).send(Command::Close(*port, *transport));
-            is_any_gone = true;
-        }
-        if is_any_gone {
-            self.settle();
-        }
+        self.close(open.difference(&wanted));
         *open = wanted;
         Ok(())
     }
@@ -284,15 +318,22 @@ impl Forwarder {
     /// returns them by worker.
     fn open_ports(
         &self,
-        wanted: Vec<&(ListenPort, Transport)>,
+        wanted: &[&(ListenPort, Transport)],
     ) -> Result<Vec<Vec<(ListenPort, Listener)>>, ApplyError> {
         let mut shares: Vec<Vec<(ListenPort, Transport)>> = vec![Vec::new(); self.workers.len()];
-        for &(port, transport) in wanted {
+        for &&(port, transport) in wanted {
             shares[self.owner_index(port)].push((port, transport));
         }
+        let Config {
+            listen,
+            peer_timeout,
+            ..
+        } = self.config;
         let open = |share: Vec<(ListenPort, Transport)>| {
-            let open =
-                |(port, transport)| Ok((port, Listener::open(self.listen, port, transport)?));
+            let open = |(port, transport)| {
+                let listener = Listener::open(listen, port, transport, peer_timeout)?;
+                Ok((port, listener))
+            };
             share.into_iter().map(open).collect::<Result<Vec<_>, _>>()
         };
         std::thread::scope(|scope| {
@@ -307,6 +348,18 @@ impl Forwarder {
         })
     }
 
+    /// Closes ports; they can be opened again then.
+    fn close<'a>(&self, ports: impl IntoIterator<Item = &'a (ListenPort, Transport)>) {
+        let mut is_any_gone = false;
+        for &(port, transport) in ports {
+            self.owner(port).send(Command::Close(port, transport));
+            is_any_gone = true;
+        }
+        if is_any_gone {
+            self.settle();
+        }
+    }
+
     fn set_idle_times(&self, table: &Table) {
         let seconds = |value: i32| u64::try_from(value).unwrap_or(0);
         let sessions = &table.sessions;
@@ -317,6 +370,22 @@ impl Forwarder {
             seconds(sessions.udp_idle_timeout_seconds),
             Ordering::Relaxed,
         );
+    }
+
+    /// Shares the open files out anew, since listeners take some.
+    fn set_limits(&self, listeners: &HashSet<(ListenPort, Transport)>) {
+        let is_udp = |(_, transport): &&(ListenPort, Transport)| *transport == Transport::Udp;
+        let udp = listeners.iter().filter(is_udp).count();
+        let tcp = listeners.len() - udp;
+        let open_files = limits::open_files();
+        let (connections, flows) = self.config.limits.bounds(open_files, tcp, udp);
+        self.tcp_admission.set(connections);
+        let threads = u32::try_from(self.workers.len()).unwrap_or(u32::MAX);
+        self.flow_share
+            .store(flows.total.div_ceil(threads), Ordering::Relaxed);
+        // One more flow takes the place of another, unless there is to be none.
+        let total = if flows.total == 0 { 0 } else { u32::MAX };
+        self.udp_admission.set(Bounds { total, ..flows });
     }
 
     /// Brings the verdict on a client parked at `port`; [`Verdict::Ask`] counts
@@ -335,6 +404,12 @@ impl Forwarder {
     #[must_use]
     pub fn counters(&self) -> Snapshot {
         self.counters.snapshot()
+    }
+
+    /// Live TCP connections and UDP flows, parked ones included.
+    #[must_use]
+    pub fn live(&self) -> (u32, u32) {
+        (self.tcp_admission.live(), self.udp_admission.live())
     }
 
     /// Number of open listeners: a TCPUDP port has two.
@@ -357,21 +432,30 @@ impl Forwarder {
         }
     }
 
-    /// Waits until the threads have carried out what they were told: a port
-    /// that was closed can be opened again then.
-    fn settle(&self) {
+    /// Waits until the threads have carried out what they were told, and gives
+    /// a port that could not be watched, if there is one.
+    fn settle(&self) -> Option<ApplyError> {
         let (done, settled) = mpsc::channel();
         for worker in &self.workers {
             worker.send(Command::Settle(done.clone()));
         }
         drop(done);
+        let mut failed = None;
         for _ in &self.workers {
             // A thread answers within a turn of its loop, or has stopped.
-            if settled.recv_timeout(SETTLE_LIMIT).is_err() {
-                tracing::warn!("a data thread is slow to close connection ports");
-                return;
+            match settled.recv_timeout(SETTLE_LIMIT) {
+                Ok(answer) => failed = failed.or(answer),
+                Err(_) => {
+                    tracing::warn!("a data thread is slow to open or close connection ports");
+                    break;
+                }
             }
         }
+        failed.map(|(port, transport, source)| ApplyError {
+            address: SocketAddr::new(self.config.listen, port.get()),
+            transport,
+            source,
+        })
     }
 
     fn owner(&self, port: ListenPort) -> &Handle {
@@ -399,4 +483,38 @@ fn listeners_of(table: &Table) -> HashSet<(ListenPort, Transport)> {
         transports.flat_map(|transport| range.connection_ports().map(move |port| (port, transport)))
     });
     listeners.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    struct Nobody;
+
+    impl Gate for Nobody {
+        fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Verdict {
+            Verdict::Refuse
+        }
+        fn ask(&self, _: Ticket, _: ListenPort, _: Transport, _: SocketAddr) {}
+        fn closed(&self, _: ListenPort, _: SessionKey, _: Traffic) {}
+    }
+
+    #[test]
+    fn a_port_that_cannot_be_watched_is_told() {
+        let config = Config::new(Ipv4Addr::LOCALHOST.into(), Some(1));
+        let forwarder = Forwarder::start(&config, &Arc::new(Nobody)).unwrap();
+        let port = ListenPort::new(20_000).unwrap();
+        // A regular file is what epoll surely refuses.
+        let file = OwnedFd::from(File::open("Cargo.toml").unwrap());
+        let listener = Listener::Tcp(file.into());
+        let owner = forwarder.owner(port);
+        owner.send(Command::Listen(vec![(port, listener)]));
+        let error = forwarder.settle().unwrap();
+        assert_eq!(error.address.port(), 20_000);
+        assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied);
+        assert!(forwarder.settle().is_none(), "told once");
+    }
 }

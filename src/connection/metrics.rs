@@ -189,6 +189,9 @@ impl Collector for Live {
         if let Some(forwarder) = self.forwarder.upgrade() {
             encode_forwarding(&mut encoder, &forwarder.counters())?;
         }
+        if let Some(forwarder) = self.forwarder.upgrade() {
+            encode_live(&mut encoder, forwarder.live())?;
+        }
         gauge(
             &mut encoder,
             "portpool_sessions",
@@ -221,6 +224,23 @@ fn gauge(
     gauge.encode(metric)
 }
 
+fn encode_live(
+    encoder: &mut DescriptorEncoder<'_>,
+    (connections, flows): (u32, u32),
+) -> Result<(), std::fmt::Error> {
+    let mut family = encoder.encode_descriptor(
+        "portpool_flows",
+        "Live connections and UDP flows, those whose session is asked for included",
+        None,
+        MetricType::Gauge,
+    )?;
+    for (transport, count) in [("tcp", connections), ("udp", flows)] {
+        let labels = [("transport", transport)];
+        ConstGauge::new(i64::from(count)).encode(family.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
 fn encode_forwarding(
     encoder: &mut DescriptorEncoder<'_>,
     counted: &Snapshot,
@@ -249,9 +269,14 @@ fn encode_forwarding(
         ("no_server", counted.no_server),
         ("parked_too_long", counted.parked_too_long),
         ("too_many", counted.too_many),
+        ("limit_total", counted.limit_total),
+        ("limit_source", counted.limit_source),
+        ("limit_port", counted.limit_port),
         ("loop", counted.loops),
         ("connect_refused", counted.connect_refused),
         ("connect_timed_out", counted.connect_timed_out),
+        ("connect_unreachable", counted.connect_unreachable),
+        ("no_source_port", counted.no_source_port),
         ("connect_failed", counted.connect_failed),
         ("accept_failed", counted.accept_failed),
     ];
@@ -265,6 +290,8 @@ fn encode_forwarding(
     let ended = [
         ("idle", counted.idle),
         ("cut", counted.cut),
+        ("evicted", counted.evicted),
+        ("undelivered", counted.undelivered),
         ("all", counted.closed),
     ];
     family(

@@ -1,15 +1,103 @@
-//! Limits of the system that a table must fit: open files and the range of
-//! ephemeral ports.
+//! Limits: of the system, which a table must fit (open files, the range of
+//! ephemeral ports), and of clients.
 
 use std::io;
 use std::ops::RangeInclusive;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+use super::admission::Bounds;
 use crate::table::Table;
 
 /// Descriptors kept for sessions, agents and requests beside the listeners.
 const HEADROOM: usize = 512;
+
+/// Most connections unless told otherwise, where open files set no bound: they
+/// take about 1 GB of the kernel.
+const CONNECTIONS_MAX: u64 = 100_000;
+
+/// Most UDP flows unless told otherwise.
+const FLOWS_MAX: u64 = 65_536;
+
+/// How many clients there may be at a time. Who comes above that is reset
+/// (TCP) or not answered (UDP), and counted in `portpool_refused`.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most TCP connections; default: as many as the open files allow, at most 100,000
+    #[arg(long, value_name = "N")]
+    pub max_connections: Option<u32>,
+
+    /// Most TCP connections of one client address, or IPv6 /64; default: nine tenths of all
+    #[arg(long, value_name = "N")]
+    pub max_connections_per_source: Option<u32>,
+
+    /// Most TCP connections on one connection port
+    #[arg(long, value_name = "N", default_value_t = Self::CONNECTIONS_PER_PORT)]
+    pub max_connections_per_port: u32,
+
+    /// Most UDP clients; when full, the one idle for longest makes room. Default: as many as the open files allow, at most 65,536
+    #[arg(long, value_name = "N")]
+    pub max_udp_flows: Option<u32>,
+
+    /// Most UDP clients of one client address, or IPv6 /64; default: nine tenths of all
+    #[arg(long, value_name = "N")]
+    pub max_udp_flows_per_source: Option<u32>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: None,
+            max_connections_per_source: None,
+            max_connections_per_port: Self::CONNECTIONS_PER_PORT,
+            max_udp_flows: None,
+            max_udp_flows_per_source: None,
+        }
+    }
+}
+
+impl Limits {
+    /// A port is one session's: browsers and database pools open tens.
+    const CONNECTIONS_PER_PORT: u32 = 1000;
+
+    /// The bounds of TCP connections and of UDP flows, with the open files
+    /// that `tcp` and `udp` listeners leave. A connection takes two, a flow
+    /// one; where there are both, connections get four fifths.
+    pub(super) fn bounds(self, open_files: u64, tcp: usize, udp: usize) -> (Bounds, Bounds) {
+        let left = open_files
+            .saturating_sub((tcp + udp + HEADROOM) as u64)
+            .max(2);
+        let (connections, flows) = match (tcp, udp) {
+            (_, 0) => (left / 2, 0),
+            (0, _) => (0, left),
+            _ => (left / 5 * 2, left / 5),
+        };
+        let number = |number: u64| u32::try_from(number).expect("capped far below 2^32");
+        let connections = self
+            .max_connections
+            .unwrap_or(number(connections.min(CONNECTIONS_MAX)));
+        let flows = self.max_udp_flows.unwrap_or(number(flows.min(FLOWS_MAX)));
+        // So that one source, which may be a whole site's, shuts nobody out.
+        let most = |all: u32| all - all / 10;
+        (
+            Bounds {
+                total: connections,
+                per_source: self.max_connections_per_source.unwrap_or(most(connections)),
+                per_port: self.max_connections_per_port,
+            },
+            Bounds {
+                total: flows,
+                per_source: self.max_udp_flows_per_source.unwrap_or(most(flows)),
+                per_port: u32::MAX,
+            },
+        )
+    }
+}
+
+/// Open files that this process may have now.
+pub(super) fn open_files() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
 
 /// Why a table does not fit.
 #[derive(Debug, thiserror::Error)]
@@ -97,4 +185,47 @@ fn overlap(table: &Table, ephemeral: &RangeInclusive<u16>) -> Option<String> {
         .filter(|port| ephemeral.contains(port))
         .collect();
     Some(format!("{}-{}", inside.iter().min()?, inside.iter().max()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_files_are_shared_out_by_what_listens() {
+        let bounds = |limits: Limits, open_files, tcp, udp| {
+            let (connections, flows) = limits.bounds(open_files, tcp, udp);
+            (
+                (connections.total, connections.per_source),
+                (flows.total, flows.per_source),
+            )
+        };
+        let default = Limits::default();
+        let told = Limits {
+            max_connections: Some(7),
+            max_udp_flows: Some(5),
+            max_udp_flows_per_source: Some(1),
+            ..default
+        };
+        let cases = [
+            (default, 20_000, (1000, 0), ((9244, 8320), (0, 0))),
+            (default, 20_000, (0, 1000), ((0, 0), (18_488, 16_640))),
+            (default, 20_000, (500, 500), ((7394, 6655), (3697, 3328))),
+            (
+                default,
+                u64::MAX,
+                (1, 1),
+                ((100_000, 90_000), (65_536, 58_983)),
+            ),
+            (default, 100, (1000, 0), ((1, 1), (0, 0))),
+            (told, 20_000, (1, 1), ((7, 7), (5, 1))),
+        ];
+        for (limits, open_files, (tcp, udp), expected) in cases {
+            assert_eq!(
+                bounds(limits, open_files, tcp, udp),
+                expected,
+                "{limits:?} {tcp} {udp}"
+            );
+        }
+    }
 }

@@ -2,12 +2,13 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::time::Duration;
 
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Socket, Type};
 
-use super::{ApplyError, Transport};
+use super::{ApplyError, Transport, liveness};
 use crate::table::ListenPort;
 
 /// The kernel lowers it to `net.core.somaxconn`: a short queue resets clients
@@ -27,10 +28,11 @@ impl Listener {
         address: IpAddr,
         port: ListenPort,
         transport: Transport,
+        peer_timeout: Duration,
     ) -> Result<Self, ApplyError> {
         let address = SocketAddr::new(address, port.get());
         let open = match transport {
-            Transport::Tcp => open_tcp(address),
+            Transport::Tcp => open_tcp(address, peer_timeout),
             Transport::Udp => open_udp(address),
         };
         open.map_err(|source| ApplyError {
@@ -48,7 +50,7 @@ impl Listener {
     }
 }
 
-fn open_tcp(address: SocketAddr) -> io::Result<Listener> {
+fn open_tcp(address: SocketAddr, peer_timeout: Duration) -> io::Result<Listener> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking(),
@@ -56,8 +58,10 @@ fn open_tcp(address: SocketAddr) -> io::Result<Listener> {
     )?;
     // Connections of a former process may still be in TIME_WAIT.
     socket.set_reuse_address(true)?;
-    // Inherited by accepted sockets: messages must not wait for a full segment.
+    // Both are inherited by accepted sockets. Messages must not wait for a
+    // full segment.
     socket.set_tcp_nodelay(true)?;
+    liveness::guard(&socket, peer_timeout)?;
     bind(&socket, address)?;
     socket.listen(BACKLOG)?;
     Ok(Listener::Tcp(socket.into()))

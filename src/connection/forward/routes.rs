@@ -21,8 +21,14 @@ pub(super) struct Route {
 pub(super) struct Routes(ArcSwapOption<PortIndex>);
 
 impl Routes {
-    pub(super) fn set(&self, table: Arc<Table>) {
-        self.0.store(Some(Arc::new(PortIndex::new(table))));
+    /// Puts a table in force; returns the former one's.
+    pub(super) fn set(&self, table: Arc<Table>) -> Option<Arc<PortIndex>> {
+        self.0.swap(Some(Arc::new(PortIndex::new(table))))
+    }
+
+    /// Puts a former table back in force.
+    pub(super) fn restore(&self, former: Option<Arc<PortIndex>>) {
+        self.0.store(former);
     }
 
     /// `None` when the table does not have the port, or not yet the address of

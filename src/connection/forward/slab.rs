@@ -77,6 +77,21 @@ impl<T> Slab<T> {
             .filter_map(|(_, item)| item.as_mut())
     }
 
+    /// How many places there are, vacant ones included.
+    pub(super) fn places(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// The item at a place, with its key.
+    pub(super) fn at(&self, place: usize) -> Option<(Key, &T)> {
+        let (generation, item) = self.entries.get(place)?;
+        let key = Key {
+            index: u32::try_from(place).ok()?,
+            generation: *generation,
+        };
+        Some((key, item.as_ref()?))
+    }
+
     /// The items with their keys.
     pub(super) fn iter(&self) -> impl Iterator<Item = (Key, &T)> {
         let keyed = self.entries.iter().zip(0u32..);

@@ -9,6 +9,8 @@
 //! A direction that keeps filling the scratch space is lent a pipe, through
 //! which the kernel moves pages instead of copying bytes twice.
 
+mod remains;
+
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
@@ -16,6 +18,8 @@ use std::time::Instant;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
+pub(super) use self::remains::{Delivery, Remains};
+use super::admission::Permit;
 use super::pipes::{Pipe, Pipes};
 use super::stream::Stream;
 use super::{SessionKey, Traffic};
@@ -278,6 +282,8 @@ pub(super) struct Connection<S = OwnedFd> {
     server_ended: bool,
     upstream: Direction,
     downstream: Direction,
+    /// Its place among the clients.
+    permit: Option<Permit>,
 }
 
 impl Connection {
@@ -289,10 +295,17 @@ impl Connection {
         client: OwnedFd,
         target: SocketAddr,
         header: Option<Vec<u8>>,
+        permit: Permit,
         now: Instant,
     ) -> Result<Self, (OwnedFd, Errno)> {
         match connect(target) {
-            Ok(server) => Ok(Self::new(port, session, client, server, header, now)),
+            Ok(server) => {
+                let connection = Self::new(port, session, client, server, header, now);
+                Ok(Self {
+                    permit: Some(permit),
+                    ..connection
+                })
+            }
             Err(errno) => Err((client, errno)),
         }
     }
@@ -322,6 +335,7 @@ impl<S: Stream> Connection<S> {
                 ..Direction::default()
             },
             downstream: Direction::default(),
+            permit: None,
         }
     }
 
@@ -444,7 +458,6 @@ fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = net::socket_with(family, SocketType::STREAM, flags, None)?;
     sockopt::set_tcp_nodelay(&socket, true)?;
-    sockopt::set_socket_keepalive(&socket, true)?;
     match net::connect(&socket, &target) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(errno) => Err(errno),

@@ -12,6 +12,7 @@ use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
+use super::admission::Permit;
 use super::slab::Key;
 use super::{SessionKey, Ticket, Traffic};
 use crate::table::ListenPort;
@@ -273,6 +274,10 @@ pub(super) struct Flow {
     pub(super) appetite: Appetite,
     pub(super) active: Instant,
     pub(super) traffic: Traffic,
+    /// The client has sent again after a reply: its address is not a forged one.
+    pub(super) is_assured: bool,
+    /// Its place among the clients.
+    pub(super) _permit: Permit,
 }
 
 /// What became of datagrams that were to be sent.
@@ -344,6 +349,7 @@ pub(super) struct Parked {
     pub(super) client: SocketAddr,
     pub(super) local: Option<IpAddr>,
     pub(super) datagrams: Vec<Box<[u8]>>,
+    pub(super) permit: Permit,
 }
 
 impl Parked {

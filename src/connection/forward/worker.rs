@@ -5,23 +5,30 @@
 //! reported again. TCP sockets of sessions are edge-triggered and registered
 //! once, so a session costs no epoll call while it runs.
 
+mod closing;
 mod datagrams;
+mod eviction;
 mod streams;
 
 use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
+use self::closing::Closing;
+use self::eviction::Random;
+use super::admission::{Admission, Permit};
 use super::counters::{self, Counters, count};
 use super::listeners::Listener;
 use super::pipes::Pipes;
 use super::routes::Routes;
+use super::send_queue::SendQueues;
 use super::slab::{Key, Slab};
 use super::stream::Stream;
 use super::tcp::{Connection, Means, SCRATCH_BYTES, Side, Signals};
@@ -38,9 +45,6 @@ const PARKED_DEADLINE: Duration = Duration::from_secs(2);
 /// Most parked clients of a thread; further ones are refused. Bounds what
 /// scanning for ports costs.
 const MAX_PARKED: usize = 1024;
-
-/// Most UDP flows of a thread.
-const MAX_FLOWS: usize = 65_536;
 
 /// How long accepting pauses when descriptors or memory ran out: often enough
 /// to go on soon, seldom enough not to spin.
@@ -61,10 +65,13 @@ pub(super) enum Command {
     Close(ListenPort, Transport),
     Answer(ListenPort, Ticket, Verdict),
     Cut(SessionKey),
-    /// Say when everything before is done.
-    Settle(mpsc::Sender<()>),
+    /// Say when everything before is done, and which port could not be watched.
+    Settle(mpsc::Sender<Option<Unwatched>>),
     Stop,
 }
+
+/// A port that epoll did not take.
+type Unwatched = (ListenPort, Transport, io::Error);
 
 /// Kinds of event sources, in the upper 8 bits of epoll's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,16 +83,18 @@ enum Source {
     Client,
     Server,
     Flow,
+    Closing,
 }
 
 impl Source {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Wake,
         Self::TcpPort,
         Self::UdpPort,
         Self::Client,
         Self::Server,
         Self::Flow,
+        Self::Closing,
     ];
 
     /// `id` is below 2^56: a key's bits, or a port's number.
@@ -109,6 +118,7 @@ enum Parked {
         port: ListenPort,
         client: OwnedFd,
         address: SocketAddr,
+        permit: Permit,
     },
     Udp(udp::Parked),
 }
@@ -121,6 +131,11 @@ pub(super) struct Shared {
     pub(super) routes: Arc<Routes>,
     pub(super) idle: Arc<IdleTimes>,
     pub(super) counters: Arc<Counters>,
+    pub(super) tcp_admission: Arc<Admission>,
+    pub(super) udp_admission: Arc<Admission>,
+    /// Most UDP flows of a thread.
+    pub(super) flow_share: Arc<AtomicU32>,
+    pub(super) peer_timeout: Duration,
 }
 
 /// A data thread's state.
@@ -130,6 +145,10 @@ pub(super) struct Worker {
     gate: Arc<dyn Gate>,
     idle: Arc<IdleTimes>,
     counters: Arc<Counters>,
+    tcp_admission: Arc<Admission>,
+    udp_admission: Arc<Admission>,
+    flow_share: Arc<AtomicU32>,
+    peer_timeout: Duration,
     epoll: OwnedFd,
     routes: Arc<Routes>,
     tcp_ports: HashMap<ListenPort, TcpListener>,
@@ -138,14 +157,21 @@ pub(super) struct Worker {
     draining: Vec<ListenPort>,
     draining_ports: DrainingPorts,
     connections: Slab<Connection>,
+    closing: Slab<Closing>,
+    send_queues: SendQueues,
     flows: Slab<udp::Flow>,
+    random: Random,
     sessions: HashMap<SessionKey, Vec<(Transport, Key)>>,
     parked: HashMap<Ticket, (Instant, Parked)>,
     next_ticket: u64,
     /// Connections that want another turn.
     ready: Vec<Key>,
+    /// Connections since the last tick: their server is not watched for life.
+    unguarded: Vec<Key>,
     /// Until when nothing is accepted, and the ports that wait for that.
     paused: Option<(Instant, Vec<ListenPort>)>,
+    /// A port that could not be watched since control last asked.
+    unwatched: Option<Unwatched>,
     next_tick: Instant,
     now: Instant,
     means: Means,
@@ -168,6 +194,10 @@ impl Worker {
             gate: shared.gate,
             idle: shared.idle,
             counters: shared.counters,
+            tcp_admission: shared.tcp_admission,
+            udp_admission: shared.udp_admission,
+            flow_share: shared.flow_share,
+            peer_timeout: shared.peer_timeout,
             epoll,
             routes: shared.routes,
             tcp_ports: HashMap::new(),
@@ -175,12 +205,17 @@ impl Worker {
             draining: Vec::new(),
             draining_ports: shared.draining,
             connections: Slab::default(),
+            closing: Slab::default(),
+            send_queues: SendQueues::open()?,
             flows: Slab::default(),
+            random: Random::new(),
             sessions: HashMap::new(),
             parked: HashMap::new(),
             next_ticket: 0,
             ready: Vec::new(),
+            unguarded: Vec::new(),
             paused: None,
+            unwatched: None,
             next_tick: now,
             now,
             means: Means {
@@ -231,7 +266,7 @@ impl Worker {
         if !self.ready.is_empty() {
             return Some(Duration::ZERO);
         }
-        let waiting = self.parked.len() + self.draining.len();
+        let waiting = self.parked.len() + self.draining.len() + self.closing.len();
         let has_deadlines = self.connections.len() + self.flows.len() + waiting > 0;
         (has_deadlines || self.paused.is_some()).then(|| {
             self.next_tick
@@ -261,6 +296,7 @@ impl Worker {
             Source::Client => self.connection_event(key, Side::Client, signals),
             Source::Server => self.connection_event(key, Side::Server, signals),
             Source::Flow => self.receive_from_server(key),
+            Source::Closing => self.close_further(key),
         }
     }
 
@@ -280,7 +316,7 @@ impl Worker {
                 Command::Cut(session) => self.cut(session),
                 Command::Settle(done) => {
                     // Whoever asked may have given up.
-                    let _ = done.send(());
+                    let _ = done.send(self.unwatched.take());
                 }
                 Command::Stop => self.is_stopping = true,
             }
@@ -302,7 +338,7 @@ impl Worker {
             }
         };
         if let Err(error) = watched {
-            tracing::error!(%port, ?transport, %error, "failed to watch a connection port");
+            self.unwatched = Some((port, transport, error.into()));
         }
     }
 
@@ -362,12 +398,13 @@ impl Worker {
                     port,
                     client,
                     address,
+                    permit,
                 },
             ) => {
-                self.start(port, client, address, session);
+                self.start(port, client, address, session, permit);
             }
             (Verdict::Admit(session), Parked::Udp(parked)) => {
-                self.unpark_flow(&parked, session);
+                self.unpark_flow(parked, session);
             }
             (Verdict::Refuse | Verdict::Ask, parked) => {
                 count(&self.counters.no_session);
@@ -395,6 +432,7 @@ impl Worker {
                 Transport::Udp => self.end_flow(key),
             }
         }
+        self.cut_closing(session);
     }
 
     /// A connection or flow of `session` is over.
@@ -418,19 +456,7 @@ impl Worker {
     /// sessions costs about 10 µs per 1000.
     fn tick(&mut self) {
         self.next_tick = self.now + TICK;
-        if self
-            .paused
-            .as_ref()
-            .is_some_and(|(until, _)| *until <= self.now)
-            && let Some((_, ports)) = self.paused.take()
-        {
-            for port in ports {
-                if let Some(listener) = self.tcp_ports.get(&port) {
-                    // Refused for lack of memory: accepting failed for the same.
-                    let _ = self.watch_listener(port, listener, Source::TcpPort);
-                }
-            }
-        }
+        self.resume_accepting();
         let late = |since: &Instant| self.now.duration_since(*since) >= PARKED_DEADLINE;
         let parked: Vec<Ticket> = self
             .parked
@@ -445,6 +471,7 @@ impl Worker {
             }
         }
         self.tick_connections();
+        self.tick_closing();
         self.tick_flows();
         self.close_drained();
     }

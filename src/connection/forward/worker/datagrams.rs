@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{MAX_FLOWS, Parked, Source, Worker};
+use super::{Parked, Source, Worker};
+use crate::connection::forward::admission::{self, Permit};
 use crate::connection::forward::counters::{add, count};
 use crate::connection::forward::slab::Key;
 use crate::connection::forward::udp::{self, Appetite, Flow, Run};
@@ -116,6 +117,7 @@ impl Worker {
             return;
         };
         flow.active = self.now;
+        flow.is_assured |= flow.traffic.downstream_bytes > 0;
         let sent = port.send_upstream(flow, run);
         add(&self.counters.datagrams_dropped, sent.dropped);
         if sent.is_gone {
@@ -146,9 +148,14 @@ impl Worker {
         if is_local && own.is_some_and(|own| self.udp_ports.contains_key(&own)) {
             return count(&self.counters.loops);
         }
+        let source = admission::Source::of(client.ip());
+        let permit = match self.udp_admission.admit(source, number) {
+            Ok(permit) => permit,
+            Err(refused) => return count(self.counters.refused(refused)),
+        };
         match self.gate.admit(number, Transport::Udp, client) {
             Verdict::Admit(session) => {
-                if let Some(flow) = self.open_flow(number, client, local, session) {
+                if let Some(flow) = self.open_flow(number, client, local, session, permit) {
                     self.send_upstream(flow, run);
                 }
             }
@@ -159,6 +166,7 @@ impl Worker {
                     client,
                     local,
                     datagrams: Vec::new(),
+                    permit,
                 };
                 parked.keep(datagram);
                 let ticket = self.park(Parked::Udp(parked), number, Transport::Udp, client);
@@ -170,15 +178,22 @@ impl Worker {
         }
     }
 
-    pub(super) fn unpark_flow(&mut self, parked: &udp::Parked, session: SessionKey) {
-        if let Some(port) = self.udp_ports.get_mut(&parked.port) {
-            port.parked.remove(&parked.client);
+    pub(super) fn unpark_flow(&mut self, parked: udp::Parked, session: SessionKey) {
+        let udp::Parked {
+            port: number,
+            client,
+            local,
+            datagrams,
+            permit,
+        } = parked;
+        if let Some(port) = self.udp_ports.get_mut(&number) {
+            port.parked.remove(&client);
         }
-        if let Some(flow) = self.open_flow(parked.port, parked.client, parked.local, session) {
-            for datagram in &parked.datagrams {
+        if let Some(flow) = self.open_flow(number, client, local, session, permit) {
+            for datagram in &datagrams {
                 let run = Run {
-                    sender: parked.client,
-                    local: parked.local,
+                    sender: client,
+                    local,
                     bytes: datagram,
                     stride: datagram.len(),
                 };
@@ -193,15 +208,15 @@ impl Worker {
         client: SocketAddr,
         local: Option<IpAddr>,
         session: SessionKey,
+        permit: Permit,
     ) -> Option<Key> {
         count(&self.counters.udp_opened);
         // A port may be closed while its client is parked.
         let opened = match self.routes.get(number) {
             None => Err(&self.counters.no_server),
-            Some(_) if self.flows.len() >= MAX_FLOWS => Err(&self.counters.too_many),
             Some(route) => udp::connect(route.target)
                 .map(|server| (server, route.target))
-                .map_err(|_| &self.counters.connect_failed),
+                .map_err(|errno| self.counters.unreachable(errno)),
         };
         let (server, target) = match opened {
             Ok(opened) => opened,
@@ -221,7 +236,10 @@ impl Worker {
             appetite: Appetite::new(),
             active: self.now,
             traffic: Traffic::default(),
+            is_assured: false,
+            _permit: permit,
         };
+        self.make_room_for_flow();
         let flow_key = self.flows.insert(flow);
         self.sessions
             .entry(session)

@@ -3,18 +3,21 @@
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use rustix::io::Errno;
-use rustix::net::{self, SocketFlags, sockopt};
+use rustix::net::{self, SocketFlags};
 
 use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker};
+use crate::connection::forward::admission::{self, Permit};
 use crate::connection::forward::counters::count;
 use crate::connection::forward::slab::Key;
 use crate::connection::forward::stream::Stream;
 use crate::connection::forward::tcp::{Connection, Outcome, Side, Signals};
-use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict, proxy_protocol};
+use crate::connection::forward::{
+    SessionKey, Traffic, Transport, Verdict, liveness, proxy_protocol,
+};
 use crate::pool::ProxyProtocol;
 use crate::table::ListenPort;
 
@@ -42,8 +45,7 @@ impl Worker {
                     if let Some(address) =
                         address.and_then(|address| SocketAddr::try_from(address).ok())
                     {
-                        let verdict = self.gate.admit(port, Transport::Tcp, address);
-                        self.admit(port, client, address, verdict);
+                        self.meet(port, client, address);
                     }
                 }
                 Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
@@ -52,6 +54,21 @@ impl Worker {
                 }
                 // Nothing left, or a client that is gone again.
                 Err(_) => return,
+            }
+        }
+    }
+
+    /// A client that was just accepted.
+    fn meet(&mut self, port: ListenPort, client: OwnedFd, address: SocketAddr) {
+        let source = admission::Source::of(address.ip());
+        match self.tcp_admission.admit(source, port) {
+            Ok(permit) => {
+                let verdict = self.gate.admit(port, Transport::Tcp, address);
+                self.admit(port, client, address, verdict, permit);
+            }
+            Err(refused) => {
+                count(self.counters.refused(refused));
+                client.reset_on_close();
             }
         }
     }
@@ -69,9 +86,35 @@ impl Worker {
         }
     }
 
-    fn admit(&mut self, port: ListenPort, client: OwnedFd, address: SocketAddr, verdict: Verdict) {
+    /// Accepts again on the ports that have paused long enough.
+    pub(super) fn resume_accepting(&mut self) {
+        let is_over = |paused: &mut (Instant, Vec<ListenPort>)| paused.0 <= self.now;
+        let Some((_, ports)) = self.paused.take_if(is_over) else {
+            return;
+        };
+        for port in ports {
+            let watched = self
+                .tcp_ports
+                .get(&port)
+                .map(|listener| self.watch_listener(port, listener, Source::TcpPort));
+            // Without memory for the watch, it is tried again.
+            if let Some(Err(_)) = watched {
+                let until = self.now + ACCEPT_PAUSE;
+                self.paused.get_or_insert((until, Vec::new())).1.push(port);
+            }
+        }
+    }
+
+    fn admit(
+        &mut self,
+        port: ListenPort,
+        client: OwnedFd,
+        address: SocketAddr,
+        verdict: Verdict,
+        permit: Permit,
+    ) {
         match verdict {
-            Verdict::Admit(session) => self.start(port, client, address, session),
+            Verdict::Admit(session) => self.start(port, client, address, session, permit),
             Verdict::Refuse => {
                 count(&self.counters.no_session);
                 client.reset_on_close();
@@ -81,6 +124,7 @@ impl Worker {
                     port,
                     client,
                     address,
+                    permit,
                 };
                 self.park(parked, port, Transport::Tcp, address);
                 self.schedule();
@@ -95,6 +139,7 @@ impl Worker {
         client: OwnedFd,
         address: SocketAddr,
         session: SessionKey,
+        permit: Permit,
     ) {
         count(&self.counters.tcp_opened);
         // A port may be closed while its client is parked.
@@ -103,17 +148,24 @@ impl Worker {
             client.reset_on_close();
             return self.report(port, session, Traffic::default());
         };
-        let _ = sockopt::set_socket_keepalive(&client, true);
         let header = (route.proxy_protocol == ProxyProtocol::V2).then(|| {
             let local = net::getsockname(&client)
                 .ok()
                 .and_then(|local| SocketAddr::try_from(local).ok());
             proxy_protocol::header(address, local.unwrap_or(address))
         });
-        match Connection::start(port, session, client, route.target, header, self.now) {
+        match Connection::start(
+            port,
+            session,
+            client,
+            route.target,
+            header,
+            permit,
+            self.now,
+        ) {
             Ok(connection) => self.watch_connection(connection),
             Err((client, errno)) => {
-                self.count_unreachable(errno);
+                count(self.counters.unreachable(errno));
                 client.reset_on_close();
                 self.report(port, session, Traffic::default());
             }
@@ -123,6 +175,7 @@ impl Worker {
     fn watch_connection(&mut self, connection: Connection) {
         let session = connection.session;
         let key = self.connections.insert(connection);
+        self.unguarded.push(key);
         self.sessions
             .entry(session)
             .or_default()
@@ -149,6 +202,11 @@ impl Worker {
         };
         connection.active = self.now;
         let outcome = connection.event(side, signals, &mut self.means);
+        // The other side may take nothing, and so never show it.
+        let is_waiting = matches!(outcome, Outcome::Waiting | Outcome::Ready);
+        if signals.failed && is_waiting && connection.has_lost(side) {
+            return self.break_connection(key);
+        }
         self.conclude(key, outcome);
     }
 
@@ -164,9 +222,9 @@ impl Worker {
             Outcome::Waiting => {}
             Outcome::Ready => self.ready.push(key),
             Outcome::Finished => self.end_connection(key, false),
-            Outcome::Broken => self.end_connection(key, true),
+            Outcome::Broken => self.break_connection(key),
             Outcome::Unreachable(errno) => {
-                self.count_unreachable(errno);
+                count(self.counters.unreachable(errno));
                 self.end_connection(key, true);
             }
         }
@@ -187,19 +245,12 @@ impl Worker {
         self.report(port, session, traffic);
     }
 
-    fn count_unreachable(&self, errno: Errno) {
-        count(match errno {
-            Errno::CONNREFUSED => &self.counters.connect_refused,
-            Errno::TIMEDOUT => &self.counters.connect_timed_out,
-            _ => &self.counters.connect_failed,
-        });
-    }
-
     pub(super) fn tick_connections(&mut self) {
         for connection in self.connections.iter_mut() {
             connection.give_back_idle_pipes(&mut self.means.pipes);
         }
         self.means.pipes.close_unused();
+        self.guard_servers();
         let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
         let late: Vec<(Key, bool)> = self
             .connections
@@ -220,6 +271,22 @@ impl Worker {
                     count(&self.counters.idle);
                     self.end_connection(key, true);
                 }
+            }
+        }
+    }
+
+    /// Has new connections find out when their server is gone. What is over
+    /// before a tick never pays for that; the clients' side has it from the
+    /// listener.
+    fn guard_servers(&mut self) {
+        for key in std::mem::take(&mut self.unguarded) {
+            match self.connections.get_mut(key) {
+                Some(connection) if connection.is_connecting => self.unguarded.push(key),
+                Some(connection) => {
+                    // A server that is gone already says so by itself.
+                    let _ = liveness::guard(&connection.server, self.peer_timeout);
+                }
+                None => {}
             }
         }
     }

@@ -1,0 +1,272 @@
+//! Who may still come in, by counts alone: how many clients there are in all,
+//! of one source, and on one connection port.
+//!
+//! One table for all data threads, since a source comes in on ports of any
+//! thread. A client costs three counts when it comes and when it goes, the
+//! source's behind one of [`SHARDS`] locks; a source without clients is not
+//! remembered, so the table is never larger than the number of clients.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use parking_lot::Mutex;
+use std::hash::{BuildHasher, RandomState};
+
+use crate::table::ListenPort;
+
+/// Locks that sources are spread over: enough that data threads seldom meet.
+const SHARDS: usize = 32;
+
+/// Who a client counts as: an IPv4 address or an IPv6 /64, which is what one
+/// subscriber has and can choose addresses from (RFC 6177).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Source(u64);
+
+impl Source {
+    pub(super) fn of(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self(u64::from(u32::from(address))),
+            IpAddr::V6(address) => {
+                let prefix = u128::from(address) >> 64;
+                Self(u64::try_from(prefix).expect("64 bits are left"))
+            }
+        }
+    }
+}
+
+/// Most clients at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Bounds {
+    /// Of UDP, what [`super::worker`] makes room by; it refuses nobody then.
+    pub(super) total: u32,
+    pub(super) per_source: u32,
+    pub(super) per_port: u32,
+}
+
+/// Which bound a client met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Refused {
+    Total,
+    Source,
+    Port,
+}
+
+/// The live clients of one transport, and how many there may be.
+#[derive(Debug)]
+pub(super) struct Admission {
+    total: AtomicU32,
+    per_source: AtomicU32,
+    per_port: AtomicU32,
+    live: AtomicU32,
+    /// By port number. Pages that no port is in are never touched.
+    ports: Box<[AtomicU32]>,
+    sources: Vec<Mutex<HashMap<Source, u32>>>,
+    hasher: RandomState,
+}
+
+/// A client's place. Given back when dropped.
+#[derive(Debug)]
+pub(super) struct Permit {
+    admission: Arc<Admission>,
+    source: Source,
+    port: ListenPort,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.admission.release(self.source, self.port);
+    }
+}
+
+impl Admission {
+    /// Admits nobody until its bounds are set.
+    pub(super) fn new() -> Arc<Self> {
+        let ports = 1 + usize::from(u16::MAX);
+        Arc::new(Self {
+            total: AtomicU32::new(0),
+            per_source: AtomicU32::new(0),
+            per_port: AtomicU32::new(0),
+            live: AtomicU32::new(0),
+            ports: std::iter::repeat_with(AtomicU32::default)
+                .take(ports)
+                .collect(),
+            sources: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            hasher: RandomState::new(),
+        })
+    }
+
+    /// Bounds from now on. Who is in stays in.
+    pub(super) fn set(&self, bounds: Bounds) {
+        self.total.store(bounds.total, Ordering::Relaxed);
+        self.per_source.store(bounds.per_source, Ordering::Relaxed);
+        self.per_port.store(bounds.per_port, Ordering::Relaxed);
+    }
+
+    /// Clients that are in.
+    pub(super) fn live(&self) -> u32 {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    /// Gives a client of `source` on `port` a place, or says which bound is met.
+    pub(super) fn admit(
+        self: &Arc<Self>,
+        source: Source,
+        port: ListenPort,
+    ) -> Result<Permit, Refused> {
+        if !take(&self.live, &self.total) {
+            return Err(Refused::Total);
+        }
+        if !take(self.port(port), &self.per_port) {
+            give(&self.live);
+            return Err(Refused::Port);
+        }
+        let mut sources = self.shard(source).lock();
+        let most = self.per_source.load(Ordering::Relaxed);
+        let count = sources.get(&source).copied().unwrap_or(0);
+        if count >= most {
+            give(&self.live);
+            give(self.port(port));
+            return Err(Refused::Source);
+        }
+        sources.insert(source, count + 1);
+        drop(sources);
+        Ok(Permit {
+            admission: self.clone(),
+            source,
+            port,
+        })
+    }
+
+    fn release(&self, source: Source, port: ListenPort) {
+        give(&self.live);
+        give(self.port(port));
+        let mut sources = self.shard(source).lock();
+        if let Some(count) = sources.get_mut(&source) {
+            *count -= 1;
+            if *count == 0 {
+                sources.remove(&source);
+            }
+        }
+    }
+
+    fn port(&self, port: ListenPort) -> &AtomicU32 {
+        &self.ports[usize::from(port.get())]
+    }
+
+    fn shard(&self, source: Source) -> &Mutex<HashMap<Source, u32>> {
+        let hash = self.hasher.hash_one(source);
+        &self.sources[usize::try_from(hash % SHARDS as u64).expect("there are few shards")]
+    }
+}
+
+/// Counts one more, unless there are `most` already.
+fn take(count: &AtomicU32, most: &AtomicU32) -> bool {
+    let most = most.load(Ordering::Relaxed);
+    let more = |count| (count < most).then(|| count + 1);
+    count
+        .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+        .is_ok()
+}
+
+fn give(count: &AtomicU32) {
+    count.fetch_sub(1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn port(number: u16) -> ListenPort {
+        ListenPort::new(number).unwrap()
+    }
+
+    fn admission(total: u32, per_source: u32, per_port: u32) -> Arc<Admission> {
+        let admission = Admission::new();
+        admission.set(Bounds {
+            total,
+            per_source,
+            per_port,
+        });
+        admission
+    }
+
+    fn remembered(admission: &Admission) -> usize {
+        admission
+            .sources
+            .iter()
+            .map(|shard| shard.lock().len())
+            .sum()
+    }
+
+    #[test]
+    fn sources_are_ipv4_addresses_and_ipv6_subnets() {
+        let cases = [
+            ("192.0.2.1", "192.0.2.1", true),
+            ("192.0.2.1", "192.0.2.2", false),
+            ("192.0.2.1", "::ffff:192.0.2.1", true),
+            ("::ffff:192.0.2.1", "::ffff:192.0.2.2", false),
+            ("2001:db8::1", "2001:db8::ffff:0:0:1", true),
+            ("2001:db8::1", "2001:db8:0:1::1", false),
+        ];
+        for (one, other, is_same) in cases {
+            let source = |text: &str| Source::of(text.parse().unwrap());
+            assert_eq!(source(one) == source(other), is_same, "{one} {other}");
+        }
+    }
+
+    #[test]
+    fn each_bound_refuses_by_its_name() {
+        let source = |last| Source::of(IpAddr::from([192, 0, 2, last]));
+        for (bounds, expected) in [
+            ((1, 9, 9), Refused::Total),
+            ((9, 1, 9), Refused::Source),
+            ((9, 9, 1), Refused::Port),
+            ((0, 9, 9), Refused::Total),
+        ] {
+            let admission = admission(bounds.0, bounds.1, bounds.2);
+            let _first = admission.admit(source(1), port(20_000));
+            let refused = admission.admit(source(1), port(20_000)).unwrap_err();
+            assert_eq!(refused, expected, "{bounds:?}");
+        }
+        let admission = admission(9, 1, 1);
+        let _first = admission.admit(source(1), port(20_000)).unwrap();
+        assert!(admission.admit(source(2), port(20_001)).is_ok());
+    }
+
+    proptest! {
+        /// Against a model that holds the clients in a list.
+        #[test]
+        fn never_more_than_the_bounds_and_nothing_is_left(
+            bounds in (0u32..12, 0u32..6, 0u32..6),
+            steps in prop::collection::vec((any::<bool>(), 0u8..5, 0u16..4), 0..200),
+        ) {
+            let admission = admission(bounds.0, bounds.1, bounds.2);
+            let mut inside: Vec<(u8, u16, Permit)> = Vec::new();
+            for (comes, source, number) in steps {
+                if !comes {
+                    if !inside.is_empty() {
+                        inside.swap_remove(usize::from(source) % inside.len());
+                    }
+                    continue;
+                }
+                let of_source = inside.iter().filter(|client| client.0 == source).count();
+                let on_port = inside.iter().filter(|client| client.1 == number).count();
+                let fits = inside.len() < bounds.0 as usize
+                    && of_source < bounds.1 as usize
+                    && on_port < bounds.2 as usize;
+                let address = IpAddr::from([192, 0, 2, source]);
+                let permit = admission.admit(Source::of(address), port(20_000 + number));
+                prop_assert_eq!(permit.is_ok(), fits);
+                inside.extend(permit.map(|permit| (source, number, permit)));
+                prop_assert_eq!(admission.live() as usize, inside.len());
+                prop_assert!(remembered(&admission) <= inside.len());
+            }
+            inside.clear();
+            prop_assert_eq!(admission.live(), 0);
+            prop_assert_eq!(remembered(&admission), 0);
+        }
+    }
+}

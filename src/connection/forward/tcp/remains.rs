@@ -1,0 +1,114 @@
+//! What is left of a connection when one side is gone: what was read of it,
+//! and what its socket still holds, is for the other side.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net;
+
+use super::{Connection, Direction, Fault, Means, Side};
+use crate::connection::forward::admission::Permit;
+use crate::connection::forward::pipes::Pipes;
+use crate::connection::forward::stream::Stream;
+
+/// The direction from the side that is gone to the one that lives.
+#[derive(Debug)]
+pub(in crate::connection::forward) struct Remains<S = OwnedFd> {
+    pub(in crate::connection::forward) destination: S,
+    /// Which side lives.
+    pub(in crate::connection::forward) side: Side,
+    source: S,
+    direction: Direction,
+    /// Kept until all is over.
+    _permit: Option<Permit>,
+}
+
+/// How far the delivery got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::connection::forward) enum Delivery {
+    /// The destination's kernel has everything.
+    Done,
+    /// It takes no more now.
+    Blocked,
+    /// The destination is gone too.
+    Gone,
+}
+
+/// Whether a connected socket is no longer: the kernel knows no peer of one
+/// that was reset, timed out, or has ended both ways.
+fn is_gone(socket: &OwnedFd) -> bool {
+    net::getpeername(socket).is_err()
+}
+
+impl Connection {
+    /// Whether a side that has met an error is gone: reset, or timed out.
+    pub(in crate::connection::forward) fn has_lost(&self, side: Side) -> bool {
+        let socket = match side {
+            Side::Client => &self.client,
+            Side::Server => &self.server,
+        };
+        !self.is_connecting && is_gone(socket)
+    }
+
+    /// What is to be done for the side that lives when the other one is gone;
+    /// `None` when there is nobody to do it for.
+    pub(in crate::connection::forward) fn into_remains(
+        mut self,
+        pipes: &mut Pipes,
+    ) -> Option<Remains> {
+        let gone = (is_gone(&self.client), is_gone(&self.server));
+        let (side, source, destination, direction) = match gone {
+            (true, false) if !self.is_connecting => {
+                self.downstream.give_back(pipes);
+                (Side::Server, self.client, self.server, self.upstream)
+            }
+            (false, true) if !self.is_connecting => {
+                self.upstream.give_back(pipes);
+                (Side::Client, self.server, self.client, self.downstream)
+            }
+            _ => {
+                self.give_back_pipes(pipes);
+                return None;
+            }
+        };
+        Some(Remains {
+            destination,
+            side,
+            source,
+            direction,
+            _permit: self.permit,
+        })
+    }
+}
+
+impl<S: Stream> Remains<S> {
+    /// Passes on what is left.
+    pub(in crate::connection::forward) fn deliver(&mut self, means: &mut Means) -> Delivery {
+        loop {
+            match self.direction.flush(&self.destination) {
+                Ok(true) => {}
+                Ok(false) => return Delivery::Blocked,
+                Err(_) => return Delivery::Gone,
+            }
+            if self.direction.is_read {
+                return Delivery::Done;
+            }
+            match self.direction.fill(&self.source, &self.destination, means) {
+                Err(Fault::Destination(_)) => return Delivery::Gone,
+                Err(Fault::Source(Errno::INTR)) | Ok(1..) => {}
+                // Its end, or the reset.
+                Err(Fault::Source(_)) | Ok(0) => self.direction.is_read = true,
+            }
+        }
+    }
+
+    /// Bytes that went this way so far.
+    pub(in crate::connection::forward) fn bytes(&self) -> u64 {
+        self.direction.bytes
+    }
+
+    /// Gives a lent pipe back: it is over.
+    pub(in crate::connection::forward) fn give_back_pipe(&mut self, pipes: &mut Pipes) {
+        self.direction.give_back(pipes);
+    }
+}

@@ -1,0 +1,151 @@
+//! Connections of which one side is gone: the other one gets all that was
+//! read, and then the reset.
+//!
+//! Resetting a socket throws away what its peer has not acknowledged, a
+//! megabyte perhaps. So what the kernel holds of the side that is gone is read
+//! and passed on first, and the reset waits until the peer has acknowledged
+//! everything; a peer that takes nothing for [`PATIENCE`] is not waited for.
+
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, EventFlags};
+
+use super::{Source, Worker};
+use crate::connection::forward::counters::count;
+use crate::connection::forward::slab::Key;
+use crate::connection::forward::tcp::{Delivery, Remains, Side};
+use crate::connection::forward::{SessionKey, Traffic, Transport};
+use crate::table::ListenPort;
+
+/// How long a peer may take nothing before it is reset all the same.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a peer may take in all: a session's port should come back.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Most connections of a thread that wait for their reset; others are reset at
+/// once. Bounds what looking at them costs.
+const MAX_CLOSING: usize = 1024;
+
+/// A connection that waits for its reset.
+#[derive(Debug)]
+pub(super) struct Closing {
+    port: ListenPort,
+    session: SessionKey,
+    traffic: Traffic,
+    remains: Remains,
+    /// What had been passed on and not acknowledged when it was last looked at.
+    seen: (u64, u32),
+    since: Instant,
+    /// When `seen` last changed.
+    moved: Instant,
+}
+
+impl Worker {
+    /// One side of a connection is gone.
+    pub(super) fn break_connection(&mut self, key: Key) {
+        let Some(connection) = self.connections.remove(key) else {
+            return;
+        };
+        let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
+        self.leave_session(session, Transport::Tcp, key);
+        connection.reset();
+        let remains = connection.into_remains(&mut self.means.pipes);
+        let Some(mut remains) = remains else {
+            return self.report(port, session, traffic);
+        };
+        if self.closing.len() >= MAX_CLOSING {
+            count(&self.counters.undelivered);
+            remains.give_back_pipe(&mut self.means.pipes);
+            drop(remains);
+            return self.report(port, session, traffic);
+        }
+        let key = self.closing.insert(Closing {
+            port,
+            session,
+            traffic,
+            remains,
+            seen: (0, 0),
+            since: self.now,
+            moved: self.now,
+        });
+        self.close_further(key);
+        let epoll = &self.epoll;
+        let is_watched = self.closing.get_mut(key).is_none_or(|closing| {
+            let flags = EventFlags::OUT | EventFlags::ET;
+            let data = Source::Closing.data(key.to_bits());
+            epoll::modify(epoll, &closing.remains.destination, data, flags).is_ok()
+        });
+        if !is_watched {
+            self.end_closing(key, false);
+        }
+        self.schedule();
+    }
+
+    /// Passes on what the destination takes, and resets it when it has all.
+    pub(super) fn close_further(&mut self, key: Key) {
+        let Some(closing) = self.closing.get_mut(key) else {
+            return;
+        };
+        let delivery = closing.remains.deliver(&mut self.means);
+        match closing.remains.side {
+            Side::Server => closing.traffic.upstream_bytes = closing.remains.bytes(),
+            Side::Client => closing.traffic.downstream_bytes = closing.remains.bytes(),
+        }
+        let destination = &closing.remains.destination;
+        let left = match delivery {
+            Delivery::Gone => return self.end_closing(key, false),
+            // Gone as well, or not to be found out.
+            _ => self.send_queues.unacknowledged(destination).unwrap_or(0),
+        };
+        if delivery == Delivery::Done && left == 0 {
+            return self.end_closing(key, true);
+        }
+        let seen = (
+            closing.traffic.upstream_bytes + closing.traffic.downstream_bytes,
+            left,
+        );
+        if seen != closing.seen {
+            (closing.seen, closing.moved) = (seen, self.now);
+        }
+    }
+
+    fn end_closing(&mut self, key: Key, is_delivered: bool) {
+        let Some(mut closing) = self.closing.remove(key) else {
+            return;
+        };
+        closing.remains.give_back_pipe(&mut self.means.pipes);
+        if !is_delivered {
+            count(&self.counters.undelivered);
+        }
+        let (port, session, traffic) = (closing.port, closing.session, closing.traffic);
+        // Closed before it is reported: a free port has no connection.
+        drop(closing);
+        self.report(port, session, traffic);
+    }
+
+    pub(super) fn tick_closing(&mut self) {
+        let waiting: Vec<Key> = self.closing.iter().map(|(key, _)| key).collect();
+        for key in waiting {
+            self.close_further(key);
+            let is_late = self.closing.get_mut(key).is_some_and(|closing| {
+                self.now.duration_since(closing.moved) >= PATIENCE
+                    || self.now.duration_since(closing.since) >= DEADLINE
+            });
+            if is_late {
+                self.end_closing(key, false);
+            }
+        }
+    }
+
+    /// A session is cut: nothing of it is waited for.
+    pub(super) fn cut_closing(&mut self, session: SessionKey) {
+        let of_session =
+            |(key, closing): (Key, &Closing)| (closing.session == session).then_some(key);
+        let cut: Vec<Key> = self.closing.iter().filter_map(of_session).collect();
+        for key in cut {
+            count(&self.counters.cut);
+            self.end_closing(key, false);
+        }
+    }
+}
