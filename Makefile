@@ -2,7 +2,7 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run test lint generate image tools scale-operator
+.PHONY: all help run test lint generate image tools scale-operator robustness
 
 all: lint test
 
@@ -42,3 +42,6 @@ tools:  ## Programs of the examples; installed as root on Debian, else named
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$program; \
 	  else echo "$$program is missing, its example is needed by the tests: sudo apt-get install $$program" >&2; exit 1; fi; \
 	done
+
+robustness:  ## tests/robustness against portpool, HAProxy and nginx; writes docs/robustness.md
+	tools/robustness

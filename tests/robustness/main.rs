@@ -1,0 +1,115 @@
+//! What the network and peers can do to a forwarder, and what must come of it.
+//!
+//! Black-box: the proxy is a process of its own, looked at through its ports,
+//! `/proc` and, where it is portpool, its metrics. `PORTPOOL_TEST_TARGET`
+//! points the suite at `haproxy` or `nginx` instead; `make robustness` runs it
+//! against all three and writes docs/robustness.md. Each test ends with
+//! [`target::Proxy::expect_clean`]: no descriptor, session or memory is left.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod endings;
+mod limits;
+mod namespace;
+mod pressure;
+mod reaching;
+mod target;
+mod udp;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// Longest that anything may take, on a machine that is busy with other things.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// Waits until it holds.
+pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < deadline, "did not come to pass: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Bytes that are easy to check and hard to get right by accident.
+pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    let step = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    std::iter::repeat_with(step).take(length).collect()
+}
+
+/// Closes the connection with a reset.
+pub fn reset(stream: TcpStream) {
+    let socket = socket2::SockRef::from(&stream);
+    socket.set_linger(Some(Duration::ZERO)).unwrap();
+    drop(stream);
+}
+
+/// How a connection ended, after how many bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// In order.
+    Closed(usize),
+    /// By a reset.
+    Reset(usize),
+}
+
+/// Reads until the connection ends.
+pub fn end_of(stream: &mut TcpStream) -> End {
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let (mut space, mut length) = ([0; 16 * 1024], 0);
+    loop {
+        match stream.read(&mut space) {
+            Ok(0) => return End::Closed(length),
+            Ok(read) => length += read,
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return End::Reset(length),
+            Err(error) => panic!("neither closed nor reset: {error}"),
+        }
+    }
+}
+
+/// Whether a message gets through and back.
+pub fn echoes(client: &mut TcpStream, server: &mut TcpStream, message: &[u8]) {
+    let mut space = vec![0; message.len()];
+    for (from, to) in [(1, 2), (2, 1)] {
+        let (from, to): (&mut TcpStream, &mut TcpStream) = match (from, to) {
+            (1, _) => (&mut *client, &mut *server),
+            _ => (&mut *server, &mut *client),
+        };
+        from.write_all(message).unwrap();
+        to.set_read_timeout(Some(SOON)).unwrap();
+        to.read_exact(&mut space).unwrap();
+        assert_eq!(space, message);
+    }
+}
+
+/// The name of the test that it stands in, without the crate's.
+#[macro_export]
+macro_rules! here {
+    () => {{
+        fn here() {}
+        let name = std::any::type_name_of_val(&here);
+        let name = name.strip_suffix("::here").unwrap();
+        name.split_once("::").unwrap().1
+    }};
+}
+
+/// Leaves the test unless the target is one of these, and says so.
+#[macro_export]
+macro_rules! only_for {
+    ($($target:ident),+; $reason:expr) => {
+        let target = $crate::target::Target::chosen();
+        if !matches!(target, $($crate::target::Target::$target)|+) {
+            return $crate::target::not_applicable($crate::here!(), $reason);
+        }
+    };
+}
