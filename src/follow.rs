@@ -12,7 +12,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::{StreamExt, future};
@@ -21,6 +20,10 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::Registry;
 use tokio::sync::{Notify, watch};
 use tokio::task::AbortHandle;
 use tracing::{debug, info, warn};
@@ -71,6 +74,18 @@ pub enum Rejected {
     },
 }
 
+impl Rejected {
+    /// Static name, for metrics.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "invalid",
+            Self::Older { .. } => "older",
+            Self::OtherPool { .. } => "other_pool",
+        }
+    }
+}
+
 /// Decides whether `text` replaces `current`: `Ok(None)` when it is the same.
 ///
 /// # Errors
@@ -91,13 +106,41 @@ pub fn accept(current: Option<&Table>, text: &str) -> Result<Option<Table>, Reje
     Ok((table.generation > current.generation).then_some(table))
 }
 
-/// What a follower has turned down.
-#[derive(Debug, Default)]
-pub struct Turned {
-    /// Texts that were no table.
-    pub invalid: AtomicU64,
-    /// Tables of an older generation, or of another pool.
-    pub stale: AtomicU64,
+/// Counts the tables that were turned down, by cause. Clones share the counts.
+#[derive(Clone, Debug)]
+pub struct RejectedTables(Family<Cause, Counter>);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Cause {
+    cause: &'static str,
+}
+
+impl Default for RejectedTables {
+    fn default() -> Self {
+        let counts = Family::<Cause, Counter>::default();
+        // All from the start, so that a first one shows as a step from nought.
+        for cause in ["invalid", "older", "other_pool"] {
+            drop(counts.get_or_create(&Cause { cause }));
+        }
+        Self(counts)
+    }
+}
+
+impl RejectedTables {
+    /// Shows the counts in `registry`.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "portpool_tables_rejected",
+            "Port-relationship tables that left the last one in force, by cause",
+            self.0.clone(),
+        );
+    }
+
+    /// A table was turned down for `reason`.
+    pub fn count(&self, reason: &Rejected) {
+        let cause = reason.name();
+        self.0.get_or_create(&Cause { cause }).inc();
+    }
 }
 
 /// A followed file. Stops following when dropped.
@@ -105,7 +148,7 @@ pub struct Turned {
 pub struct Follower {
     path: PathBuf,
     current: watch::Receiver<Option<Arc<Table>>>,
-    turned: Arc<Turned>,
+    rejected: RejectedTables,
     task: AbortHandle,
     _watcher: Option<RecommendedWatcher>,
 }
@@ -135,8 +178,8 @@ impl Follower {
 
     /// What was turned down so far.
     #[must_use]
-    pub fn turned(&self) -> Arc<Turned> {
-        self.turned.clone()
+    pub fn rejected(&self) -> RejectedTables {
+        self.rejected.clone()
     }
 }
 
@@ -155,20 +198,20 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
         source,
     })?;
     let (sender, current) = watch::channel(None);
-    let turned = Arc::new(Turned::default());
+    let rejected = RejectedTables::default();
     let file = File {
         path: path.to_owned(),
         judge: Judge {
             last_text: None,
             sender,
-            turned: turned.clone(),
+            rejected: rejected.clone(),
         },
     };
     let task = tokio::spawn(file.follow(changed)).abort_handle();
     Ok(Follower {
         path: path.to_owned(),
         current,
-        turned,
+        rejected,
         task,
         _watcher: Some(watcher),
     })
@@ -217,7 +260,7 @@ impl File {
 struct Judge {
     last_text: Option<String>,
     sender: watch::Sender<Option<Arc<Table>>>,
-    turned: Arc<Turned>,
+    rejected: RejectedTables,
 }
 
 impl Judge {
@@ -232,11 +275,7 @@ impl Judge {
             }
             Ok(None) => {}
             Err(reason) => {
-                let count = match reason {
-                    Rejected::Invalid(_) => &self.turned.invalid,
-                    Rejected::Older { .. } | Rejected::OtherPool { .. } => &self.turned.stale,
-                };
-                count.fetch_add(1, Ordering::Relaxed);
+                self.rejected.count(&reason);
                 warn!(%reason, "port-relationship table not accepted");
             }
         }
@@ -290,11 +329,11 @@ impl Backoff for WatchBackoff {
 #[must_use]
 pub fn follow_config_map(client: Client, namespace: &str, name: &str, copy: &Path) -> Follower {
     let (sender, current) = watch::channel(None);
-    let turned = Arc::new(Turned::default());
+    let rejected = RejectedTables::default();
     let mut judge = Judge {
         last_text: None,
         sender,
-        turned: turned.clone(),
+        rejected: rejected.clone(),
     };
     match std::fs::read_to_string(copy) {
         Ok(text) => judge.take(text),
@@ -322,7 +361,7 @@ pub fn follow_config_map(client: Client, namespace: &str, name: &str, copy: &Pat
     Follower {
         path: PathBuf::from(format!("ConfigMap {namespace}/{name}")),
         current,
-        turned,
+        rejected,
         task: task.abort_handle(),
         _watcher: None,
     }
@@ -397,9 +436,9 @@ mod tests {
             .unwrap();
     }
 
-    async fn counted(count: &AtomicU64) {
+    async fn counted(rejected: &RejectedTables, cause: &'static str) {
         let waiting = async {
-            while count.load(Ordering::Relaxed) == 0 {
+            while rejected.0.get_or_create(&Cause { cause }).get() == 0 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
@@ -411,16 +450,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("table.json");
         let follower = follow_file(&path).unwrap();
-        let (mut current, turned) = (follower.watch(), follower.turned());
+        let (mut current, rejected) = (follower.watch(), follower.rejected());
         write_table(&path, &table(1, "a")).unwrap();
         generation(&mut current, 1).await;
         std::fs::write(&path, "not a table").unwrap();
-        counted(&turned.invalid).await;
+        counted(&rejected, "invalid").await;
         std::fs::remove_file(&path).unwrap();
         write_table(&path, &table(3, "a")).unwrap();
         generation(&mut current, 3).await;
         write_table(&path, &table(2, "a")).unwrap();
-        counted(&turned.stale).await;
+        counted(&rejected, "older").await;
         generation(&mut current, 3).await;
     }
 

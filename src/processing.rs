@@ -132,7 +132,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     }
     let mut registry = Registry::default();
     admin::register_build_info(&mut registry);
-    let metrics = Arc::new(Metrics::new(&mut registry));
+    let metrics = Arc::new(Metrics::new(&mut registry, follower.rejected()));
     let agent = Agent::new(options.slot, recovering, metrics);
     registry.register_collector(Box::new(server::Live::new(&agent)));
     follow_table(&agent, &first);

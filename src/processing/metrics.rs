@@ -5,13 +5,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
+use crate::follow::RejectedTables;
 use crate::selection::v1::refused;
 
 /// Counters of one agent.
 pub struct Metrics {
     selections: Family<Outcome, Counter>,
-    /// Tables that were older, another pool's, or none.
-    pub rejected_tables: Counter,
+    /// Tables from the file and from connection servers.
+    pub rejected_tables: RejectedTables,
     /// Streams that were refused at their greeting.
     pub refused_greetings: Counter,
     /// Messages that are unknown or out of place.
@@ -24,12 +25,13 @@ struct Outcome {
 }
 
 impl Metrics {
-    /// Registers the counters in `registry`.
+    /// Registers the counters in `registry`; `rejected_tables` are those that
+    /// the follower of the table's file turns down.
     #[must_use]
-    pub fn new(registry: &mut Registry) -> Self {
+    pub fn new(registry: &mut Registry, rejected_tables: RejectedTables) -> Self {
         let metrics = Self {
             selections: Family::default(),
-            rejected_tables: Counter::default(),
+            rejected_tables,
             refused_greetings: Counter::default(),
             unexpected_messages: Counter::default(),
         };
@@ -38,11 +40,7 @@ impl Metrics {
             "Requests to select a port by outcome",
             metrics.selections.clone(),
         );
-        registry.register(
-            "portpool_rejected_tables",
-            "Port-relationship tables that were older, another pool's, or not valid",
-            metrics.rejected_tables.clone(),
-        );
+        metrics.rejected_tables.register(registry);
         registry.register(
             "portpool_refused_greetings",
             "Connection servers that were refused at their greeting",

@@ -111,8 +111,8 @@ impl Agent {
     pub fn follow(&self, text: &str) -> Result<(), Rejected> {
         let current = self.inner.lock().table.clone();
         let accepted = accept(current.as_deref(), text);
-        if accepted.is_err() {
-            self.metrics.rejected_tables.inc();
+        if let Err(reason) = &accepted {
+            self.metrics.rejected_tables.count(reason);
         }
         if let Some(table) = accepted? {
             let table = Arc::new(table.slice(self.slot));
