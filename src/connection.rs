@@ -23,6 +23,7 @@ mod http;
 pub mod load_sharing;
 pub mod metrics;
 pub mod policy;
+pub mod problem;
 pub mod reservations;
 pub mod sessions;
 
@@ -157,7 +158,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         first = follower.first() => first?,
         () = &mut shutdown => return Ok(()),
     };
-    let server = Server::start(&options, &first, follower.watch()).await?;
+    let server = Server::start(&options, &first, &follower).await?;
     shutdown.await;
     server
         .stop(Duration::from_secs(options.drain_seconds))
@@ -178,7 +179,7 @@ impl Server {
     async fn start(
         options: &Options,
         first: &Arc<Table>,
-        followed: watch::Receiver<Option<Arc<Table>>>,
+        follower: &follow::Follower,
     ) -> Result<Self, Error> {
         forward::check_open_files(first.connection_port_count())?;
         if let Some(overlap) = forward::ephemeral_overlap(first) {
@@ -187,6 +188,7 @@ impl Server {
         let listener = listen(options.listen, options.load_sharing_port)?;
         let mut registry = Registry::default();
         admin::register_build_info(&mut registry);
+        follower.rejected().register(&mut registry);
         let metrics = Arc::new(Metrics::new(&mut registry));
         let sessions = Arc::new(Sessions::default());
         let reservations = Arc::new(Reservations::default());
@@ -228,7 +230,7 @@ impl Server {
             agents.clone(),
         );
         server.tasks.spawn(keep_applying(
-            followed,
+            follower.watch(),
             in_use,
             parts,
             server.stopping.clone(),
@@ -237,7 +239,7 @@ impl Server {
             agents.clone(),
             reservations.clone(),
             sessions.clone(),
-            metrics,
+            metrics.clone(),
             table.clone(),
         );
         let api = Api {
@@ -245,6 +247,7 @@ impl Server {
             sessions,
             reservations,
             agents,
+            metrics,
             table,
             advertise: options.advertise.clone(),
         };

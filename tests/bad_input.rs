@@ -12,7 +12,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use common::{Pool, SOON};
+use common::{Pool, SOON, get, until_metric};
 use portpool::selection::PROTOCOL_VERSION;
 use portpool::selection::v1::refused::Cause;
 use portpool::selection::v1::selection_client::SelectionClient;
@@ -68,6 +68,14 @@ async fn requests_that_are_wrong_get_problem_details() {
         (json, r#"{"affinityKey":""}"#, 422, "1 to 128 bytes"),
         (json, &long, 422, "this one has 129"),
         (json, &huge, 413, "too-large"),
+        (json, &"[".repeat(8000), 422, "invalid-field"),
+        (
+            json,
+            r#"{"waitSeconds":1,"waitSeconds":2}"#,
+            422,
+            "duplicate field",
+        ),
+        (json, "\u{feff}{}", 400, "malformed"),
         ("text/plain", "{}", 415, "application/json"),
     ];
     for (content_type, body, status, words) in cases {
@@ -80,12 +88,20 @@ async fn requests_that_are_wrong_get_problem_details() {
             answer.contains("application/problem+json") && answer.contains(words),
             "{body:.60}: {answer}"
         );
+        assert!(is_documented("/v1/sessions", "post", status), "{status}");
     }
+    assert!(is_documented("/v1/sessions/{id}", "get", 404));
+    assert!(is_documented("/v1/sessions/{id}", "delete", 404));
     for (line, status) in [
         ("GET /v1/sessions/none", 404),
+        ("GET /v1/sessions/%ff", 404),
         ("DELETE /v1/sessions/none", 404),
+        ("DELETE /v1/sessions/%ff", 404),
+        ("GET /v1/sessions/", 404),
         ("GET /none", 404),
         ("PUT /v1/pool", 405),
+        ("GET /v1/sessions", 405),
+        ("POST /openapi.json", 405),
     ] {
         let answer = raw(
             &pool,
@@ -96,6 +112,103 @@ async fn requests_that_are_wrong_get_problem_details() {
             "{line}: {answer}"
         );
     }
+    pool.request().await.unwrap();
+    let metrics = get(pool.connection_address(0), 7701, "/metrics");
+    for cause in [
+        "malformed",
+        "invalid-field",
+        "unknown-port",
+        "too-large",
+        "not-json",
+        "no-session",
+        "not-found",
+        "method-not-allowed",
+    ] {
+        let line = format!("portpool_requests_refused_total{{cause=\"{cause}\"}}");
+        assert!(metrics.contains(&line), "{line}: {metrics}");
+    }
+    assert!(metrics.contains("portpool_allocations_total{outcome=\"unknown-port\"} 1"));
+    for word in ["SCTP", "other", "kkkk", "none\""] {
+        let labels = metrics.lines().filter(|line| !line.contains("other_pool"));
+        let found: Vec<&str> = labels.filter(|line| line.contains(word)).collect();
+        assert!(found.is_empty(), "a client chose {found:?}");
+    }
+}
+
+/// Whether the OpenAPI document has this answer.
+fn is_documented(path: &str, method: &str, status: u16) -> bool {
+    let document = portpool::connection::api::openapi().to_json().unwrap();
+    let document: serde_json::Value = serde_json::from_str(&document).unwrap();
+    document["paths"][path][method]["responses"]
+        .get(status.to_string())
+        .is_some()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_well_formed_http_is_refused() {
+    let pool = Pool::running(1, |_| {}).await;
+    let post = "POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
+    let headers: String = (0..200).map(|index| format!("h{index}: v\r\n")).collect();
+    let cases = [
+        // Ways to have a proxy and us disagree on where a request ends.
+        (
+            format!("{post}content-length: 2\r\ncontent-length: 3\r\n\r\n{{}}"),
+            400,
+        ),
+        (format!("{post}content-length: -1\r\n\r\n{{}}"), 400),
+        (format!("{post}content-length : 2\r\n\r\n{{}}"), 400),
+        (
+            format!("{post}transfer-encoding: xchunked\r\n\r\n0\r\n\r\n"),
+            400,
+        ),
+        (
+            format!("{post}transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
+            400,
+        ),
+        (
+            format!("{post}transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n{{}}"),
+            400,
+        ),
+        (
+            "POST /v1/sessions HTTP/1.0\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            "GET /v1/pool HTTP/1.1\r\nhost: x\r\na: b\r\n c\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            "GET /v1/pool HTTP/1.1\r\nconnection: close\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            "GET /v1/pool HTTP/1.1\r\nhost: x\r\nhost: y\r\nconnection: close\r\n\r\n".to_owned(),
+            400,
+        ),
+        (
+            format!("GET /v1/pool HTTP/1.1\r\nhost: x\r\n{headers}\r\n"),
+            431,
+        ),
+        // A body that says that it is too large is not waited for.
+        (
+            format!("{post}connection: close\r\ncontent-length: 9000\r\n\r\n{{"),
+            413,
+        ),
+    ];
+    for (request, status) in cases {
+        let started = Instant::now();
+        let answer = raw(&pool, request.as_bytes());
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{request:.200}: {answer}"
+        );
+        assert!(started.elapsed() < Duration::from_secs(4), "{request:.200}");
+    }
+    until_metric(
+        pool.connection_address(0),
+        7701,
+        "portpool_requests_refused_total{cause=\"no-host\"} 2",
+    );
     // Not HTTP: whatever is said, the connection ends and the server goes on.
     raw(&pool, b"\x16\x03\x01 this is not HTTP\r\n\r\n");
     let header = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "x".repeat(64 * 1024));
@@ -215,11 +328,15 @@ async fn greetings_that_are_wrong_are_refused() {
         assert!(refused.message().contains(words), "{refused}");
     }
     assert!(stream(&pool, vec![hello(&pool, |_| {})]).await.is_ok());
+    let shows = |line: &str| until_metric(pool.server_address(0), 7071, line);
+    shows("portpool_refused_greetings_total 8");
+    shows("portpool_tables_rejected_total{cause=\"other_pool\"} 1");
+    shows("portpool_tables_rejected_total{cause=\"invalid\"} 1");
 }
 
 #[tokio::test]
 async fn selections_that_are_wrong_are_refused() {
-    let mut pool = Pool::new(1, |_| {});
+    let mut pool = Pool::new(1, |table| table.generation = 2);
     pool.start_workload(0);
     pool.start_agent(0);
     let (sender, mut incoming) = stream(&pool, vec![hello(&pool, |_| {})]).await.unwrap();
@@ -313,16 +430,23 @@ async fn selections_that_are_wrong_are_refused() {
     }
     let expected: Vec<_> = (1..).zip(cases.iter().map(|(_, cause)| *cause)).collect();
     assert_eq!(answers, expected);
-    // An older table changes nothing.
-    let mut older = pool.table.clone();
-    older.rows.clear();
-    let table = older.encode().unwrap();
-    sender
-        .send(message(to_agent::Message::TableUpdate(v1::TableUpdate {
-            table,
-        })))
-        .await
-        .unwrap();
+    // Tables that do not count, messages out of place, and a port of nobody.
+    let update = |change: fn(&mut portpool::table::Table)| {
+        let mut table = pool.table.clone();
+        table.rows.clear();
+        change(&mut table);
+        let table = table.encode().unwrap();
+        message(to_agent::Message::TableUpdate(v1::TableUpdate { table }))
+    };
+    for wrong in [
+        update(|table| table.generation = 1),
+        update(|table| (table.generation, table.pool_uid) = (9, "other".to_owned())),
+        message(to_agent::Message::TableUpdate(v1::TableUpdate::default())),
+        hello(&pool, |_| {}),
+        ToAgent { message: None },
+    ] {
+        sender.send(wrong).await.unwrap();
+    }
     let lookup = v1::Lookup {
         request_id: 7,
         connection_port: 70_000,
@@ -339,4 +463,22 @@ async fn selections_that_are_wrong_are_refused() {
             break;
         }
     }
+    let shows = |line: &str| until_metric(pool.server_address(0), 7071, line);
+    for (outcome, count) in [
+        ("SELECTED", 2),
+        ("DUPLICATE_ID", 1),
+        ("MALFORMED", 4),
+        ("UNKNOWN_PORT", 1),
+        ("KEY_REUSED", 1),
+    ] {
+        shows(&format!(
+            "portpool_selections_total{{outcome=\"{outcome}\"}} {count}"
+        ));
+    }
+    for cause in ["older", "other_pool", "invalid"] {
+        shows(&format!(
+            "portpool_tables_rejected_total{{cause=\"{cause}\"}} 1"
+        ));
+    }
+    shows("portpool_unexpected_messages_total 2");
 }

@@ -120,8 +120,16 @@ impl Allocation {
         client: IpAddr,
     ) -> Result<Allocated, Refusal> {
         let started = Instant::now();
-        let wanted = self.want(request, client)?;
-        let result = match wanted.idempotency_key.clone() {
+        let result = match self.want(request, client) {
+            Ok(wanted) => self.get(wanted).await,
+            Err(refusal) => Err(refusal),
+        };
+        self.metrics.allocated(&result, started.elapsed());
+        result
+    }
+
+    async fn get(self: &Arc<Self>, wanted: Wanted) -> Result<Allocated, Refusal> {
+        match wanted.idempotency_key.clone() {
             None => self.select(&wanted).await,
             // On its own task, so that a client that hangs up and asks again
             // finds the session that its first request was getting.
@@ -131,9 +139,7 @@ impl Allocation {
                 let task = tokio::spawn(task.instrument(info_span!("request")));
                 task.await.unwrap_or(Err(Refusal::ShuttingDown))
             }
-        };
-        self.metrics.allocated(&result, started.elapsed());
-        result
+        }
     }
 
     fn want(&self, request: SessionRequest, client: IpAddr) -> Result<Wanted, Refusal> {

@@ -8,19 +8,23 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
+use axum::body::{Body, HttpBody};
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Extension, Path, State};
-use axum::http::{HeaderMap, Request, StatusCode, header};
+use axum::http::{HeaderMap, Request, StatusCode, Version, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::agents::Agents;
-use super::allocation::{Allocation, Refusal};
+use super::allocation::Allocation;
+use super::metrics::Metrics;
+use super::problem::{ProblemName, Refused};
 use super::reservations::Reservations;
 use super::sessions::{Sessions, canonical};
 use crate::pool::PortProtocol;
@@ -33,10 +37,10 @@ use crate::table::Table;
 
 /// Largest request body in bytes: keys of 128 bytes and names, with room for
 /// escapes.
-const MAX_BODY_BYTES: usize = 8 * 1024;
+pub(super) const MAX_BODY_BYTES: usize = 8 * 1024;
 
 /// How long a body may take to arrive.
-const BODY_DEADLINE: Duration = Duration::from_secs(5);
+pub(super) const BODY_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What handlers need.
 pub struct Api {
@@ -48,6 +52,8 @@ pub struct Api {
     pub reservations: Arc<Reservations>,
     /// Carries out releases.
     pub agents: Arc<Agents>,
+    /// Counts refusals.
+    pub metrics: Arc<Metrics>,
     /// The table in use.
     pub table: watch::Receiver<Arc<Table>>,
     /// Address that clients are told where the table has none.
@@ -67,36 +73,39 @@ pub struct Ends {
 #[derive(OpenApi)]
 #[openapi(info(
     title = "portpool load sharing",
-    description = "Ask for a session, connect to the port you are told. Errors are problem details (RFC 9457)."
+    description = "Ask for a session, connect to the port you are told. Refusals are problem details (RFC 9457), also those that no path lists: 404 for another path, 405 with `allow` for another method, 400 for HTTP/1.1 without one Host field. What is not well-formed HTTP gets 400, a head of more than 100 fields or 16 KiB 431, without a body. A connection whose first request, or next head, takes longer than 30 s is closed."
 ))]
 struct Document;
 
 /// The API's routes.
 pub fn router(api: Arc<Api>) -> Router {
-    let (router, document) = documented();
-    let document = Arc::new(document);
+    let (router, _) = documented();
+    let metrics = api.metrics.clone();
     router
         .with_state(api)
-        .route(
-            "/openapi.json",
-            axum::routing::get(move || async move { Json((*document).clone()) }),
-        )
-        .fallback(|| async {
-            problem(
-                StatusCode::NOT_FOUND,
-                "not-found",
-                "No such resource",
-                "see /openapi.json for what there is",
-            )
-        })
-        .method_not_allowed_fallback(|| async {
-            problem(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method-not-allowed",
-                "Method not allowed",
-                "see /openapi.json for what there is",
-            )
-        })
+        .fallback(|| async { Refused::NotFound })
+        .method_not_allowed_fallback(|| async { Refused::MethodNotAllowed })
+        .layer(middleware::from_fn_with_state(metrics, count_refusals))
+}
+
+/// Answers what is not even a request, and counts problems.
+async fn count_refusals(
+    State(metrics): State<Arc<Metrics>>,
+    request: Request<Body>,
+    next: Next,
+) -> Response {
+    // RFC 9112, section 3.2: a server must answer 400 then. An HTTP library
+    // leaves that to us.
+    let hosts = request.headers().get_all(header::HOST).iter().count();
+    let response = if request.version() == Version::HTTP_11 && hosts != 1 {
+        Refused::NoHost.into_response()
+    } else {
+        next.run(request).await
+    };
+    if let Some(ProblemName(cause)) = response.extensions().get() {
+        metrics.request_refused(cause);
+    }
+    response
 }
 
 /// The OpenAPI document, as served at `/openapi.json`.
@@ -110,6 +119,7 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         .routes(routes!(create_session))
         .routes(routes!(get_session, delete_session))
         .routes(routes!(get_pool))
+        .routes(routes!(get_openapi))
         .split_for_parts()
 }
 
@@ -133,27 +143,20 @@ async fn create_session(
     State(api): State<Arc<Api>>,
     Extension(ends): Extension<Ends>,
     request: Request<Body>,
-) -> Response {
+) -> Result<Response, Refused> {
     let (head, body) = request.into_parts();
-    let request = match read_request(&head.headers, body).await {
-        Ok(request) => request,
-        Err(response) => return response,
-    };
+    let request = read_request(&head.headers, body).await?;
     let address = reached_by(&head.uri, &head.headers, ends.local.ip());
     let client = canonical(ends.client.ip());
-    match api.allocation.allocate(request, client).await {
-        Ok((slot, session)) => {
-            let session = api.describe(slot, &session, &address);
-            let location = format!("/v1/sessions/{}", session.id);
-            (
-                StatusCode::CREATED,
-                [(header::LOCATION, location)],
-                Json(session),
-            )
-                .into_response()
-        }
-        Err(refusal) => refused(&refusal),
-    }
+    let (slot, session) = api.allocation.allocate(request, client).await?;
+    let session = api.describe(slot, &session, &address);
+    let location = format!("/v1/sessions/{}", session.id);
+    let created = (
+        StatusCode::CREATED,
+        [(header::LOCATION, location)],
+        Json(session),
+    );
+    Ok(created.into_response())
 }
 
 /// A live session.
@@ -169,14 +172,15 @@ async fn create_session(
 async fn get_session(
     State(api): State<Arc<Api>>,
     Extension(ends): Extension<Ends>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
     request: Request<Body>,
-) -> Response {
-    let Some((slot, session)) = api.sessions.get(&id) else {
-        return no_session();
-    };
+) -> Result<Json<Session>, Refused> {
+    let (slot, session) = id
+        .ok()
+        .and_then(|Path(id)| api.sessions.get(&id))
+        .ok_or(Refused::NoSession)?;
     let address = reached_by(request.uri(), request.headers(), ends.local.ip());
-    Json(api.describe(slot, &session, &address)).into_response()
+    Ok(Json(api.describe(slot, &session, &address)))
 }
 
 /// Give a session back: its connections are cut and its port becomes free.
@@ -190,26 +194,29 @@ async fn get_session(
         (status = 503, description = "Its processing server is out of reach", body = Problem, content_type = "application/problem+json"),
     )
 )]
-async fn delete_session(State(api): State<Arc<Api>>, Path(id): Path<String>) -> Response {
-    match api.sessions.release(&id) {
-        None => no_session(),
-        Some(Err(_)) => problem(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "server-out-of-reach",
-            "Processing server out of reach",
-            "the session's processing server is not attached now; try again in a second",
-        ),
-        Some(Ok(action)) => {
-            api.agents.carry_out(action);
-            StatusCode::NO_CONTENT.into_response()
-        }
-    }
+async fn delete_session(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<StatusCode, Refused> {
+    let action = id
+        .ok()
+        .and_then(|Path(id)| api.sessions.release(&id))
+        .ok_or(Refused::NoSession)?
+        .map_err(|()| Refused::OutOfReach)?;
+    api.agents.carry_out(action);
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Live state of the pool: servers, ports and sessions.
 #[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolState)))]
 async fn get_pool(State(api): State<Arc<Api>>) -> Json<PoolState> {
     Json(api.pool_state())
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "OpenAPI")))]
+async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi())
 }
 
 impl Api {
@@ -305,37 +312,20 @@ fn reached_by(uri: &http::Uri, headers: &HeaderMap, local: IpAddr) -> String {
 }
 
 /// Reads and checks the request information.
-async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest, Response> {
+async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest, Refused> {
+    // One that says so is not read at all.
+    if body.size_hint().lower() > MAX_BODY_BYTES as u64 {
+        return Err(Refused::TooLarge);
+    }
     let body = Limited::new(body, MAX_BODY_BYTES).collect();
-    let body = match tokio::time::timeout(BODY_DEADLINE, body).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
-            let detail = format!("the body must not exceed {MAX_BODY_BYTES} bytes");
-            return Err(problem(
-                StatusCode::PAYLOAD_TOO_LARGE,
-                "too-large",
-                "Body too large",
-                &detail,
-            ));
-        }
-        Ok(Err(_)) => {
-            return Err(problem(
-                StatusCode::BAD_REQUEST,
-                "malformed",
-                "Malformed body",
-                "the body broke off",
-            ));
-        }
-        Err(_) => {
-            let detail = format!("the body must arrive within {} s", BODY_DEADLINE.as_secs());
-            return Err(problem(
-                StatusCode::REQUEST_TIMEOUT,
-                "too-slow",
-                "Body too slow",
-                &detail,
-            ));
-        }
-    };
+    let body = tokio::time::timeout(BODY_DEADLINE, body)
+        .await
+        .map_err(|_| Refused::TooSlow)?
+        .map_err(|error| match error.is::<LengthLimitError>() {
+            true => Refused::TooLarge,
+            false => Refused::BrokenOff,
+        })?
+        .to_bytes();
     if body.is_empty() {
         return Ok(SessionRequest::default());
     }
@@ -346,39 +336,14 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
         .and_then(|value| value.split(';').next())
         .unwrap_or_default();
     if !media_type.trim().eq_ignore_ascii_case("application/json") {
-        let detail = "send the body with content-type: application/json";
-        return Err(problem(
-            StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            "not-json",
-            "Unsupported media type",
-            detail,
-        ));
+        return Err(Refused::NotJson);
     }
-    let request: SessionRequest = serde_json::from_slice(&body).map_err(|error| {
-        if error.is_data() {
-            problem(
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "invalid-field",
-                "Invalid field",
-                &error.to_string(),
-            )
-        } else {
-            problem(
-                StatusCode::BAD_REQUEST,
-                "malformed",
-                "Malformed JSON",
-                &error.to_string(),
-            )
-        }
-    })?;
-    check(&request).map_err(|detail| {
-        problem(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "invalid-field",
-            "Invalid field",
-            &detail,
-        )
-    })?;
+    let request: SessionRequest =
+        serde_json::from_slice(&body).map_err(|error| match error.is_data() {
+            true => Refused::InvalidField(error.to_string()),
+            false => Refused::Malformed(error),
+        })?;
+    check(&request).map_err(Refused::InvalidField)?;
     Ok(request)
 }
 
@@ -402,43 +367,4 @@ fn check(request: &SessionRequest) -> Result<(), String> {
         return Err(format!("waitSeconds must not exceed {MAX_WAIT_SECONDS}"));
     }
     Ok(())
-}
-
-fn refused(refusal: &Refusal) -> Response {
-    let (status, title) = match refusal {
-        Refusal::NoFreePort => (StatusCode::SERVICE_UNAVAILABLE, "No free port"),
-        Refusal::NoServer => (StatusCode::SERVICE_UNAVAILABLE, "No processing server"),
-        Refusal::QueueFull => (StatusCode::SERVICE_UNAVAILABLE, "Queue full"),
-        Refusal::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "Shutting down"),
-        Refusal::UnknownPort(_) => (StatusCode::UNPROCESSABLE_ENTITY, "Unknown port"),
-        Refusal::KeyReused => (StatusCode::UNPROCESSABLE_ENTITY, "Idempotency key reused"),
-    };
-    let mut response = problem(status, refusal.name(), title, &refusal.to_string());
-    if status == StatusCode::SERVICE_UNAVAILABLE {
-        response
-            .headers_mut()
-            .insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
-    }
-    response
-}
-
-fn no_session() -> Response {
-    let detail = "no live session has this id; it may be over";
-    problem(
-        StatusCode::NOT_FOUND,
-        "no-session",
-        "No such session",
-        detail,
-    )
-}
-
-fn problem(status: StatusCode, name: &str, title: &str, detail: &str) -> Response {
-    let problem = Problem {
-        kind: format!("urn:portpool:problem:{name}"),
-        title: title.to_owned(),
-        status: status.as_u16(),
-        detail: detail.to_owned(),
-    };
-    let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
-    (status, content_type, Json(problem)).into_response()
 }

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -47,8 +48,7 @@ pub async fn serve(
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
-        .max_buf_size(HEAD_BYTES)
-        .pipeline_flush(true);
+        .max_buf_size(HEAD_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -74,14 +74,18 @@ pub async fn serve(
                 continue;
             }
         };
-        let Some(service) = service(&stream, &router) else {
+        let has_asked = Arc::new(AtomicBool::new(false));
+        let Some(service) = service(&stream, &router, has_asked.clone()) else {
             continue;
         };
         let connection = builder.serve_connection(TokioIo::new(stream), service);
         let connection = graceful.watch(connection.into_owned());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "connection to the load-sharing port broke");
+            tokio::select! {
+                served = connection => if let Err(error) = served {
+                    debug!(%error, "connection to the load-sharing port broke");
+                },
+                () = silent(&has_asked) => debug!("connection to the load-sharing port sent no request in time"),
             }
             drop(permit);
         });
@@ -95,10 +99,21 @@ pub async fn serve(
     }
 }
 
-/// The router as a service of this connection; `None` when it is gone already.
+/// Completes when the first request has not come in time. The builder's own
+/// deadline begins only once it knows the HTTP version from the first bytes.
+async fn silent(has_asked: &AtomicBool) {
+    tokio::time::sleep(HEAD_DEADLINE).await;
+    if has_asked.load(Ordering::Relaxed) {
+        std::future::pending().await
+    }
+}
+
+/// The router as a service of this connection, which notes that a request came
+/// in `has_asked`; `None` when the connection is gone already.
 fn service(
     stream: &TcpStream,
     router: &Router,
+    has_asked: Arc<AtomicBool>,
 ) -> Option<
     impl hyper::service::Service<
         http::Request<hyper::body::Incoming>,
@@ -117,9 +132,37 @@ fn service(
     let router = router.clone();
     Some(hyper::service::service_fn(
         move |request: http::Request<hyper::body::Incoming>| {
+            has_asked.store(true, Ordering::Relaxed);
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(ends);
             router.clone().oneshot(request)
         },
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_does_not_come_to_a_request_is_ended() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let forever = std::future::pending();
+        tokio::spawn(serve(listener, Router::new(), forever, Duration::ZERO));
+        for sent in ["", "PRI * HTTP/2", "GET / HT", "GET / HTTP/1.1\r\nhost"] {
+            let started = Instant::now();
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(sent.as_bytes()).await.unwrap();
+            let mut answer = String::new();
+            // A reset ends it too.
+            let _ = stream.read_to_string(&mut answer).await;
+            let took = started.elapsed();
+            assert!(took <= 2 * HEAD_DEADLINE, "{sent:?} for {took:?}");
+            assert!(took >= HEAD_DEADLINE, "{sent:?} for {took:?}");
+        }
+    }
 }

@@ -28,6 +28,7 @@ pub struct Metrics {
     allocation_seconds: Histogram,
     not_selected: Family<Cause, Counter>,
     ended: Family<Cause, Counter>,
+    requests_refused: Family<Cause, Counter>,
     /// Messages from agents that this version does not know.
     pub unknown_messages: Counter,
 }
@@ -68,6 +69,7 @@ impl Metrics {
             allocation_seconds: Histogram::new(buckets),
             not_selected: Family::default(),
             ended: Family::default(),
+            requests_refused: Family::default(),
             unknown_messages: Counter::default(),
         };
         registry.register(
@@ -92,6 +94,11 @@ impl Metrics {
             metrics.ended.clone(),
         );
         registry.register(
+            "portpool_requests_refused",
+            "Requests to the load-sharing port that got a problem, by its name",
+            metrics.requests_refused.clone(),
+        );
+        registry.register(
             "portpool_unknown_messages",
             "Messages from agents that this version does not know",
             metrics.unknown_messages.clone(),
@@ -114,6 +121,12 @@ impl Metrics {
             SelectError::Detached => "DETACHED",
         });
         self.not_selected.get_or_create(&Cause { cause }).inc();
+    }
+
+    /// A request got the problem named `cause`.
+    pub fn request_refused(&self, cause: &'static str) {
+        let cause = Name(cause);
+        self.requests_refused.get_or_create(&Cause { cause }).inc();
     }
 
     /// An agent ended a session.
@@ -192,12 +205,15 @@ impl Collector for Live {
         if let Some(forwarder) = self.forwarder.upgrade() {
             encode_live(&mut encoder, forwarder.live())?;
         }
-        gauge(
-            &mut encoder,
+        let mut family = encoder.encode_descriptor(
             "portpool_sessions",
-            "Live sessions",
-            sessions.live_count(),
+            "Live sessions by state",
+            None,
+            MetricType::Gauge,
         )?;
+        for (state, count) in sessions.count_by_state() {
+            ConstGauge::new(count).encode(family.encode_family(&[("state", state)])?)?;
+        }
         gauge(
             &mut encoder,
             "portpool_sessions_open",

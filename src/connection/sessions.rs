@@ -398,10 +398,20 @@ impl Sessions {
         self.get(&id)
     }
 
-    /// Number of live sessions.
+    /// Number of live sessions by state, as their agents told last.
     #[must_use]
-    pub fn live_count(&self) -> usize {
-        self.inner.read().live.len()
+    pub fn count_by_state(&self) -> [(&'static str, i64); 3] {
+        use v1::session::State;
+        let mut counts = [("held", 0), ("busy", 0), ("lingering", 0)];
+        for live in self.inner.read().live.values() {
+            let index = match live.session.state() {
+                State::Held | State::Unspecified => 0,
+                State::Busy => 1,
+                State::Lingering => 2,
+            };
+            counts[index].1 += 1;
+        }
+        counts
     }
 
     /// Number of live sessions with connections here.

@@ -59,6 +59,10 @@ impl Process {
     }
 
     pub fn start_with(arguments: &[String], environment: &[(&str, &str)]) -> Self {
+        Self::spawn(arguments, environment, Stdio::inherit())
+    }
+
+    pub fn spawn(arguments: &[String], environment: &[(&str, &str)], log_to: Stdio) -> Self {
         let log = std::env::var("PORTPOOL_TEST_LOG")
             .unwrap_or_else(|_| "warn,kube_client=error".to_owned());
         let child = Command::new(env!("CARGO_BIN_EXE_portpool"))
@@ -66,6 +70,7 @@ impl Process {
             .env("PORTPOOL_LOG", log)
             .envs(environment.iter().copied())
             .stdin(Stdio::null())
+            .stderr(log_to)
             .spawn()
             .unwrap();
         Self(child)
@@ -225,13 +230,29 @@ impl Pool {
     }
 
     pub fn start_connection_server(&mut self, index: u32) {
+        let arguments = self.connection_server_arguments(index);
+        self.connection_servers.push(Process::start(&arguments));
+    }
+
+    fn connection_server_arguments(&self, index: u32) -> Vec<String> {
         let address = self.connection_address(index);
-        self.connection_servers.push(Process::start(&[
+        vec![
             "connection-server".to_owned(),
             format!("--table={}", self.table_file().display()),
             format!("--listen={address}"),
             format!("--admin={address}:7701"),
-        ]));
+        ]
+    }
+
+    /// Starts one with its log, at info, in the file that is returned.
+    pub fn start_logging_connection_server(&mut self, index: u32, format: &str) -> PathBuf {
+        let mut arguments = self.connection_server_arguments(index);
+        arguments.push(format!("--log-format={format}"));
+        let path = self.folder.path().join(format!("log-{index}"));
+        let file = std::fs::File::create(&path).unwrap();
+        let process = Process::spawn(&arguments, &[("PORTPOOL_LOG", "info")], file.into());
+        self.connection_servers.push(process);
+        path
     }
 
     pub fn client(&self) -> Client {
@@ -272,6 +293,29 @@ pub fn connect(session: &Session) -> TcpStream {
     let stream = TcpStream::connect((session.address.as_str(), session.port)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream
+}
+
+/// `GET path` on an admin port or a load-sharing port: the whole answer.
+pub fn get(address: IpAddr, port: u16, path: &str) -> String {
+    let mut stream = TcpStream::connect((address, port)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// Waits until the metrics of the admin port have `line`.
+pub fn until_metric(address: IpAddr, port: u16, line: &str) {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let metrics = get(address, port, "/metrics");
+        if metrics.lines().any(|found| found == line) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no {line}: {metrics}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Sends a message and expects it back.

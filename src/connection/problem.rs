@@ -1,0 +1,117 @@
+//! What the load-sharing port refuses, as RFC 9457 problem details.
+
+use axum::Json;
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+
+use super::allocation::Refusal;
+use super::api::{BODY_DEADLINE, MAX_BODY_BYTES};
+use crate::session::Problem;
+
+/// Why a request is refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Refused {
+    /// The body is too large.
+    #[error("the body must not exceed {MAX_BODY_BYTES} bytes")]
+    TooLarge,
+    /// The body did not arrive in time.
+    #[error("the body must arrive within {} s", BODY_DEADLINE.as_secs())]
+    TooSlow,
+    /// The body broke off.
+    #[error("the body broke off")]
+    BrokenOff,
+    /// The body is of another media type.
+    #[error("send the body with content-type: application/json")]
+    NotJson,
+    /// The body is not JSON.
+    #[error("{0}")]
+    Malformed(serde_json::Error),
+    /// A field is wrong.
+    #[error("{0}")]
+    InvalidField(String),
+    /// HTTP/1.1 without a Host field, or with more than one.
+    #[error("HTTP/1.1 needs one Host field")]
+    NoHost,
+    /// No live session has that id.
+    #[error("no live session has this id; it may be over")]
+    NoSession,
+    /// The session's agent is not attached.
+    #[error("the session's processing server is not attached now; try again in a second")]
+    OutOfReach,
+    /// No such path.
+    #[error("see /openapi.json for what there is")]
+    NotFound,
+    /// The path has other methods.
+    #[error("see /openapi.json for what there is")]
+    MethodNotAllowed,
+    /// The request was right, but gets no session.
+    #[error(transparent)]
+    Allocation(#[from] Refusal),
+}
+
+/// The static name of the problem in a response, for the metrics.
+#[derive(Clone, Copy, Debug)]
+pub struct ProblemName(pub &'static str);
+
+impl Refused {
+    /// Status, static name and title.
+    fn kind(&self) -> (StatusCode, &'static str, &'static str) {
+        use StatusCode as Code;
+        match self {
+            Self::TooLarge => (Code::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
+            Self::TooSlow => (Code::REQUEST_TIMEOUT, "too-slow", "Body too slow"),
+            Self::BrokenOff => (Code::BAD_REQUEST, "malformed", "Malformed body"),
+            Self::NotJson => (
+                Code::UNSUPPORTED_MEDIA_TYPE,
+                "not-json",
+                "Unsupported media type",
+            ),
+            Self::Malformed(_) => (Code::BAD_REQUEST, "malformed", "Malformed JSON"),
+            Self::InvalidField(_) => (Code::UNPROCESSABLE_ENTITY, "invalid-field", "Invalid field"),
+            Self::NoHost => (Code::BAD_REQUEST, "no-host", "Host missing"),
+            Self::NoSession => (Code::NOT_FOUND, "no-session", "No such session"),
+            Self::OutOfReach => (
+                Code::SERVICE_UNAVAILABLE,
+                "server-out-of-reach",
+                "Processing server out of reach",
+            ),
+            Self::NotFound => (Code::NOT_FOUND, "not-found", "No such resource"),
+            Self::MethodNotAllowed => (
+                Code::METHOD_NOT_ALLOWED,
+                "method-not-allowed",
+                "Method not allowed",
+            ),
+            Self::Allocation(refusal) => {
+                let (status, title) = match refusal {
+                    Refusal::NoFreePort => (Code::SERVICE_UNAVAILABLE, "No free port"),
+                    Refusal::NoServer => (Code::SERVICE_UNAVAILABLE, "No processing server"),
+                    Refusal::QueueFull => (Code::SERVICE_UNAVAILABLE, "Queue full"),
+                    Refusal::ShuttingDown => (Code::SERVICE_UNAVAILABLE, "Shutting down"),
+                    Refusal::UnknownPort(_) => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),
+                    Refusal::KeyReused => (Code::UNPROCESSABLE_ENTITY, "Idempotency key reused"),
+                };
+                (status, refusal.name(), title)
+            }
+        }
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let (status, name, title) = self.kind();
+        let problem = Problem {
+            kind: format!("urn:portpool:problem:{name}"),
+            title: title.to_owned(),
+            status: status.as_u16(),
+            detail: self.to_string(),
+        };
+        let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
+        let mut response = (status, content_type, Json(problem)).into_response();
+        response.extensions_mut().insert(ProblemName(name));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            let soon = header::HeaderValue::from_static("1");
+            response.headers_mut().insert(header::RETRY_AFTER, soon);
+        }
+        response
+    }
+}
