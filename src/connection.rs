@@ -8,11 +8,13 @@
 //! client ─bytes→ forward ⇄ processing server       forward ─admit?→ sessions
 //! ```
 //!
-//! - `api`, `http`: the load-sharing port; `allocation`: from request to session;
+//! - `api`, `http`, `problem`: the load-sharing port; `allocation`: from request
+//!   to session;
 //! - `policy`, `load_sharing`: pure: who gets a request, who waits;
 //!   `reservations` shares them between requests;
 //! - `agents`: one stream of the selection protocol per processing server;
-//! - `sessions`: what agents told, and the gate of the data plane;
+//! - `sessions`: what agents told, and the gate of the data plane; `trace`:
+//!   what is logged of a session;
 //! - `forward`: the data plane, on its own threads.
 
 pub mod agents;
@@ -26,6 +28,7 @@ pub mod policy;
 pub mod problem;
 pub mod reservations;
 pub mod sessions;
+pub mod trace;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;

@@ -46,10 +46,13 @@ fn main() -> ExitCode {
         return local::supervise::run_program(options);
     }
     local::supervise::die_with_parent();
-    if let Err(error) = telemetry::init(&cli.telemetry) {
-        eprintln!("error: --log {:?}: {error}", cli.telemetry.log);
-        return ExitCode::from(EXIT_BAD_INPUT);
-    }
+    let _logs = match telemetry::init(&cli.telemetry) {
+        Ok(logs) => logs,
+        Err(error) => {
+            eprintln!("error: --log {:?}: {error}", cli.telemetry.log);
+            return ExitCode::from(EXIT_BAD_INPUT);
+        }
+    };
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

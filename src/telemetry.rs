@@ -1,7 +1,11 @@
 //! Structured logs to standard error.
+//!
+//! A thread of their own writes them: a reader of the log that stands still
+//! must not hold up connections. What does not fit into its queue is dropped.
 
 use std::io::IsTerminal;
 
+use tracing_appender::non_blocking::{NonBlocking, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// How logs are written.
@@ -37,19 +41,21 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging.
+/// Starts logging; what is queued is written when the result is dropped.
 ///
 /// # Errors
 /// When the filter is not one, naming the part.
-pub fn init(options: &Options) -> Result<(), tracing_subscriber::filter::ParseError> {
+pub fn init(options: &Options) -> Result<WorkerGuard, tracing_subscriber::filter::ParseError> {
     let filter = EnvFilter::builder().parse(&options.log)?;
+    let (writer, guard) = NonBlocking::new(std::io::stderr());
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal());
     match options.log_format {
         LogFormat::Text => logs.init(),
-        LogFormat::Json => logs.json().init(),
+        // Spans do not nest here: the innermost says it all.
+        LogFormat::Json => logs.json().with_span_list(false).init(),
     }
-    Ok(())
+    Ok(guard)
 }

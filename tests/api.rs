@@ -7,27 +7,21 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::io::Read;
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::time::Instant;
 
 use bytes::Bytes;
-use common::{Pool, connect, echo};
+use common::{Pool, SOON, connect, echo, get, until_metric};
 use http::{Request, Version};
 use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client as HttpClient;
 use hyper_util::rt::TokioExecutor;
 use portpool::client::Client;
+use portpool::follow::write_table;
 use portpool::session::{Session, SessionRequest};
 use portpool::table::Table;
-
-fn get(address: IpAddr, port: u16, path: &str) -> String {
-    let mut stream = TcpStream::connect((address, port)).unwrap();
-    stream.set_read_timeout(Some(common::SOON)).unwrap();
-    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    answer
-}
 
 #[tokio::test]
 async fn http_2_is_spoken_too() {
@@ -122,4 +116,138 @@ async fn a_lost_answer_costs_no_port() {
         .await;
     let mut stream = TcpStream::connect((pool.connection_address(0), session.port)).unwrap();
     echo(&mut stream, "served");
+}
+
+#[tokio::test]
+async fn sessions_and_ports_are_shown_by_state() {
+    let pool = Pool::running(1, |_| {}).await;
+    let shows = |line: &str| until_metric(pool.connection_address(0), 7701, line);
+    let (_held, busy) = (pool.request().await.unwrap(), pool.request().await.unwrap());
+    let mut stream = connect(&busy);
+    echo(&mut stream, "busy");
+    for state in ["held", "busy"] {
+        shows(&format!("portpool_sessions{{state=\"{state}\"}} 1"));
+        shows(&format!("portpool_ports{{state=\"{state}\"}} 1"));
+    }
+    shows("portpool_ports{state=\"free\"} 2");
+    shows("portpool_allocations_total{outcome=\"allocated\"} 2");
+    shows("portpool_allocation_duration_seconds_count 2");
+    until_metric(
+        pool.server_address(0),
+        7071,
+        "portpool_ports{state=\"busy\"} 1",
+    );
+    until_metric(
+        pool.server_address(0),
+        7071,
+        "portpool_selections_total{outcome=\"SELECTED\"} 2",
+    );
+    drop(stream);
+    shows("portpool_forwarded_bytes_total{direction=\"upstream\"} 4");
+    shows("portpool_sessions{state=\"busy\"} 0");
+    shows("portpool_sessions_ended_total{cause=\"FINISHED\"} 1");
+}
+
+#[tokio::test]
+async fn tables_that_are_turned_down_are_counted_by_every_reader() {
+    let mut pool = Pool::new(1, |table| table.generation = 7);
+    pool.start_workload(0);
+    pool.start_agent(0);
+    pool.start_connection_server(0);
+    pool.until(|state| state.free_ports > 0).await;
+    let counted = |cause: &str| {
+        let line = format!("portpool_tables_rejected_total{{cause=\"{cause}\"}} 1");
+        until_metric(pool.connection_address(0), 7701, &line);
+        until_metric(pool.server_address(0), 7071, &line);
+    };
+    std::fs::write(pool.table_file(), "{").unwrap();
+    counted("invalid");
+    let mut older = pool.table.clone();
+    older.generation = 6;
+    write_table(&pool.table_file(), &older).unwrap();
+    counted("older");
+    let mut other = pool.table.clone();
+    (other.generation, other.pool_uid) = (8, "other".to_owned());
+    write_table(&pool.table_file(), &other).unwrap();
+    counted("other_pool");
+    pool.request()
+        .await
+        .expect("the last good table is in force");
+}
+
+/// The log's lines with `words`, once there are as many.
+fn lines(log: &Path, words: &str, count: usize) -> Vec<String> {
+    let deadline = Instant::now() + SOON;
+    loop {
+        let text = std::fs::read_to_string(log).unwrap();
+        let found: Vec<String> = text
+            .lines()
+            .filter(|line| line.contains(words))
+            .map(str::to_owned)
+            .collect();
+        if found.len() >= count {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "{words:?} in {text}");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
+
+#[tokio::test]
+async fn a_session_leaves_one_line_with_all_that_it_was() {
+    let mut pool = Pool::new(1, |_| {});
+    pool.start_workload(0);
+    pool.start_agent(0);
+    let json = pool.start_logging_connection_server(0, "json");
+    let text = pool.start_logging_connection_server(1, "text");
+    pool.until(|state| state.free_ports > 0).await;
+    pool.until_of(1, |state| state.free_ports > 0).await;
+
+    let finished = pool.request().await.unwrap();
+    let mut stream = connect(&finished);
+    echo(&mut stream, "12345");
+    drop(stream);
+    let line = &lines(&json, "session ended", 1)[0];
+    let line: serde_json::Value = serde_json::from_str(line).unwrap();
+    assert_eq!(line["level"], "INFO", "{line}");
+    let (fields, span) = (&line["fields"], &line["span"]);
+    assert_eq!(fields["cause"], "FINISHED", "{line}");
+    assert_eq!(fields["connections"], 1, "{line}");
+    assert_eq!(fields["upstream_bytes"], 5, "{line}");
+    assert_eq!(fields["downstream_bytes"], 5, "{line}");
+    assert!(fields["seconds"].as_f64().unwrap() > 0.0, "{line}");
+    assert_eq!(span["name"], "session", "{line}");
+    assert_eq!(span["session"], finished.id.as_str(), "{line}");
+    assert_eq!(span["port"], finished.port, "{line}");
+    assert_eq!(span["server"], "test-0", "{line}");
+    // The kernel gives us any loopback address.
+    assert!(
+        span["client"].as_str().unwrap().starts_with("127."),
+        "{line}"
+    );
+
+    // Made through one, used through the other, given back while open.
+    let released = pool.request().await.unwrap();
+    let mut stream = TcpStream::connect((pool.connection_address(1), released.port)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    echo(&mut stream, "123");
+    pool.client().release(&released.id).await.unwrap();
+    let made = lines(&json, "session ended", 2);
+    assert!(made[1].contains("RELEASED"), "{made:?}");
+    let used = &lines(&text, "session ended", 1)[0];
+    for words in [
+        " INFO ",
+        &released.id,
+        &released.port.to_string(),
+        "test-0",
+        "RELEASED",
+        "connections=1 upstream_bytes=3 downstream_bytes=3",
+    ] {
+        assert!(used.contains(words), "{words}: {used}");
+    }
+    assert_eq!(
+        lines(&json, &finished.id, 1).len(),
+        1,
+        "info tells changes only"
+    );
 }

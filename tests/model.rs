@@ -374,7 +374,9 @@ impl World {
                 self.carry_out(server, actions);
             }
             from_agent::Message::End(end) => {
-                let action = self.servers[server].sessions.end(slot, &end.session_id);
+                let action = self.servers[server]
+                    .sessions
+                    .end(slot, &end.session_id, end.cause());
                 self.carry_out(server, action);
             }
             _ => {}

@@ -28,6 +28,7 @@ use super::forward::Forwarder;
 use super::metrics::Metrics;
 use super::reservations::Reservations;
 use super::sessions::{Action, Outbox, Sessions};
+use super::trace::Trace;
 use crate::pool::PortProtocol;
 use crate::selection::PROTOCOL_VERSION;
 use crate::selection::v1::selection_client::SelectionClient;
@@ -89,7 +90,13 @@ struct Link {
 /// What a stream that is up needs to send requests and match answers.
 struct Stream {
     outbox: Outbox,
-    pending: HashMap<u64, oneshot::Sender<Result<v1::Session, SelectError>>>,
+    pending: HashMap<u64, Waiting>,
+}
+
+/// A request that waits for its answer.
+struct Waiting {
+    answer: oneshot::Sender<Result<v1::Session, SelectError>>,
+    trace: Trace,
 }
 
 impl Drop for Link {
@@ -176,9 +183,14 @@ impl Agents {
     ///
     /// # Errors
     /// [`SelectError`]; a selection that arrives after that is released.
-    pub async fn select(&self, slot: u32, request: v1::Select) -> Result<v1::Session, SelectError> {
+    pub async fn select(
+        &self,
+        slot: u32,
+        request: v1::Select,
+        trace: Trace,
+    ) -> Result<v1::Session, SelectError> {
         let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
-        let (sender, answer) = oneshot::channel();
+        let (sender, answered) = oneshot::channel();
         let stream = {
             let links = self.links.lock();
             links
@@ -190,14 +202,15 @@ impl Agents {
         {
             let mut stream = stream.lock();
             let stream = stream.as_mut().ok_or(SelectError::Detached)?;
-            stream.pending.insert(request_id, sender);
+            let answer = sender;
+            stream.pending.insert(request_id, Waiting { answer, trace });
             let message = Some(Message::Select(v1::Select {
                 request_id,
                 ..request
             }));
             let _ = stream.outbox.send(ToAgent { message });
         }
-        match timeout(SELECT_DEADLINE, answer).await {
+        match timeout(SELECT_DEADLINE, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(SelectError::Detached),
             Err(_) => {
@@ -351,12 +364,9 @@ impl Agents {
         outbox: &Outbox,
     ) {
         use from_agent::Message as From;
-        let answer = |request_id: u64, result: Result<v1::Session, SelectError>| {
-            let waiting = stream
-                .lock()
-                .as_mut()
-                .and_then(|stream| stream.pending.remove(&request_id));
-            waiting.is_some_and(|waiting| waiting.send(result).is_ok())
+        let waiting = |request_id: u64| {
+            let mut stream = stream.lock();
+            stream.as_mut()?.pending.remove(&request_id)
         };
         match message {
             From::Counts(counts) => {
@@ -367,36 +377,30 @@ impl Agents {
                 request_id,
                 session: Some(session),
             }) => {
+                let waiting = waiting(request_id);
+                let trace = || match &waiting {
+                    Some(waiting) => waiting.trace.clone(),
+                    None => Trace::learned(),
+                };
+                let actions = self.sessions.learn_traced(slot, session.clone(), trace);
+                self.carry_out(actions);
                 let session_id = session.session_id.clone();
-                debug!(
-                    slot,
-                    session = session_id,
-                    connection_port = session.connection_port,
-                    "session selected"
-                );
-                self.carry_out(self.sessions.learn(slot, session.clone()));
                 // Nobody waits any more, and nobody was told the port.
-                if !answer(request_id, Ok(session)) {
+                if waiting.is_none_or(|waiting| waiting.answer.send(Ok(session)).is_err()) {
                     let message = Some(Message::Release(v1::Release { session_id }));
                     let _ = outbox.send(ToAgent { message });
                 }
             }
             From::Refused(refused) => {
-                answer(
-                    refused.request_id,
-                    Err(SelectError::Refused(refused.cause())),
-                );
+                if let Some(waiting) = waiting(refused.request_id) {
+                    let cause = refused.cause();
+                    let _ = waiting.answer.send(Err(SelectError::Refused(cause)));
+                }
             }
             From::Session(session) => self.carry_out(self.sessions.learn(slot, session)),
             From::End(end) => {
                 self.metrics.session_ended(end.cause());
-                debug!(
-                    slot,
-                    session = end.session_id,
-                    cause = end.cause().as_str_name(),
-                    "session ends"
-                );
-                self.carry_out(self.sessions.end(slot, &end.session_id));
+                self.carry_out(self.sessions.end(slot, &end.session_id, end.cause()));
             }
             From::LookedUp(v1::LookedUp {
                 request_id,

@@ -9,13 +9,14 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
-use tracing::{Instrument, debug, info_span};
+use tracing::{Instrument, debug};
 
 use super::agents::{Agents, SelectError};
 use super::load_sharing::Filter;
 use super::metrics::Metrics;
 use super::reservations::{Reservation, Reservations};
 use super::sessions::Sessions;
+use super::trace::Trace;
 use crate::pool::{ClientBinding, PortProtocol};
 use crate::selection::v1::{self, refused};
 use crate::session::SessionRequest;
@@ -88,6 +89,7 @@ struct Wanted {
     /// Until when it waits for a free port; `None` when it does not.
     patience: Option<Instant>,
     give_up: Instant,
+    trace: Trace,
 }
 
 impl Allocation {
@@ -121,7 +123,10 @@ impl Allocation {
     ) -> Result<Allocated, Refusal> {
         let started = Instant::now();
         let result = match self.want(request, client) {
-            Ok(wanted) => self.get(wanted).await,
+            Ok(wanted) => {
+                let span = wanted.trace.span().clone();
+                self.get(wanted).instrument(span).await
+            }
             Err(refusal) => Err(refusal),
         };
         self.metrics.allocated(&result, started.elapsed());
@@ -136,7 +141,7 @@ impl Allocation {
             Some(key) => {
                 let this = self.clone();
                 let task = async move { this.allocate_once(&key, &wanted).await };
-                let task = tokio::spawn(task.instrument(info_span!("request")));
+                let task = tokio::spawn(task.in_current_span());
                 task.await.unwrap_or(Err(Refusal::ShuttingDown))
             }
         }
@@ -172,6 +177,7 @@ impl Allocation {
             bound_client: is_bound.then_some(client),
             patience: (!wait.is_zero()).then(|| now + wait),
             give_up: now + wait + ASK_LIMIT,
+            trace: Trace::request(client),
         })
     }
 
@@ -254,7 +260,9 @@ impl Allocation {
                 .map(|client| client.to_string())
                 .unwrap_or_default(),
         };
-        self.agents.select(reservation.slot, request).await
+        self.agents
+            .select(reservation.slot, request, wanted.trace.clone())
+            .await
     }
 
     async fn wait(

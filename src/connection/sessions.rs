@@ -27,8 +27,9 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use super::trace::{Carried, Trace};
 use crate::pool::Admission;
-use crate::selection::v1::{self, ToAgent, to_agent::Message};
+use crate::selection::v1::{self, ToAgent, end, to_agent::Message};
 use crate::table::{ListenPort, PortIndex, Table};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
@@ -80,8 +81,30 @@ struct Live {
     bound_client: Option<IpAddr>,
     // A lock, not an atomic: the agent must hear Opened and Closed in the order
     // in which the count leaves and reaches zero.
-    flows: Mutex<u32>,
+    flows: Mutex<Flows>,
     session: v1::Session,
+    trace: Trace,
+}
+
+/// Connections and UDP flows of a session.
+#[derive(Debug, Default)]
+struct Flows {
+    open: u32,
+    carried: Carried,
+}
+
+impl Flows {
+    fn open(&mut self) {
+        self.open += 1;
+        self.carried.opened();
+    }
+
+    /// One has ended. Whether it was the last.
+    fn close(&mut self, traffic: Traffic) -> bool {
+        self.open -= 1;
+        self.carried.closed(traffic);
+        self.open == 0
+    }
 }
 
 /// A client that waits for its session to be found.
@@ -97,7 +120,9 @@ struct Parked {
 struct Ending {
     id: String,
     slot: u32,
-    flows: u32,
+    flows: Flows,
+    cause: &'static str,
+    trace: Trace,
 }
 
 impl Inner {
@@ -130,8 +155,8 @@ impl Inner {
             return Verdict::Refuse;
         }
         let mut flows = live.flows.lock();
-        *flows += 1;
-        if *flows == 1 {
+        flows.open();
+        if flows.open == 1 {
             let session_id = live.session.session_id.clone();
             self.send(live.slot, Message::Opened(v1::Opened { session_id }));
         }
@@ -152,9 +177,10 @@ impl Inner {
         );
     }
 
-    /// Takes a session out of the gate. Its connections must be cut if the
-    /// result says so; with none left its agent hears `Ended` at once.
-    fn end(&mut self, id: &str) -> Option<Action> {
+    /// Takes a session out of the gate, for the log's `cause`. Its connections
+    /// must be cut if the result says so; with none left its agent hears `Ended`
+    /// at once.
+    fn end(&mut self, id: &str, cause: &'static str) -> Option<Action> {
         let port = self.port_by_id.remove(id)?;
         let live = self.live.remove(&port)?;
         // The key may name a later session by now.
@@ -167,13 +193,16 @@ impl Inner {
             self.id_by_idempotency_key.remove(idempotency_key);
         }
         let flows = live.flows.into_inner();
-        if flows == 0 {
+        if flows.open == 0 {
+            live.trace.ended(cause, &flows.carried);
             return None;
         }
         let ending = Ending {
             id: id.to_owned(),
             slot: live.slot,
             flows,
+            cause,
+            trace: live.trace,
         };
         self.ending.insert(live.key, ending);
         Some(Action::Cut(port, live.key))
@@ -212,7 +241,7 @@ impl Sessions {
             .values()
             .filter(|live| live.slot == slot)
             .map(|live| v1::Session {
-                open_here: *live.flows.lock() > 0,
+                open_here: live.flows.lock().open > 0,
                 ..live.session.clone()
             });
         let _ = outbox.send(greet(known.collect()));
@@ -258,7 +287,9 @@ impl Sessions {
             .map(|live| live.session.session_id.clone())
             .collect();
         inner.released.retain(|_, released| *released != slot);
-        ids.iter().filter_map(|id| inner.end(id)).collect()
+        ids.iter()
+            .filter_map(|id| inner.end(id, "SERVER_GONE"))
+            .collect()
     }
 
     /// Whether connections of ended sessions of `slot` are still being cut: a
@@ -274,6 +305,16 @@ impl Sessions {
 
     /// An agent tells of a session, new or changed.
     pub fn learn(&self, slot: u32, session: v1::Session) -> Vec<Action> {
+        self.learn_traced(slot, session, Trace::learned)
+    }
+
+    /// The same; a new session is logged under the trace that `trace` gives.
+    pub fn learn_traced(
+        &self,
+        slot: u32,
+        session: v1::Session,
+        trace: impl FnOnce() -> Trace,
+    ) -> Vec<Action> {
         let number = u16::try_from(session.connection_port).unwrap_or(0);
         let Some(port) = ListenPort::new(number) else {
             return Vec::new();
@@ -299,18 +340,22 @@ impl Sessions {
             return actions;
         }
         // A successor on the port means that we missed the end of the former.
-        actions.extend(known.and_then(|id| inner.end(&id)));
+        actions.extend(known.and_then(|id| inner.end(&id, "SUPERSEDED")));
         if !session.idempotency_key.is_empty() {
             let (key, id) = (session.idempotency_key.clone(), session.session_id.clone());
             inner.id_by_idempotency_key.insert(key, id);
         }
         inner.port_by_id.insert(session.session_id.clone(), port);
+        let trace = trace();
+        let row = inner.table.as_ref().and_then(|table| table.find(port));
+        trace.selected(&session, row.map_or("", |(row, _)| &row.server));
         let live = Live {
             key: SessionKey(self.next_key.fetch_add(1, Ordering::Relaxed) + 1),
             slot,
             bound_client: session.bound_client.parse().ok().map(canonical),
-            flows: Mutex::new(0),
+            flows: Mutex::default(),
             session,
+            trace,
         };
         inner.live.insert(port, live);
         actions
@@ -318,10 +363,10 @@ impl Sessions {
 
     /// An agent ends a session. Answers `Ended` when no connection is left.
     #[must_use]
-    pub fn end(&self, slot: u32, id: &str) -> Option<Action> {
+    pub fn end(&self, slot: u32, id: &str, cause: end::Cause) -> Option<Action> {
         let mut inner = self.inner.write();
         inner.released.remove(id);
-        let action = inner.end(id);
+        let action = inner.end(id, cause.as_str_name());
         if action.is_none() && !inner.is_ending(id) {
             let session_id = id.to_owned();
             inner.send(slot, Message::Ended(v1::Ended { session_id }));
@@ -341,7 +386,7 @@ impl Sessions {
         let session_id = id.to_owned();
         inner.send(slot, Message::Release(v1::Release { session_id }));
         inner.released.insert(id.to_owned(), slot);
-        Some(Ok(inner.end(id)))
+        Some(Ok(inner.end(id, end::Cause::Released.as_str_name())))
     }
 
     /// An agent's answer to the question `request_id`: the parked clients can
@@ -421,7 +466,7 @@ impl Sessions {
         inner
             .live
             .values()
-            .filter(|live| *live.flows.lock() > 0)
+            .filter(|live| live.flows.lock().open > 0)
             .count()
     }
 }
@@ -451,7 +496,7 @@ impl Gate for Sessions {
         }
     }
 
-    fn closed(&self, port: ListenPort, session: SessionKey, _traffic: Traffic) {
+    fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic) {
         if session == NO_SESSION {
             return;
         }
@@ -459,8 +504,7 @@ impl Gate for Sessions {
             let inner = self.inner.read();
             if let Some(live) = inner.live.get(&port).filter(|live| live.key == session) {
                 let mut flows = live.flows.lock();
-                *flows -= 1;
-                if *flows == 0 {
+                if flows.close(traffic) {
                     let session_id = live.session.session_id.clone();
                     inner.send(live.slot, Message::Closed(v1::Closed { session_id }));
                 }
@@ -471,11 +515,12 @@ impl Gate for Sessions {
         let Some(ending) = inner.ending.get_mut(&session) else {
             return;
         };
-        ending.flows -= 1;
-        if ending.flows == 0
-            && let Some(Ending { id, slot, .. }) = inner.ending.remove(&session)
+        if ending.flows.close(traffic)
+            && let Some(ended) = inner.ending.remove(&session)
         {
-            inner.send(slot, Message::Ended(v1::Ended { session_id: id }));
+            ended.trace.ended(ended.cause, &ended.flows.carried);
+            let session_id = ended.id;
+            inner.send(ended.slot, Message::Ended(v1::Ended { session_id }));
         }
     }
 }
@@ -603,14 +648,21 @@ mod tests {
             panic!("not admitted")
         };
         assert_eq!(next(&mut sent), opened("a"));
-        assert_eq!(sessions.end(0, "a"), Some(Action::Cut(port(PORT), key)));
+        assert_eq!(
+            sessions.end(0, "a", end::Cause::Finished),
+            Some(Action::Cut(port(PORT), key))
+        );
         assert!(sessions.is_cutting(0));
         assert_eq!(
             admit(&sessions, PORT, 1),
             Verdict::Ask,
             "nothing more is admitted"
         );
-        assert_eq!(sessions.end(0, "a"), None, "asked again while cutting");
+        assert_eq!(
+            sessions.end(0, "a", end::Cause::Finished),
+            None,
+            "asked again while cutting"
+        );
         assert_eq!(next(&mut sent), None, "not over yet");
         sessions.closed(port(PORT), key, Traffic::default());
         assert_eq!(next(&mut sent), ended("a"));
@@ -621,9 +673,9 @@ mod tests {
     fn an_unused_or_unknown_session_is_acknowledged_at_once() {
         let (sessions, _outbox, mut sent) = attached();
         sessions.learn(0, session("a", PORT));
-        assert_eq!(sessions.end(0, "a"), None);
+        assert_eq!(sessions.end(0, "a", end::Cause::Finished), None);
         assert_eq!(next(&mut sent), ended("a"));
-        assert_eq!(sessions.end(0, "never"), None);
+        assert_eq!(sessions.end(0, "never", end::Cause::Finished), None);
         assert_eq!(next(&mut sent), ended("never"));
     }
 
@@ -784,7 +836,7 @@ mod tests {
             sessions.get("a").is_none(),
             "told before the agent heard of it"
         );
-        assert_eq!(sessions.end(0, "a"), None);
+        assert_eq!(sessions.end(0, "a", end::Cause::Finished), None);
         sessions.learn(0, session("b", PORT));
         assert!(sessions.get("b").is_some());
     }
