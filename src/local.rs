@@ -56,6 +56,12 @@ const CONNECTION_ADMIN_PORT: u16 = 7701;
 /// A changed FILE is applied while running. Ctrl-C drains and stops; a second
 /// one stops at once.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  portpool local -f examples/echo.yaml
+  portpool local -f pool.yaml --no-live --role-log info > events.log
+
+Exit codes: 0 stopped, 1 failed, 2 wrong manifest or a machine that cannot run it (nothing was started).")]
 pub struct Options {
     /// The ProcessingPool manifest (YAML)
     #[arg(short, long, value_name = "FILE")]
@@ -77,12 +83,9 @@ pub struct Options {
 /// Why a pool cannot run here.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The manifest is wrong.
+    /// The manifest is wrong, or cannot run on this machine.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// The manifest is right, but cannot run on this machine.
-    #[error("{}", .0.iter().map(|problem| format!("{}: {}", problem.path, problem.message)).collect::<Vec<_>>().join("\n"))]
-    Unsatisfiable(Vec<Problem>),
     /// The system refused something.
     #[error("failed to {action}: {source}")]
     System {
@@ -106,9 +109,10 @@ impl Error {
 /// # Errors
 /// [`Error`]; nothing was started then.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    let pool = manifest::load(&options.file)?;
-    let first = plan_first(&pool);
-    check::can_run(&pool, &first.table)?;
+    let manifest = manifest::load(&options.file)?;
+    let first = plan_first(&manifest.pool);
+    check::can_run(&manifest.pool, &first.table).map_err(|problems| manifest.error(problems))?;
+    let pool = manifest.pool;
     let system = |action: &str| {
         let action = action.to_owned();
         move |source| Error::System { action, source }
@@ -237,12 +241,13 @@ impl Local {
             return;
         }
         self.modified = modified;
-        let loaded = manifest::load(&self.options.file)
-            .map_err(Error::from)
-            .and_then(|pool| {
-                check::can_become(&self.pool, &pool)?;
-                Ok(pool)
-            });
+        let loaded = manifest::load(&self.options.file).and_then(|manifest| {
+            let planned = plan_first(&manifest.pool).table;
+            let table = self.table.as_ref().unwrap_or(&planned);
+            check::can_become((&self.pool, table), (&manifest.pool, &planned))
+                .map_err(|problems| manifest.error(problems))?;
+            Ok(manifest.pool)
+        });
         match loaded {
             Ok(pool) if pool == self.pool => {}
             Ok(pool) => {
@@ -342,10 +347,12 @@ impl Local {
                 self.servers.insert(slot, server);
             }
             // Checked before the pool was taken up.
-            Err(problems) => self.events.say(format!(
-                "{name} cannot start: {}",
-                Error::Unsatisfiable(problems)
-            )),
+            Err(problems) => {
+                for Problem { path, message } in problems {
+                    self.events
+                        .say(format!("{name} cannot start: {path}: {message}"));
+                }
+            }
         }
     }
 

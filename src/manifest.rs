@@ -77,11 +77,47 @@ pub fn crd_yaml() -> String {
     serde_saphyr::to_string(&crd()).expect("a definition is plain data")
 }
 
+/// A pool read from a file.
+#[derive(Debug)]
+pub struct Manifest {
+    /// The pool.
+    pub pool: ValidPool,
+    file: PathBuf,
+    document: Document,
+}
+
+impl Manifest {
+    /// An error about the file: problems that only who uses the pool can find.
+    /// One whose path is no field's stands for the whole file.
+    #[must_use]
+    pub fn error(&self, problems: Vec<Problem>) -> ManifestError {
+        let located = problems.into_iter().map(|problem| {
+            let is_field = ["metadata", "spec"]
+                .iter()
+                .any(|field| problem.path.starts_with(field));
+            match is_field {
+                true => locate(&self.document, problem),
+                false => (0, 0, format!("{}: {}", problem.path, problem.message)),
+            }
+        });
+        ManifestError {
+            file: self.file.clone(),
+            problems: located.collect(),
+        }
+    }
+}
+
+fn locate(document: &Document, Problem { path, message }: Problem) -> (u64, u64, String) {
+    let (line, column) = document.place(&path);
+    let field = if path.is_empty() { "manifest" } else { &path };
+    (line, column, format!("{field}: {message}"))
+}
+
 /// Reads the pool in the file at `path`.
 ///
 /// # Errors
 /// [`ManifestError`], with every problem found.
-pub fn load(path: &Path) -> Result<ValidPool, ManifestError> {
+pub fn load(path: &Path) -> Result<Manifest, ManifestError> {
     let whole = |message: String| ManifestError {
         file: path.to_owned(),
         problems: vec![(0, 0, message)],
@@ -97,14 +133,21 @@ pub fn load(path: &Path) -> Result<ValidPool, ManifestError> {
     let bytes = std::fs::read(path).map_err(|error| whole(format!("cannot be read: {error}")))?;
     let text =
         String::from_utf8(bytes).map_err(|error| whole(format!("is not UTF-8 text: {error}")))?;
-    parse(&text).map_err(|mut problems| {
-        problems.sort();
-        problems.dedup();
-        ManifestError {
+    match read(&text) {
+        Ok((pool, document)) => Ok(Manifest {
+            pool,
             file: path.to_owned(),
-            problems,
+            document,
+        }),
+        Err(mut problems) => {
+            problems.sort();
+            problems.dedup();
+            Err(ManifestError {
+                file: path.to_owned(),
+                problems,
+            })
         }
-    })
+    }
 }
 
 /// Reads the pool in `text`.
@@ -112,13 +155,15 @@ pub fn load(path: &Path) -> Result<ValidPool, ManifestError> {
 /// # Errors
 /// Line, column and message of every problem.
 pub fn parse(text: &str) -> Result<ValidPool, Vec<(u64, u64, String)>> {
+    read(text).map(|(pool, _)| pool)
+}
+
+fn read(text: &str) -> Result<(ValidPool, Document), Vec<(u64, u64, String)>> {
     let document = Document::parse(text).map_err(|problem| vec![problem])?;
     let locate = |problems: Vec<Problem>| -> Vec<(u64, u64, String)> {
-        let located = problems.into_iter().map(|Problem { path, message }| {
-            let (line, column) = document.place(&path);
-            let field = if path.is_empty() { "manifest" } else { &path };
-            (line, column, format!("{field}: {message}"))
-        });
+        let located = problems
+            .into_iter()
+            .map(|problem| locate(&document, problem));
         located.collect()
     };
     check_kind(&document.value).map_err(|problem| locate(vec![problem]))?;
@@ -149,7 +194,8 @@ pub fn parse(text: &str) -> Result<ValidPool, Vec<(u64, u64, String)>> {
                 .collect(),
         ));
     }
-    ValidPool::new(&pool).map_err(locate)
+    let pool = ValidPool::new(&pool).map_err(locate)?;
+    Ok((pool, document))
 }
 
 fn crd_schema() -> Value {
@@ -190,11 +236,23 @@ fn check_kind(value: &Value) -> Result<(), Problem> {
     expect("kind", "ProcessingPool")?;
     expect("apiVersion", "portpool.dev/v1alpha1")?;
     match value.pointer("/metadata/name").and_then(Value::as_str) {
-        Some(name) if !name.is_empty() && name.len() <= 52 => Ok(()),
-        Some(_) => Err(Problem::new(
+        Some(name) if is_name(name) => Ok(()),
+        // The schema's own rule says the same, but cannot say where.
+        Some(name) => Err(Problem::new(
             "metadata.name",
-            "must have 1 to 52 characters",
+            format!(
+                "must have 1 to 52 lower-case letters, digits and hyphens, begin with a letter and not end with a hyphen; this is {name:?}"
+            ),
         )),
         None => Err(Problem::new("metadata", "name is missing")),
     }
+}
+
+fn is_name(name: &str) -> bool {
+    let is_allowed =
+        |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '-';
+    (1..=52).contains(&name.len())
+        && name.chars().all(is_allowed)
+        && name.starts_with(|letter: char| letter.is_ascii_lowercase())
+        && !name.ends_with('-')
 }

@@ -26,7 +26,7 @@ struct Local {
     child: Child,
     lines: Receiver<String>,
     /// Where a killed pool leaves its table.
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -54,7 +54,7 @@ impl Local {
         Self {
             child,
             lines,
-            _folder: folder,
+            folder,
             _turn: turn,
         }
     }
@@ -83,6 +83,18 @@ impl Local {
                 .unwrap()
                 .success()
         );
+    }
+
+    /// How command lines of `role` in this pool begin, but for the program.
+    fn marker(&self, role: &str) -> String {
+        format!(" {role} --table={}/", self.folder.path().display())
+    }
+
+    /// The process of this pool, of which there is one, that has `role`.
+    fn pid_of(&self, role: &str) -> String {
+        let mut found = pids(&self.marker(role));
+        assert_eq!(found.len(), 1, "{role}");
+        found.remove(0)
     }
 
     /// Ctrl-C, and waits for the end.
@@ -150,15 +162,20 @@ fn request() -> (String, String) {
 
 /// Processes whose command line has `marker`.
 fn processes(marker: &str) -> usize {
+    pids(marker).len()
+}
+
+fn pids(marker: &str) -> Vec<String> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
-    let commands = entries.filter_map(|entry| fs::read(entry.path().join("cmdline")).ok());
-    commands
-        .filter(|command| {
-            String::from_utf8_lossy(command)
-                .replace('\0', " ")
-                .contains(marker)
-        })
-        .count()
+    let found = entries.filter(|entry| {
+        let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&command)
+            .replace('\0', " ")
+            .contains(marker)
+    });
+    found
+        .map(|entry| entry.file_name().into_string().unwrap())
+        .collect()
 }
 
 #[test]
@@ -204,6 +221,7 @@ fn the_echo_example_serves_scales_and_stops() {
 #[test]
 fn the_iperf3_example_measures() {
     let local = Local::start(&example("iperf3.yaml"));
+    local.until("ports free");
     let (host, port) = request();
     let measured = Command::new("iperf3")
         .args(["-c", &host, "-p", &port, "-n", "64M", "-J"])
@@ -220,6 +238,7 @@ fn the_iperf3_example_measures() {
 #[test]
 fn the_redis_example_answers_two_clients_on_ports_of_their_own() {
     let local = Local::start(&example("redis.yaml"));
+    local.until("ports free");
     let endpoints = [request(), request()];
     assert_ne!(endpoints[0], endpoints[1]);
     for (host, port) in endpoints {
@@ -231,6 +250,160 @@ fn the_redis_example_answers_two_clients_on_ports_of_their_own() {
         assert_eq!(&answer, b"+PONG\r\n");
     }
     local.stop();
+}
+
+/// A pool of one server that runs `command` in a shell.
+fn pool_of(command: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("pool.yaml");
+    let manifest = format!(
+        "\
+apiVersion: portpool.dev/v1alpha1
+kind: ProcessingPool
+metadata: {{name: one}}
+spec:
+  replicas: 1
+  ports: [{{name: main, port: 7000, count: 4}}]
+  template:
+    spec:
+      containers:
+        - name: main
+          command: [sh, -c, {command:?}]
+          env: [{{name: POD_IP, valueFrom: {{fieldRef: {{fieldPath: status.podIP}}}}}}]
+"
+    );
+    fs::write(&file, manifest).unwrap();
+    (folder, file)
+}
+
+fn echo_command() -> String {
+    format!("exec {PORTPOOL} echo --ports 7000-7003")
+}
+
+#[test]
+fn a_program_that_ends_is_started_again_later_and_later() {
+    let (_folder, file) = pool_of("exit 3");
+    let local = Local::start(&file);
+    local.until("exit status: 3");
+    let first = Instant::now();
+    // After pauses of 0.2, 0.4 and 0.8 s.
+    for _ in 0..3 {
+        local.until("exit status: 3");
+    }
+    let took = first.elapsed();
+    assert!(took >= Duration::from_millis(1400), "{took:?}");
+    local.stop();
+}
+
+#[test]
+fn roles_that_are_killed_are_started_again() {
+    let (_folder, file) = pool_of(&echo_command());
+    let local = Local::start(&file);
+    local.until("4 ports free");
+    for role in ["connection-server", "processing-server"] {
+        let pid = local.pid_of(role);
+        let status = Command::new("kill").args(["-KILL", &pid]).status();
+        assert!(status.unwrap().success());
+        local.until("signal: 9");
+        // A restarted agent offers its ports after 15 s.
+        until(|| portpool(&["connect", ASK, "--wait", "20"], "again").stdout == b"again");
+    }
+    local.stop();
+}
+
+#[test]
+fn a_stopping_pool_lets_sessions_go_on_for_its_drain_time() {
+    let (_folder, file) = pool_of(&echo_command());
+    let mut local = Local::start(&file);
+    local.until("4 ports free");
+    let (host, port) = request();
+    let mut stream = TcpStream::connect(format!("{host}:{port}")).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut echo = |message: &[u8]| {
+        stream.write_all(message)?;
+        let mut answer = vec![0; message.len()];
+        stream.read_exact(&mut answer)
+    };
+    echo(b"before").unwrap();
+    local.signal("-INT");
+    let stopping = Instant::now();
+    while echo(b"during").is_ok() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let cut = stopping.elapsed();
+    assert!(
+        cut > Duration::from_millis(1500) && cut < Duration::from_secs(4),
+        "2 s to drain; cut after {cut:?}"
+    );
+    assert!(local.child.wait().unwrap().success());
+    assert_eq!(processes("echo --ports 7000-7003"), 0);
+}
+
+#[test]
+fn wrong_edits_leave_the_running_pool_as_it_is() {
+    let (_folder, file) = pool_of(&echo_command());
+    let good = fs::read_to_string(&file).unwrap();
+    let local = Local::start(&file);
+    local.until("4 ports free");
+    let taken = std::net::TcpListener::bind("127.0.0.1:20005").unwrap();
+    let spec =
+        |more: &str| good.replace("spec:\n  replicas", &format!("spec:\n  {more}\n  replicas"));
+    for (edit, words) in [
+        (
+            good.replace("metadata: {name: one}", "metadata: {name: two}"),
+            ":3:12: metadata.name: cannot change",
+        ),
+        (
+            spec("connectionServer: {loadSharingPort: 7777}"),
+            ":5:22: spec.connectionServer.loadSharingPort: cannot change",
+        ),
+        (
+            spec("connectionServer: {connectionPorts: {first: 40000, last: 40100}}"),
+            ":5:22: spec.connectionServer.connectionPorts: ports 40000-40003 lie inside",
+        ),
+        (
+            good.replace("[sh,", "[no-such-shell,"),
+            ":11:11: spec.template.spec.containers[0].command: program \"no-such-shell\"",
+        ),
+        (
+            good.replace("replicas: 1", "replicas: 2"),
+            "TCP 127.0.0.1:20005 cannot be listened on",
+        ),
+        ("{".to_owned(), "pool.yaml:1:"),
+    ] {
+        fs::write(&file, edit).unwrap();
+        local.until("not applied; the pool stays as it is");
+        let line = local.until("pool.yaml:");
+        assert!(line.contains(words), "{words}: {line}");
+        let echoed = portpool(&["connect", ASK], "still here");
+        assert_eq!(String::from_utf8_lossy(&echoed.stdout), "still here");
+    }
+    drop(taken);
+    fs::write(&file, good.replace("replicas: 1", "replicas: 2")).unwrap();
+    local.until("8 ports free");
+    local.stop();
+}
+
+#[test]
+fn a_terminal_shows_the_pool_alive() {
+    let _turn = ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (_folder, file) = pool_of(&echo_command());
+    let local = format!(
+        "timeout --foreground --signal=INT 6 {PORTPOOL} local --drain-seconds 1 -f {}",
+        file.display()
+    );
+    let output = Command::new("script")
+        .args(["--quiet", "--return", "--command", &local, "/dev/null"])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    let last_drawn = shown.rfind("SERVER").expect("the head of the table");
+    assert!(shown[last_drawn..].contains("ready"), "{shown}");
+    assert!(shown.contains("\x1b[J"), "drawn anew in place: {shown}");
+    assert!(shown.trim_end().ends_with("stopped"), "{shown}");
 }
 
 #[test]
@@ -253,9 +426,8 @@ spec:
     until(|| processes(&format!("sleep {marker}")) >= 4 + 2);
     local.signal("-KILL");
     until(|| processes(&marker) == 0);
-    until(|| {
-        processes("connection-server --table=") == 0 && processes("processing-server --table=") == 0
-    });
+    let roles = ["connection-server", "processing-server"];
+    until(|| roles.iter().all(|role| processes(&local.marker(role)) == 0));
 }
 
 #[test]
@@ -274,7 +446,27 @@ fn wrong_input_is_named_and_nothing_starts() {
         ),
         (
             good.replace("[portpool,", "[no-such-program,"),
-            "program \"no-such-program\" of container \"echo\" is not in PATH",
+            ":21:11: spec.template.spec.containers[0].command: program \"no-such-program\" of container \"echo\" is not in PATH",
+        ),
+        (
+            good.replacen("spec:", &format!("{server} {{loadSharingPort: 7701}}"), 1),
+            "admin port: 127.0.0.1:7701 is needed for spec.connectionServer.loadSharingPort too",
+        ),
+        (
+            good.replacen(
+                "        - name: echo\n",
+                "        - {name: echo, command: [portpool]}\n        - name: echo\n",
+                1,
+            ),
+            "spec.template.spec.containers[1].name: \"echo\" occurs twice",
+        ),
+        (
+            good.replacen(
+                "        - name: echo\n",
+                "        - name: echo\n          workingDir: /no/such/folder\n",
+                1,
+            ),
+            "workingDir: \"/no/such/folder\" is not a folder",
         ),
         (
             good.replacen(
@@ -308,6 +500,14 @@ fn wrong_input_is_named_and_nothing_starts() {
     assert!(
         String::from_utf8_lossy(&output.stderr).contains("127.0.0.1:20003 cannot be listened on")
     );
+    let script = format!(
+        "ulimit -n 64; exec {PORTPOOL} local -f {}",
+        example("echo.yaml").display()
+    );
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("raise the hard limit"), "{message}");
     let missing = portpool(&["local", "-f", "/none.yaml"], "");
     assert_eq!(missing.status.code(), Some(2));
 }

@@ -32,6 +32,16 @@ fn a_minimal_manifest_has_at_most_ten_lines_and_sane_defaults() {
 }
 
 #[test]
+fn the_readmes_pool_is_valid_and_short() {
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md"));
+    let readme = readme.unwrap();
+    let (_, rest) = readme.split_once("```yaml\n").unwrap();
+    let (pool, _) = rest.split_once("```").unwrap();
+    assert!(pool.lines().count() <= 10);
+    assert_eq!(manifest::parse(pool).unwrap().name, "small");
+}
+
+#[test]
 fn every_example_is_valid() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
     let mut found = 0;
@@ -61,6 +71,28 @@ fn wrong_manifests_are_located_and_explained() {
         ),
         ("v1alpha1", "v1", 1, 1, "must be portpool.dev/v1alpha1"),
         ("{name: small}", "{}", 3, 1, "name is missing"),
+        ("name: small", "name: Small_X", 3, 12, "lower-case letters"),
+        (
+            "name: small",
+            "name: small-",
+            3,
+            12,
+            "not end with a hyphen",
+        ),
+        (
+            "metadata: {name: small}",
+            "metadata: {name: small}\nkind: Pool",
+            4,
+            1,
+            "duplicate mapping key: kind",
+        ),
+        (
+            "spec:\n",
+            "---\nspec:\n",
+            5,
+            1,
+            "documents detected: give one",
+        ),
         (
             "  ports:",
             "  prots:",

@@ -1,38 +1,33 @@
 //! What must hold before anything is started: everything that would fail
 //! later is named now.
 
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
-use super::{CONNECTION_ADMIN_PORT, Error, connection_address, container, server_address};
+use super::{CONNECTION_ADMIN_PORT, connection_address, container, server_address};
 use crate::connection::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{Problem, ValidPool};
-use crate::pool::AGENT_PORT;
+use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
 use crate::table::{PortRange, Table};
 
-/// Checks that `pool` with `table` can run on this machine.
-pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Error> {
+/// Most ports in use that are named: one program may have a whole range.
+const MAX_PROBLEMS: usize = 10;
+
+/// What is wrong with running `pool` with `table` on this machine.
+pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<Problem>> {
     let mut problems = programs(pool);
-    let path = "spec.connectionServer.connectionPorts";
-    if let Some(overlap) = ephemeral_overlap(table) {
-        problems.push(Problem::new(path, format!(
-            "ports {overlap} lie inside net.ipv4.ip_local_port_range, so any outgoing connection may take them: choose ports outside, or narrow the range with sysctl"
-        )));
-    }
-    let listeners = table.connection_port_count();
-    if let Err(error) = check_open_files(listeners) {
-        problems.push(Problem::new(path, error.to_string()));
-    }
-    problems.extend(ports_in_use(pool, table));
-    if problems.is_empty() {
-        Ok(())
-    } else {
-        Err(Error::Unsatisfiable(problems))
-    }
+    problems.extend(limits(table));
+    problems.extend(ports_in_use(sockets(pool, table), &HashSet::new()));
+    nothing(problems)
 }
 
-/// Checks that the running pool `current` can become `next` without a restart.
-pub(super) fn can_become(current: &ValidPool, next: &ValidPool) -> Result<(), Error> {
+/// What is wrong with the running pool `current`, with `table`, becoming `next`
+/// without a restart; `planned` is a table for that.
+pub(super) fn can_become(
+    (current, table): (&ValidPool, &Table),
+    (next, planned): (&ValidPool, &Table),
+) -> Result<(), Vec<Problem>> {
     let mut problems = programs(next);
     let mut fixed = |is_same: bool, path: &str| {
         if !is_same {
@@ -51,11 +46,32 @@ pub(super) fn can_become(current: &ValidPool, next: &ValidPool) -> Result<(), Er
         current.connection_servers == next.connection_servers,
         "spec.connectionServer.replicas",
     );
+    problems.extend(limits(planned));
+    let ours = sockets(current, table).map(|(socket, _)| socket).collect();
+    problems.extend(ports_in_use(sockets(next, planned), &ours));
+    nothing(problems)
+}
+
+fn nothing(problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
     if problems.is_empty() {
         Ok(())
     } else {
-        Err(Error::Unsatisfiable(problems))
+        Err(problems)
     }
+}
+
+/// What of this machine's settings speaks against `table`.
+fn limits(table: &Table) -> Vec<Problem> {
+    let path = "spec.connectionServer.connectionPorts";
+    let overlap = ephemeral_overlap(table).map(|overlap| format!(
+        "ports {overlap} lie inside net.ipv4.ip_local_port_range, so any outgoing connection may take them: choose ports outside, or narrow the range with sysctl"
+    ));
+    let files = check_open_files(table.connection_port_count()).err();
+    let files = files.map(|error| error.to_string());
+    let messages = overlap.into_iter().chain(files);
+    messages
+        .map(|message| Problem::new(path, message))
+        .collect()
 }
 
 /// Containers that cannot run here, and programs that are not there.
@@ -85,7 +101,13 @@ fn programs(pool: &ValidPool) -> Vec<Problem> {
         );
         Problem::new(format!("{}.command", process.path), message)
     });
-    missing.collect()
+    let folders = processes.iter().filter_map(|process| {
+        let folder = process.folder.as_ref()?;
+        let message = format!("{folder:?} is not a folder of this machine");
+        let path = format!("{}.workingDir", process.path);
+        (!Path::new(folder).is_dir()).then(|| Problem::new(path, message))
+    });
+    missing.chain(folders).collect()
 }
 
 fn is_there(program: &str) -> bool {
@@ -96,55 +118,86 @@ fn is_there(program: &str) -> bool {
     std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
 }
 
-/// Ports that other programs have.
-fn ports_in_use(pool: &ValidPool, table: &Table) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let mut check = |address: IpAddr, port: u16, path: &str| {
-        let address = SocketAddr::new(address, port);
-        if let Err(error) = TcpListener::bind(address) {
-            problems.push(Problem::new(path, format!("{address} cannot be listened on: {error}; stop what uses it, or choose another port")));
-        }
-    };
-    for index in 0..pool.connection_servers {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Socket {
+    Tcp(SocketAddr),
+    Udp(SocketAddr),
+}
+
+/// Every socket that `pool` with `table` listens on, and what it is for.
+fn sockets<'a>(
+    pool: &'a ValidPool,
+    table: &'a Table,
+) -> impl Iterator<Item = (Socket, &'static str)> + 'a {
+    let connection_servers = (0..pool.connection_servers).flat_map(move |index| {
         let address = connection_address(index);
-        check(
-            address,
-            pool.load_sharing_port,
-            "spec.connectionServer.loadSharingPort",
-        );
-        check(address, CONNECTION_ADMIN_PORT, "admin port");
-    }
-    for row in &table.rows {
+        let tcp = |port| Socket::Tcp(SocketAddr::new(address, port));
+        let ranges = table.rows.iter().flat_map(|row| &row.ranges);
+        let ports = ranges.flat_map(move |range| {
+            let ports = range.connection_ports();
+            ports.flat_map(move |port| of(range, address, port.get()))
+        });
+        [
+            (
+                tcp(pool.load_sharing_port),
+                "spec.connectionServer.loadSharingPort",
+            ),
+            (tcp(CONNECTION_ADMIN_PORT), "admin port"),
+        ]
+        .into_iter()
+        .chain(ports.map(|socket| (socket, "spec.connectionServer.connectionPorts")))
+    });
+    let processing_servers = table.rows.iter().flat_map(|row| {
         let address = server_address(row.slot);
-        check(address, AGENT_PORT, "agent port");
-        for port in row.ranges.iter().flat_map(PortRange::connection_ports) {
-            check(
-                connection_address(0),
-                port.get(),
-                "spec.connectionServer.connectionPorts",
-            );
+        let tcp = |port| Socket::Tcp(SocketAddr::new(address, port));
+        let targets =
+            targets(&row.ranges).flat_map(move |(range, target)| of(range, address, target));
+        [
+            (tcp(AGENT_PORT), "agent port"),
+            (tcp(AGENT_ADMIN_PORT), "agent admin port"),
+        ]
+        .into_iter()
+        .chain(targets.map(|socket| (socket, "spec.ports")))
+    });
+    connection_servers.chain(processing_servers)
+}
+
+/// `port` of `address` for what `range` forwards.
+fn of(range: &PortRange, address: IpAddr, port: u16) -> impl Iterator<Item = Socket> + use<> {
+    let address = SocketAddr::new(address, port);
+    let tcp = range.protocol.has_tcp().then_some(Socket::Tcp(address));
+    let udp = range.protocol.has_udp().then_some(Socket::Udp(address));
+    tcp.into_iter().chain(udp)
+}
+
+/// Sockets but `ours` that are needed twice, or that other programs have.
+fn ports_in_use(
+    needed: impl Iterator<Item = (Socket, &'static str)>,
+    ours: &HashSet<Socket>,
+) -> Vec<Problem> {
+    let mut needed_for = HashMap::new();
+    let problems = needed.filter_map(|(socket, path)| {
+        let (Socket::Tcp(address) | Socket::Udp(address)) = socket;
+        if let Some(other) = needed_for.insert(socket, path) {
+            let message = format!("{address} is needed for {other} too: choose another port");
+            return Some(Problem::new(path, message));
         }
-        for (range, target) in targets(&row.ranges) {
-            if range.protocol.has_tcp() {
-                check(address, target, "spec.ports");
-            }
-        }
-    }
-    for row in &table.rows {
-        for (range, target) in targets(&row.ranges) {
-            let address = SocketAddr::new(server_address(row.slot), target);
-            if range.protocol.has_udp()
-                && let Err(error) = UdpSocket::bind(address)
-            {
-                problems.push(Problem::new(
-                    "spec.ports",
-                    format!("UDP {address} cannot be used: {error}"),
-                ));
-            }
-        }
-    }
-    problems.truncate(10);
-    problems
+        let bound = match socket {
+            _ if ours.contains(&socket) => Ok(()),
+            Socket::Tcp(address) => TcpListener::bind(address).map(drop),
+            Socket::Udp(address) => UdpSocket::bind(address).map(drop),
+        };
+        let error = bound.err()?;
+        let transport = match socket {
+            Socket::Tcp(_) => "TCP",
+            Socket::Udp(_) => "UDP",
+        };
+        let message = format!(
+            "{transport} {address} cannot be listened on: {error}; stop what uses it, or choose another port"
+        );
+        Some(Problem::new(path, message))
+    });
+    problems.take(MAX_PROBLEMS).collect()
 }
 
 /// The server ports of `ranges`, each once.

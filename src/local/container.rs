@@ -71,9 +71,14 @@ pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, 
         let message = "portpool local does not run init containers: start what they do from the containers' commands";
         problems.push(Problem::new("spec.template.spec.initContainers", message));
     }
-    let mut processes = Vec::new();
+    let mut processes: Vec<Process> = Vec::new();
     for (index, container) in spec.containers.iter().enumerate() {
         let path = format!("spec.template.spec.containers[{index}]");
+        let others = spec.containers.iter().take(index);
+        if others.into_iter().any(|other| other.name == container.name) {
+            let message = format!("{:?} occurs twice; it must be unique", container.name);
+            problems.push(Problem::new(format!("{path}.name"), message));
+        }
         match process(container, &path, pod) {
             Ok(process) => processes.push(process),
             Err(problem) => problems.push(problem),

@@ -29,8 +29,7 @@ impl Document {
                 .location()
                 .map_or((0, 0), |at| (at.line(), at.column()));
             let message = error.without_snippet().to_string();
-            let message = message.lines().next().unwrap_or_default().to_owned();
-            (place.0, place.1, message)
+            (place.0, place.1, plain(&message))
         })?;
         let mut document = Self {
             value: Value::Null,
@@ -97,6 +96,21 @@ impl Document {
         };
         self.places.entry(path).or_insert(place);
         Ok(value)
+    }
+}
+
+/// The parser's message without what it says to programmers, and without the
+/// place, which is told before it.
+fn plain(message: &str) -> String {
+    let line = message.lines().next().unwrap_or_default();
+    let line = line.split(" at line ").next().unwrap_or_default();
+    let line = line
+        .split(", set DuplicateKeyPolicy")
+        .next()
+        .unwrap_or_default();
+    match line.split_once("; use from_str_multiple") {
+        Some((line, _)) => format!("{line}: give one"),
+        None => line.to_owned(),
     }
 }
 
