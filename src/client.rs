@@ -101,6 +101,16 @@ pub enum ClientError {
 }
 
 impl ClientError {
+    /// Whether what was asked for is at fault, so that asking again is no use.
+    #[must_use]
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            Self::Address(_) => true,
+            Self::Refused(problem) => matches!(problem.status, 400 | 413 | 415 | 422),
+            _ => false,
+        }
+    }
+
     /// Whether asking again later may help: nothing was free.
     #[must_use]
     pub fn is_exhausted(&self) -> bool {

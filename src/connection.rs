@@ -64,6 +64,12 @@ const DRAIN_CHECK: Duration = Duration::from_millis(100);
 /// Runs a connection server: gives clients connection ports and forwards them
 /// to the processing servers.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  portpool connection-server --table table.json
+  portpool connection-server --table /etc/portpool/table.json --config-map default/small-port-table
+
+portpool local and the controller start it for you.")]
 pub struct Options {
     /// The pool's port-relationship table (JSON); followed while running
     #[arg(long, value_name = "FILE")]

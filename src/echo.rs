@@ -11,6 +11,9 @@ use tracing::{debug, info};
 
 /// Runs an echo server: the workload of examples/echo.yaml.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Example:
+  portpool echo --listen 127.0.0.2 --ports 7000-7003")]
 pub struct Options {
     /// Address to listen on
     #[arg(long, value_name = "IP", env = "POD_IP", default_value = "127.0.0.1")]

@@ -8,7 +8,17 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives a client its own port on its own server for a while.
 #[derive(Parser)]
-#[command(version, about, max_term_width = 100)]
+#[command(
+    version,
+    about,
+    max_term_width = 100,
+    after_help = "\
+Examples:
+  portpool local -f examples/echo.yaml    a pool on this machine
+  portpool connect 127.0.0.1:7700         in another terminal: a session of it
+
+Exit codes: 0 done, 1 failed, 2 wrong input (nothing was started), 3 nothing is free now."
+)]
 struct Cli {
     #[command(flatten)]
     telemetry: telemetry::Options,
@@ -111,9 +121,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     use client::CommandError;
     match error.downcast_ref::<CommandError>() {
         Some(CommandError::Client(error)) if error.is_exhausted() => ExitCode::from(EXIT_EXHAUSTED),
-        Some(CommandError::Client(client::ClientError::Address(_))) => {
-            ExitCode::from(EXIT_BAD_INPUT)
-        }
+        Some(CommandError::Client(error)) if error.is_bad_input() => ExitCode::from(EXIT_BAD_INPUT),
         Some(_) => ExitCode::FAILURE,
         None if error.downcast_ref().is_some_and(local::Error::is_bad_input) => {
             ExitCode::from(EXIT_BAD_INPUT)

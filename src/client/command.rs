@@ -78,7 +78,18 @@ impl From<&AskOptions> for SessionRequest {
 }
 
 /// Asks for a session and prints where to connect.
+///
+/// The port is yours until you give it back (portpool release), do not connect
+/// before its claim deadline, or have been gone for the pool's linger time.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  portpool request 127.0.0.1:7700                       prints HOST:PORT
+  portpool request 127.0.0.1:7700 -o json               with id, server and deadline
+  portpool request 127.0.0.1:7700 --wait 30             in order, when nothing is free
+  nc $(portpool request 127.0.0.1:7700 | tr : ' ')      and connect to it
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now.")]
 pub struct RequestOptions {
     #[command(flatten)]
     ask: AskOptions,
@@ -96,7 +107,16 @@ enum Output {
 
 /// Asks for a session, connects, and pipes standard input and output; gives
 /// the session back at the end.
+///
+/// The end of the input is passed on; the rest of the answer is still read.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Examples:
+  echo hello | portpool connect 127.0.0.1:7700
+  echo hello | portpool connect 127.0.0.1:7700 --udp
+  portpool connect 127.0.0.1:7700 --port-name shell     only ports of that entry
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now.")]
 pub struct ConnectOptions {
     #[command(flatten)]
     ask: AskOptions,
@@ -114,8 +134,11 @@ pub struct ConnectOptions {
     expect: Option<String>,
 }
 
-/// Gives a session back.
+/// Gives a session back: its connections are cut and its port becomes free.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Example:
+  portpool release 127.0.0.1:7700 $(portpool request 127.0.0.1:7700 -o json | jq -r .id)")]
 pub struct ReleaseOptions {
     /// The pool's load-sharing port: HOST:PORT or http://HOST:PORT
     #[arg(value_name = "ADDRESS")]
