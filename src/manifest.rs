@@ -30,12 +30,14 @@ const MAX_BYTES: u64 = 1024 * 1024;
 /// Most problems that are reported at once.
 const MAX_PROBLEMS: usize = 20;
 
+/// Line, column and message of a problem; line 0 where the whole file is meant.
+pub type Located = (u64, u64, String);
+
 /// Why a manifest cannot be used.
 #[derive(Debug)]
 pub struct ManifestError {
     file: PathBuf,
-    /// Line, column and message; line 0 where the whole file is meant.
-    problems: Vec<(u64, u64, String)>,
+    problems: Vec<Located>,
 }
 
 impl fmt::Display for ManifestError {
@@ -107,7 +109,7 @@ impl Manifest {
     }
 }
 
-fn locate(document: &Document, Problem { path, message }: Problem) -> (u64, u64, String) {
+fn locate(document: &Document, Problem { path, message }: Problem) -> Located {
     let (line, column) = document.place(&path);
     let field = if path.is_empty() { "manifest" } else { &path };
     (line, column, format!("{field}: {message}"))
@@ -154,13 +156,13 @@ pub fn load(path: &Path) -> Result<Manifest, ManifestError> {
 ///
 /// # Errors
 /// Line, column and message of every problem.
-pub fn parse(text: &str) -> Result<ValidPool, Vec<(u64, u64, String)>> {
+pub fn parse(text: &str) -> Result<ValidPool, Vec<Located>> {
     read(text).map(|(pool, _)| pool)
 }
 
-fn read(text: &str) -> Result<(ValidPool, Document), Vec<(u64, u64, String)>> {
+fn read(text: &str) -> Result<(ValidPool, Document), Vec<Located>> {
     let document = Document::parse(text).map_err(|problem| vec![problem])?;
-    let locate = |problems: Vec<Problem>| -> Vec<(u64, u64, String)> {
+    let locate = |problems: Vec<Problem>| -> Vec<Located> {
         let located = problems
             .into_iter()
             .map(|problem| locate(&document, problem));
