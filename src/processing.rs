@@ -28,6 +28,7 @@ use self::metrics::Metrics;
 use self::server::Agent;
 use self::sockets::ListenScope;
 use crate::selection::v1::selection_server::SelectionServer;
+use crate::selection::{GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use crate::table::Table;
 use crate::{admin, follow};
 
@@ -42,13 +43,14 @@ const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// deadline ended.
 const END_GRACE: Duration = Duration::from_secs(1);
 
-/// A silent connection server is found out after interval + timeout: 5 s.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(3);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
-
 /// Runs the agent of one processing server: selects connection ports for the
 /// workload beside it.
 #[derive(clap::Args, Clone, Debug)]
+#[command(after_help = "\
+Example:
+  portpool processing-server --table table.json --slot 0 --address 127.0.0.2
+
+portpool local and the controller start it for you.")]
 pub struct Options {
     /// The pool's port-relationship table (JSON); followed while running
     #[arg(long, value_name = "FILE")]
@@ -123,10 +125,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         first = follower.first() => first?,
         () = &mut shutdown => return Ok(()),
     };
-    let recovering = ran_before(options.state_file.as_deref())?.then_some(book::GONE_AFTER);
+    let recovering = ran_before(options.state_file.as_deref())?.then_some(GONE_AFTER);
     if recovering.is_some() {
         info!(
-            seconds = book::GONE_AFTER.as_secs(),
+            seconds = GONE_AFTER.as_secs(),
             "restarted: connection servers report their sessions first"
         );
     }

@@ -47,24 +47,49 @@ async fn a_killed_agent_takes_no_session_and_knows_them_again() {
     let session = pool.request().await.unwrap();
     let mut stream = connect(&session);
     echo(&mut stream, "before");
+    let held = pool.request().await.unwrap();
     pool.agents[0].kill();
     pool.until(|state| !state.servers[0].attached).await;
     echo(&mut stream, "meanwhile");
+    let mut late = connect(&held);
+    echo(&mut late, "a client that was told its port before");
     pool.start_agent(0);
     pool.until(|state| state.servers[0].attached).await;
     echo(&mut stream, "after");
+    echo(&mut late, "after");
     assert_eq!(
         pool.client().get(&session.id).await.unwrap().port,
         session.port
     );
     // After a restart the agent waits 15 s for sessions to be reported.
     let back = pool
-        .until(|state| state.free_ports == u32::from(COUNT) - 1)
+        .until(|state| state.free_ports == u32::from(COUNT) - 2)
         .await;
     assert!(
         back < Duration::from_secs(17),
         "capacity is back after {back:?}"
     );
+}
+
+#[tokio::test]
+async fn a_stopped_agent_loses_its_sessions_before_it_gives_their_ports_to_others() {
+    let pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut stream = connect(&session);
+    echo(&mut stream, "before");
+    // A stopped process takes connections and answers nothing: the longest way
+    // to find out.
+    pool.agents[0].signal(rustix::process::Signal::STOP);
+    let stopped = Instant::now();
+    assert!(is_cut(&mut stream));
+    let after = stopped.elapsed();
+    pool.agents[0].signal(rustix::process::Signal::CONT);
+    assert!(
+        after > portpool::selection::CUT_AFTER && after < portpool::selection::GONE_AFTER,
+        "cut after {after:?}"
+    );
+    pool.until(|state| state.free_ports == u32::from(COUNT))
+        .await;
 }
 
 #[tokio::test]

@@ -10,16 +10,19 @@
     reason = "a test stops at what it does not expect"
 )]
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use portpool::connection::forward::{Gate, SessionKey, Traffic, Transport, Verdict};
+use portpool::connection::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol};
-use portpool::processing::book::{Book, GONE_AFTER, Listening, Notice, Now, Times, To};
+use portpool::processing::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
+use portpool::selection::{
+    CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,
+};
 use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
 use proptest::prelude::*;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -32,6 +35,12 @@ const TIMES: Times = Times {
     max_duration: None,
 };
 
+/// When a side notices a broken stream that nothing tells it of.
+const FOUND_OUT: Duration = KEEP_ALIVE_INTERVAL.saturating_add(KEEP_ALIVE_TIMEOUT);
+
+/// How long the data plane keeps a client whose session is asked for.
+const PARKED: Duration = Duration::from_secs(2);
+
 /// A step of the world. Indices are taken modulo what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
@@ -41,21 +50,38 @@ enum Event {
     /// connection server.
     ToAgent(usize, usize),
     FromAgent(usize, usize),
+    /// All messages of a stream arrive, and what they cause.
+    Deliver(usize, usize),
     /// A client connects to a port of an agent through a connection server.
     Connect(usize, usize, u16),
+    /// A client gets a session through a connection server that is attached,
+    /// with all messages between the two, and connects to every port it can.
+    Client(usize, usize),
     /// The oldest connection closes.
     Close,
+    /// The oldest connection that is to be cut is.
+    Cut,
     /// The client gives the session on a port back.
     Release(usize, usize, u16),
-    /// A stream breaks with all that is under way; both sides notice.
-    Break(usize, usize),
+    /// A stream breaks with all that is under way, and these notice at once.
+    Break(usize, usize, Noticing),
     Attach(usize, usize),
-    /// The agent is killed and started again.
-    RestartAgent(usize),
-    /// The connection server is killed; another one takes its place.
-    RestartConnectionServer(usize),
-    /// Longer than any claim, linger and grace.
-    TimePasses,
+    /// The agent is killed and started again; whether connection servers
+    /// notice at once.
+    RestartAgent(usize, bool),
+    /// The connection server is killed and another one takes its place; whether
+    /// agents notice at once.
+    RestartConnectionServer(usize, bool),
+    /// Everything that is under way arrives, and so many seconds pass.
+    Pass(u64),
+}
+
+/// Who notices the end of a stream at once; the others after [`FOUND_OUT`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Noticing {
+    Both,
+    Agent,
+    ConnectionServer,
 }
 
 struct Stream {
@@ -63,21 +89,25 @@ struct Stream {
     sent: UnboundedReceiver<ToAgent>,
     to_agent: VecDeque<to_agent::Message>,
     from_agent: VecDeque<from_agent::Message>,
+    /// Nothing arrives any more; when the connection server notices.
+    broken: Option<Duration>,
 }
 
 struct ConnectionServer {
     name: String,
     sessions: Sessions,
     streams: Vec<Option<Stream>>,
+    /// When sessions of an agent that is out of reach are cut, by agent.
+    cut_at: Vec<Option<Duration>>,
 }
 
 #[derive(Clone, Debug)]
 struct Connection {
     server: usize,
-
     port: ListenPort,
     key: SessionKey,
     session: String,
+    is_to_be_cut: bool,
 }
 
 struct World {
@@ -86,6 +116,13 @@ struct World {
     agents: Vec<Book>,
     servers: Vec<ConnectionServer>,
     connections: Vec<Connection>,
+    /// Clients whose session is asked for, by ticket: through which server, and
+    /// until when.
+    parked: HashMap<Ticket, (usize, Duration)>,
+    /// When agents notice that a connection server is not there any more.
+    unnoticed: Vec<(Duration, usize, String)>,
+    /// Connection servers, by name, and sessions that are over for them.
+    over: HashSet<(String, String)>,
     names: usize,
 }
 
@@ -128,6 +165,9 @@ impl World {
             agents: Vec::new(),
             servers: Vec::new(),
             connections: Vec::new(),
+            parked: HashMap::new(),
+            unnoticed: Vec::new(),
+            over: HashSet::new(),
             names: 0,
             table,
         };
@@ -164,6 +204,7 @@ impl World {
             name: format!("server-{}", self.names),
             sessions,
             streams,
+            cut_at: vec![None; self.table.rows.len()],
         }
     }
 
@@ -178,7 +219,9 @@ impl World {
                 message: Some(message),
             }) = stream.sent.try_recv()
             {
-                stream.to_agent.push_back(message);
+                if stream.broken.is_none() {
+                    stream.to_agent.push_back(message);
+                }
             }
         }
     }
@@ -189,7 +232,9 @@ impl World {
             Event::Select(server, agent) => {
                 self.names += 1;
                 let session_id = format!("session-{}", self.names);
-                if let Some(stream) = &mut self.servers[server % SERVERS].streams[agent % agents] {
+                if let Some(stream) = &mut self.servers[server % SERVERS].streams[agent % agents]
+                    && stream.broken.is_none()
+                {
                     let select = v1::Select {
                         session_id,
                         ..v1::Select::default()
@@ -204,54 +249,106 @@ impl World {
                 self.deliver_from_agent(server % SERVERS, agent % agents)
             }
             Event::Connect(server, agent, offset) => {
-                let (server, agent) = (server % SERVERS, agent % agents);
-                let port = port(agent, offset);
+                let (server, port) = (server % SERVERS, port(agent % agents, offset));
                 let client = SocketAddr::from(([127, 0, 0, 1], 1));
                 let sessions = &self.servers[server].sessions;
-                if let Verdict::Admit(key) = sessions.admit(port, Transport::Tcp, client) {
-                    let session = sessions.session_on(port).expect("admitted for a session");
-                    self.connections.push(Connection {
-                        server,
-                        port,
-                        key,
-                        session,
-                    });
+                match sessions.admit(port, Transport::Tcp, client) {
+                    Verdict::Admit(key) => self.admitted(server, port, key),
+                    Verdict::Refuse => {}
+                    Verdict::Ask => {
+                        self.names += 1;
+                        let ticket = Ticket(self.names as u64);
+                        let until = self.now.monotonic + PARKED;
+                        self.parked.insert(ticket, (server, until));
+                        sessions.ask(ticket, port, Transport::Tcp, client);
+                    }
                 }
             }
+            Event::Deliver(server, agent) => self.deliver(server % SERVERS, agent % agents),
+            Event::Client(server, agent) => self.client(server % SERVERS, agent % agents),
             Event::Close => {
                 if !self.connections.is_empty() {
                     let connection = self.connections.remove(0);
                     self.closed(&connection);
                 }
             }
+            Event::Cut => {
+                let cut = self.connections.iter().position(|open| open.is_to_be_cut);
+                if let Some(cut) = cut {
+                    let connection = self.connections.remove(cut);
+                    self.closed(&connection);
+                }
+            }
             Event::Release(server, agent, offset) => {
                 let sessions = &self.servers[server % SERVERS].sessions;
                 let id = sessions.session_on(port(agent % agents, offset));
-                if let Some(Some(Ok(action))) = id.map(|id| sessions.release(&id)) {
+                if let Some(id) = id
+                    && let Some(Ok(action)) = sessions.release(&id)
+                {
+                    let name = self.servers[server % SERVERS].name.clone();
+                    self.over.insert((name, id));
                     self.carry_out(server % SERVERS, action);
                 }
             }
-            Event::Break(server, agent) => self.detach(server % SERVERS, agent % agents),
+            Event::Break(server, agent, noticing) => {
+                self.break_stream(server % SERVERS, agent % agents, noticing)
+            }
             Event::Attach(server, agent) => self.attach(server % SERVERS, agent % agents),
-            Event::RestartAgent(agent) => {
+            Event::RestartAgent(agent, is_noticed) => {
                 let agent = agent % agents;
+                let noticing = match is_noticed {
+                    true => Noticing::Both,
+                    false => Noticing::Agent,
+                };
                 for server in 0..SERVERS {
-                    self.detach(server, agent);
+                    self.break_stream(server, agent, noticing);
                 }
+                self.unnoticed.retain(|(_, of, _)| *of != agent);
                 self.agents[agent] = self.book(agent, Some(self.now.monotonic + GONE_AFTER));
             }
-            Event::RestartConnectionServer(server) => {
+            Event::RestartConnectionServer(server, is_noticed) => {
                 let server = server % SERVERS;
+                let noticing = match is_noticed {
+                    true => Noticing::Both,
+                    false => Noticing::ConnectionServer,
+                };
                 for agent in 0..agents {
-                    self.detach(server, agent);
+                    self.break_stream(server, agent, noticing);
                 }
                 self.connections
                     .retain(|connection| connection.server != server);
+                self.parked.retain(|_, (through, _)| *through != server);
                 self.servers[server] = self.connection_server();
             }
-            Event::TimePasses => self.time_passes(),
+            Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
         }
         self.collect();
+    }
+
+    fn client(&mut self, server: usize, agent: usize) {
+        self.happen(Event::Attach(server, agent));
+        self.happen(Event::Select(server, agent));
+        self.deliver(server, agent);
+        for offset in 0..PORTS {
+            self.happen(Event::Connect(server, agent, offset));
+        }
+    }
+
+    fn admitted(&mut self, server: usize, port: ListenPort, key: SessionKey) {
+        let sessions = &self.servers[server].sessions;
+        let session = sessions.session_on(port).expect("admitted for a session");
+        let name = self.servers[server].name.clone();
+        assert!(
+            !self.over.contains(&(name, session.clone())),
+            "{session} is over and admits"
+        );
+        self.connections.push(Connection {
+            server,
+            port,
+            key,
+            session,
+            is_to_be_cut: false,
+        });
     }
 
     fn closed(&mut self, connection: &Connection) {
@@ -265,56 +362,88 @@ impl World {
 
     fn carry_out(&mut self, server: usize, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
-            if let Action::Cut(port, key) = action {
-                let is_cut = |connection: &Connection| {
-                    connection.server == server && connection.port == port && connection.key == key
-                };
-                let cut: Vec<Connection> = self
-                    .connections
-                    .iter()
-                    .filter(|c| is_cut(c))
-                    .cloned()
-                    .collect();
-                self.connections.retain(|connection| !is_cut(connection));
-                cut.iter().for_each(|connection| self.closed(connection));
+            match action {
+                Action::Cut(port, key) => {
+                    for connection in &mut self.connections {
+                        connection.is_to_be_cut |= connection.server == server
+                            && connection.port == port
+                            && connection.key == key;
+                    }
+                }
+                Action::Answer(port, ticket, Verdict::Admit(key)) => {
+                    self.admitted(server, port, key);
+                    if self.parked.remove(&ticket).is_none() {
+                        let gone = self.connections.pop().expect("was added");
+                        self.closed(&gone);
+                    }
+                }
+                Action::Answer(_, ticket, _) => {
+                    self.parked.remove(&ticket);
+                }
             }
         }
     }
 
     fn attach(&mut self, server: usize, agent: usize) {
-        if self.servers[server].streams[agent].is_some() {
+        let slot = u32::try_from(agent).unwrap();
+        let sessions = &self.servers[server].sessions;
+        if self.servers[server].streams[agent].is_some() || sessions.is_cutting(slot) {
             return;
         }
         let (outbox, sent) = unbounded_channel();
-        let slot = u32::try_from(agent).unwrap();
         let name = self.servers[server].name.clone();
         let mut known = Vec::new();
-        self.servers[server]
-            .sessions
-            .attach(slot, outbox.clone(), |sessions| {
-                known.clone_from(&sessions);
-                ToAgent::default()
-            });
+        sessions.attach(slot, outbox.clone(), |sessions| {
+            known.clone_from(&sessions);
+            ToAgent::default()
+        });
         let (to_agent, from_agent) = (VecDeque::new(), VecDeque::new());
         let mut stream = Stream {
             outbox,
             sent,
             to_agent,
             from_agent,
+            broken: None,
         };
         // The greeting is answered before anything else happens on the stream.
         let _greeting = stream.sent.try_recv();
         self.servers[server].streams[agent] = Some(stream);
+        self.servers[server].cut_at[agent] = None;
+        // The new stream takes the place of the broken one.
+        self.unnoticed
+            .retain(|(_, of, from)| *of != agent || *from != name);
         let notices = self.agents[agent].attach(&name, &known, self.now);
         self.send(agent, notices);
         self.servers[server].sessions.welcomed(slot);
     }
 
-    fn detach(&mut self, server: usize, agent: usize) {
-        if let Some(stream) = self.servers[server].streams[agent].take() {
+    /// Ends a stream; those who do not notice now do so later.
+    fn break_stream(&mut self, server: usize, agent: usize, noticing: Noticing) {
+        let found_out = self.now.monotonic + FOUND_OUT;
+        let name = self.servers[server].name.clone();
+        let Some(stream) = &mut self.servers[server].streams[agent] else {
+            return;
+        };
+        let was_broken = stream.broken.is_some();
+        stream.to_agent.clear();
+        stream.from_agent.clear();
+        stream.broken.get_or_insert(found_out);
+        if noticing != Noticing::Agent {
+            self.server_notices(server, agent);
+        }
+        match noticing {
+            _ if was_broken => {}
+            Noticing::ConnectionServer => self.unnoticed.push((found_out, agent, name)),
+            _ => self.agents[agent].detach(&name, self.now),
+        }
+    }
+
+    fn server_notices(&mut self, server: usize, agent: usize) {
+        let of = &mut self.servers[server];
+        if let Some(stream) = of.streams[agent].take() {
             let slot = u32::try_from(agent).unwrap();
-            self.servers[server].sessions.detach(slot, &stream.outbox);
-            self.agents[agent].detach(&self.servers[server].name, self.now);
+            of.sessions.detach(slot, &stream.outbox);
+            of.cut_at[agent] = Some(self.now.monotonic + CUT_AFTER + CUT_SLACK);
         }
     }
 
@@ -326,7 +455,9 @@ impl World {
                     To::AllBut(name) => *name != server.name,
                     To::One(name) => *name == server.name,
                 };
-                if let (true, Some(stream)) = (is_meant, &mut server.streams[agent]) {
+                if let (true, Some(stream)) = (is_meant, &mut server.streams[agent])
+                    && stream.broken.is_none()
+                {
                     stream.from_agent.push_back(message.clone());
                 }
             }
@@ -355,6 +486,17 @@ impl World {
                     Err(_) => Vec::new(),
                 }
             }
+            to_agent::Message::Lookup(lookup) => {
+                let number = u16::try_from(lookup.connection_port).unwrap();
+                let found = v1::LookedUp {
+                    request_id: lookup.request_id,
+                    session: self.agents[agent].look_up(ListenPort::new(number).unwrap()),
+                };
+                vec![Notice {
+                    to: To::One(name),
+                    message: from_agent::Message::LookedUp(found),
+                }]
+            }
             message => self.agents[agent].report(&name, message, self.now),
         };
         self.send(agent, notices);
@@ -374,20 +516,43 @@ impl World {
                 self.carry_out(server, actions);
             }
             from_agent::Message::End(end) => {
-                let action = self.servers[server]
-                    .sessions
-                    .end(slot, &end.session_id, end.cause());
+                let ConnectionServer { name, sessions, .. } = &self.servers[server];
+                let action = sessions.end(slot, &end.session_id, end.cause());
+                self.over.insert((name.clone(), end.session_id));
                 self.carry_out(server, action);
+            }
+            from_agent::Message::LookedUp(found) => {
+                let sessions = &self.servers[server].sessions;
+                let actions = sessions.looked_up(slot, found.request_id, found.session);
+                self.carry_out(server, actions);
             }
             _ => {}
         }
     }
 
-    /// Everything under way arrives; then nothing is.
+    /// Everything under way between the two arrives.
+    fn deliver(&mut self, server: usize, agent: usize) {
+        loop {
+            self.collect();
+            match &self.servers[server].streams[agent] {
+                Some(stream) if !stream.to_agent.is_empty() => self.deliver_to_agent(server, agent),
+                Some(stream) if !stream.from_agent.is_empty() => {
+                    self.deliver_from_agent(server, agent)
+                }
+                _ => return,
+            }
+        }
+    }
+
+    /// Everything under way arrives and is done; then nothing is.
     fn deliver_all(&mut self) {
         loop {
             self.collect();
             let mut is_quiet = true;
+            while self.connections.iter().any(|open| open.is_to_be_cut) {
+                self.happen(Event::Cut);
+                is_quiet = false;
+            }
             for server in 0..SERVERS {
                 for agent in 0..self.agents.len() {
                     if let Some(stream) = &self.servers[server].streams[agent] {
@@ -405,26 +570,64 @@ impl World {
         }
     }
 
-    /// Messages of a stream that is up arrive within seconds; connection
-    /// servers that are detached cut after 10 s; agents count them as gone
-    /// after 15 s.
-    fn time_passes(&mut self) {
-        self.deliver_all();
-        for server in 0..SERVERS {
-            for agent in 0..self.agents.len() {
-                if self.servers[server].streams[agent].is_none() {
-                    let actions = self.servers[server]
-                        .sessions
-                        .forget_server(u32::try_from(agent).unwrap());
-                    self.carry_out(server, actions);
-                }
+    /// Lets time pass, with all that is due in it in its order; what is sent
+    /// over a stream that is up arrives at once.
+    fn pass(&mut self, duration: Duration) {
+        let end = self.now.monotonic + duration;
+        loop {
+            self.deliver_all();
+            let due = self.next_due().filter(|due| *due <= end);
+            let now = due.unwrap_or(end).max(self.now.monotonic);
+            let passed = now - self.now.monotonic;
+            self.now.monotonic = now;
+            self.now.unix_ms += u64::try_from(passed.as_millis()).unwrap();
+            self.parked.retain(|_, (_, until)| *until > now);
+            if due.is_none() {
+                return;
             }
+            self.do_what_is_due();
         }
-        self.now.monotonic += TIMES.claim.max(GONE_AFTER);
-        self.now.unix_ms += 30_000;
+    }
+
+    fn next_due(&self) -> Option<Duration> {
+        let books = self.agents.iter().filter_map(Book::next_deadline);
+        let unnoticed = self.unnoticed.iter().map(|(at, ..)| *at);
+        let servers = self.servers.iter().flat_map(|server| {
+            let broken = server.streams.iter().flatten();
+            let broken = broken.filter_map(|stream| stream.broken);
+            broken.chain(server.cut_at.iter().copied().flatten())
+        });
+        books.chain(unnoticed).chain(servers).min()
+    }
+
+    /// Agents first: they must not rely on connection servers being quick.
+    fn do_what_is_due(&mut self) {
+        let now = self.now.monotonic;
         for agent in 0..self.agents.len() {
             let notices = self.agents[agent].tick(self.now);
             self.send(agent, notices);
+        }
+        self.check();
+        self.unnoticed.retain(|(at, agent, name)| {
+            if *at <= now {
+                self.agents[*agent].detach(name, self.now);
+            }
+            *at > now
+        });
+        for server in 0..SERVERS {
+            for agent in 0..self.agents.len() {
+                let stream = self.servers[server].streams[agent].as_ref();
+                let broken = stream.and_then(|stream| stream.broken);
+                if broken.is_some_and(|at| at <= now) {
+                    self.server_notices(server, agent);
+                }
+                if self.servers[server].cut_at[agent].is_some_and(|at| at <= now) {
+                    self.servers[server].cut_at[agent] = None;
+                    let slot = u32::try_from(agent).unwrap();
+                    let actions = self.servers[server].sessions.forget_server(slot);
+                    self.carry_out(server, actions);
+                }
+            }
         }
     }
 
@@ -460,18 +663,21 @@ impl World {
 
     /// When clients and connection servers are done, every port is free.
     fn end(&mut self) {
+        // Clients that wait for their session get it yet.
+        self.deliver_all();
         while !self.connections.is_empty() {
             self.happen(Event::Close);
         }
-        for server in 0..SERVERS {
-            for agent in 0..self.agents.len() {
-                self.happen(Event::Attach(server, agent));
+        // Longer than any claim, linger and grace together.
+        for _ in 0..3 {
+            self.happen(Event::Pass(30));
+            for server in 0..SERVERS {
+                for agent in 0..self.agents.len() {
+                    self.happen(Event::Attach(server, agent));
+                }
             }
         }
-        for _ in 0..4 {
-            self.happen(Event::TimePasses);
-            self.deliver_all();
-        }
+        self.deliver_all();
         for book in &self.agents {
             assert_eq!(
                 book.counts(self.now).ports[0].free,
@@ -492,26 +698,39 @@ fn play(agents: usize, events: &[Event]) {
     world.end();
 }
 
-/// One agent with two ports, two connection servers, a session on its way:
-/// every order of four further events.
+/// One agent with two ports, two connection servers, a session on its way, in
+/// use or being cut: every order of four further events.
 #[test]
 fn every_short_order_of_events_keeps_the_rules() {
     let events = [
         Event::ToAgent(0, 0),
         Event::FromAgent(0, 0),
-        Event::ToAgent(1, 0),
-        Event::FromAgent(1, 0),
+        Event::Deliver(0, 0),
+        Event::Deliver(1, 0),
         Event::Connect(0, 0, 0),
-        Event::Connect(1, 0, 0),
+        Event::Client(1, 0),
         Event::Close,
+        Event::Cut,
         Event::Release(0, 0, 0),
-        Event::Break(0, 0),
+        Event::Break(0, 0, Noticing::Agent),
         Event::Attach(0, 0),
-        Event::RestartAgent(0),
-        Event::RestartConnectionServer(0),
-        Event::TimePasses,
+        Event::RestartAgent(0, false),
+        Event::RestartConnectionServer(0, true),
+        Event::Pass(6),
     ];
-    let mut order = vec![Event::Select(0, 0), Event::ToAgent(0, 0)];
+    let on_its_way = [Event::Select(0, 0), Event::ToAgent(0, 0)];
+    let in_use = [
+        Event::Select(0, 0),
+        Event::Pass(0),
+        Event::Connect(0, 0, 0),
+        Event::Break(0, 0, Noticing::Agent),
+        Event::Connect(0, 0, 0),
+    ];
+    let being_cut = [
+        Event::Client(0, 0),
+        Event::Release(0, 0, 0),
+        Event::Deliver(1, 0),
+    ];
     let mut played = 0;
     fn explore(order: &mut Vec<Event>, depth: usize, events: &[Event], played: &mut u32) {
         if depth == 0 {
@@ -526,24 +745,35 @@ fn every_short_order_of_events_keeps_the_rules() {
             order.pop();
         }
     }
-    explore(&mut order, 4, &events, &mut played);
-    assert_eq!(played, 13u32.pow(4));
+    for begin in [&on_its_way[..], &in_use, &being_cut] {
+        explore(&mut begin.to_vec(), 4, &events, &mut played);
+    }
+    assert_eq!(played, 3 * 14u32.pow(4));
 }
 
 fn event() -> impl Strategy<Value = Event> {
     let (server, agent, offset) = (0..SERVERS, 0..2usize, 0..PORTS);
+    let pair = || (0..SERVERS, 0..2usize);
+    let noticing = prop_oneof![
+        Just(Noticing::Both),
+        Just(Noticing::Agent),
+        Just(Noticing::ConnectionServer)
+    ];
     prop_oneof![
-        3 => (server.clone(), agent.clone()).prop_map(|(s, a)| Event::Select(s, a)),
-        8 => (server.clone(), agent.clone()).prop_map(|(s, a)| Event::ToAgent(s, a)),
-        8 => (server.clone(), agent.clone()).prop_map(|(s, a)| Event::FromAgent(s, a)),
+        3 => pair().prop_map(|(s, a)| Event::Select(s, a)),
+        8 => pair().prop_map(|(s, a)| Event::ToAgent(s, a)),
+        8 => pair().prop_map(|(s, a)| Event::FromAgent(s, a)),
         6 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Connect(s, a, o)),
+        4 => pair().prop_map(|(s, a)| Event::Deliver(s, a)),
+        3 => pair().prop_map(|(s, a)| Event::Client(s, a)),
         3 => Just(Event::Close),
+        2 => Just(Event::Cut),
         1 => (server.clone(), agent.clone(), offset).prop_map(|(s, a, o)| Event::Release(s, a, o)),
-        1 => (server.clone(), agent.clone()).prop_map(|(s, a)| Event::Break(s, a)),
-        2 => (server.clone(), agent.clone()).prop_map(|(s, a)| Event::Attach(s, a)),
-        1 => agent.prop_map(Event::RestartAgent),
-        1 => server.prop_map(Event::RestartConnectionServer),
-        1 => Just(Event::TimePasses),
+        1 => (server.clone(), agent.clone(), noticing).prop_map(|(s, a, n)| Event::Break(s, a, n)),
+        2 => pair().prop_map(|(s, a)| Event::Attach(s, a)),
+        1 => (agent, any::<bool>()).prop_map(|(a, n)| Event::RestartAgent(a, n)),
+        1 => (server, any::<bool>()).prop_map(|(s, n)| Event::RestartConnectionServer(s, n)),
+        2 => (0..20u64).prop_map(Event::Pass),
     ]
 }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::Endpoint;
 use tracing::{debug, info, warn};
@@ -30,9 +30,11 @@ use super::reservations::Reservations;
 use super::sessions::{Action, Outbox, Sessions};
 use super::trace::Trace;
 use crate::pool::PortProtocol;
-use crate::selection::PROTOCOL_VERSION;
 use crate::selection::v1::selection_client::SelectionClient;
 use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, refused, to_agent::Message};
+use crate::selection::{
+    CUT_AFTER, CUT_SLACK, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, PROTOCOL_VERSION,
+};
 use crate::session::PortState;
 use crate::table::{Row, RowState, Table};
 
@@ -45,16 +47,7 @@ const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Pause before the first try to attach again, doubled up to the longest one.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
-const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-
-/// How long sessions outlive the stream to their agent. Shorter than the
-/// agent's own 15 s, so that connections are cut here before it gives their
-/// ports to others.
-const DETACHED_CUT: Duration = Duration::from_secs(10);
-
-/// A silent peer is found out after interval + timeout: 5 s.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(3);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(2);
+const LONGEST_PAUSE: Duration = CUT_SLACK;
 
 /// Why a processing server did not select a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,7 +238,10 @@ impl Agents {
         let mut pause = FIRST_PAUSE;
         let mut detached_since = Some(Instant::now());
         loop {
-            let attached = self.attach(slot, address, &mut table, &stream).await;
+            let attached = tokio::select! {
+                attached = self.attach(slot, address, &mut table, &stream) => attached,
+                () = overdue(detached_since, &stream) => Err(AttachError::OutOfReach),
+            };
             stream.lock().take();
             self.reservations.detach(slot);
             match attached {
@@ -258,7 +254,7 @@ impl Agents {
                     debug!(slot, %address, %error, "failed to attach to processing server")
                 }
             }
-            if detached_since.is_some_and(|since| since.elapsed() > DETACHED_CUT) {
+            if detached_since.is_some_and(|since| since.elapsed() >= CUT_AFTER) {
                 detached_since = None;
                 let actions = self.sessions.forget_server(slot);
                 if !actions.is_empty() {
@@ -438,6 +434,19 @@ impl Link {
     }
 }
 
+/// Completes when a stream that has been down since `since` is not up again
+/// when its sessions are to be cut. A try to attach may be under way: one that
+/// succeeded later would have told the agent of sessions that are cut.
+async fn overdue(since: Option<Instant>, stream: &Mutex<Option<Stream>>) {
+    let Some(since) = since else {
+        return std::future::pending().await;
+    };
+    sleep_until(since + CUT_AFTER).await;
+    if stream.lock().is_some() {
+        std::future::pending().await
+    }
+}
+
 /// Detaches the sessions however the attachment ends, also when its task is
 /// aborted.
 struct Detach<'a> {
@@ -462,6 +471,8 @@ enum AttachError {
     TimedOut(#[from] tokio::time::error::Elapsed),
     #[error("agent answered the greeting with something other than a welcome")]
     NoWelcome,
+    #[error("agent was out of reach for {} s", CUT_AFTER.as_secs())]
+    OutOfReach,
     #[error(transparent)]
     Table(#[from] crate::table::TableError),
 }

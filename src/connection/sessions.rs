@@ -5,9 +5,11 @@
 //! have told, in the order they told it. The rules that keep a port from
 //! serving two clients:
 //!
-//! - A connection is admitted only while the server's agent is attached, under
-//!   the same lock that ends sessions, so an admitted connection belongs to a
-//!   live session and its agent is told before anything else is sent.
+//! - A connection is admitted under the same lock that ends sessions, so it
+//!   belongs to a live session and its agent is told before anything else is
+//!   sent. While the agent is out of reach, the next greeting tells it; an
+//!   agent gives no port to others that a connection server out of reach may
+//!   have, and sessions here are forgotten before it stops to wait.
 //! - `End` is final: the session goes from the gate, its connections are cut,
 //!   and `Ended` is sent when the last is closed. The agent frees the port
 //!   only then.
@@ -69,7 +71,8 @@ struct Inner {
     id_by_idempotency_key: HashMap<String, String>,
     ending: HashMap<SessionKey, Ending>,
     /// Sessions that a client has given back, with their slot, until the agent
-    /// says the end: what it told before it heard of that comes late.
+    /// says the end: what it told before it heard of that comes late, and what
+    /// we told may be lost with a stream.
     released: HashMap<String, u32>,
     asked: HashMap<ListenPort, Vec<Parked>>,
 }
@@ -148,9 +151,6 @@ impl Inner {
                 Admission::Reserved => Verdict::Ask,
             };
         };
-        if !self.outboxes.contains_key(&live.slot) {
-            return Verdict::Ask;
-        }
         if live.bound_client.is_some_and(|bound| bound != client) {
             return Verdict::Refuse;
         }
@@ -224,6 +224,7 @@ impl Sessions {
     pub fn set_table(&self, table: &Arc<Table>) {
         let mut inner = self.inner.write();
         inner.table = Some(PortIndex::new(table.clone()));
+        inner.released.retain(|_, slot| table.row(*slot).is_some());
         inner.admission = table.sessions.admission;
     }
 
@@ -245,8 +246,12 @@ impl Sessions {
                 ..live.session.clone()
             });
         let _ = outbox.send(greet(known.collect()));
-        // Of a release that was lost with the former stream nobody will tell.
-        inner.released.retain(|_, released| *released != slot);
+        // Whether these got through the former stream nobody knows.
+        for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
+            let session_id = id.clone();
+            let message = Some(Message::Release(v1::Release { session_id }));
+            let _ = outbox.send(ToAgent { message });
+        }
         inner.outboxes.insert(slot, outbox);
     }
 
@@ -262,8 +267,8 @@ impl Sessions {
         }
     }
 
-    /// An agent's stream is gone; its sessions admit nothing new. Does nothing
-    /// when a newer stream than `outbox` is up.
+    /// An agent's stream is gone; it is told nothing. Does nothing when a newer
+    /// stream than `outbox` is up.
     pub fn detach(&self, slot: u32, outbox: &Outbox) {
         let mut inner = self.inner.write();
         if inner
@@ -286,7 +291,6 @@ impl Sessions {
             .filter(|live| live.slot == slot)
             .map(|live| live.session.session_id.clone())
             .collect();
-        inner.released.retain(|_, released| *released != slot);
         ids.iter()
             .filter_map(|id| inner.end(id, "SERVER_GONE"))
             .collect()
@@ -698,12 +702,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_new_is_admitted_while_the_agent_is_out_of_reach() {
+    fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
         let (sessions, outbox, _sent) = attached();
         sessions.learn(0, session("a", PORT));
         sessions.detach(0, &outbox);
-        assert_eq!(admit(&sessions, PORT, 1), Verdict::Ask);
+        let Verdict::Admit(key) = admit(&sessions, PORT, 1) else {
+            panic!("not admitted")
+        };
         assert_eq!(sessions.release("a"), Some(Err(())));
+        assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);
+        assert_eq!(admit(&sessions, PORT, 1), Verdict::Ask);
     }
 
     #[test]
@@ -824,6 +832,24 @@ mod tests {
         assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);
         assert!(sessions.get("a").is_none());
         assert!(sessions.get("b").is_some());
+    }
+
+    #[test]
+    fn a_lost_release_is_told_again() {
+        let (sessions, outbox, _lost) = attached();
+        sessions.learn(0, session("a", PORT));
+        assert_eq!(sessions.release("a"), Some(Ok(None)));
+        sessions.detach(0, &outbox);
+        let (again, mut sent) = unbounded_channel();
+        sessions.attach(0, again, |_| ToAgent::default());
+        assert_eq!(next(&mut sent), None, "the greeting");
+        let release = v1::Release {
+            session_id: "a".to_owned(),
+        };
+        assert_eq!(next(&mut sent), Some(Message::Release(release)));
+        sessions.learn(0, session("a", PORT));
+        assert!(sessions.get("a").is_none(), "the agent knew it still");
+        assert_eq!(sessions.end(0, "a", end::Cause::Released), None);
     }
 
     #[test]

@@ -27,12 +27,9 @@ use std::time::Duration;
 pub use self::ports::{Listening, PortFilter};
 use self::ports::{Occupancy, Ports};
 use crate::pool::PortProtocol;
+use crate::selection::GONE_AFTER;
 use crate::selection::v1::{self, end, from_agent, refused, session};
 use crate::table::{ListenPort, Row, RowState};
-
-/// How long a connection server may be out of reach before it counts as gone
-/// for good. Longer than the 10 s after which it cuts its connections itself.
-pub const GONE_AFTER: Duration = Duration::from_secs(15);
 
 /// Longest session id and connection server name, in bytes.
 const MAX_ID_BYTES: usize = 64;
@@ -370,7 +367,12 @@ impl Book {
                 self.closed(name, session_id, now, &mut notices)
             }
             Message::Release(v1::Release { session_id }) => {
-                self.end(session_id, end::Cause::Released, &mut notices);
+                if self.sessions.contains_key(session_id) {
+                    self.end(session_id, end::Cause::Released, &mut notices);
+                } else {
+                    let to = To::One(name.to_owned());
+                    notices.push(end_notice(to, session_id, end::Cause::Unknown));
+                }
             }
             Message::Ended(v1::Ended { session_id }) => self.ended(name, session_id),
             _ => {}
