@@ -26,6 +26,10 @@ const SESSIONS: usize = 5_000;
 const CONNECTIONS: usize = 4_000;
 /// Requests at a time.
 const CLIENTS: usize = 32;
+/// Requests at a time, and between the starts of one client's, when they come
+/// as in use, not as fast as they can: 800 a second.
+const PACED_CLIENTS: usize = 8;
+const PACE: Duration = Duration::from_millis(10);
 
 /// Resident memory of a process in KiB.
 fn resident(process: &Process) -> u64 {
@@ -37,15 +41,22 @@ fn resident(process: &Process) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Takes `SESSIONS` sessions, `CLIENTS` at a time; each request's time.
-async fn allocate(pool: &Pool) -> (Vec<Session>, Vec<Duration>) {
+/// Takes `count` sessions, `clients` at a time, each after `pace`; each
+/// request's time.
+async fn allocate(
+    pool: &Pool,
+    count: usize,
+    clients: usize,
+    pace: Duration,
+) -> (Vec<Session>, Vec<Duration>) {
     let client = pool.client();
-    let tasks: Vec<_> = (0..CLIENTS)
+    let tasks: Vec<_> = (0..clients)
         .map(|_| {
             let client = client.clone();
             tokio::spawn(async move {
                 let mut taken = Vec::new();
-                for _ in 0..SESSIONS.div_ceil(CLIENTS) {
+                for _ in 0..count.div_ceil(clients) {
+                    tokio::time::sleep(pace).await;
                     let started = Instant::now();
                     let session = client.request(SessionRequest::default()).await.unwrap();
                     taken.push((session, started.elapsed()));
@@ -93,15 +104,23 @@ async fn ten_thousand_ports_and_five_thousand_sessions_at_once() {
     );
 
     let started = Instant::now();
-    let (sessions, times) = allocate(&pool).await;
+    let (sessions, times) = allocate(&pool, SESSIONS, CLIENTS, Duration::ZERO).await;
     let rate = sessions.len() as f64 / started.elapsed().as_secs_f64();
-    let percentile = |of: usize| times[times.len() * of / 100];
+    let percentile = |times: &[Duration], of: usize| times[times.len() * of / 100];
     println!(
         "{} sessions, {CLIENTS} at a time: {rate:.0}/s, p50 {:?}, p99 {:?}",
         sessions.len(),
-        percentile(50),
-        percentile(99)
+        percentile(&times, 50),
+        percentile(&times, 99)
     );
+    let (paced, times) = allocate(&pool, 2_000, PACED_CLIENTS, PACE).await;
+    println!(
+        "{} sessions, {PACED_CLIENTS} clients with {PACE:?} between: p50 {:?}, p99 {:?}",
+        paced.len(),
+        percentile(&times, 50),
+        percentile(&times, 99)
+    );
+    let sessions: Vec<Session> = sessions.into_iter().chain(paced).collect();
     let mut ports: Vec<u16> = sessions.iter().map(|session| session.port).collect();
     ports.sort_unstable();
     ports.dedup();
