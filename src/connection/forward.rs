@@ -97,6 +97,14 @@ pub struct Traffic {
     pub downstream_bytes: u64,
 }
 
+impl Traffic {
+    /// Bytes both ways.
+    #[must_use]
+    pub fn total(self) -> u64 {
+        self.upstream_bytes + self.downstream_bytes
+    }
+}
+
 /// Decides who may use a connection port. Called on data threads: it must not
 /// block for longer than an uncontended lock takes.
 pub trait Gate: Send + Sync + 'static {

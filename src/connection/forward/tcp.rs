@@ -280,6 +280,8 @@ pub(super) struct Connection<S = OwnedFd> {
     pub(super) active: Instant,
     client_ended: bool,
     server_ended: bool,
+    /// Who sends much: the client, the server.
+    is_busy: [bool; 2],
     upstream: Direction,
     downstream: Direction,
     /// Its place among the clients.
@@ -330,6 +332,7 @@ impl<S: Stream> Connection<S> {
             active: now,
             client_ended: false,
             server_ended: false,
+            is_busy: [false; 2],
             upstream: Direction {
                 held,
                 ..Direction::default()
@@ -385,6 +388,38 @@ impl<S: Stream> Connection<S> {
     /// Moves what can be moved, both ways.
     pub(super) fn pump(&mut self, means: &mut Means) -> Outcome {
         self.move_bytes(true, true, means)
+    }
+
+    /// Moves what `source` has sent.
+    pub(super) fn pump_from(&mut self, source: Side, means: &mut Means) -> Outcome {
+        self.move_bytes(source == Side::Client, source == Side::Server, means)
+    }
+
+    fn direction_from(&self, source: Side) -> &Direction {
+        match source {
+            Side::Client => &self.upstream,
+            Side::Server => &self.downstream,
+        }
+    }
+
+    /// Whether what `source` sends goes through a pipe.
+    pub(super) fn has_pipe(&self, source: Side) -> bool {
+        matches!(
+            self.direction_from(source).held.as_deref(),
+            Some(Held::Pipe(..))
+        )
+    }
+
+    /// Whether `source` has begun to send much. True once, until it is no
+    /// longer busy.
+    pub(super) fn take_up_as_busy(&mut self, source: Side) -> bool {
+        let held = self.direction_from(source).held.as_deref();
+        let sends_much = matches!(held, Some(Held::Pipe(pipe, _)) if pipe.moved > SCRATCH_BYTES);
+        sends_much && !std::mem::replace(&mut self.is_busy[source as usize], true)
+    }
+
+    pub(super) fn is_no_longer_busy(&mut self, source: Side) {
+        self.is_busy[source as usize] = false;
     }
 
     fn move_bytes(&mut self, upstream: bool, downstream: bool, means: &mut Means) -> Outcome {

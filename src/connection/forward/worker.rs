@@ -8,6 +8,7 @@
 mod closing;
 mod datagrams;
 mod eviction;
+mod gathering;
 mod streams;
 
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 
 use self::closing::Closing;
 use self::eviction::Random;
+use self::gathering::Gathering;
 use super::admission::{Admission, Permit};
 use super::counters::{self, Counters, count};
 use super::listeners::Listener;
@@ -55,6 +57,12 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 
 /// How often deadlines are looked at while there is anything with one.
 const TICK: Duration = Duration::from_millis(250);
+
+/// What a session's socket is watched for, once and for all: edges only.
+const WATCHED: EventFlags = EventFlags::IN
+    .union(EventFlags::OUT)
+    .union(EventFlags::RDHUP)
+    .union(EventFlags::ET);
 
 /// What control asks of a thread.
 #[derive(Debug)]
@@ -166,6 +174,8 @@ pub(super) struct Worker {
     next_ticket: u64,
     /// Connections that want another turn.
     ready: Vec<Key>,
+    gathering: Gathering,
+    next_look: Instant,
     /// Connections since the last tick: their server is not watched for life.
     unguarded: Vec<Key>,
     /// Until when nothing is accepted, and the ports that wait for that.
@@ -213,6 +223,8 @@ impl Worker {
             parked: HashMap::new(),
             next_ticket: 0,
             ready: Vec::new(),
+            gathering: Gathering::new(),
+            next_look: now,
             unguarded: Vec::new(),
             paused: None,
             unwatched: None,
@@ -229,6 +241,9 @@ impl Worker {
 
     /// Handles events until told to stop.
     pub(super) fn run(mut self) {
+        // Looks at what gathers are some ten microseconds apart; by default a
+        // timer may be that late.
+        let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1000));
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
         while !self.is_stopping {
             events.clear();
@@ -254,6 +269,9 @@ impl Worker {
             for key in std::mem::take(&mut self.ready) {
                 self.pump(key);
             }
+            if self.gathering.is_active() && self.now >= self.next_look {
+                self.look_at_gathering();
+            }
             if self.now >= self.next_tick {
                 self.tick();
             }
@@ -266,13 +284,14 @@ impl Worker {
         if !self.ready.is_empty() {
             return Some(Duration::ZERO);
         }
+        let until = |time: Instant| time.saturating_duration_since(self.now);
+        if self.gathering.is_active() {
+            return Some(until(self.next_look));
+        }
         let waiting = self.parked.len() + self.draining.len() + self.closing.len();
         let has_deadlines = self.connections.len() + self.flows.len() + waiting > 0;
-        (has_deadlines || self.paused.is_some()).then(|| {
-            self.next_tick
-                .saturating_duration_since(self.now)
-                .max(Duration::from_millis(1))
-        })
+        (has_deadlines || self.paused.is_some())
+            .then(|| until(self.next_tick).max(Duration::from_millis(1)))
     }
 
     fn handle(&mut self, event: Event) {
@@ -471,6 +490,7 @@ impl Worker {
             }
         }
         self.tick_connections();
+        self.tick_gathering();
         self.tick_closing();
         self.tick_flows();
         self.close_drained();
@@ -483,6 +503,5 @@ fn port_of(id: u64) -> Option<ListenPort> {
 
 /// Registers a session's socket for all it will ever be asked about.
 fn watch(epoll: &OwnedFd, socket: impl AsFd, data: EventData) -> rustix::io::Result<()> {
-    let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-    epoll::add(epoll, socket, data, flags)
+    epoll::add(epoll, socket, data, WATCHED)
 }

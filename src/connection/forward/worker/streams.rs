@@ -208,6 +208,7 @@ impl Worker {
             return self.break_connection(key);
         }
         self.conclude(key, outcome);
+        self.gather_if_busy(key);
     }
 
     pub(super) fn pump(&mut self, key: Key) {
@@ -217,7 +218,7 @@ impl Worker {
         }
     }
 
-    fn conclude(&mut self, key: Key, outcome: Outcome) {
+    pub(super) fn conclude(&mut self, key: Key, outcome: Outcome) {
         match outcome {
             Outcome::Waiting => {}
             Outcome::Ready => self.ready.push(key),
