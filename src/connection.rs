@@ -179,6 +179,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
 struct Server {
     sessions: Arc<Sessions>,
     forwarder: Arc<Forwarder>,
+    agents: Arc<Agents>,
     draining: CancellationToken,
     stopping: CancellationToken,
     tasks: TaskTracker,
@@ -225,6 +226,7 @@ impl Server {
         let server = Self {
             sessions: sessions.clone(),
             forwarder: forwarder.clone(),
+            agents: agents.clone(),
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -336,6 +338,7 @@ impl Server {
         self.tasks.close();
         self.tasks.wait().await;
         self.forwarder.shutdown();
+        self.agents.leave().await;
     }
 }
 

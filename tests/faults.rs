@@ -123,6 +123,30 @@ async fn a_killed_connection_server_gives_its_sessions_back() {
 }
 
 #[tokio::test]
+async fn a_connection_server_that_stops_keeps_no_port_from_others() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    pool.start_connection_server(1);
+    let all = u32::from(COUNT);
+    pool.until_of(1, |state| state.free_ports == all).await;
+    // Made by the one that stops, and claimed through the other.
+    let made = pool.request().await.unwrap();
+    pool.connection_servers[0].terminate();
+    let started = Instant::now();
+    pool.connection_servers[0].wait();
+    let address = (pool.connection_address(1), made.port);
+    let mut stream = TcpStream::connect(address).unwrap();
+    echo(&mut stream, "through the other");
+    drop(stream);
+    for _ in 0..2 * COUNT {
+        let ours = pool.client_of(1).request(SessionRequest::default()).await;
+        echo(&mut connect(&ours.unwrap()), "at once");
+        pool.until_of(1, |state| state.free_ports == all).await;
+    }
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(5), "ports wait {took:?}");
+}
+
+#[tokio::test]
 async fn a_session_made_through_one_connection_server_works_through_all() {
     let mut pool = Pool::running(1, |_| {}).await;
     pool.start_connection_server(1);

@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -49,6 +49,9 @@ const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = CUT_SLACK;
 
+/// How long agents may take to hear that this connection server stops.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
+
 /// Why a processing server did not select a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SelectError {
@@ -70,6 +73,7 @@ pub struct Agents {
     metrics: Arc<Metrics>,
     links: Mutex<HashMap<u32, Link>>,
     next_request: AtomicU64,
+    leaving: AtomicBool,
 }
 
 struct Link {
@@ -115,6 +119,7 @@ impl Agents {
             metrics,
             links: Mutex::default(),
             next_request: AtomicU64::new(1),
+            leaving: AtomicBool::new(false),
         }
     }
 
@@ -215,6 +220,28 @@ impl Agents {
         }
     }
 
+    /// Says goodbye to every agent, so that none waits for this connection
+    /// server before it gives ports to others. Nothing may be open any more.
+    pub async fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        for link in self.links.lock().values() {
+            if let Some(stream) = link.stream.lock().as_ref() {
+                let message = Some(Message::Goodbye(v1::Goodbye {}));
+                let _ = stream.outbox.send(ToAgent { message });
+            }
+        }
+        // The agent ends the stream when it has heard.
+        let heard = async {
+            let is_attached = |link: &Link| link.stream.lock().is_some();
+            while self.links.lock().values().any(is_attached) {
+                sleep(Duration::from_millis(1)).await;
+            }
+        };
+        if timeout(LEAVE_DEADLINE, heard).await.is_err() {
+            warn!("some processing servers did not hear that this connection server stops");
+        }
+    }
+
     /// Carries out what the sessions want from the data plane.
     pub fn carry_out(&self, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
@@ -244,6 +271,9 @@ impl Agents {
             };
             stream.lock().take();
             self.reservations.detach(slot);
+            if self.leaving.load(Ordering::Relaxed) {
+                return;
+            }
             match attached {
                 Ok(()) => {
                     pause = FIRST_PAUSE;

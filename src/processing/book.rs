@@ -286,6 +286,19 @@ impl Book {
         }
     }
 
+    /// A connection server has said goodbye: nothing is open there, and nobody
+    /// need wait for it. What it made may still be claimed through others.
+    pub fn leave(&mut self, name: &str, now: Now) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        self.connection_servers.remove(name);
+        let ids: Vec<String> = self.sessions.keys().cloned().collect();
+        for id in ids {
+            self.closed(name, &id, now, &mut notices);
+            self.ended(name, &id);
+        }
+        notices
+    }
+
     /// Selects an available connection port for a request of connection server
     /// `name`: the port that has been free for the longest time. The same
     /// idempotency key selects the same live session.

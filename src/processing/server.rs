@@ -256,19 +256,22 @@ impl Agent {
         Ok(())
     }
 
-    fn detach(&self, name: &str, outbox: &Outbox) {
-        let is_current = {
-            let mut inner = self.inner.lock();
-            let is_current = inner
-                .outboxes
-                .get(name)
-                .is_some_and(|current| current.same_channel(outbox));
-            if is_current {
-                inner.outboxes.remove(name);
-            }
-            is_current
-        };
+    /// Sends nothing more to `outbox`. Whether it was the one of `name`, not
+    /// replaced by a newer stream's.
+    fn drop_outbox(&self, name: &str, outbox: &Outbox) -> bool {
+        let mut inner = self.inner.lock();
+        let is_current = inner
+            .outboxes
+            .get(name)
+            .is_some_and(|current| current.same_channel(outbox));
         if is_current {
+            inner.outboxes.remove(name);
+        }
+        is_current
+    }
+
+    fn detach(&self, name: &str, outbox: &Outbox) {
+        if self.drop_outbox(name, outbox) {
             info!(connection_server = name, "connection server detached");
             self.change(|book, now| {
                 book.detach(name, now);
@@ -277,10 +280,18 @@ impl Agent {
         }
     }
 
+    fn leave(&self, name: &str, outbox: &Outbox) {
+        if self.drop_outbox(name, outbox) {
+            info!(connection_server = name, "connection server left");
+            self.change(|book, now| book.leave(name, now));
+        }
+    }
+
     fn receive(&self, name: &str, message: &to_agent::Message, outbox: &Outbox) {
         use to_agent::Message;
         match message {
-            Message::Hello(_) => {
+            // A goodbye is the stream's end, see `serve`.
+            Message::Hello(_) | Message::Goodbye(_) => {
                 self.metrics.unexpected_messages.inc();
             }
             Message::TableUpdate(update) => {
@@ -338,6 +349,10 @@ impl Agent {
     async fn serve(self, mut incoming: Streaming<ToAgent>, name: String, outbox: Outbox) {
         while let Ok(Some(ToAgent { message })) = incoming.message().await {
             match message {
+                Some(to_agent::Message::Goodbye(_)) => {
+                    self.leave(&name, &outbox);
+                    return;
+                }
                 Some(message) => self.receive(&name, &message, &outbox),
                 None => {
                     self.metrics.unexpected_messages.inc();

@@ -90,6 +90,11 @@ impl Process {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
+    /// Waits for its end.
+    pub fn wait(&mut self) {
+        self.0.wait().unwrap();
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.0.kill().unwrap();

@@ -13,6 +13,10 @@ use crate::table::TABLE_KEY;
 /// Beyond the drain: for requests being answered, and to end.
 const STOP_SECONDS: u64 = 5;
 
+/// How long one that is to go still serves as before: nodes and load balancers
+/// hear only a little later that nothing more is to be sent to it.
+const FAREWELL_SECONDS: u64 = 5;
+
 /// ServiceAccount, Role and RoleBinding.
 pub(super) fn access(owner: Owner<'_>) -> Vec<Value> {
     let name = connection_server_name(&owner.pool.name);
@@ -64,7 +68,7 @@ pub(super) fn deployment(owner: Owner<'_>, settings: &Settings) -> Value {
         "automountServiceAccountToken": true,
         "enableServiceLinks": false,
         "dnsPolicy": dns_policy,
-        "terminationGracePeriodSeconds": drain + STOP_SECONDS,
+        "terminationGracePeriodSeconds": FAREWELL_SECONDS + drain + STOP_SECONDS,
         "securityContext": { "runAsNonRoot": true, "seccompProfile": { "type": "RuntimeDefault" } },
         "topologySpreadConstraints": [{
             "maxSkew": 1,
@@ -137,6 +141,7 @@ fn container(owner: Owner<'_>, settings: &Settings) -> Value {
             { "name": "load-sharing", "containerPort": pool.load_sharing_port, "protocol": "TCP" },
             { "name": "admin", "containerPort": CONNECTION_ADMIN_PORT, "protocol": "TCP" },
         ],
+        "lifecycle": { "preStop": { "sleep": { "seconds": FAREWELL_SECONDS } } },
         "livenessProbe": probe("/livez", CONNECTION_ADMIN_PORT, 10),
         "readinessProbe": probe("/readyz", CONNECTION_ADMIN_PORT, 2),
         "resources": {

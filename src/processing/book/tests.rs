@@ -270,3 +270,21 @@ fn a_restarted_agent_adopts_before_it_offers() {
     book.tick(at(15));
     assert_eq!(select(&mut book, "t", at(15)), Ok(20_001));
 }
+
+#[test]
+fn nobody_waits_for_a_connection_server_that_has_left() {
+    let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+    book.attach("b", &[], at(0));
+    select(&mut book, "busy", at(0)).unwrap();
+    book.report("a", &opened("busy"), at(0));
+    select(&mut book, "held", at(0)).unwrap();
+    book.leave("a", at(1));
+    // Its connections are closed, and it has nothing to acknowledge.
+    book.report("b", &released("busy"), at(1));
+    book.report("b", &ended("busy"), at(1));
+    assert_eq!(counts(&book), [1, 1, 0, 0, 0]);
+    // What it made can still be claimed through the other.
+    book.tick(at(20));
+    book.report("b", &opened("held"), at(20));
+    assert_eq!(counts(&book), [1, 0, 1, 0, 0]);
+}
