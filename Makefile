@@ -2,12 +2,12 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run test lint generate image tools scale-operator robustness
+.PHONY: all help run test e2e e2e-kind cluster cluster-down lint generate image tools scale-operator robustness
 
 all: lint test
 
 help:  ## What there is
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
 	cargo build --release --locked
@@ -17,10 +17,26 @@ run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
 test: tools  ## Every test: examples with their real programs, the controller with a real API server
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked
 
+e2e: tools  ## Tests on a real Kubernetes node on this machine (root, no Docker), which goes with them
+	tools/e2e tools/cluster
+
+e2e-kind: tools  ## The same tests on kind, which needs Docker
+	tools/e2e tools/kind-cluster
+
+cluster: tools  ## A real one-node Kubernetes on this machine (root, no Docker) with portpool's image
+	tools/cluster up >/dev/null
+	tools/image && tools/example-images && tools/cluster load target/image/*.tar
+	@tools/cluster up
+
+cluster-down:  ## Ends it; leaves nothing behind
+	tools/cluster down
+
 lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is installed
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run $$(grep -slE '^#!.*bash' tools/*); \
+	else echo "shellcheck is not installed, scripts are not checked: apt-get install shellcheck"; fi
 	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
 	else echo "cargo-deny is not installed, licences are not checked: cargo install --locked cargo-deny"; fi
 
