@@ -1,0 +1,90 @@
+//! Every manifest in `examples/` is applied as it is, and used from inside of
+//! the cluster by the programs that it is for.
+
+use k8s_openapi::api::core::v1::Service;
+
+use crate::world::{LIMIT, World, image, run, tell, until};
+
+/// `ADDRESS:PORT` of a pool's load-sharing port inside of the cluster.
+async fn inside(world: &World, pool: &str) -> String {
+    let service: Service = world.api().get(pool).await.unwrap();
+    let spec = service.spec.unwrap();
+    let ports = spec.ports.unwrap();
+    format!("{}:{}", spec.cluster_ip.unwrap(), ports[0].port)
+}
+
+/// Runs `command` in the client pod until it says `wanted`: the pool's ports
+/// are offered a little later than it is ready.
+async fn says(world: &World, pod: &str, command: &[&str], input: &str, wanted: &str) {
+    until(&format!("{command:?} says {wanted:?}"), LIMIT, async || {
+        let said = world.exec(pod, command, input)?;
+        if said.contains(wanted) {
+            Ok(())
+        } else {
+            Err(said)
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster: make e2e"]
+async fn every_example_runs_and_is_used() {
+    let world = World::new("e2e-examples").await;
+    let idle = ["portpool", "echo", "--listen", "127.0.0.1", "--ports", "1"];
+    let idle = [&idle[..5], &["9999"]].concat();
+    world.client_pod("client", &image(), &idle).await;
+    let mut files: Vec<_> = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/examples"))
+        .unwrap()
+        .map(|file| file.unwrap().path())
+        .collect();
+    files.sort();
+    for file in files {
+        let path = file.display().to_string();
+        run(
+            "kubectl",
+            &["apply", "--namespace", &world.name, "--filename", &path],
+            "",
+        )
+        .unwrap();
+        let pool = file.file_stem().unwrap().to_str().unwrap();
+        tell(&format!("{pool}: ready"), world.ready(pool).await);
+        let address = inside(&world, pool).await;
+        let connect = ["portpool", "connect", &address];
+        match pool {
+            "echo" => {
+                says(&world, "client", &connect, "hello\n", "hello\n").await;
+                let udp = [&connect[..], &["--udp"]].concat();
+                says(&world, "client", &udp, "datagram\n", "datagram\n").await;
+            }
+            "redis" => says(&world, "client", &connect, "PING\r\n", "+PONG").await,
+            "iperf3" => iperf3(&world, &address).await,
+            _ => panic!("{path} has no client here: add one"),
+        }
+        run(
+            "kubectl",
+            &["delete", "--namespace", &world.name, "--filename", &path],
+            "",
+        )
+        .unwrap();
+    }
+    world.end().await;
+}
+
+/// The real client measures over the connection port.
+async fn iperf3(world: &World, address: &str) {
+    let idle = ["iperf3", "--server", "--port", "9999"];
+    world
+        .client_pod("iperf3-client", "networkstatic/iperf3:latest", &idle)
+        .await;
+    until("iperf3 sends and receives", LIMIT, async || {
+        let told = world.exec("client", &["portpool", "request", address], "")?;
+        let (host, port) = told.trim().rsplit_once(':').ok_or_else(|| told.clone())?;
+        let client = ["iperf3", "--client", host, "--port", port, "--time", "1"];
+        let told = world.exec("iperf3-client", &client, "")?;
+        let receiver = told.lines().find(|line| line.ends_with("receiver"));
+        println!("iperf3: {}", receiver.ok_or_else(|| told.clone())?.trim());
+        Ok(())
+    })
+    .await;
+}

@@ -1,0 +1,136 @@
+//! The release: changed while clients come and go, and removed.
+
+use std::time::Instant;
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::Api;
+use kube::api::DeleteParams;
+use portpool::pool::ProcessingPool;
+
+use crate::traffic::{Live, Traffic};
+use crate::world::{LIMIT, RELEASE, World, expect, helm, install, run, tell, until};
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster: make e2e"]
+async fn an_upgrade_replaces_everything_and_fails_no_client() {
+    let world = World::with_pool("e2e-upgrade", 3).await;
+    let mut live = Live::new(&world.asker()).await;
+    let traffic = Traffic::start(world.asker());
+    let next = format!("{}-next", env!("CARGO_PKG_VERSION"));
+    let started = Instant::now();
+    install(&[&format!("--set=image.tag={next}")]);
+    tell("upgrade: new controllers serve", started.elapsed());
+    // What has no session is replaced first; the last server waits for it.
+    let what = "all connection servers and all idle servers are of the next version";
+    until(what, LIMIT, async || {
+        let mut pods = world.pods("processing-server").await;
+        pods.remove(&live.session.server);
+        pods.extend(world.pods("connection-server").await);
+        let old = pods.into_iter().filter(|(_, pod)| {
+            let spec = pod.spec.as_ref().unwrap();
+            let agents = spec.init_containers.iter().flatten();
+            let mut ours = agents.chain(&spec.containers);
+            !ours.any(|container| {
+                container
+                    .image
+                    .as_ref()
+                    .is_some_and(|image| image.ends_with(&next))
+            })
+        });
+        expect(old.map(|(name, _)| name).collect::<Vec<_>>(), Vec::is_empty)
+    })
+    .await;
+    tell(
+        "upgrade: idle servers and connection servers replaced",
+        started.elapsed(),
+    );
+    live.check();
+    drop(live);
+    world.ready("games").await;
+    tell("upgrade: complete", started.elapsed());
+    let report = traffic.end().await;
+    assert!(
+        report.sessions > 0 && report.failures.is_empty(),
+        "{report:?}"
+    );
+    world.end().await;
+}
+
+/// What is in the cluster of the release and of pools, by kind and name.
+fn left_overs() -> Vec<String> {
+    let get = |scope: &str, more: &[&str]| {
+        let kinds = [
+            &["api-resources", "--verbs=list", "--output=name"],
+            &[scope][..],
+        ]
+        .concat();
+        let kinds = run("kubectl", &kinds, "").unwrap();
+        let kinds = kinds.lines().filter(|kind| !kind.starts_with("events"));
+        let kinds = kinds.collect::<Vec<_>>().join(",");
+        let get = ["get", &kinds, "--output=name", "--ignore-not-found"];
+        run("kubectl", &[&get[..], more].concat(), "").unwrap()
+    };
+    let release = format!("--selector=app.kubernetes.io/instance={RELEASE}");
+    let pools = "--selector=app.kubernetes.io/managed-by=portpool";
+    let found = [
+        get("--namespaced=false", &[&release]),
+        get("--namespaced=true", &["--all-namespaces", &release]),
+        get("--namespaced=true", &["--all-namespaces", pools]),
+        get("--namespaced=true", &["--namespace", RELEASE]),
+    ];
+    // What every namespace has; and the lease, which goes with the namespace,
+    // as those of other controllers do.
+    let usual = [
+        "configmap/kube-root-ca.crt",
+        "serviceaccount/default",
+        "lease.coordination.k8s.io/portpool-controller",
+    ];
+    let found = found.iter().flat_map(|names| names.lines());
+    found
+        .filter(|name| !usual.contains(name))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster: make e2e"]
+async fn uninstalling_leaves_nothing_but_kept_definitions() {
+    let world = World::with_pool("e2e-uninstall", 2).await;
+    let mut live = Live::new(&world.asker()).await;
+    let uninstall = [
+        "uninstall",
+        RELEASE,
+        "--namespace",
+        RELEASE,
+        "--wait",
+        "--timeout=120s",
+    ];
+    helm(&uninstall);
+    // Kept, as the chart does by default: pools and clients go on.
+    let pools: Api<ProcessingPool> = world.api();
+    assert!(pools.get("games").await.is_ok());
+    live.check();
+    Live::new(&world.asker()).await.check();
+    drop(live);
+    let definitions: Api<CustomResourceDefinition> = Api::all(world.client.clone());
+    let definition = "processingpools.portpool.dev";
+    assert!(definitions.get(definition).await.is_ok());
+
+    // Taken on again by the next release.
+    install(&["--set=crds.keep=false", "--take-ownership"]);
+    world.scale("games", 3).await;
+    world.ready("games").await;
+    pools
+        .delete("games", &DeleteParams::default())
+        .await
+        .unwrap();
+    helm(&uninstall);
+    let started = Instant::now();
+    until("nothing is left", LIMIT, async || {
+        expect(left_overs(), Vec::is_empty)
+    })
+    .await;
+    tell("uninstalled: nothing is left", started.elapsed());
+    assert!(definitions.get_opt(definition).await.unwrap().is_none());
+    world.delete_namespace().await;
+}
