@@ -7,6 +7,7 @@ use k8s_openapi::api::core::v1::ResourceQuota;
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use portpool::table::RowState;
 use serde_json::json;
 
 use crate::traffic::Live;
@@ -24,11 +25,18 @@ async fn an_image_that_cannot_be_pulled_is_told_and_mended() {
     let good = spec["template"]["spec"]["containers"][0]["image"].take();
     spec["template"]["spec"]["containers"][0]["image"] = "registry.invalid/nothing:1".into();
     world.apply("games", &spec).await;
-    // Both have a session: neither is replaced until one of them is idle.
+    // Both have a session, so that the one to be replaced first waits for it.
+    let (draining, _) = until("a server drains", LIMIT, async || {
+        let rows = world.table("games").await?.rows;
+        let draining = rows.into_iter().find(|row| row.state == RowState::Draining);
+        draining.map(|row| row.server).ok_or("none".to_owned())
+    })
+    .await;
     for live in &mut sessions {
         live.check();
     }
-    let [mut stays, ends] = sessions;
+    sessions.sort_by_key(|live| live.session.server != draining);
+    let [ends, mut stays] = sessions;
     drop(ends);
     tell(
         "bad image: told",
