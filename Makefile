@@ -35,7 +35,7 @@ lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is in
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
-	@if command -v shellcheck >/dev/null; then shellcheck .ci/run $$(grep -slE '^#!.*bash' tools/*); \
+	@if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(grep -slE '^#!.*bash' tools/*); \
 	else echo "shellcheck is not installed, scripts are not checked: apt-get install shellcheck"; fi
 	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
 	else echo "cargo-deny is not installed, licences are not checked: cargo install --locked cargo-deny"; fi
