@@ -2,7 +2,7 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run test e2e e2e-kind cluster cluster-down lint generate image tools scale-operator robustness
+.PHONY: all help run test e2e e2e-kind cluster cluster-down lint generate image tools scale-operator robustness bench bench-tools bench-publish soak
 
 all: lint test
 
@@ -15,7 +15,7 @@ run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
 	target/release/portpool local -f $(POOL)
 
 test: tools  ## Every test: examples with their real programs, the controller with a real API server
-	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked
+	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked --workspace
 
 e2e: tools  ## Tests on a real Kubernetes node on this machine (root, no Docker), which goes with them
 	tools/e2e tools/cluster
@@ -32,8 +32,8 @@ cluster-down:  ## Ends it; leaves nothing behind
 	tools/cluster down
 
 lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is installed
-	cargo fmt --check
-	cargo clippy --locked --all-targets -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	@if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(grep -slE '^#!.*bash' tools/*); \
 	else echo "shellcheck is not installed, scripts are not checked: apt-get install shellcheck"; fi
@@ -43,6 +43,19 @@ lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is in
 scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, and 200 pools
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \
 	cargo test --release --locked --test operator_scale -- --ignored --nocapture --test-threads=1
+
+bench: bench-tools  ## Beside HAProxy and nginx (MEASURES=bulk_1,message LANES=portpool,nginx ROUNDS=5 BASE=other/portpool)
+	cargo build --release --locked -p portpool -p portpool-benches
+	target/release/portpool-bench $(if $(MEASURES),--measures $(MEASURES)) $(if $(LANES),--lanes $(LANES)) \
+	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(BOTH_CORES),--both-cores $(BOTH_CORES)) \
+	  $(if $(BASE),--base $(BASE)) $(if $(BUSY),--busy) --portpool $(or $(PORTPOOL),target/release/portpool)
+
+bench-publish:  ## Put the last complete run of make bench into docs/bench
+	target/release/portpool-bench --publish docs/bench
+
+soak:  ## Churn and faults with every byte checked, memory watched (MINUTES=30)
+	cargo build --release --locked -p portpool -p portpool-benches
+	target/release/portpool-soak --minutes $(or $(MINUTES),30) --portpool $(or $(PORTPOOL),target/release/portpool)
 
 generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml, chart README
 	BLESS=1 cargo test --locked --test generated
@@ -61,3 +74,8 @@ tools:  ## Programs of the examples; installed as root on Debian, else named
 
 robustness:  ## tests/robustness against portpool, HAProxy and nginx; writes docs/robustness.md
 	tools/robustness
+bench-tools:  ## Rivals of the benchmark; installed as root on Debian, else named
+	@if command -v haproxy >/dev/null && [ -e /usr/lib/nginx/modules/ngx_stream_module.so ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy nginx libnginx-mod-stream; \
+	else echo "the benchmark needs its rivals: sudo apt-get install haproxy nginx libnginx-mod-stream" >&2; exit 1; fi

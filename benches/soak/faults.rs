@@ -1,0 +1,140 @@
+//! Which faults are announced, and what they excuse.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use portpool::table::RowState;
+
+use crate::pool::{CONNECTION_SERVERS, Pool, SERVERS};
+use crate::random::Random;
+
+/// Whom a fault may hurt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Sessions on this slot.
+    Server(u32),
+    /// Sessions through this connection server.
+    ConnectionServer(u32),
+}
+
+struct Window {
+    scope: Scope,
+    from: Instant,
+    until: Instant,
+}
+
+/// Faults so far. A failure counts as lost unless its session lived while a
+/// fault of its own server or connection server was being recovered from.
+#[derive(Default)]
+pub struct Announced {
+    windows: Mutex<Vec<Window>>,
+}
+
+impl Announced {
+    fn announce(&self, scope: Scope, lasts: Duration) {
+        let from = Instant::now();
+        let window = Window {
+            scope,
+            from,
+            until: from + lasts,
+        };
+        self.windows.lock().expect("no panic in it").push(window);
+    }
+
+    /// Whether a failure now, of something begun at `begun`, is excused for
+    /// one of `scopes`.
+    pub fn excuse(&self, begun: Instant, scopes: &[Scope]) -> bool {
+        let windows = self.windows.lock().expect("no panic in it");
+        windows.iter().any(|window| {
+            scopes.contains(&window.scope) && window.until >= begun && window.from <= Instant::now()
+        })
+    }
+
+    /// Whether anything is being recovered from, or was since `begun`.
+    pub fn any_since(&self, begun: Instant) -> bool {
+        let windows = self.windows.lock().expect("no panic in it");
+        windows.iter().any(|window| window.until >= begun)
+    }
+}
+
+/// A workload's restart; its ports are offered again within seconds.
+const WORKLOAD: Duration = Duration::from_secs(5);
+/// README, "When something dies": sessions of a broken stream are cut after
+/// 10 s, and capacity is back after 15 s.
+const AGENT: Duration = Duration::from_secs(20);
+
+/// Does one fault or change. The first of each role is left alone: its memory
+/// and descriptors are watched from start to end.
+pub fn next(
+    pool: &mut Pool,
+    announced: &Announced,
+    random: &mut Random,
+    counts: &mut BTreeMap<&'static str, u64>,
+) -> io::Result<()> {
+    let slot = 1 + random.below(SERVERS as usize - 1) as u32;
+    let what = match random.below(5) {
+        0 => {
+            announced.announce(Scope::Server(slot), WORKLOAD);
+            pool.workloads[slot as usize] = None;
+            std::thread::sleep(Duration::from_millis(200));
+            pool.start_workload(slot)?;
+            "workload killed"
+        }
+        1 => {
+            announced.announce(Scope::Server(slot), AGENT);
+            pool.agents[slot as usize] = None;
+            std::thread::sleep(Duration::from_millis(500));
+            pool.start_agent(slot)?;
+            "agent killed"
+        }
+        2 => {
+            let index = CONNECTION_SERVERS - 1;
+            announced.announce(Scope::ConnectionServer(index), AGENT);
+            pool.connection_servers[index as usize] = None;
+            std::thread::sleep(Duration::from_millis(500));
+            pool.start_connection_server(index)?;
+            "connection server killed"
+        }
+        3 => {
+            pool.change(|table| table.sessions.idle_timeout_seconds ^= 1)?;
+            "table settings changed"
+        }
+        _ => guest(pool)?,
+    };
+    *counts.entry(what).or_default() += 1;
+    Ok(())
+}
+
+/// The guest server's life goes on by a step: it comes, drains, and goes once
+/// it has been given time to be empty. No session may notice.
+fn guest(pool: &mut Pool) -> io::Result<&'static str> {
+    match pool.table.row(SERVERS).map(|row| row.state) {
+        None => {
+            let row = pool.row(SERVERS);
+            pool.change(|table| table.rows.push(row))?;
+            pool.start_workload(SERVERS)?;
+            pool.start_agent(SERVERS)?;
+            Ok("server added")
+        }
+        Some(RowState::Active) => {
+            pool.change(|table| table.rows[SERVERS as usize].state = RowState::Draining)?;
+            Ok("server draining")
+        }
+        Some(RowState::Draining) => {
+            // Longer than any session here takes.
+            std::thread::sleep(crate::clients::LONGEST);
+            remove_guest(pool)?;
+            Ok("server removed")
+        }
+    }
+}
+
+/// Takes the guest out of the table and ends it.
+pub fn remove_guest(pool: &mut Pool) -> io::Result<()> {
+    pool.change(|table| table.rows.truncate(SERVERS as usize))?;
+    pool.agents[SERVERS as usize] = None;
+    pool.workloads[SERVERS as usize] = None;
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! A pool of real processes on loopback addresses of its own.
+
+use std::fs;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use portpool::follow::write_table;
+use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+
+/// Servers that are there from start to end.
+pub const SERVERS: u32 = 4;
+pub const CONNECTION_SERVERS: u32 = 2;
+/// Ports of each server.
+pub const PORTS: u16 = 8;
+const SERVER_PORT: u16 = 7_000;
+
+/// A program that is killed with the pool.
+pub struct Process(Child);
+
+impl Process {
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The table and every process. Slot `SERVERS` comes and goes.
+pub struct Pool {
+    program: PathBuf,
+    folder: tempfile::TempDir,
+    network: u8,
+    pub table: Table,
+    pub connection_servers: Vec<Option<Process>>,
+    pub agents: Vec<Option<Process>>,
+    pub workloads: Vec<Option<Process>>,
+}
+
+impl Pool {
+    pub fn start(program: &Path) -> io::Result<Self> {
+        let mut pool = Self {
+            program: program.to_owned(),
+            folder: tempfile::Builder::new()
+                .prefix("portpool-soak-")
+                .tempdir()?,
+            network: (std::process::id() % 250) as u8,
+            table: Table {
+                format_version: FORMAT_VERSION,
+                pool: "soak".to_owned(),
+                pool_uid: "soak".to_owned(),
+                generation: 1,
+                advertised_address: None,
+                agent_port: TargetPort::new(7_070).expect("not 0"),
+                load_sharing: LoadSharing::default(),
+                sessions: Sessions {
+                    linger_seconds: 0,
+                    udp_idle_timeout_seconds: 2,
+                    ..Sessions::default()
+                },
+                rows: Vec::new(),
+            },
+            connection_servers: Vec::new(),
+            agents: Vec::new(),
+            workloads: Vec::new(),
+        };
+        pool.table.rows = (0..SERVERS).map(|slot| pool.row(slot)).collect();
+        pool.publish()?;
+        for slot in 0..=SERVERS {
+            pool.workloads.push(None);
+            pool.agents.push(None);
+            if slot < SERVERS {
+                pool.start_workload(slot)?;
+                pool.start_agent(slot)?;
+            }
+        }
+        for index in 0..CONNECTION_SERVERS {
+            pool.connection_servers.push(None);
+            pool.start_connection_server(index)?;
+        }
+        Ok(pool)
+    }
+
+    pub fn row(&self, slot: u32) -> Row {
+        let first = 20_000 + slot as u16 * PORTS;
+        Row {
+            slot,
+            server: format!("soak-{slot}"),
+            server_uid: None,
+            draining_since: None,
+            address: Some(self.server_address(slot)),
+            state: RowState::Active,
+            ranges: vec![PortRange {
+                name: "main".to_owned(),
+                connection_port: ListenPort::new(first).expect("not 0"),
+                server_port: TargetPort::new(SERVER_PORT).expect("not 0"),
+                count: PORTS,
+                protocol: PortProtocol::TCPUDP,
+                shared: false,
+                proxy_protocol: ProxyProtocol::None,
+            }],
+        }
+    }
+
+    /// The next generation of the table.
+    pub fn change(&mut self, change: impl FnOnce(&mut Table)) -> io::Result<()> {
+        change(&mut self.table);
+        self.table.generation += 1;
+        self.publish()
+    }
+
+    fn publish(&self) -> io::Result<()> {
+        write_table(&self.table_file(), &self.table)
+    }
+
+    fn table_file(&self) -> PathBuf {
+        self.folder.path().join("table.json")
+    }
+
+    fn address(&self, host: u32) -> IpAddr {
+        Ipv4Addr::new(127, 77, self.network, host as u8).into()
+    }
+
+    fn server_address(&self, slot: u32) -> IpAddr {
+        self.address(10 + slot)
+    }
+
+    /// Load-sharing port of a connection server.
+    pub fn load_sharing(&self, index: u32) -> String {
+        format!("{}:7700", self.address(1 + index))
+    }
+
+    pub fn start_workload(&mut self, slot: u32) -> io::Result<()> {
+        let ports = format!("--ports={SERVER_PORT}-{}", SERVER_PORT + PORTS - 1);
+        let listen = format!("--listen={}", self.server_address(slot));
+        self.workloads[slot as usize] = Some(self.spawn(&["echo".to_owned(), listen, ports])?);
+        Ok(())
+    }
+
+    pub fn start_agent(&mut self, slot: u32) -> io::Result<()> {
+        let address = self.server_address(slot);
+        let state = self.folder.path().join(format!("agent-{slot}"));
+        let process = self.spawn(&[
+            "processing-server".to_owned(),
+            format!("--table={}", self.table_file().display()),
+            format!("--slot={slot}"),
+            format!("--address={address}"),
+            "--listen-scope=address".to_owned(),
+            format!("--admin={address}:7071"),
+            format!("--state-file={}", state.display()),
+        ])?;
+        self.agents[slot as usize] = Some(process);
+        Ok(())
+    }
+
+    pub fn start_connection_server(&mut self, index: u32) -> io::Result<()> {
+        let address = self.address(1 + index);
+        let process = self.spawn(&[
+            "connection-server".to_owned(),
+            format!("--table={}", self.table_file().display()),
+            format!("--listen={address}"),
+            format!("--admin={address}:7701"),
+        ])?;
+        self.connection_servers[index as usize] = Some(process);
+        Ok(())
+    }
+
+    fn spawn(&self, arguments: &[String]) -> io::Result<Process> {
+        let log = fs::OpenOptions::new();
+        let log = log
+            .clone()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join("log"))?;
+        let mut command = Command::new(&self.program);
+        command.args(arguments).env("PORTPOOL_LOG", "error");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // Ctrl-C is for the soak itself, which ends them.
+        command.process_group(0);
+        command.spawn().map(Process).map_err(|error| {
+            io::Error::other(format!(
+                "failed to start {}: {error}",
+                self.program.display()
+            ))
+        })
+    }
+}

@@ -1,0 +1,128 @@
+//! Memory and descriptors of processes that live from start to end.
+
+use std::fs;
+use std::time::Instant;
+
+/// Before that, memory still settles: the trend is told, not judged.
+const JUDGED_AFTER: f64 = 600.0;
+
+/// Growth over the time watched that passes for noise of an allocator: the
+/// larger of both.
+const GROWTH_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
+const GROWTH_PART: f64 = 0.1;
+
+/// One process and what it used.
+pub struct Watched {
+    pub name: &'static str,
+    pid: u32,
+    begun: Instant,
+    /// Seconds since `begun`, resident bytes.
+    memory: Vec<(f64, f64)>,
+    pub most_descriptors: usize,
+}
+
+impl Watched {
+    pub fn new(name: &'static str, pid: u32) -> Self {
+        Self {
+            name,
+            pid,
+            begun: Instant::now(),
+            memory: Vec::new(),
+            most_descriptors: 0,
+        }
+    }
+
+    pub fn look(&mut self) {
+        if let Some(bytes) = resident(self.pid) {
+            self.memory
+                .push((self.begun.elapsed().as_secs_f64(), bytes));
+        }
+        self.most_descriptors = self.most_descriptors.max(self.descriptors());
+    }
+
+    /// Open now; 0 once the process has ended.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid)).map_or(0, Iterator::count)
+    }
+
+    /// Highest resident bytes.
+    pub fn most_memory(&self) -> f64 {
+        self.memory
+            .iter()
+            .map(|(_, bytes)| *bytes)
+            .fold(0.0, f64::max)
+    }
+
+    /// Bytes that the trend grows by over the last three quarters of the
+    /// time, and whether that is flat or the time too short to tell. The first
+    /// quarter fills caches.
+    pub fn growth(&self) -> (f64, bool) {
+        let tail = &self.memory[self.memory.len() / 4..];
+        let Some((first, last)) = tail.first().zip(tail.last()) else {
+            return (0.0, false);
+        };
+        let growth = slope(tail) * (last.0 - first.0);
+        let mean = tail.iter().map(|(_, bytes)| bytes).sum::<f64>() / tail.len() as f64;
+        let is_short = last.0 < JUDGED_AFTER;
+        (
+            growth,
+            is_short || growth <= GROWTH_BYTES.max(GROWTH_PART * mean),
+        )
+    }
+}
+
+fn resident(pid: u32) -> Option<f64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse().ok()?;
+    Some(kibibytes * 1024.0)
+}
+
+/// Least squares: y per x.
+fn slope(points: &[(f64, f64)]) -> f64 {
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x, y) = (mean(|point| point.0), mean(|point| point.1));
+    let both: f64 = points
+        .iter()
+        .map(|point| (point.0 - x) * (point.1 - y))
+        .sum();
+    let square: f64 = points.iter().map(|point| (point.0 - x).powi(2)).sum();
+    if square == 0.0 { 0.0 } else { both / square }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watched(bytes: impl Fn(f64) -> f64) -> Watched {
+        let mut watched = Watched::new("test", 0);
+        // Every ten seconds for a quarter of an hour.
+        watched.memory = (0..100)
+            .map(|look| (f64::from(look) * 10.0, bytes(f64::from(look))))
+            .collect();
+        watched
+    }
+
+    #[test]
+    fn a_leak_is_told_from_noise() {
+        let mebibyte = 1024.0 * 1024.0;
+        let noisy = watched(|look| 20.0 * mebibyte + (look * 7.0 % 3.0) * mebibyte);
+        assert!(noisy.growth().1, "{:?}", noisy.growth());
+        let filling = watched(|look| (20.0 + look.min(20.0)) * mebibyte);
+        assert!(filling.growth().1, "{:?}", filling.growth());
+        let leaking = watched(|look| 20.0 * mebibyte + look * 0.1 * mebibyte);
+        assert!(!leaking.growth().1, "{:?}", leaking.growth());
+        let mut short = leaking;
+        short.memory.truncate(50);
+        assert!(short.growth().1, "{:?}", short.growth());
+    }
+
+    #[test]
+    fn a_line_has_its_slope() {
+        assert_eq!(slope(&[(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]), 2.0);
+        assert_eq!(slope(&[(1.0, 1.0)]), 0.0);
+    }
+}
