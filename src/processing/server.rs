@@ -260,10 +260,7 @@ impl Agent {
     /// replaced by a newer stream's.
     fn drop_outbox(&self, name: &str, outbox: &Outbox) -> bool {
         let mut inner = self.inner.lock();
-        let is_current = inner
-            .outboxes
-            .get(name)
-            .is_some_and(|current| current.same_channel(outbox));
+        let is_current = inner.is_current(name, outbox);
         if is_current {
             inner.outboxes.remove(name);
         }
@@ -287,8 +284,12 @@ impl Agent {
         }
     }
 
-    fn receive(&self, name: &str, message: &to_agent::Message, outbox: &Outbox) {
+    /// Handles a message of a stream. Whether the stream still counts: one that
+    /// a newer one of the same connection server has replaced is not heard any
+    /// more, as what it tells was so before the newer one's greeting.
+    fn receive(&self, name: &str, message: &to_agent::Message, outbox: &Outbox) -> bool {
         use to_agent::Message;
+        let mut counts = true;
         match message {
             // A goodbye is the stream's end, see `serve`.
             Message::Hello(_) | Message::Goodbye(_) => {
@@ -299,7 +300,7 @@ impl Agent {
                     warn!(connection_server = name, %reason, "table update not accepted");
                 }
             }
-            Message::Select(request) => self.select(name, request, outbox),
+            Message::Select(request) => counts = self.select(name, request, outbox),
             Message::Lookup(lookup) => {
                 let number = u16::try_from(lookup.connection_port).unwrap_or(0);
                 let session =
@@ -313,17 +314,33 @@ impl Agent {
                     }),
                 );
             }
-            Message::Opened(_) | Message::Closed(_) | Message::Release(_) | Message::Ended(_) => {
-                self.change(|book, now| book.report(name, message, now));
+            // Given back is given back, whoever says so.
+            Message::Release(_) => self.change(|book, now| book.report(name, message, now)),
+            Message::Opened(_) | Message::Closed(_) | Message::Ended(_) => {
+                let now = self.now();
+                let mut inner = self.inner.lock();
+                counts = inner.is_current(name, outbox);
+                if counts {
+                    let notices = inner.book.report(name, message, now);
+                    inner.send(notices);
+                    inner.tell_counts(now);
+                }
+                drop(inner);
+                self.sooner.notify_one();
             }
         }
+        counts
     }
 
     /// Selects a port: counts first, so that the reply's reader has them.
-    fn select(&self, name: &str, request: &v1::Select, outbox: &Outbox) {
+    /// Whether the stream still counts.
+    fn select(&self, name: &str, request: &v1::Select, outbox: &Outbox) -> bool {
         let now = self.now();
         let request_id = request.request_id;
         let mut inner = self.inner.lock();
+        if !inner.is_current(name, outbox) {
+            return false;
+        }
         let selected = inner.book.select(name, request, now);
         self.metrics.selected(selected.as_ref().err().copied());
         let answer = match selected {
@@ -344,6 +361,7 @@ impl Agent {
         send(outbox, answer);
         drop(inner);
         self.sooner.notify_one();
+        true
     }
 
     async fn serve(self, mut incoming: Streaming<ToAgent>, name: String, outbox: Outbox) {
@@ -353,7 +371,11 @@ impl Agent {
                     self.leave(&name, &outbox);
                     return;
                 }
-                Some(message) => self.receive(&name, &message, &outbox),
+                Some(message) => {
+                    if !self.receive(&name, &message, &outbox) {
+                        break;
+                    }
+                }
                 None => {
                     self.metrics.unexpected_messages.inc();
                 }
@@ -364,6 +386,12 @@ impl Agent {
 }
 
 impl Inner {
+    /// Whether `outbox` is that of the newest stream of `name`.
+    fn is_current(&self, name: &str, outbox: &Outbox) -> bool {
+        let current = self.outboxes.get(name);
+        current.is_some_and(|current| current.same_channel(outbox))
+    }
+
     fn send(&self, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
             match to {

@@ -62,8 +62,10 @@ pub struct Hello {
     /// The pool's uid. An agent of another pool refuses.
     #[prost(string, tag = "2")]
     pub pool_uid: ::prost::alloc::string::String,
-    /// Random per process of a connection server, at most 64 bytes; the same
-    /// after a broken stream, another one after a restart.
+    /// Random per connection server, at most 64 bytes; the same after a broken
+    /// stream and in a process that has taken over from another one, another one
+    /// after a restart. Of two streams of the same name the newer one counts: it
+    /// replaces the older one, which is not heard any more but for Release.
     #[prost(string, tag = "3")]
     pub connection_server: ::prost::alloc::string::String,
     /// The table cut down to this server's row, as JSON (Table::slice). The agent
