@@ -17,6 +17,7 @@
 //! - `pipes`: what busy directions splice through;
 //! - `listeners`: opening ports; `limits`: descriptors, port ranges, clients;
 //!   `admission`: counts of clients;
+//! - `handover`: to another process, and from one;
 //! - `routes`: where a port leads, looked up once for each client;
 //! - `liveness`: peers that are gone; `send_queue`: what they have not
 //!   acknowledged;
@@ -24,6 +25,7 @@
 
 mod admission;
 mod counters;
+pub mod handover;
 mod limits;
 mod listeners;
 mod liveness;

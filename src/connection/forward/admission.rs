@@ -132,11 +132,24 @@ impl Admission {
         }
         sources.insert(source, count + 1);
         drop(sources);
-        Ok(Permit {
+        Ok(self.permit(source, port))
+    }
+
+    /// Gives a place to a client that has had one in another process, whatever
+    /// the bounds: who is in stays in.
+    pub(super) fn take_over(self: &Arc<Self>, source: Source, port: ListenPort) -> Permit {
+        self.live.fetch_add(1, Ordering::Relaxed);
+        self.port(port).fetch_add(1, Ordering::Relaxed);
+        *self.shard(source).lock().entry(source).or_default() += 1;
+        self.permit(source, port)
+    }
+
+    fn permit(self: &Arc<Self>, source: Source, port: ListenPort) -> Permit {
+        Permit {
             admission: self.clone(),
             source,
             port,
-        })
+        }
     }
 
     fn release(&self, source: Source, port: ListenPort) {
@@ -234,6 +247,20 @@ mod tests {
         let admission = admission(9, 1, 1);
         let _first = admission.admit(source(1), port(20_000)).unwrap();
         assert!(admission.admit(source(2), port(20_001)).is_ok());
+    }
+
+    #[test]
+    fn who_is_taken_over_is_counted_and_not_refused() {
+        let admission = admission(1, 1, 1);
+        let source = Source::of(IpAddr::from([192, 0, 2, 1]));
+        let first = admission.take_over(source, port(20_000));
+        let second = admission.take_over(source, port(20_000));
+        assert_eq!(admission.live(), 2);
+        drop(first);
+        let refused = admission.admit(source, port(20_000)).unwrap_err();
+        assert_eq!(refused, Refused::Total);
+        drop(second);
+        assert!(admission.admit(source, port(20_000)).is_ok());
     }
 
     proptest! {

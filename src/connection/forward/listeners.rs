@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use quinn_udp::{UdpSockRef, UdpSocketState};
@@ -42,6 +43,22 @@ impl Listener {
         })
     }
 
+    /// A port that another process has opened.
+    pub(super) fn adopt(socket: OwnedFd, transport: Transport) -> io::Result<Self> {
+        match transport {
+            Transport::Tcp => Ok(Self::Tcp(socket.into())),
+            Transport::Udp => udp(socket.into()),
+        }
+    }
+
+    /// Its socket.
+    pub(super) fn socket(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Udp(socket, _) => socket.as_fd(),
+        }
+    }
+
     pub(super) fn transport(&self) -> Transport {
         match self {
             Self::Tcp(_) => Transport::Tcp,
@@ -74,17 +91,18 @@ fn open_udp(address: SocketAddr) -> io::Result<Listener> {
         None,
     )?;
     bind(&socket, address)?;
+    udp(socket)
+}
+
+/// Prepares a bound socket for datagrams that may come and go together.
+fn udp(socket: Socket) -> io::Result<Listener> {
+    let is_ipv6 = socket.domain()? == Domain::IPV6;
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
     // QUIC must not be fragmented, which the line above arranged; what passes
     // here may be.
-    sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT).or_else(|error| {
-        if address.is_ipv6() {
-            Ok(())
-        } else {
-            Err(error)
-        }
-    })?;
-    if address.is_ipv6() {
+    sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT)
+        .or_else(|error| if is_ipv6 { Ok(()) } else { Err(error) })?;
+    if is_ipv6 {
         sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::WANT)?;
     }
     Ok(Listener::Udp(socket.into(), state))

@@ -40,6 +40,22 @@ impl Pipe {
             moved: 0,
         })
     }
+
+    /// Takes the `inside` bytes that are in it.
+    pub(super) fn read(&self, inside: usize) -> Vec<u8> {
+        let mut bytes = vec![0; inside];
+        let mut length = 0;
+        while length < inside {
+            match rustix::io::read(&self.output, &mut bytes[length..]) {
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(read) if read > 0 => length += read,
+                // What the kernel has put in it gives back.
+                _ => break,
+            }
+        }
+        bytes.truncate(length);
+        bytes
+    }
 }
 
 /// A thread's pipes.

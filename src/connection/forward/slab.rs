@@ -67,6 +67,12 @@ impl<T> Slab<T> {
         Some(item)
     }
 
+    /// Takes all items; their keys find nothing any more.
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = T> {
+        let keys: Vec<Key> = self.iter().map(|(key, _)| key).collect();
+        keys.into_iter().filter_map(|key| self.remove(key))
+    }
+
     pub(super) fn len(&self) -> usize {
         self.entries.len() - self.vacant.len()
     }

@@ -20,6 +20,7 @@ use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
 pub(super) use self::remains::{Delivery, Remains};
 use super::admission::Permit;
+use super::handover::{HandedConnection, HandedDirection};
 use super::pipes::{Pipe, Pipes};
 use super::stream::Stream;
 use super::{SessionKey, Traffic};
@@ -201,6 +202,38 @@ impl Direction {
         }
     }
 
+    /// The direction as another thread or process goes on with it; a lent pipe
+    /// is emptied and given back.
+    fn hand_over(mut self, pipes: &mut Pipes) -> HandedDirection {
+        let kept = match self.held.take().map(|held| *held) {
+            None => Vec::new(),
+            Some(Held::Bytes(kept, offset)) => kept[offset..].to_vec(),
+            Some(Held::Pipe(pipe, inside)) => {
+                let kept = pipe.read(inside);
+                pipes.take_back(pipe, inside - kept.len());
+                kept
+            }
+        };
+        HandedDirection {
+            kept,
+            is_read: self.is_read,
+            is_done: self.is_done,
+            bytes: self.bytes,
+        }
+    }
+
+    fn take_over(handed: HandedDirection) -> Self {
+        let held = Held::Bytes(handed.kept.into_boxed_slice(), 0);
+        let is_holding = !matches!(&held, Held::Bytes(kept, _) if kept.is_empty());
+        Self {
+            held: is_holding.then(|| Box::new(held)),
+            is_read: handed.is_read,
+            is_done: handed.is_done,
+            bytes: handed.bytes,
+            full_reads: 0,
+        }
+    }
+
     /// Gives a lent pipe back, with what is in it.
     fn give_back(&mut self, pipes: &mut Pipes) {
         let held = self.held.take_if(|held| matches!(**held, Held::Pipe(..)));
@@ -339,6 +372,44 @@ impl<S: Stream> Connection<S> {
             },
             downstream: Direction::default(),
             permit: None,
+        }
+    }
+
+    /// The connection as another thread or process goes on with it.
+    pub(super) fn hand_over(self, now: Instant, pipes: &mut Pipes) -> HandedConnection<S> {
+        HandedConnection {
+            port: self.port,
+            session: self.session,
+            client: self.client,
+            server: self.server,
+            is_connecting: self.is_connecting,
+            is_broken: false,
+            idle: now.saturating_duration_since(self.active),
+            upstream: self.upstream.hand_over(pipes),
+            downstream: self.downstream.hand_over(pipes),
+        }
+    }
+
+    /// Goes on with a connection. Which sides have ended, and who sends much,
+    /// is found out again when the sockets are registered.
+    pub(super) fn take_over(
+        handed: HandedConnection<S>,
+        permit: Option<Permit>,
+        now: Instant,
+    ) -> Self {
+        Self {
+            port: handed.port,
+            session: handed.session,
+            client: handed.client,
+            server: handed.server,
+            is_connecting: handed.is_connecting,
+            active: now.checked_sub(handed.idle).unwrap_or(now),
+            client_ended: false,
+            server_ended: false,
+            is_busy: [false; 2],
+            upstream: Direction::take_over(handed.upstream),
+            downstream: Direction::take_over(handed.downstream),
+            permit,
         }
     }
 

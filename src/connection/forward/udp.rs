@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
 use super::admission::Permit;
+use super::handover::{HandedClient, HandedFlow};
+use super::listeners::Listener;
 use super::slab::Key;
 use super::{SessionKey, Ticket, Traffic};
 use crate::table::ListenPort;
@@ -189,6 +191,10 @@ impl Port {
         }
     }
 
+    pub(super) fn into_listener(self) -> Listener {
+        Listener::Udp(self.socket, self.state)
+    }
+
     /// Receives datagrams of clients into `batch`.
     pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<(usize, bool)> {
         let socket = UdpSockRef::from(&self.socket);
@@ -280,6 +286,40 @@ pub(super) struct Flow {
     pub(super) _permit: Permit,
 }
 
+impl Flow {
+    /// The flow as another thread or process goes on with it.
+    pub(super) fn hand_over(self, now: Instant) -> HandedFlow {
+        HandedFlow {
+            port: self.port,
+            session: self.session,
+            client: self.client,
+            local: self.local,
+            server: self.server,
+            idle: now.saturating_duration_since(self.active),
+            traffic: self.traffic,
+            is_assured: self.is_assured,
+        }
+    }
+
+    /// Goes on with a flow; `None` when its socket is not connected.
+    pub(super) fn take_over(handed: HandedFlow, permit: Permit, now: Instant) -> Option<Self> {
+        let target = net::getpeername(&handed.server).ok().flatten()?;
+        Some(Self {
+            port: handed.port,
+            client: handed.client,
+            local: handed.local,
+            session: handed.session,
+            target: target.try_into().ok()?,
+            appetite: Appetite::new(),
+            server: handed.server,
+            active: now.checked_sub(handed.idle).unwrap_or(now),
+            traffic: handed.traffic,
+            is_assured: handed.is_assured,
+            _permit: permit,
+        })
+    }
+}
+
 /// What became of datagrams that were to be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sent {
@@ -353,6 +393,15 @@ pub(super) struct Parked {
 }
 
 impl Parked {
+    pub(super) fn hand_over(self) -> HandedClient {
+        HandedClient::Udp {
+            port: self.port,
+            address: self.client,
+            local: self.local,
+            datagrams: self.datagrams.into_iter().map(Vec::from).collect(),
+        }
+    }
+
     /// Keeps a datagram, if there is room.
     pub(super) fn keep(&mut self, datagram: &[u8]) {
         if self.datagrams.len() < PARKED_DATAGRAMS {

@@ -9,6 +9,7 @@ mod closing;
 mod datagrams;
 mod eviction;
 mod gathering;
+mod handover;
 mod streams;
 
 use std::collections::HashMap;
@@ -27,6 +28,7 @@ use self::eviction::Random;
 use self::gathering::Gathering;
 use super::admission::{Admission, Permit};
 use super::counters::{self, Counters, count};
+use super::handover::{Handed, Share};
 use super::listeners::Listener;
 use super::pipes::Pipes;
 use super::routes::Routes;
@@ -75,6 +77,10 @@ pub(super) enum Command {
     Cut(SessionKey),
     /// Say when everything before is done, and which port could not be watched.
     Settle(mpsc::Sender<Option<Unwatched>>),
+    /// Give everything away.
+    HandOver(mpsc::Sender<io::Result<Handed>>),
+    /// Go on with this.
+    TakeOver(Box<Share>),
     Stop,
 }
 
@@ -195,8 +201,7 @@ impl Worker {
         wake: &Arc<OwnedFd>,
         shared: Shared,
     ) -> io::Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, wake, Source::Wake.data(0), EventFlags::IN)?;
+        let epoll = new_epoll(wake)?;
         let now = Instant::now();
         Ok(Self {
             inbox,
@@ -337,6 +342,11 @@ impl Worker {
                     // Whoever asked may have given up.
                     let _ = done.send(self.unwatched.take());
                 }
+                Command::HandOver(reply) => {
+                    // Control waits for every thread.
+                    let _ = reply.send(self.hand_over());
+                }
+                Command::TakeOver(share) => self.take_over(*share),
                 Command::Stop => self.is_stopping = true,
             }
         }
@@ -499,6 +509,13 @@ impl Worker {
 
 fn port_of(id: u64) -> Option<ListenPort> {
     ListenPort::new(u16::try_from(id).ok()?)
+}
+
+/// An epoll that wakes when control has a command.
+fn new_epoll(wake: &Arc<OwnedFd>) -> io::Result<OwnedFd> {
+    let epoll = epoll::create(CreateFlags::CLOEXEC)?;
+    epoll::add(&epoll, wake, Source::Wake.data(0), EventFlags::IN)?;
+    Ok(epoll)
 }
 
 /// Registers a session's socket for all it will ever be asked about.

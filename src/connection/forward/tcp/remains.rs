@@ -8,6 +8,7 @@ use rustix::net;
 
 use super::{Connection, Direction, Fault, Means, Side};
 use crate::connection::forward::admission::Permit;
+use crate::connection::forward::handover::HandedDirection;
 use crate::connection::forward::pipes::Pipes;
 use crate::connection::forward::stream::Stream;
 
@@ -105,6 +106,19 @@ impl<S: Stream> Remains<S> {
     /// Bytes that went this way so far.
     pub(in crate::connection::forward) fn bytes(&self) -> u64 {
         self.direction.bytes
+    }
+
+    /// Client, server, and what was not passed on, from the one that is gone to
+    /// the other.
+    pub(in crate::connection::forward) fn hand_over(
+        self,
+        pipes: &mut Pipes,
+    ) -> (S, S, HandedDirection) {
+        let direction = self.direction.hand_over(pipes);
+        match self.side {
+            Side::Server => (self.source, self.destination, direction),
+            Side::Client => (self.destination, self.source, direction),
+        }
     }
 
     /// Gives a lent pipe back: it is over.

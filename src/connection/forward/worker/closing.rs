@@ -12,8 +12,9 @@ use rustix::event::epoll::{self, EventFlags};
 
 use super::{Source, Worker};
 use crate::connection::forward::counters::count;
+use crate::connection::forward::handover::{HandedConnection, HandedDirection};
 use crate::connection::forward::slab::Key;
-use crate::connection::forward::tcp::{Delivery, Remains, Side};
+use crate::connection::forward::tcp::{Connection, Delivery, Remains, Side};
 use crate::connection::forward::{SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
@@ -47,8 +48,14 @@ impl Worker {
         let Some(connection) = self.connections.remove(key) else {
             return;
         };
+        self.leave_session(connection.session, Transport::Tcp, key);
+        self.close_broken(connection);
+    }
+
+    /// Resets a connection of which one side is gone, the other one when it has
+    /// everything.
+    pub(super) fn close_broken(&mut self, connection: Connection) {
         let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
-        self.leave_session(session, Transport::Tcp, key);
         connection.reset();
         let remains = connection.into_remains(&mut self.means.pipes);
         let Some(mut remains) = remains else {
@@ -74,7 +81,11 @@ impl Worker {
         let is_watched = self.closing.get_mut(key).is_none_or(|closing| {
             let flags = EventFlags::OUT | EventFlags::ET;
             let data = Source::Closing.data(key.to_bits());
-            epoll::modify(epoll, &closing.remains.destination, data, flags).is_ok()
+            let destination = &closing.remains.destination;
+            let changed = epoll::modify(epoll, destination, data, flags);
+            // One that was handed over is not registered yet.
+            let watched = changed.or_else(|_| epoll::add(epoll, destination, data, flags));
+            watched.is_ok()
         });
         if !is_watched {
             self.end_closing(key, false);
@@ -122,6 +133,36 @@ impl Worker {
         // Closed before it is reported: a free port has no connection.
         drop(closing);
         self.report(port, session, traffic);
+    }
+
+    /// Gives away connections that wait for their reset. Whoever takes them over
+    /// begins to wait anew.
+    pub(super) fn hand_over_closing(&mut self) -> Vec<HandedConnection> {
+        let (now, pipes) = (self.now, &mut self.means.pipes);
+        let handed = self.closing.drain().map(|closing| {
+            let side = closing.remains.side;
+            let (client, server, rest) = closing.remains.hand_over(pipes);
+            let other = |bytes| HandedDirection {
+                bytes,
+                ..HandedDirection::default()
+            };
+            let (upstream, downstream) = match side {
+                Side::Server => (rest, other(closing.traffic.downstream_bytes)),
+                Side::Client => (other(closing.traffic.upstream_bytes), rest),
+            };
+            HandedConnection {
+                port: closing.port,
+                session: closing.session,
+                client,
+                server,
+                is_connecting: false,
+                is_broken: true,
+                idle: now.saturating_duration_since(closing.moved),
+                upstream,
+                downstream,
+            }
+        });
+        handed.collect()
     }
 
     pub(super) fn tick_closing(&mut self) {

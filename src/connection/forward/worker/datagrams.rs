@@ -29,10 +29,16 @@ impl Worker {
             self.udp_ports.remove(&number);
             return;
         }
-        port.is_draining = true;
         self.draining_ports.lock().insert(number);
-        self.draining.push(number);
-        self.schedule();
+        self.keep_draining(number);
+    }
+
+    pub(super) fn keep_draining(&mut self, number: ListenPort) {
+        if let Some(port) = self.udp_ports.get_mut(&number) {
+            port.is_draining = true;
+            self.draining.push(number);
+            self.schedule();
+        }
     }
 
     /// The table has a draining port again.
@@ -169,13 +175,18 @@ impl Worker {
                     permit,
                 };
                 parked.keep(datagram);
-                let ticket = self.park(Parked::Udp(parked), number, Transport::Udp, client);
-                if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(&number)) {
-                    port.parked.insert(client, ticket);
-                }
-                self.schedule();
+                self.park_flow(parked);
             }
         }
+    }
+
+    pub(super) fn park_flow(&mut self, parked: udp::Parked) {
+        let (number, client) = (parked.port, parked.client);
+        let ticket = self.park(Parked::Udp(parked), number, Transport::Udp, client);
+        if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(&number)) {
+            port.parked.insert(client, ticket);
+        }
+        self.schedule();
     }
 
     pub(super) fn unpark_flow(&mut self, parked: udp::Parked, session: SessionKey) {
@@ -240,6 +251,11 @@ impl Worker {
             _permit: permit,
         };
         self.make_room_for_flow();
+        self.watch_flow(flow)
+    }
+
+    pub(super) fn watch_flow(&mut self, flow: Flow) -> Option<Key> {
+        let (number, client, session) = (flow.port, flow.client, flow.session);
         let flow_key = self.flows.insert(flow);
         self.sessions
             .entry(session)

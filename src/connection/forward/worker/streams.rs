@@ -105,7 +105,7 @@ impl Worker {
         }
     }
 
-    fn admit(
+    pub(super) fn admit(
         &mut self,
         port: ListenPort,
         client: OwnedFd,
@@ -172,7 +172,7 @@ impl Worker {
         }
     }
 
-    fn watch_connection(&mut self, connection: Connection) {
+    pub(super) fn watch_connection(&mut self, connection: Connection) {
         let session = connection.session;
         let key = self.connections.insert(connection);
         self.unguarded.push(key);
