@@ -15,12 +15,15 @@
 //! - `agents`: one stream of the selection protocol per processing server;
 //! - `sessions`: what agents told, and the gate of the data plane; `trace`:
 //!   what is logged of a session;
-//! - `forward`: the data plane, on its own threads.
+//! - `forward`: the data plane, on its own threads;
+//! - `handover`: all of it to a new process, without cutting anything;
+//!   `successor`: starts one.
 
 pub mod agents;
 pub mod allocation;
 pub mod api;
 pub mod forward;
+pub mod handover;
 mod http;
 pub mod load_sharing;
 pub mod metrics;
@@ -28,17 +31,22 @@ pub mod policy;
 pub mod problem;
 pub mod reservations;
 pub mod sessions;
+pub mod successor;
 pub mod trace;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use axum::Router;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -52,11 +60,18 @@ use self::load_sharing::LoadSharing;
 use self::metrics::Metrics;
 use self::reservations::Reservations;
 use self::sessions::Sessions;
+use self::successor::Starter;
 use crate::table::Table;
 use crate::{admin, follow};
 
 /// How long a stopping connection server waits for requests being answered.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a successor lets requests queue until its agents are attached.
+const ATTACH_LIMIT: Duration = Duration::from_secs(2);
+
+/// How often it looks.
+const ATTACH_CHECK: Duration = Duration::from_millis(2);
 
 /// How often a stopping connection server looks whether sessions are left.
 const DRAIN_CHECK: Duration = Duration::from_millis(100);
@@ -110,6 +125,11 @@ pub struct Options {
     /// Seconds that live sessions may go on after SIGTERM
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
+
+    /// Take over from the connection server that listens on this Unix socket, without cutting anything; then
+    /// listen there for the next one. SIGUSR2 starts that: this program again, as it is on disk then
+    #[arg(long, value_name = "PATH")]
+    pub handover: Option<PathBuf>,
 }
 
 /// Why a connection server could not run.
@@ -148,10 +168,20 @@ pub enum Error {
     /// The admin port could not be served.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
+    /// The successor that this process stood in for has failed.
+    #[error("the successor ended with {status}")]
+    Successor {
+        /// How.
+        status: std::process::ExitStatus,
+    },
+    /// The running connection server could not be taken over.
+    #[error(transparent)]
+    Handover(#[from] handover::Error),
 }
 
 /// Runs a connection server until `shutdown`, then drains: nothing new is
-/// allocated, live sessions go on for up to `drain_seconds`.
+/// allocated, live sessions go on for up to `drain_seconds`. Ends early when a
+/// successor has taken over.
 ///
 /// # Errors
 /// [`Error`] when it could not start; once it runs, faults are logged, counted
@@ -167,19 +197,95 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         first = follower.first() => first?,
         () = &mut shutdown => return Ok(()),
     };
-    let server = Server::start(&options, &first, &follower).await?;
-    shutdown.await;
-    server
-        .stop(Duration::from_secs(options.drain_seconds))
-        .await;
-    Ok(())
+    let mut socket = match &options.handover {
+        Some(path) => Some(handover::Socket::prepare(path)?),
+        None => None,
+    };
+    let mut starter = match &options.handover {
+        Some(_) => Some(Starter::new().map_err(handover::Error::from)?),
+        None => None,
+    };
+    let mut server = Server::start(&options, &first, &follower).await?;
+    if let Some(socket) = &mut socket {
+        socket.publish()?;
+    }
+    server.begin().await;
+    loop {
+        tokio::select! {
+            () = &mut shutdown => break,
+            () = or_never(starter.as_mut().map(Starter::asked)) => {
+                starter.iter_mut().for_each(|starter| starter.start(1));
+            }
+            Ok(stream) = or_never(socket.as_ref().map(handover::Socket::accept)) => {
+                if server.hand_over(stream).await {
+                    server.retire();
+                    break;
+                }
+            }
+        }
+    }
+    if !server.has_retired() {
+        server
+            .stop(Duration::from_secs(options.drain_seconds))
+            .await;
+        if let Some(socket) = &socket {
+            socket.remove();
+        }
+        return Ok(());
+    }
+    drop((server, socket, follower));
+    match starter {
+        Some(starter) => match starter.stand_in(shutdown).await {
+            Some(status) if !status.success() => Err(Error::Successor { status }),
+            _ => Ok(()),
+        },
+        None => Ok(()),
+    }
+}
+
+/// What `future` gives; without one, nothing ever.
+async fn or_never<T>(future: Option<impl Future<Output = T>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Everything of a running predecessor, if there is one of the pool of `first`.
+async fn inherit(options: &Options, first: &Table) -> Result<Option<handover::State>, Error> {
+    let Some(path) = options.handover.clone() else {
+        return Ok(None);
+    };
+    let pool_uid = first.pool_uid.clone();
+    let inheriting = tokio::task::spawn_blocking(move || {
+        let Some(inheritance) = handover::ask(&path)? else {
+            return Ok(None);
+        };
+        if inheritance.state().table.pool_uid != pool_uid {
+            return Err(handover::Error::Malformed(
+                "the running connection server is another pool's",
+            ));
+        }
+        inheritance.take().map(Some)
+    });
+    let inherited = inheriting.await.expect("inheriting does not panic")?;
+    Ok(inherited)
 }
 
 /// The running parts.
 struct Server {
     sessions: Arc<Sessions>,
+    reservations: Arc<Reservations>,
     forwarder: Arc<Forwarder>,
     agents: Arc<Agents>,
+    table: watch::Receiver<Arc<Table>>,
+    /// Agents and clients know this connection server already.
+    is_successor: bool,
+    router: Router,
+    load_sharing: std::net::TcpListener,
+    admin: OwnedFd,
+    /// Serves the load-sharing port, with what stops it.
+    serving: Option<(CancellationToken, JoinHandle<()>)>,
     draining: CancellationToken,
     stopping: CancellationToken,
     tasks: TaskTracker,
@@ -195,7 +301,6 @@ impl Server {
         if let Some(overlap) = forward::ephemeral_overlap(first) {
             warn!(%overlap, "connection ports lie inside the kernel's ip_local_port_range: outgoing connections may occupy them");
         }
-        let listener = listen(options.listen, options.load_sharing_port)?;
         let mut registry = Registry::default();
         admin::register_build_info(&mut registry);
         follower.rejected().register(&mut registry);
@@ -213,39 +318,41 @@ impl Server {
             &sessions,
             &reservations,
         )));
+        let mut followed = follower.watch();
+        // From here on a predecessor's streams stand still.
+        let inherited = inherit(options, first).await?;
+        let is_successor = inherited.is_some();
+        let (handed, first, load_sharing, admin) = match inherited {
+            Some(mut state) => {
+                let (connections, flows) = state.take_over(&sessions, &forwarder);
+                info!(connections, flows, "taken over from the former process");
+                // A newer table than the predecessor's is applied next.
+                followed.mark_changed();
+                let admin = TcpListener::from_std(state.admin.into());
+                (
+                    Some(state.agents),
+                    state.table,
+                    state.load_sharing.into(),
+                    admin,
+                )
+            }
+            None => {
+                let load_sharing = listen(options.listen, options.load_sharing_port)?;
+                let admin = admin::bind(options.admin).await?;
+                (None, first.clone(), load_sharing, Ok(admin))
+            }
+        };
         let agents = Arc::new(Agents::new(
+            handed,
             sessions.clone(),
             reservations.clone(),
             forwarder.clone(),
             metrics.clone(),
         ));
         // Clients may come as soon as the first port is open.
-        sessions.set_table(first);
-        apply(first, &sessions, &reservations, &forwarder, &agents)?;
+        sessions.set_table(&first);
+        apply(&first, &sessions, &reservations, &forwarder, &agents)?;
         let (in_use, table) = watch::channel(first.clone());
-        let server = Self {
-            sessions: sessions.clone(),
-            forwarder: forwarder.clone(),
-            agents: agents.clone(),
-            draining: CancellationToken::new(),
-            stopping: CancellationToken::new(),
-            tasks: TaskTracker::new(),
-        };
-        server
-            .serve_admin(options.admin, registry, &reservations, &table)
-            .await?;
-        let parts = (
-            sessions.clone(),
-            reservations.clone(),
-            forwarder,
-            agents.clone(),
-        );
-        server.tasks.spawn(keep_applying(
-            follower.watch(),
-            in_use,
-            parts,
-            server.stopping.clone(),
-        ));
         let allocation = Allocation::new(
             agents.clone(),
             reservations.clone(),
@@ -255,40 +362,184 @@ impl Server {
         );
         let api = Api {
             allocation: Arc::new(allocation),
-            sessions,
-            reservations,
-            agents,
+            sessions: sessions.clone(),
+            reservations: reservations.clone(),
+            agents: agents.clone(),
+            table: table.clone(),
             metrics,
-            table,
             advertise: options.advertise.clone(),
         };
-        info!(
-            address = %listener.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string()),
-            connection_ports = first.connection_port_count(),
-            generation = first.generation,
-            "connection server ready"
-        );
-        let draining = server.draining.clone();
-        let serving = http::serve(
-            listener,
-            api::router(Arc::new(api)),
-            async move { draining.cancelled().await },
-            SHUTDOWN_GRACE,
-        );
-        server.tasks.spawn(serving);
+        let admin = admin.map_err(handover::Error::from)?;
+        let server = Self {
+            sessions,
+            reservations,
+            forwarder,
+            agents,
+            table,
+            is_successor,
+            router: api::router(Arc::new(api)),
+            load_sharing,
+            admin: admin
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(handover::Error::from)?,
+            serving: None,
+            draining: CancellationToken::new(),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        server.serve_admin(admin, registry);
+        server.tasks.spawn(keep_applying(
+            followed,
+            in_use,
+            server.parts(),
+            server.stopping.clone(),
+        ));
         Ok(server)
     }
 
-    async fn serve_admin(
-        &self,
-        address: SocketAddr,
-        registry: Registry,
-        reservations: &Arc<Reservations>,
-        table: &watch::Receiver<Arc<Table>>,
-    ) -> Result<(), Error> {
-        let (draining, reservations, table) =
-            (self.draining.clone(), reservations.clone(), table.clone());
-        let (rows, was_ready) = (table.clone(), AtomicBool::new(false));
+    /// Begins to answer requests.
+    async fn begin(&mut self) {
+        if self.is_successor {
+            self.until_attached().await;
+        }
+        self.serve();
+        let table = self.table.borrow();
+        info!(
+            address = %self.load_sharing.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string()),
+            connection_ports = table.connection_port_count(),
+            generation = table.generation,
+            "connection server ready"
+        );
+    }
+
+    fn parts(&self) -> Parts {
+        (
+            self.sessions.clone(),
+            self.reservations.clone(),
+            self.forwarder.clone(),
+            self.agents.clone(),
+        )
+    }
+
+    /// Waits until the agents are attached, but not for long: what a successor
+    /// answers before would be that nothing is free.
+    async fn until_attached(&self) {
+        let is_attached = || {
+            let table = self.table.borrow();
+            let mut rows = table.rows.iter().filter(|row| row.address.is_some());
+            self.reservations.inspect(|sharing| {
+                let servers = sharing.servers();
+                rows.all(|row| {
+                    let server = servers.get(&row.slot);
+                    server.is_some_and(|server| server.attached && !server.ports.is_empty())
+                })
+            })
+        };
+        let deadline = Instant::now() + ATTACH_LIMIT;
+        while !is_attached() && Instant::now() < deadline {
+            tokio::time::sleep(ATTACH_CHECK).await;
+        }
+    }
+
+    /// Serves the load-sharing port.
+    fn serve(&mut self) {
+        let listener = self
+            .load_sharing
+            .try_clone()
+            .and_then(TcpListener::from_std);
+        let listener = match listener {
+            Ok(listener) => listener,
+            Err(error) => return error!(%error, "failed to serve the load-sharing port"),
+        };
+        let stop = self.draining.child_token();
+        let stopped = stop.clone().cancelled_owned();
+        let serving = http::serve(listener, self.router.clone(), stopped, SHUTDOWN_GRACE);
+        self.serving = Some((stop, self.tasks.spawn(serving)));
+    }
+
+    /// Answers the requests under way and sends waiting ones away. Further ones
+    /// queue at the listener.
+    async fn stop_serving(&mut self) {
+        if let Some((stop, serving)) = self.serving.take() {
+            stop.cancel();
+            self.reservations.dismiss();
+            // It ends by itself; it does not panic.
+            let _ = serving.await;
+        }
+    }
+
+    /// Hands everything over to the process at the other end of `stream`.
+    /// Whether it has it now; this one has nothing to do any more then.
+    async fn hand_over(&mut self, stream: UnixStream) -> bool {
+        let hearing = tokio::task::spawn_blocking(move || handover::Offer::hear(stream));
+        let offer = match hearing.await.expect("hearing does not panic") {
+            Ok(offer) => offer,
+            Err(error) => {
+                warn!(%error, "hand-over refused");
+                return false;
+            }
+        };
+        info!("a successor asks for a hand-over");
+        self.stop_serving().await;
+        let paused = self.agents.pause().await;
+        let started = Instant::now();
+        match self.give(offer).await {
+            Ok(()) => {
+                info!(paused = ?started.elapsed(), "handed over");
+                // For ever: what agents hear from now on comes from the successor.
+                std::mem::forget(paused);
+                true
+            }
+            Err(error) => {
+                drop(paused);
+                self.serve();
+                warn!(paused = ?started.elapsed(), %error, "hand-over failed; this connection server goes on");
+                false
+            }
+        }
+    }
+
+    /// Ends what is left after everything was handed over, without a word to
+    /// anybody.
+    fn retire(&self) {
+        self.stopping.cancel();
+        self.agents.vanish();
+        self.forwarder.shutdown();
+    }
+
+    fn has_retired(&self) -> bool {
+        self.stopping.is_cancelled()
+    }
+
+    /// Pauses the data plane and gives everything away, or goes on.
+    async fn give(&self, mut offer: handover::Offer) -> Result<(), handover::Error> {
+        let (load_sharing, admin) = (self.load_sharing.try_clone()?, self.admin.try_clone()?);
+        let table = self.table.borrow().clone();
+        let handed = self.forwarder.hand_over(&table)?;
+        let state = handover::State {
+            agents: self.agents.hand_over(),
+            table,
+            load_sharing: load_sharing.into(),
+            admin,
+            sessions: self.sessions.hand_over(),
+            handed,
+        };
+        let giving = tokio::task::spawn_blocking(move || (offer.give(&state), state));
+        let (given, state) = giving.await.expect("giving does not panic");
+        if given.is_err() {
+            self.forwarder.take_over(state.handed, &state.table);
+        }
+        given
+    }
+
+    fn serve_admin(&self, listener: TcpListener, registry: Registry) {
+        let (draining, reservations, table) = (
+            self.draining.clone(),
+            self.reservations.clone(),
+            self.table.clone(),
+        );
+        let (rows, was_ready) = (table.clone(), AtomicBool::new(self.is_successor));
         let state = admin::AdminState {
             registry: Arc::new(registry),
             ready: Box::new(move || {
@@ -315,12 +566,8 @@ impl Server {
             }),
             table: Box::new(move || Some(table.borrow().clone())),
         };
-        let listener = admin::bind(address).await?;
-        let stopping = self.stopping.clone();
-        self.tasks.spawn(admin::serve(listener, state, async move {
-            stopping.cancelled().await
-        }));
-        Ok(())
+        let stopping = self.stopping.clone().cancelled_owned();
+        self.tasks.spawn(admin::serve(listener, state, stopping));
     }
 
     /// Lets live sessions go on for up to `drain`, then closes everything.
@@ -366,6 +613,11 @@ async fn keep_applying(
             continue;
         };
         let generation = current.generation;
+        // A predecessor may have had a newer one.
+        if generation <= in_use.borrow().generation {
+            continue;
+        }
+        let _step = agents.step().await;
         match apply(&current, &sessions, &reservations, &forwarder, &agents) {
             Ok(()) => {
                 in_use.send_replace(current);
@@ -423,7 +675,7 @@ fn without_ipv6(listen: IpAddr) -> IpAddr {
 }
 
 /// Listens on the load-sharing port; `::` takes IPv4 too.
-fn listen(address: IpAddr, port: u16) -> Result<TcpListener, Error> {
+fn listen(address: IpAddr, port: u16) -> Result<std::net::TcpListener, Error> {
     let address = SocketAddr::new(address, port);
     let bind = || {
         let socket = socket2::Socket::new(
@@ -439,7 +691,7 @@ fn listen(address: IpAddr, port: u16) -> Result<TcpListener, Error> {
         socket.bind(&address.into())?;
         // The kernel lowers it to net.core.somaxconn.
         socket.listen(i32::MAX)?;
-        TcpListener::from_std(socket.into())
+        Ok(socket.into())
     };
     bind().map_err(|source| Error::Listen { address, source })
 }

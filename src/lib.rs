@@ -53,7 +53,9 @@
 //!
 //! A connection port serves one session at a time. A port is freed only when
 //! every connection server has said that no connection of its session is left,
-//! or has been out of reach for longer than it keeps connections itself.
+//! or has been out of reach for longer than it keeps connections itself. A
+//! connection server that hands over to a new process (`connection::handover`)
+//! has said nothing of the kind: to agents it is the same one.
 //! `tests/model.rs` plays orders of events against these rules.
 
 pub mod admin;

@@ -72,6 +72,9 @@ enum Event {
     /// The connection server is killed and another one takes its place; whether
     /// agents notice at once.
     RestartConnectionServer(usize, bool),
+    /// A successor takes over from the connection server. What was sent on the
+    /// former streams may still arrive until they are replaced or found out.
+    HandOver(usize),
     /// Everything that is under way arrives, and so many seconds pass.
     Pass(u64),
 }
@@ -91,6 +94,8 @@ struct Stream {
     from_agent: VecDeque<from_agent::Message>,
     /// Nothing arrives any more; when the connection server notices.
     broken: Option<Duration>,
+    /// Of a process that has handed over: it hears nothing any more.
+    is_former: bool,
 }
 
 struct ConnectionServer {
@@ -234,6 +239,7 @@ impl World {
                 let session_id = format!("session-{}", self.names);
                 if let Some(stream) = &mut self.servers[server % SERVERS].streams[agent % agents]
                     && stream.broken.is_none()
+                    && !stream.is_former
                 {
                     let select = v1::Select {
                         session_id,
@@ -321,6 +327,7 @@ impl World {
                 self.servers[server] = self.connection_server();
             }
             Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
+            Event::HandOver(server) => self.hand_over(server % SERVERS),
         }
         self.collect();
     }
@@ -349,6 +356,41 @@ impl World {
             session,
             is_to_be_cut: false,
         });
+    }
+
+    fn hand_over(&mut self, server: usize) {
+        // The data plane does what it was told before it pauses.
+        let is_cut = |open: &Connection| open.is_to_be_cut && open.server == server;
+        while let Some(cut) = self.connections.iter().position(is_cut) {
+            let connection = self.connections.remove(cut);
+            self.closed(&connection);
+        }
+        self.collect();
+        // Clients that wait for their session give up here.
+        self.parked.retain(|_, (through, _)| *through != server);
+        let former = &mut self.servers[server];
+        let sessions = Sessions::default();
+        let flows = self.connections.iter();
+        let flows = flows.filter(|connection| connection.server == server);
+        let keys = flows.map(|connection| connection.key);
+        let table = Arc::new(self.table.clone());
+        let orphans = sessions.take_over(former.sessions.hand_over(), &table, keys);
+        assert!(orphans.is_empty(), "connections without a session");
+        former.sessions = sessions;
+        for (agent, place) in former.streams.iter_mut().enumerate() {
+            let Some(stream) = place.as_mut().filter(|stream| !stream.is_former) else {
+                continue;
+            };
+            former.cut_at[agent] = Some(self.now.monotonic + CUT_AFTER + CUT_SLACK);
+            if stream.broken.is_some() {
+                *place = None;
+                continue;
+            }
+            stream.is_former = true;
+            stream.from_agent.clear();
+            let found_out = self.now.monotonic + FOUND_OUT;
+            self.unnoticed.push((found_out, agent, former.name.clone()));
+        }
     }
 
     fn closed(&mut self, connection: &Connection) {
@@ -386,8 +428,11 @@ impl World {
 
     fn attach(&mut self, server: usize, agent: usize) {
         let slot = u32::try_from(agent).unwrap();
-        let sessions = &self.servers[server].sessions;
-        if self.servers[server].streams[agent].is_some() || sessions.is_cutting(slot) {
+        let ConnectionServer {
+            sessions, streams, ..
+        } = &self.servers[server];
+        let current = streams[agent].as_ref().filter(|stream| !stream.is_former);
+        if current.is_some() || sessions.is_cutting(slot) {
             return;
         }
         let (outbox, sent) = unbounded_channel();
@@ -404,6 +449,7 @@ impl World {
             to_agent,
             from_agent,
             broken: None,
+            is_former: false,
         };
         // The greeting is answered before anything else happens on the stream.
         let _greeting = stream.sent.try_recv();
@@ -421,6 +467,15 @@ impl World {
     fn break_stream(&mut self, server: usize, agent: usize, noticing: Noticing) {
         let found_out = self.now.monotonic + FOUND_OUT;
         let name = self.servers[server].name.clone();
+        if self.end_former(agent, &name) {
+            // The process that had it is no more; its agent may still notice.
+            if noticing != Noticing::ConnectionServer {
+                self.unnoticed
+                    .retain(|(_, of, from)| *of != agent || *from != name);
+                self.agents[agent].detach(&name, self.now);
+            }
+            return;
+        }
         let Some(stream) = &mut self.servers[server].streams[agent] else {
             return;
         };
@@ -436,6 +491,14 @@ impl World {
             Noticing::ConnectionServer => self.unnoticed.push((found_out, agent, name)),
             _ => self.agents[agent].detach(&name, self.now),
         }
+    }
+
+    /// Nothing more comes over a stream whose process has handed over. Whether
+    /// there is one.
+    fn end_former(&mut self, agent: usize, name: &str) -> bool {
+        let of = self.servers.iter_mut().find(|server| server.name == name);
+        let former = of.and_then(|of| of.streams[agent].take_if(|stream| stream.is_former));
+        former.is_some()
     }
 
     fn server_notices(&mut self, server: usize, agent: usize) {
@@ -457,6 +520,7 @@ impl World {
                 };
                 if let (true, Some(stream)) = (is_meant, &mut server.streams[agent])
                     && stream.broken.is_none()
+                    && !stream.is_former
                 {
                     stream.from_agent.push_back(message.clone());
                 }
@@ -608,12 +672,13 @@ impl World {
             self.send(agent, notices);
         }
         self.check();
-        self.unnoticed.retain(|(at, agent, name)| {
-            if *at <= now {
-                self.agents[*agent].detach(name, self.now);
-            }
-            *at > now
-        });
+        let all = std::mem::take(&mut self.unnoticed).into_iter();
+        let (due, later): (Vec<_>, Vec<_>) = all.partition(|(at, ..)| *at <= now);
+        self.unnoticed = later;
+        for (_, agent, name) in due {
+            self.agents[agent].detach(&name, self.now);
+            self.end_former(agent, &name);
+        }
         for server in 0..SERVERS {
             for agent in 0..self.agents.len() {
                 let stream = self.servers[server].streams[agent].as_ref();
@@ -716,6 +781,7 @@ fn every_short_order_of_events_keeps_the_rules() {
         Event::Attach(0, 0),
         Event::RestartAgent(0, false),
         Event::RestartConnectionServer(0, true),
+        Event::HandOver(0),
         Event::Pass(6),
     ];
     let on_its_way = [Event::Select(0, 0), Event::ToAgent(0, 0)];
@@ -748,7 +814,7 @@ fn every_short_order_of_events_keeps_the_rules() {
     for begin in [&on_its_way[..], &in_use, &being_cut] {
         explore(&mut begin.to_vec(), 4, &events, &mut played);
     }
-    assert_eq!(played, 3 * 14u32.pow(4));
+    assert_eq!(played, 3 * 15u32.pow(4));
 }
 
 fn event() -> impl Strategy<Value = Event> {
@@ -772,7 +838,8 @@ fn event() -> impl Strategy<Value = Event> {
         1 => (server.clone(), agent.clone(), noticing).prop_map(|(s, a, n)| Event::Break(s, a, n)),
         2 => pair().prop_map(|(s, a)| Event::Attach(s, a)),
         1 => (agent, any::<bool>()).prop_map(|(a, n)| Event::RestartAgent(a, n)),
-        1 => (server, any::<bool>()).prop_map(|(s, n)| Event::RestartConnectionServer(s, n)),
+        1 => (server.clone(), any::<bool>()).prop_map(|(s, n)| Event::RestartConnectionServer(s, n)),
+        2 => server.prop_map(Event::HandOver),
         2 => (0..20u64).prop_map(Event::Pass),
     ]
 }

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedRwLockWriteGuard, RwLock, RwLockReadGuard, mpsc, oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -63,10 +63,24 @@ pub enum SelectError {
     Detached,
 }
 
+/// What a connection server that takes over goes on with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HandedAgents {
+    /// What agents know it by.
+    pub id: String,
+    /// When a slot's agent was last in reach: its sessions are to be cut as
+    /// early as if nothing had been handed over. Not of those that are cut.
+    pub reached: HashMap<u32, Instant>,
+}
+
 /// The streams to all processing servers.
 pub struct Agents {
-    /// Names this process to agents.
+    /// Names this connection server to agents; a successor goes on under it.
     id: String,
+    /// When a predecessor last reached agents that no stream was opened to yet.
+    reached: Mutex<HashMap<u32, Instant>>,
+    /// Held for reading while sessions change, for writing by a hand-over.
+    steps: Arc<RwLock<()>>,
     sessions: Arc<Sessions>,
     reservations: Arc<Reservations>,
     forwarder: Arc<Forwarder>,
@@ -82,6 +96,9 @@ struct Link {
     row: watch::Sender<Arc<Table>>,
     task: AbortHandle,
     stream: Arc<Mutex<Option<Stream>>>,
+    /// Since when the stream was down, the last time that it was; `None` when
+    /// the sessions were cut.
+    detached_since: Arc<Mutex<Option<Instant>>>,
 }
 
 /// What a stream that is up needs to send requests and match answers.
@@ -103,16 +120,24 @@ impl Drop for Link {
 }
 
 impl Agents {
-    /// No streams yet; [`Agents::set_table`] starts them.
+    /// No streams yet; [`Agents::set_table`] starts them. `handed` is what the
+    /// predecessor had, if there was one.
     #[must_use]
     pub fn new(
+        handed: Option<HandedAgents>,
         sessions: Arc<Sessions>,
         reservations: Arc<Reservations>,
         forwarder: Arc<Forwarder>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self {
+        let HandedAgents { id, reached } = handed.unwrap_or_else(|| HandedAgents {
             id: uuid::Uuid::new_v4().simple().to_string(),
+            reached: HashMap::new(),
+        });
+        Self {
+            id,
+            reached: Mutex::new(reached),
+            steps: Arc::default(),
             sessions,
             reservations,
             forwarder,
@@ -121,6 +146,35 @@ impl Agents {
             next_request: AtomicU64::new(1),
             leaving: AtomicBool::new(false),
         }
+    }
+
+    /// What a successor has to know. Nothing changes here.
+    #[must_use]
+    pub fn hand_over(&self) -> HandedAgents {
+        let links = self.links.lock();
+        let reached = links.iter().filter_map(|(slot, link)| {
+            let since = match link.stream.lock().is_some() {
+                true => Instant::now(),
+                false => (*link.detached_since.lock())?,
+            };
+            Some((*slot, since))
+        });
+        HandedAgents {
+            id: self.id.clone(),
+            reached: reached.collect(),
+        }
+    }
+
+    /// Whoever changes sessions, or has the data plane follow them, holds this
+    /// meanwhile.
+    pub async fn step(&self) -> RwLockReadGuard<'_, ()> {
+        self.steps.read().await
+    }
+
+    /// Waits until no step is under way; none begins while the result lives.
+    /// Agents are not told anything and not heard meanwhile.
+    pub async fn pause(&self) -> OwnedRwLockWriteGuard<()> {
+        self.steps.clone().write_owned().await
     }
 
     /// Follows `table`: streams to new servers, none to removed ones, and the
@@ -161,11 +215,14 @@ impl Agents {
     fn open(self: &Arc<Self>, row: &Row, address: SocketAddr, table: &Arc<Table>) -> Link {
         let (sender, receiver) = watch::channel(table.clone());
         let stream = Arc::new(Mutex::new(None));
+        let reached = self.reached.lock().remove(&row.slot);
+        let detached_since = Arc::new(Mutex::new(Some(reached.unwrap_or_else(Instant::now))));
         let task = tokio::spawn(Arc::clone(self).keep_attached(
             row.slot,
             address,
             receiver,
             stream.clone(),
+            detached_since.clone(),
         ));
         Link {
             address,
@@ -173,7 +230,13 @@ impl Agents {
             row: sender,
             task: task.abort_handle(),
             stream,
+            detached_since,
         }
+    }
+
+    /// Ends all streams without a goodbye: a successor goes on under the name.
+    pub fn vanish(&self) {
+        self.links.lock().clear();
     }
 
     /// Asks the server of `slot` to select one of its available connection
@@ -198,6 +261,8 @@ impl Agents {
                 .clone()
         };
         {
+            // A successor would not know what the answer is for.
+            let _step = self.step().await;
             let mut stream = stream.lock();
             let stream = stream.as_mut().ok_or(SelectError::Detached)?;
             let answer = sender;
@@ -261,14 +326,18 @@ impl Agents {
         address: SocketAddr,
         mut table: watch::Receiver<Arc<Table>>,
         stream: Arc<Mutex<Option<Stream>>>,
+        detached_since: Arc<Mutex<Option<Instant>>>,
     ) {
         let mut pause = FIRST_PAUSE;
-        let mut detached_since = Some(Instant::now());
         loop {
+            let since = *detached_since.lock();
             let attached = tokio::select! {
                 attached = self.attach(slot, address, &mut table, &stream) => attached,
-                () = overdue(detached_since, &stream) => Err(AttachError::OutOfReach),
+                () = overdue(since, &stream) => Err(AttachError::OutOfReach),
             };
+            if attached.is_ok() {
+                *detached_since.lock() = Some(Instant::now());
+            }
             stream.lock().take();
             self.reservations.detach(slot);
             if self.leaving.load(Ordering::Relaxed) {
@@ -277,15 +346,16 @@ impl Agents {
             match attached {
                 Ok(()) => {
                     pause = FIRST_PAUSE;
-                    detached_since = Some(Instant::now());
                     info!(slot, %address, "stream to processing server ended");
                 }
                 Err(error) => {
                     debug!(slot, %address, %error, "failed to attach to processing server")
                 }
             }
-            if detached_since.is_some_and(|since| since.elapsed() >= CUT_AFTER) {
-                detached_since = None;
+            let since = *detached_since.lock();
+            if since.is_some_and(|since| since.elapsed() >= CUT_AFTER) {
+                let _step = self.step().await;
+                *detached_since.lock() = None;
                 let actions = self.sessions.forget_server(slot);
                 if !actions.is_empty() {
                     warn!(slot, %address, sessions = actions.len(), "processing server out of reach; its sessions are cut");
@@ -318,6 +388,7 @@ impl Agents {
         let (outbox, outgoing) = mpsc::unbounded_channel();
         let current = table.borrow_and_update().clone();
         let greeting = self.greeting(slot, &current)?;
+        let step = self.step().await;
         self.sessions.attach(slot, outbox.clone(), |sessions| {
             let message = Some(Message::Hello(v1::Hello {
                 sessions,
@@ -325,6 +396,7 @@ impl Agents {
             }));
             ToAgent { message }
         });
+        drop(step);
         let _detach = Detach {
             sessions: &self.sessions,
             slot,
@@ -350,7 +422,10 @@ impl Agents {
         loop {
             tokio::select! {
                 message = incoming.message() => match message {
-                    Ok(Some(FromAgent { message: Some(message) })) => self.receive(slot, message, stream, &outbox),
+                    Ok(Some(FromAgent { message: Some(message) })) => {
+                        let _step = self.step().await;
+                        self.receive(slot, message, stream, &outbox);
+                    }
                     Ok(Some(FromAgent { message: None })) => {
                         self.metrics.unknown_messages.inc();
                     }

@@ -198,6 +198,7 @@ async fn delete_session(
     State(api): State<Arc<Api>>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<StatusCode, Refused> {
+    let _step = api.agents.step().await;
     let action = id
         .ok()
         .and_then(|Path(id)| api.sessions.release(&id))

@@ -182,6 +182,12 @@ impl Reservations {
         Some(waiting)
     }
 
+    /// Sends every waiting request away: its [`Waiting::turn`] gives `None`.
+    pub fn dismiss(&self) {
+        let waiters = std::mem::take(&mut self.inner.lock().waiters);
+        drop(waiters);
+    }
+
     /// Looks at the servers and the queue.
     pub fn inspect<T>(&self, look: impl FnOnce(&LoadSharing) -> T) -> T {
         look(&self.inner.lock().sharing)

@@ -19,7 +19,9 @@
 //! agents ─Session/End→ Sessions ─cut→ data plane
 //! ```
 
-use std::collections::HashMap;
+pub mod handover;
+
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -345,11 +347,6 @@ impl Sessions {
         }
         // A successor on the port means that we missed the end of the former.
         actions.extend(known.and_then(|id| inner.end(&id, "SUPERSEDED")));
-        if !session.idempotency_key.is_empty() {
-            let (key, id) = (session.idempotency_key.clone(), session.session_id.clone());
-            inner.id_by_idempotency_key.insert(key, id);
-        }
-        inner.port_by_id.insert(session.session_id.clone(), port);
         let trace = trace();
         let row = inner.table.as_ref().and_then(|table| table.find(port));
         trace.selected(&session, row.map_or("", |(row, _)| &row.server));
@@ -361,7 +358,7 @@ impl Sessions {
             session,
             trace,
         };
-        inner.live.insert(port, live);
+        inner.insert(live, port);
         actions
     }
 

@@ -5,7 +5,7 @@
 //! connections of it log its end at `info`, the others at `debug`.
 
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::field::Empty;
 use tracing::{Span, debug, info, info_span, record_all};
@@ -18,7 +18,8 @@ use crate::selection::v1;
 pub struct Trace {
     span: Span,
     since: Instant,
-    is_made_here: bool,
+    /// Who asked for the session, if that was here.
+    client: Option<IpAddr>,
 }
 
 impl Trace {
@@ -28,7 +29,7 @@ impl Trace {
         Self {
             span: info_span!(parent: None, "session", %client, session = Empty, port = Empty, server = Empty),
             since: Instant::now(),
-            is_made_here: true,
+            client: Some(client),
         }
     }
 
@@ -38,8 +39,28 @@ impl Trace {
         Self {
             span: info_span!(parent: None, "session", session = Empty, port = Empty, server = Empty),
             since: Instant::now(),
-            is_made_here: false,
+            client: None,
         }
+    }
+
+    /// Goes on with a session that another process has known for `age`.
+    #[must_use]
+    pub fn taken_over(client: Option<IpAddr>, age: Duration) -> Self {
+        let begun = client.map_or_else(Self::learned, Self::request);
+        let since = begun.since.checked_sub(age).unwrap_or(begun.since);
+        Self { since, ..begun }
+    }
+
+    /// Who asked for the session, if that was here.
+    #[must_use]
+    pub fn client(&self) -> Option<IpAddr> {
+        self.client
+    }
+
+    /// For how long it is known here.
+    #[must_use]
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// The span, to run the request in.
@@ -66,7 +87,7 @@ impl Trace {
             downstream_bytes,
         } = traffic;
         let seconds = self.since.elapsed().as_secs_f64();
-        if self.is_made_here || connections > 0 {
+        if self.client.is_some() || connections > 0 {
             info!(parent: &self.span, cause, seconds, connections, upstream_bytes, downstream_bytes, "session ended");
         } else {
             debug!(parent: &self.span, cause, seconds, "session ended");
@@ -75,10 +96,12 @@ impl Trace {
 }
 
 /// What a session has carried through this connection server.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
-    connections: u64,
-    traffic: Traffic,
+    /// Connections and UDP flows, live ones included.
+    pub connections: u64,
+    /// What those that have ended carried.
+    pub traffic: Traffic,
 }
 
 impl Carried {

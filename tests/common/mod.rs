@@ -95,6 +95,29 @@ impl Process {
         self.0.wait().unwrap();
     }
 
+    /// Waits until it ends by itself; whether it was content.
+    pub fn ends(&mut self) -> bool {
+        let deadline = Instant::now() + SOON;
+        while Instant::now() < deadline {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.success();
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        panic!("process {} does not end", self.id());
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_none()
+    }
+
+    /// Open descriptors.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.id()))
+            .unwrap()
+            .count()
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         self.0.kill().unwrap();
@@ -258,6 +281,20 @@ impl Pool {
         let process = Process::spawn(&arguments, &[("PORTPOOL_LOG", "info")], file.into());
         self.connection_servers.push(process);
         path
+    }
+
+    /// A connection server that takes over from the one before it.
+    pub fn start_successor(&self, index: u32) -> Process {
+        let mut arguments = self.connection_server_arguments(index);
+        arguments.push(format!(
+            "--handover={}",
+            self.handover_socket(index).display()
+        ));
+        Process::start(&arguments)
+    }
+
+    pub fn handover_socket(&self, index: u32) -> PathBuf {
+        self.folder.path().join(format!("handover-{index}"))
     }
 
     pub fn client(&self) -> Client {

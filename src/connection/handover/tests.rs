@@ -1,0 +1,404 @@
+use std::collections::HashMap;
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
+
+use super::*;
+use crate::pool::{LoadSharing, Sessions as Settings};
+use crate::selection::v1;
+use crate::table::{FORMAT_VERSION, TargetPort};
+
+/// Something that a descriptor can be told by.
+fn descriptor() -> OwnedFd {
+    memfd_create("test", MemfdFlags::CLOEXEC).unwrap()
+}
+
+fn inode(descriptor: impl AsFd) -> u64 {
+    fstat(descriptor).unwrap().st_ino
+}
+
+fn state(handed: Handed, sessions: HandedSessions) -> State {
+    State {
+        agents: HandedAgents {
+            id: "connection-server".to_owned(),
+            reached: HashMap::from([(3, Instant::now())]),
+        },
+        table: Arc::new(Table {
+            format_version: FORMAT_VERSION,
+            pool: "pool".to_owned(),
+            pool_uid: "uid".to_owned(),
+            generation: 7,
+            advertised_address: None,
+            agent_port: TargetPort::new(7070).unwrap(),
+            load_sharing: LoadSharing::default(),
+            sessions: Settings::default(),
+            rows: Vec::new(),
+        }),
+        load_sharing: descriptor(),
+        admin: descriptor(),
+        sessions,
+        handed,
+    }
+}
+
+/// All that a state says, its descriptors as inodes.
+fn describe(state: &State) -> String {
+    let handed = &state.handed;
+    let ports = handed.ports.iter();
+    let ports: Vec<_> = ports.map(|p| (encode_port(p), inode(p))).collect();
+    let connections = handed.connections.iter();
+    let connections =
+        connections.map(|c| (encode_connection(c), inode(&c.client), inode(&c.server)));
+    let connections: Vec<_> = connections.collect();
+    let flows = handed.flows.iter();
+    let flows: Vec<_> = flows.map(|f| (encode_flow(f), inode(&f.server))).collect();
+    let clients = handed.clients.iter().map(|client| {
+        let inode = match client {
+            HandedClient::Tcp { socket, .. } => inode(socket),
+            HandedClient::Udp { .. } => 0,
+        };
+        (encode_client(client), inode)
+    });
+    let clients: Vec<_> = clients.collect();
+    let own = (inode(&state.load_sharing), inode(&state.admin));
+    let (agents, table, sessions) = (&state.agents, &state.table, &state.sessions);
+    let (id, slots) = (&agents.id, agents.reached.keys());
+    format!(
+        "{id} {slots:?} {table:?} {own:?} {sessions:?} {ports:?} {connections:?} {flows:?} {clients:?}"
+    )
+}
+
+fn port() -> impl Strategy<Value = ListenPort> {
+    (1..=u16::MAX).prop_map(|port| ListenPort::new(port).unwrap())
+}
+
+fn idle() -> impl Strategy<Value = Duration> {
+    (0..100_000_000u64).prop_map(Duration::from_millis)
+}
+
+fn direction() -> impl Strategy<Value = HandedDirection> {
+    let kept = vec(any::<u8>(), 0..2000);
+    (kept, any::<bool>(), any::<bool>(), any::<u64>()).prop_map(
+        |(kept, is_read, is_done, bytes)| HandedDirection {
+            kept,
+            is_read,
+            is_done,
+            bytes,
+        },
+    )
+}
+
+fn handed() -> impl Strategy<Value = Handed> {
+    let ports = (port(), any::<bool>(), any::<bool>()).prop_map(|(port, is_udp, is_draining)| {
+        let (transport, socket) = match is_udp {
+            true => (
+                Transport::Udp,
+                UdpSocket::bind("127.0.0.1:0").unwrap().into(),
+            ),
+            false => (Transport::Tcp, descriptor()),
+        };
+        HandedPort::adopt(port, transport, is_draining, socket).unwrap()
+    });
+    let connections = (
+        port(),
+        any::<u64>(),
+        any::<(bool, bool)>(),
+        idle(),
+        direction(),
+        direction(),
+    );
+    let connections = connections.prop_map(
+        |(port, session, (is_connecting, is_broken), idle, upstream, downstream)| {
+            HandedConnection {
+                port,
+                session: SessionKey(session),
+                client: descriptor(),
+                server: descriptor(),
+                is_connecting,
+                is_broken,
+                idle,
+                upstream,
+                downstream,
+            }
+        },
+    );
+    let flows = (
+        port(),
+        any::<u64>(),
+        any::<SocketAddr>(),
+        any::<Option<IpAddr>>(),
+        idle(),
+    );
+    let flows = flows.prop_map(|(port, session, client, local, idle)| HandedFlow {
+        port,
+        session: SessionKey(session),
+        client,
+        local,
+        server: descriptor(),
+        idle,
+        traffic: Traffic {
+            upstream_bytes: session / 2,
+            downstream_bytes: session / 3,
+        },
+        is_assured: session % 2 == 0,
+    });
+    let datagrams = vec(vec(any::<u8>(), 0..100), 0..8);
+    let clients = (
+        port(),
+        any::<SocketAddr>(),
+        any::<Option<IpAddr>>(),
+        datagrams,
+        any::<bool>(),
+    );
+    let clients = clients.prop_map(|(port, address, local, datagrams, is_udp)| match is_udp {
+        true => HandedClient::Udp {
+            port,
+            address,
+            local,
+            datagrams,
+        },
+        false => HandedClient::Tcp {
+            port,
+            socket: descriptor(),
+            address,
+        },
+    });
+    let parts = (
+        vec(ports, 0..300),
+        vec(connections, 0..200),
+        vec(flows, 0..20),
+        vec(clients, 0..9),
+    );
+    parts.prop_map(|(ports, connections, flows, clients)| Handed {
+        ports,
+        connections,
+        flows,
+        clients,
+    })
+}
+
+fn sessions() -> impl Strategy<Value = HandedSessions> {
+    let live = (
+        any::<u32>(),
+        any::<u64>(),
+        "\\PC{0,20}",
+        port(),
+        any::<Option<IpAddr>>(),
+        idle(),
+    );
+    let live = live.prop_map(|(slot, key, id, port, client, age)| HandedSession {
+        slot,
+        key: SessionKey(key),
+        session: v1::Session {
+            session_id: id,
+            connection_port: port.get().into(),
+            ..v1::Session::default()
+        },
+        carried: Carried {
+            connections: key / 2,
+            traffic: Traffic {
+                upstream_bytes: key / 3,
+                downstream_bytes: key / 4,
+            },
+        },
+        client,
+        age,
+    });
+    let released = ("\\PC{0,20}", any::<u32>());
+    (any::<u64>(), vec(live, 0..20), vec(released, 0..5)).prop_map(|(last_key, live, released)| {
+        HandedSessions {
+            last_key,
+            live,
+            released,
+        }
+    })
+}
+
+type Predecessor = thread::JoinHandle<(Result<(), Error>, State)>;
+
+/// A predecessor with `state`, and the stream of its successor.
+fn predecessor(state: State) -> (UnixStream, Predecessor) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let thread = thread::spawn(move || {
+        let given = Offer::hear(theirs).and_then(|mut offer| offer.give(&state));
+        (given, state)
+    });
+    set_deadline(&ours, FRAME_DEADLINE).unwrap();
+    (ours, thread)
+}
+
+fn say(stream: &UnixStream, content: Content) {
+    wire::send(stream, content, &[]).unwrap();
+}
+
+const ASK: Content = Content::Ask(wire::Ask { version: VERSION });
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn everything_arrives_as_it_was(handed in handed(), sessions in sessions()) {
+        let (stream, thread) = predecessor(state(handed, sessions));
+        say(&stream, ASK);
+        let state = receive_state(&stream).unwrap();
+        let found = describe(&state);
+        let taken = Inheritance { stream, state }.take().unwrap();
+        let (given, before) = thread.join().unwrap();
+        prop_assert!(given.is_ok(), "{given:?}");
+        prop_assert_eq!(describe(&before), found);
+        drop(taken);
+    }
+
+    #[test]
+    fn a_successor_that_says_anything_else_gets_nothing(bytes in vec(any::<u8>(), 0..64)) {
+        use std::io::Write;
+        let (mut stream, thread) = predecessor(state(Handed::default(), HandedSessions::default()));
+        // The end of the stream cuts short what promised to be longer.
+        let _ = stream.write_all(&bytes);
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        prop_assert!(thread.join().unwrap().0.is_err());
+    }
+
+    #[test]
+    fn no_bytes_make_the_decoder_panic(bytes in vec(any::<u8>(), 0..200)) {
+        let mut state = state(Handed::default(), HandedSessions::default());
+        if let Some(content) = wire::decode(&bytes) {
+            add(&mut state, content, Vec::new());
+        }
+    }
+}
+
+#[test]
+fn a_port_that_cannot_be_used_is_found_out_before_anything_is_taken() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let state = state(Handed::default(), HandedSessions::default());
+    send_server(&theirs, &state).unwrap();
+    let port = wire::Port {
+        port: 20_000,
+        is_udp: true,
+        is_draining: false,
+    };
+    let ports = Content::Ports(wire::Ports { ports: vec![port] });
+    let not_udp = descriptor();
+    wire::send(&theirs, ports, &[not_udp.as_fd()]).unwrap();
+    let received = receive_state(&ours).map(|_| ());
+    assert!(matches!(received, Err(Error::Stream(_))), "{received:?}");
+}
+
+/// Reads frames up to and with the last one.
+fn read_all(stream: &UnixStream) {
+    while !matches!(wire::receive(stream).unwrap(), (Content::Done(_), _)) {}
+}
+
+fn some_state() -> State {
+    let connection = |port| HandedConnection {
+        port: ListenPort::new(port).unwrap(),
+        session: SessionKey(1),
+        client: descriptor(),
+        server: descriptor(),
+        is_connecting: false,
+        is_broken: false,
+        idle: Duration::ZERO,
+        upstream: HandedDirection {
+            kept: vec![1; 70_000],
+            ..HandedDirection::default()
+        },
+        downstream: HandedDirection::default(),
+    };
+    let handed = Handed {
+        connections: (1..500).map(connection).collect(),
+        ..Handed::default()
+    };
+    state(handed, HandedSessions::default())
+}
+
+#[test]
+fn a_successor_that_dies_before_it_takes_leaves_everything() {
+    let die: [fn(&UnixStream); 6] = [
+        |_| {},
+        |stream| say(stream, ASK),
+        |stream| {
+            say(stream, ASK);
+            wire::receive(stream).unwrap();
+            wire::receive(stream).unwrap();
+        },
+        |stream| {
+            say(stream, ASK);
+            read_all(stream);
+        },
+        |stream| {
+            say(stream, ASK);
+            read_all(stream);
+            say(stream, Content::Ready(Empty {}));
+        },
+        |stream| {
+            say(stream, ASK);
+            read_all(stream);
+            say(stream, Content::Ready(Empty {}));
+            assert_eq!(wire::receive(stream).unwrap().0, Content::Go(Empty {}));
+        },
+    ];
+    for (point, die) in die.iter().enumerate() {
+        let (stream, thread) = predecessor(some_state());
+        die(&stream);
+        drop(stream);
+        let (given, _) = thread.join().unwrap();
+        assert!(given.is_err(), "it died at point {point}");
+    }
+}
+
+#[test]
+fn a_predecessor_that_dies_leaves_everything_to_a_successor_that_is_ready() {
+    for says_go in [false, true] {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        send_state(
+            &theirs,
+            &state(Handed::default(), HandedSessions::default()),
+        )
+        .unwrap();
+        let inheritance = Inheritance {
+            state: receive_state(&ours).unwrap(),
+            stream: ours,
+        };
+        if says_go {
+            say(&theirs, Content::Go(Empty {}));
+        }
+        drop(theirs);
+        assert!(inheritance.take().is_ok());
+    }
+}
+
+#[test]
+fn a_predecessor_that_gives_up_keeps_everything() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let small = || state(Handed::default(), HandedSessions::default());
+    send_state(&theirs, &small()).unwrap();
+    let inheritance = Inheritance {
+        state: receive_state(&ours).unwrap(),
+        stream: ours,
+    };
+    drop(Offer {
+        stream: theirs,
+        is_settled: false,
+    });
+    assert!(matches!(inheritance.take(), Err(Error::Refused(_))));
+}
+
+#[test]
+fn another_version_is_refused_and_told_why() {
+    let (stream, thread) = predecessor(some_state());
+    say(
+        &stream,
+        Content::Ask(wire::Ask {
+            version: VERSION + 1,
+        }),
+    );
+    let refused = receive_state(&stream).map(|_| ());
+    assert!(matches!(refused, Err(Error::Refused(reason)) if reason.contains("version 2")));
+    let given = thread.join().unwrap().0;
+    assert!(matches!(given, Err(Error::Version { found: 2 })));
+}

@@ -1,0 +1,136 @@
+//! Sessions that go from one process to its successor, which has their
+//! connections from then on.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{
+    Carried, Duration, Flows, HashSet, Inner, IpAddr, ListenPort, Live, Mutex, NO_SESSION,
+    Ordering, SessionKey, Sessions, Table, Trace, canonical, v1,
+};
+
+/// A session as it is handed over.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HandedSession {
+    /// The slot of its processing server.
+    pub slot: u32,
+    /// What its connections know it by.
+    pub key: SessionKey,
+    /// The session as its agent told it.
+    pub session: v1::Session,
+    /// What it has carried, but for what live connections have.
+    pub carried: Carried,
+    /// Who asked for it, if that was here.
+    pub client: Option<IpAddr>,
+    /// For how long it is known here.
+    pub age: Duration,
+}
+
+/// All that a connection server knows of sessions.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HandedSessions {
+    /// The highest key given so far.
+    pub last_key: u64,
+    /// Live sessions.
+    pub live: Vec<HandedSession>,
+    /// Ids of sessions that clients have given back, with their slots: their
+    /// agents may not have heard of it yet.
+    pub released: Vec<(String, u32)>,
+}
+
+impl Sessions {
+    /// What a successor has to know. Nothing changes here.
+    ///
+    /// Sessions that have ended and whose connections are being cut are not
+    /// part of it: the data plane is paused, so there are none.
+    #[must_use]
+    pub fn hand_over(&self) -> HandedSessions {
+        let inner = self.inner.read();
+        debug_assert!(inner.ending.is_empty(), "the data plane is paused");
+        let live = inner.live.values().map(|live| HandedSession {
+            slot: live.slot,
+            key: live.key,
+            session: live.session.clone(),
+            carried: live.flows.lock().carried,
+            client: live.trace.client(),
+            age: live.trace.age(),
+        });
+        HandedSessions {
+            last_key: self.next_key.load(Ordering::Relaxed),
+            live: live.collect(),
+            released: inner
+                .released
+                .iter()
+                .map(|(id, slot)| (id.clone(), *slot))
+                .collect(),
+        }
+    }
+
+    /// Goes on with what a predecessor knew. `flows` names the session of each
+    /// connection and flow that has come with it: which sessions are open is
+    /// counted, not told, so that it cannot be otherwise than it is.
+    ///
+    /// Returns keys of flows that belong to no session: they are to be cut.
+    pub fn take_over(
+        &self,
+        handed: HandedSessions,
+        table: &Arc<Table>,
+        flows: impl Iterator<Item = SessionKey>,
+    ) -> HashSet<SessionKey> {
+        self.set_table(table);
+        let mut open: HashMap<SessionKey, u32> = HashMap::new();
+        for key in flows {
+            *open.entry(key).or_default() += 1;
+        }
+        open.remove(&NO_SESSION);
+        self.next_key.store(handed.last_key, Ordering::Relaxed);
+        let mut inner = self.inner.write();
+        for HandedSession {
+            slot,
+            key,
+            session,
+            carried,
+            client,
+            age,
+        } in handed.live
+        {
+            let number = u16::try_from(session.connection_port).unwrap_or(0);
+            let Some(port) = ListenPort::new(number) else {
+                continue;
+            };
+            let trace = Trace::taken_over(client, age);
+            let row = inner.table.as_ref().and_then(|table| table.find(port));
+            trace.selected(&session, row.map_or("", |(row, _)| &row.server));
+            inner.insert(
+                Live {
+                    key,
+                    slot,
+                    bound_client: session.bound_client.parse().ok().map(canonical),
+                    flows: Mutex::new(Flows {
+                        open: open.remove(&key).unwrap_or(0),
+                        carried,
+                    }),
+                    session,
+                    trace,
+                },
+                port,
+            );
+        }
+        // Told again in the greetings: nobody knows whether they arrived.
+        inner.released = handed.released.into_iter().collect();
+        open.into_keys().collect()
+    }
+}
+
+impl Inner {
+    /// Knows a session from now on.
+    pub(super) fn insert(&mut self, live: Live, port: ListenPort) {
+        let id = live.session.session_id.clone();
+        if !live.session.idempotency_key.is_empty() {
+            let key = live.session.idempotency_key.clone();
+            self.id_by_idempotency_key.insert(key, id.clone());
+        }
+        self.port_by_id.insert(id, port);
+        self.live.insert(port, live);
+    }
+}

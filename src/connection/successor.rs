@@ -1,0 +1,122 @@
+//! Upgrades by signal: at SIGUSR2 a connection server starts its own program,
+//! as it is on disk now, as its successor. The process that was started first
+//! stays, so that whoever watches it (a container's runtime, systemd) sees
+//! nothing: once it has handed over it stands in for its successor, which is
+//! to pass signals on and to end with the last one's status.
+//!
+//! ```text
+//! connection server ─USR2→ starts successor ─hand-over→ stand-in ─USR2→ starts the next one
+//!                              └ takes over ←──────────────┴──TERM──→ ends
+//! ```
+
+use std::io;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::process::ExitStatus;
+
+use futures::future::select_all;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::{info, warn};
+
+/// Set by `portpool local` for what it starts.
+const PARENT: &str = "PORTPOOL_PARENT";
+
+/// Starts successors of this process.
+#[derive(Debug)]
+pub(super) struct Starter {
+    upgrades: tokio::signal::unix::Signal,
+    /// Where this program was when it started; an upgrade replaces the file.
+    program: PathBuf,
+    /// The parent starts successors itself, and kills what it started.
+    has_parent: bool,
+    /// Those that run: the one that serves, and one that is to take over.
+    successors: Vec<Child>,
+}
+
+impl Starter {
+    /// From now on SIGUSR2 is for us.
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            upgrades: signal(SignalKind::user_defined2())?,
+            program: std::env::current_exe()?,
+            has_parent: std::env::var_os(PARENT).is_some(),
+            successors: Vec::new(),
+        })
+    }
+
+    /// Completes at SIGUSR2.
+    pub(super) async fn asked(&mut self) {
+        if self.upgrades.recv().await.is_none() {
+            std::future::pending().await
+        }
+    }
+
+    /// Starts a successor, which asks for a hand-over; not while there are
+    /// `most` already.
+    pub(super) fn start(&mut self, most: usize) {
+        if self.has_parent {
+            return warn!("SIGUSR2 is for portpool local, which starts successors");
+        }
+        self.successors
+            .retain_mut(|successor| matches!(successor.try_wait(), Ok(None)));
+        if self.successors.len() >= most {
+            return warn!("a successor is starting already");
+        }
+        let arguments = std::env::args_os().skip(1);
+        match Command::new(&self.program).args(arguments).spawn() {
+            Ok(successor) => {
+                info!(pid = successor.id(), "successor started");
+                self.successors.push(successor);
+            }
+            Err(error) => {
+                let program = self.program.display();
+                warn!(%program, %error, "failed to start a successor; the connection server goes on");
+            }
+        }
+    }
+
+    /// Stands in for the successor that has taken over, until the last one has
+    /// ended; its status. `None` when another one has taken over than we
+    /// started.
+    pub(super) async fn stand_in(
+        mut self,
+        mut shutdown: Pin<&mut impl Future<Output = ()>>,
+    ) -> Option<ExitStatus> {
+        let mut last = None;
+        let mut is_stopping = false;
+        while !self.successors.is_empty() {
+            let successors = self.successors.iter_mut();
+            let ends = select_all(successors.map(|successor| Box::pin(successor.wait())));
+            let happened = tokio::select! {
+                (status, index, _) = ends => Happened::Ended(status.ok(), index),
+                _ = self.upgrades.recv() => Happened::Upgrade,
+                () = &mut shutdown, if !is_stopping => Happened::Shutdown,
+            };
+            match happened {
+                Happened::Ended(status, index) => {
+                    self.successors.remove(index);
+                    last = status;
+                }
+                Happened::Upgrade => self.start(2),
+                Happened::Shutdown => {
+                    is_stopping = true;
+                    let running = self.successors.iter().filter_map(Child::id);
+                    for pid in running.filter_map(|pid| Pid::from_raw(pid.try_into().ok()?)) {
+                        // Gone already is as good.
+                        let _ = kill_process(pid, Signal::TERM);
+                    }
+                }
+            }
+        }
+        last
+    }
+}
+
+/// To a stand-in.
+enum Happened {
+    Ended(Option<ExitStatus>, usize),
+    Upgrade,
+    Shutdown,
+}
