@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
+use tokio::signal::unix::{SignalKind, signal};
 
 use self::child::{Program, Supervised};
 use self::events::Events;
@@ -54,7 +55,8 @@ const CONNECTION_ADMIN_PORT: u16 = 7701;
 /// commands as processes, one loopback address per processing server.
 ///
 /// A changed FILE is applied while running. Ctrl-C drains and stops; a second
-/// one stops at once.
+/// one stops at once. SIGUSR2 replaces the connection servers by this program
+/// as it is on disk then, and cuts nothing.
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -135,11 +137,16 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         said: String::new(),
     };
     local.start().await.map_err(system("write the table"))?;
+    let mut upgrades = signal(SignalKind::user_defined2()).map_err(system("wait for SIGUSR2"))?;
     tokio::pin!(shutdown);
     loop {
         tokio::select! {
             () = tokio::time::sleep(STEP) => {}
             () = &mut shutdown => break,
+            Some(()) = upgrades.recv() => {
+                local.events.say("SIGUSR2: connection servers are replaced");
+                local.connection_servers.iter().for_each(Supervised::replace);
+            }
         }
         if let Err(error) = local.step().await {
             local
@@ -199,6 +206,10 @@ impl Local {
             format!("--listen={address}"),
             format!("--load-sharing-port={}", self.pool.load_sharing_port),
             format!("--admin={address}:{CONNECTION_ADMIN_PORT}"),
+            format!(
+                "--handover={}",
+                self.folder.join(format!("handover-{index}")).display()
+            ),
             "--drain-seconds=0".to_owned(),
         ];
         let program = Program {

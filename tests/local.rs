@@ -179,6 +179,36 @@ fn pids(marker: &str) -> Vec<String> {
 }
 
 #[test]
+fn sigusr2_replaces_the_connection_server_and_cuts_nothing() {
+    let local = Local::start(&example("echo.yaml"));
+    local.until("8 ports free");
+    let (host, port) = request();
+    let mut live = TcpStream::connect(format!("{host}:{port}")).unwrap();
+    live.set_read_timeout(Some(SOON)).unwrap();
+    let mut echo = |message: &[u8]| {
+        live.write_all(message).unwrap();
+        let mut answer = vec![0; message.len()];
+        live.read_exact(&mut answer).unwrap();
+        assert_eq!(answer, message);
+    };
+    echo(b"before");
+    for _ in 0..3 {
+        local.signal("-USR2");
+        local.until("connection-server-0 was replaced");
+        echo(b"after");
+        let echoed = portpool(&["connect", ASK], "a new session\n");
+        assert_eq!(String::from_utf8_lossy(&echoed.stdout), "a new session\n");
+    }
+    let ours = format!(
+        "connection-server --table={}",
+        local.folder.path().display()
+    );
+    assert_eq!(processes(&ours), 1);
+    local.stop();
+    assert_eq!(processes(&ours), 0);
+}
+
+#[test]
 fn the_echo_example_serves_scales_and_stops() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("pool.yaml");

@@ -2,11 +2,13 @@
 
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -37,14 +39,26 @@ pub(super) struct Program {
 #[derive(Debug)]
 pub(super) struct Supervised {
     stopping: CancellationToken,
+    replacing: Arc<Notify>,
     task: JoinHandle<()>,
 }
 
 impl Supervised {
     pub(super) fn start(binary: PathBuf, program: Program, events: Events) -> Self {
         let stopping = CancellationToken::new();
-        let task = tokio::spawn(supervise(binary, program, events, stopping.clone()));
-        Self { stopping, task }
+        let replacing = Arc::new(Notify::new());
+        let task = supervise(binary, program, events, stopping.clone(), replacing.clone());
+        Self {
+            stopping,
+            replacing,
+            task: tokio::spawn(task),
+        }
+    }
+
+    /// Starts the program again, as it is on disk now. It takes over from the
+    /// running child, which ends by itself then; one that cannot leaves it be.
+    pub(super) fn replace(&self) {
+        self.replacing.notify_one();
     }
 
     /// Ends the child: SIGTERM, and SIGKILL after its grace.
@@ -55,20 +69,28 @@ impl Supervised {
     }
 }
 
-async fn supervise(binary: PathBuf, program: Program, events: Events, stopping: CancellationToken) {
+async fn supervise(
+    binary: PathBuf,
+    program: Program,
+    events: Events,
+    stopping: CancellationToken,
+    replacing: Arc<Notify>,
+) {
     let mut pause = FIRST_PAUSE;
     loop {
         let started = Instant::now();
         match spawn(&binary, &program, &events) {
-            Ok(mut child) => {
+            Ok(mut child) => loop {
                 tokio::select! {
                     status = child.wait() => {
                         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
                         events.say(format!("{} ended ({status}); it is started again", program.name));
+                        break;
                     }
                     () = stopping.cancelled() => return end(child, program.grace).await,
+                    () = replacing.notified() => replace(&mut child, &binary, &program, &events).await,
                 }
-            }
+            },
             Err(error) => events.say(format!("{} failed to start: {error}", program.name)),
         }
         if started.elapsed() >= LONGEST_PAUSE {
@@ -79,6 +101,26 @@ async fn supervise(binary: PathBuf, program: Program, events: Events, stopping: 
             () = stopping.cancelled() => return,
         }
         pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Has a successor take over from `child`, which it is then.
+async fn replace(child: &mut Child, binary: &PathBuf, program: &Program, events: &Events) {
+    let name = &program.name;
+    let mut successor = match spawn(binary, program, events) {
+        Ok(successor) => successor,
+        Err(error) => {
+            return events.say(format!(
+                "{name} goes on; its successor failed to start: {error}"
+            ));
+        }
+    };
+    tokio::select! {
+        _ = child.wait() => {
+            events.say(format!("{name} was replaced"));
+            *child = successor;
+        }
+        _ = successor.wait() => events.say(format!("{name} goes on; its successor did not take over")),
     }
 }
 
