@@ -674,3 +674,23 @@ async fn a_stale_socket_is_no_hindrance() {
     pool.until(|_| true).await;
     assert!(UnixStream::connect(pool.handover_socket(0)).is_ok());
 }
+
+#[tokio::test]
+async fn a_waiting_request_is_sent_away_to_ask_again() {
+    let mut pool = pool(|_| {}).await;
+    pool.until(|_| true).await;
+    let client = pool.client();
+    // Nothing is free: there is no workload.
+    let waiting = tokio::spawn(async move {
+        let request = portpool::session::SessionRequest {
+            wait_seconds: 60,
+            ..Default::default()
+        };
+        client.request(request).await
+    });
+    pool.until(|state| state.waiting == 1).await;
+    replace(&mut pool);
+    let refusal = waiting.await.unwrap().unwrap_err();
+    assert!(refusal.is_exhausted(), "{refusal}");
+    assert!(refusal.to_string().contains("ask again"), "{refusal}");
+}
