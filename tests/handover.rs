@@ -675,6 +675,48 @@ async fn a_stale_socket_is_no_hindrance() {
     assert!(UnixStream::connect(pool.handover_socket(0)).is_ok());
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_still_counts_towards_the_limit() {
+    const LIMIT: &str = "--max-connections=1";
+    let mut pool = pool(|_| {}).await;
+    // The pool's first one has no limit.
+    pool.connection_servers[0] = {
+        pool.connection_servers[0].kill();
+        pool.start_successor_with(0, &[LIMIT])
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    serve(pool.server_address(0), &stop);
+    pool.until(|state| state.free_ports == u32::from(PORTS))
+        .await;
+    let session = pool.request().await.unwrap();
+    let mut stream = connect(&session);
+    stream.write_all(&[b'e'; 9]).unwrap();
+    echo(&mut stream, "before");
+    for _ in 0..2 {
+        assert!(!is_served(&session), "the only place is taken");
+        let successor = pool.start_successor_with(0, &[LIMIT]);
+        let mut former = std::mem::replace(&mut pool.connection_servers[0], successor);
+        assert!(former.ends(), "the former process was not content");
+        echo(&mut stream, "after");
+    }
+    assert!(!is_served(&session), "the only place is taken");
+    drop(stream);
+    let deadline = Instant::now() + SOON;
+    while !is_served(&session) {
+        assert!(Instant::now() < deadline, "its place does not come back");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    stop.store(true, Ordering::Relaxed);
+}
+
+/// Whether a new client of the session gets an answer.
+fn is_served(session: &Session) -> bool {
+    let mut stream = connect(session);
+    // The reset of one that is refused may come before or after this.
+    let _ = stream.write_all(b"eeeeeeeee?");
+    matches!(stream.read(&mut [0]), Ok(1))
+}
+
 #[tokio::test]
 async fn a_waiting_request_is_sent_away_to_ask_again() {
     let mut pool = pool(|_| {}).await;

@@ -285,7 +285,13 @@ impl Pool {
 
     /// A connection server that takes over from the one before it.
     pub fn start_successor(&self, index: u32) -> Process {
+        self.start_successor_with(index, &[])
+    }
+
+    /// The same with further arguments.
+    pub fn start_successor_with(&self, index: u32, further: &[&str]) -> Process {
         let mut arguments = self.connection_server_arguments(index);
+        arguments.extend(further.iter().map(|&argument| argument.to_owned()));
         arguments.push(format!(
             "--handover={}",
             self.handover_socket(index).display()
