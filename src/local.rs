@@ -38,6 +38,7 @@ use crate::client::Client;
 use crate::follow::write_table;
 use crate::manifest::{self, ManifestError};
 use crate::plan::{Observed, ObservedServer, Plan, Problem, ValidPool, plan, server_name};
+use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
 use crate::table::Table;
 
@@ -46,10 +47,6 @@ const STEP: Duration = Duration::from_millis(250);
 
 /// Stands for the uid that a cluster gives a pool.
 const UID: &str = "local";
-
-/// Port of the first connection server's admin pages, on its address; agents
-/// have theirs on 7071 of their own addresses.
-const CONNECTION_ADMIN_PORT: u16 = 7701;
 
 /// Runs a whole pool on this machine, without Kubernetes: the containers'
 /// commands as processes, one loopback address per processing server.

@@ -188,6 +188,8 @@ fn read(text: &str) -> Result<(ValidPool, Document), Vec<Located>> {
     // With defaults in place, as in the API server.
     let object = serde_json::to_value(&pool)
         .map_err(|error| locate(vec![Problem::new("", error.to_string())]))?;
+    // First, because it names the entry.
+    let pool = ValidPool::new(&pool).map_err(&locate)?;
     if let Err(errors) = Validator::new().validate(&crd_schema, &object, None) {
         let broken = errors.into_vec().into_iter();
         return Err(locate(
@@ -196,8 +198,10 @@ fn read(text: &str) -> Result<(ValidPool, Document), Vec<Located>> {
                 .collect(),
         ));
     }
-    let pool = ValidPool::new(&pool).map_err(locate)?;
-    Ok((pool, document))
+    match pool.template_problem {
+        Some(problem) => Err(locate(vec![problem])),
+        None => Ok((pool, document)),
+    }
 }
 
 fn crd_schema() -> Value {

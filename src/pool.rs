@@ -26,6 +26,10 @@ pub const AGENT_PORT: u16 = 7070;
 /// Where agents serve their admin pages; no TCP port entry may include it.
 pub const AGENT_ADMIN_PORT: u16 = 7071;
 
+/// Where connection servers serve their admin pages; neither the load-sharing
+/// port nor a connection port.
+pub const CONNECTION_ADMIN_PORT: u16 = 7701;
+
 /// N processing servers behind a connection server. A client asks the load-sharing port, is told a connection port, connects there, and is bridged to the processing server that chose the port.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
@@ -57,6 +61,12 @@ pub const AGENT_ADMIN_PORT: u16 = 7071;
     printcolumn(name = "Policy", type_ = "string", json_path = ".spec.loadSharing.policy", description = "How a request is given its server", priority = 1)
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.replicas * self.ports.map(entry, entry.count).sum() <= self.connectionServer.connectionPorts.last - self.connectionServer.connectionPorts.first + 1")
+        .message("replicas times the sum of the ports' counts must not exceed the number of connectionServer.connectionPorts: widen the range, or lower replicas or counts"),
+    validation = Rule::new("self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.shared ? 0 : other.count - 1) || other.port > one.port + (one.shared ? 0 : one.count - 1)))")
+        .message("server ports of two entries of ports overlap: port, port+1 and so on, count of them unless shared; move one of them")
+)]
 pub struct ProcessingPoolSpec {
     /// Number of processing servers, 0 to 1000. Default 2.
     #[serde(default = "default_replicas")]
@@ -71,6 +81,7 @@ pub struct ProcessingPoolSpec {
     #[serde(default)]
     #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, clients know the addresses it gave: create another pool"))]
     #[x_kube(validation = Rule::new("self.loadSharingPort < self.connectionPorts.first || self.loadSharingPort > self.connectionPorts.last").message("loadSharingPort must lie outside connectionPorts"))]
+    #[x_kube(validation = Rule::new("self.loadSharingPort != 7701 && (self.connectionPorts.first > 7701 || self.connectionPorts.last < 7701)").message("neither loadSharingPort nor connectionPorts may include 7701, where connection servers have their admin pages"))]
     pub connection_server: ConnectionServer,
 
     /// How a request is given its processing server.
@@ -162,7 +173,8 @@ pub struct ProcessingPoolStatus {
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("self.shared || self.port + self.count - 1 <= 65535").message("port + count - 1 must not exceed 65535"),
-    validation = Rule::new("self.proxyProtocol == 'None' || self.protocol == 'TCP'").message("proxyProtocol V2 needs protocol TCP")
+    validation = Rule::new("self.proxyProtocol == 'None' || self.protocol == 'TCP'").message("proxyProtocol V2 needs protocol TCP"),
+    validation = Rule::new("self.protocol == 'UDP' || self.port > 7071 || self.port + (self.shared ? 0 : self.count - 1) < 7070").message("port, and port + count - 1 unless shared, must not include 7070 and 7071, where portpool's agent listens: move the workload's ports")
 )]
 pub struct PortEntry {
     /// Name that requests choose it by: lower-case letters, digits and hyphens, at most 15 characters. Unique in the pool.

@@ -5,10 +5,10 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
-use super::{CONNECTION_ADMIN_PORT, connection_address, container, server_address};
+use super::{connection_address, container, server_address};
 use crate::connection::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{Problem, ValidPool};
-use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
+use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT};
 use crate::table::{PortRange, Table};
 
 /// Most ports in use that are named: one program may have a whole range.

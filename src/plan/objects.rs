@@ -42,9 +42,6 @@ pub const PROCESSING_SERVER: &str = "processing-server";
 /// Value of [`COMPONENT_LABEL`].
 pub const CONNECTION_SERVER: &str = "connection-server";
 
-/// Port of the connection server's admin pages.
-const CONNECTION_ADMIN_PORT: u16 = 7701;
-
 /// Where the table is mounted, and its file there.
 const TABLE_FOLDER: &str = "/etc/portpool/table";
 

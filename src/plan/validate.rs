@@ -8,8 +8,8 @@ use k8s_openapi::api::core::v1::PodTemplateSpec;
 use kube::ResourceExt;
 
 use crate::pool::{
-    AGENT_ADMIN_PORT, AGENT_PORT, Exposure, LoadSharing, MAX_PORT_ENTRIES, MAX_REPLICAS,
-    PodTemplate, PortProtocol, ProcessingPool, ProxyProtocol, Sessions,
+    AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Exposure, LoadSharing, MAX_PORT_ENTRIES,
+    MAX_REPLICAS, PodTemplate, PortProtocol, ProcessingPool, ProxyProtocol, Sessions,
 };
 use crate::table::TargetPort;
 
@@ -57,9 +57,13 @@ pub struct ValidPool {
     pub drain_limit: Duration,
     /// How clients outside the pod network reach the connection server.
     pub exposure: Exposure,
-    /// The processing server's pod, as far as this program knows pods.
+    /// The processing server's pod, as far as this program knows pods; empty
+    /// where there is a [`Self::template_problem`].
     pub template: PodTemplateSpec,
-    /// The same as it was written.
+    /// Why no pod can be made of the template. What runs can be planned
+    /// without it, so that a wrong template does not leave a pool alone.
+    pub template_problem: Option<Problem>,
+    /// The template as it was written.
     pub raw_template: PodTemplate,
 }
 
@@ -156,12 +160,32 @@ impl ValidPool {
                 message,
             ));
         }
+        for (is_taken, path) in [
+            (
+                load_sharing_port == CONNECTION_ADMIN_PORT,
+                "loadSharingPort",
+            ),
+            (
+                (first..=last).contains(&CONNECTION_ADMIN_PORT),
+                "connectionPorts",
+            ),
+        ] {
+            if is_taken {
+                let message = format!(
+                    "must not include {CONNECTION_ADMIN_PORT}, where connection servers have their admin pages"
+                );
+                problems.push(Problem::new(
+                    format!("spec.connectionServer.{path}"),
+                    message,
+                ));
+            }
+        }
         let per_server: u32 = entries.iter().map(|entry| u32::from(entry.count)).sum();
         let (needed, there) = (
             per_server * replicas,
             (u32::from(last) + 1).saturating_sub(first.into()),
         );
-        if needed > there {
+        if needed > there && first <= last {
             problems.push(Problem::new("spec.connectionServer.connectionPorts", format!(
                 "{replicas} servers with {per_server} ports each need {needed} connection ports, but {first} to {last} has {there}: widen connectionPorts, or lower replicas or the ports' counts"
             )));
@@ -173,14 +197,16 @@ impl ValidPool {
             "spec.drainSeconds",
             &mut problems,
         );
-        let template = serde_json::from_value(spec.template.0.clone());
-        let template = template.unwrap_or_else(|error| {
-            problems.push(Problem::new("spec.template", error.to_string()));
-            PodTemplateSpec::default()
-        });
         if !problems.is_empty() {
             return Err(problems);
         }
+        let (template, template_problem) = match serde_json::from_value(spec.template.0.clone()) {
+            Ok(template) => (template, None),
+            Err(error) => {
+                let problem = Problem::new("spec.template", error.to_string());
+                (PodTemplateSpec::default(), Some(problem))
+            }
+        };
         Ok(Self {
             name: pool.name_any(),
             replicas,
@@ -194,6 +220,7 @@ impl ValidPool {
             drain_limit: Duration::from_secs(drain_seconds.into()),
             exposure: server.exposure,
             template,
+            template_problem,
             raw_template: spec.template.clone(),
         })
     }

@@ -3,11 +3,10 @@
 use serde_json::{Value, json};
 
 use super::{
-    CONNECTION_ADMIN_PORT, CONNECTION_SERVER, Owner, Settings, TABLE_FOLDER,
-    connection_server_name, field_env, labels, metadata, probe, pull_secrets, restricted, selector,
-    table_name,
+    CONNECTION_SERVER, Owner, Settings, TABLE_FOLDER, connection_server_name, field_env, labels,
+    metadata, probe, pull_secrets, restricted, selector, table_name,
 };
-use crate::pool::Exposure;
+use crate::pool::{CONNECTION_ADMIN_PORT, Exposure};
 use crate::table::TABLE_KEY;
 
 /// Beyond the drain: for requests being answered, and to end.
