@@ -16,7 +16,8 @@
 //!   name.
 //!
 //! - `observe`: stores, and what they say about a pool;
-//! - `apply`: one function per kind of write;
+//! - `write`: one function per kind of write;
+//! - `apply`: carries a plan out;
 //! - `reconcile`: the steps, and what follows an error;
 //! - `report`: status and events; `memory`: what saves work;
 //! - `lease`: one of several controllers leads;
@@ -29,6 +30,7 @@ mod metrics;
 mod observe;
 mod reconcile;
 mod report;
+mod write;
 
 use std::future::{pending, ready};
 use std::net::SocketAddr;

@@ -12,7 +12,6 @@ use std::time::Duration;
 use common::cluster::{Space, quick, spec, until};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
-use portpool::table::RowState;
 use serde_json::{Value, json};
 
 const QUIET: Duration = Duration::from_secs(8);
@@ -297,11 +296,25 @@ async fn an_invalid_template_is_told_in_the_api_servers_words_and_tears_nothing_
         space.ready("games").await;
         assert_eq!(space.servers("games").await, before);
     }
-    // What no schema can say.
+    // While it is wrong, what runs is looked after.
     let mut wrong = spec(2);
-    wrong["ports"][0]["port"] = 7068.into();
+    wrong["template"]["spec"]["comand"] = json!(["x"]);
     space.apply("games", wrong).await.unwrap();
-    space.degraded("games", "spec.ports[0].port").await;
+    space.degraded("games", "unknown field").await;
+    let rows = space.table("games").await.unwrap().rows;
+    let maps = space.objects("", "ConfigMap", "configmaps");
+    let parameters = DeleteParams::default();
+    maps.delete("games-port-table", &parameters).await.unwrap();
+    until("the table is back", async || {
+        let table = space.table("games").await;
+        table.is_some_and(|table| table.rows == rows)
+    })
+    .await;
+    // What this program cannot read at all.
+    let mut wrong = spec(2);
+    wrong["template"]["spec"]["containers"] = "none".into();
+    space.apply("games", wrong).await.unwrap();
+    space.degraded("games", "spec.template: invalid type").await;
     assert_eq!(space.servers("games").await, before);
     space.apply("games", spec(2)).await.unwrap();
     space.ready("games").await;
@@ -467,99 +480,6 @@ async fn what_is_edited_by_hand_is_put_back() {
     })
     .await;
     space.ready("games").await;
-}
-
-#[tokio::test]
-async fn wrong_specs_are_refused_at_admission_with_field_and_rule() {
-    let space = Space::new("admission").await;
-    let cases: [(&str, Value, &str); 16] = [
-        ("/replicas", json!(-1), "spec.replicas"),
-        ("/replicas", json!(1001), "spec.replicas"),
-        ("/replicas", json!("two"), "spec.replicas"),
-        ("/ports", json!([]), "spec.ports"),
-        ("/ports/0/count", json!(0), "spec.ports[0].count"),
-        ("/ports/0/name", json!("Not a name"), "spec.ports[0].name"),
-        ("/ports/0/protocol", json!("SCTP"), "spec.ports[0].protocol"),
-        (
-            "/ports/0/port",
-            json!(65534),
-            "port + count - 1 must not exceed 65535",
-        ),
-        (
-            "/ports/0/proxyProtocol",
-            json!("V3"),
-            "spec.ports[0].proxyProtocol",
-        ),
-        (
-            "/connectionServer",
-            json!({ "replicas": 0 }),
-            "spec.connectionServer.replicas",
-        ),
-        (
-            "/connectionServer",
-            json!({ "loadSharingPort": 20001 }),
-            "loadSharingPort must lie outside connectionPorts",
-        ),
-        (
-            "/connectionServer",
-            json!({ "connectionPorts": { "first": 9, "last": 8 } }),
-            "first must not be above last",
-        ),
-        (
-            "/connectionServer",
-            json!({ "exposure": "Magic" }),
-            "spec.connectionServer.exposure",
-        ),
-        (
-            "/loadSharing",
-            json!({ "policy": "Best" }),
-            "spec.loadSharing.policy",
-        ),
-        (
-            "/sessions",
-            json!({ "claimSeconds": 0 }),
-            "spec.sessions.claimSeconds",
-        ),
-        ("/drainSeconds", json!(-1), "spec.drainSeconds"),
-    ];
-    for (path, value, words) in cases {
-        let mut wrong = spec(2);
-        let (parent, field) = path.rsplit_once('/').unwrap();
-        wrong.pointer_mut(parent).unwrap()[field] = value;
-        let error = space.apply("games", wrong).await.unwrap_err().to_string();
-        assert!(error.contains(words), "{path}: {error}");
-    }
-    let mut unknown = spec(2);
-    unknown["replica"] = 3.into();
-    let error = space.apply("games", unknown).await.unwrap_err().to_string();
-    assert!(error.contains("replica"), "{error}");
-    let error = space
-        .apply("9-games", spec(2))
-        .await
-        .unwrap_err()
-        .to_string();
-    assert!(error.contains("begin with a letter"), "{error}");
-    space.apply("games", spec(0)).await.unwrap();
-    let mut moved = spec(0);
-    moved["connectionServer"] = json!({ "exposure": "HostNetwork" });
-    let error = space.apply("games", moved).await.unwrap_err().to_string();
-    assert!(error.contains("exposure cannot change"), "{error}");
-}
-
-#[tokio::test]
-async fn a_pool_without_room_says_so_and_goes_on_when_it_has() {
-    let space = Space::new("without-room").await;
-    let mut tight = spec(2);
-    tight["connectionServer"] = json!({ "connectionPorts": { "first": 20000, "last": 20006 } });
-    space.apply("games", tight.clone()).await.unwrap();
-    space
-        .degraded("games", "need 8 connection ports, but 20000 to 20006 has 7")
-        .await;
-    tight["connectionServer"]["connectionPorts"]["last"] = 20_007.into();
-    space.apply("games", tight).await.unwrap();
-    space.ready("games").await;
-    let table = space.table("games").await.unwrap();
-    assert!(table.rows.iter().all(|row| row.state == RowState::Active));
 }
 
 #[tokio::test]

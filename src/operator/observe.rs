@@ -15,7 +15,7 @@ use crate::client;
 use crate::follow::WatchBackoff;
 use crate::plan::objects::{
     COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL,
-    PROCESSING_SERVER, SLOT_LABEL, connection_server_name, hash, table_name,
+    PROCESSING_SERVER, connection_server_name, hash, table_name,
 };
 use crate::plan::status::{Blocker, ObservedDeployment};
 use crate::plan::{ObservedServer, ValidPool};
@@ -217,7 +217,7 @@ pub(super) async fn observe(
     let mut observed = Vec::new();
     for pod in servers.iter().filter(|pod| is_owned(pod.as_ref(), uid)) {
         blockers.extend(pod_blocker(pod));
-        observed.extend(server(pod, template_hash, live.as_ref()));
+        observed.extend(server(pod, &pool.name, template_hash, live.as_ref()));
     }
     blockers.extend(connection_pods.iter().filter_map(|pod| pod_blocker(pod)));
     let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
@@ -281,10 +281,13 @@ fn is_ready(pod: &DynamicObject) -> bool {
 
 fn server(
     pod: &DynamicObject,
+    pool: &str,
     template_hash: &str,
     live: Option<&PoolState>,
 ) -> Option<ObservedServer> {
-    let slot = pod.labels().get(SLOT_LABEL)?.parse().ok()?;
+    // The name, which nobody can change, not the label.
+    let slot = pod.metadata.name.as_deref()?.strip_prefix(pool)?;
+    let slot = slot.strip_prefix('-')?.parse().ok()?;
     let reported = live.and_then(|live| live.servers.iter().find(|server| server.slot == slot));
     let phase = text(pod, "/status/phase").unwrap_or_default();
     let cost = pod

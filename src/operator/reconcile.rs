@@ -8,19 +8,19 @@ use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use kube::runtime::reflector::Store;
 use kube::{Api, Client, ResourceExt};
-use serde_json::Value;
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Instrument, info_span, warn};
 
-use super::apply::{Error, Writer};
+use super::apply::{apply, check_template};
 use super::memory::Memory;
 use super::metrics::{Metrics, Outcome};
 use super::observe::{Observation, Stores, observe};
 use super::report::{report, report_invalid};
+use super::write::{Error, Writer};
 use crate::plan::objects::{self, Owner, Settings};
 use crate::plan::status::{Blocker, Facts, Live, status};
-use crate::plan::{Observed, Plan, ValidPool, plan, server_name};
+use crate::plan::{Observed, Plan, ValidPool, plan};
 use crate::pool::ProcessingPool;
-use crate::table::{RowState, Table};
+use crate::table::{Row, RowState, Table};
 
 /// When a pool is looked at again although nothing has changed: while servers
 /// drain, for numbers, when blocked. Else with the next resync.
@@ -34,6 +34,9 @@ const WATCH_PAUSE: Duration = Duration::from_millis(500);
 /// Pause after the first error, and the longest after repeated ones.
 const FIRST_RETRY: Duration = Duration::from_millis(200);
 const LAST_RETRY: Duration = Duration::from_secs(10);
+
+/// Failures in a row that the status does not tell: they mostly pass.
+const TOLERATED_FAILURES: u32 = 3;
 
 /// What all reconciles share.
 pub(super) struct Context {
@@ -90,14 +93,14 @@ pub(super) fn after_error(pool: &ProcessingPool, error: &Error, context: &Contex
     Action::requeue(pause.min(LAST_RETRY))
 }
 
-/// Observe, plan, apply, report. When to look again, and whether something is
-/// in the way.
+/// The steps. When to look again, and whether something is in the way.
 async fn step(
     resource: &ProcessingPool,
     namespace: &str,
     uid: &str,
     context: &Context,
 ) -> Result<(Duration, bool), Error> {
+    // Validate.
     let pool = match ValidPool::new(resource) {
         Ok(pool) => pool,
         Err(problems) => {
@@ -119,47 +122,128 @@ async fn step(
         namespace,
         uid,
     };
+
+    // Observe.
     let hash = objects::template_hash(owner, &context.settings);
-    let mut observation = observe(&context.stores, namespace, uid, &pool, &hash).await;
-    if context.memory.is_due_for_listing(uid) {
-        let pods = writer.list_pods(&pool.name).await?;
-        if context.memory.is_behind(uid, &observation, &pods) {
-            return Ok((WATCH_PAUSE, false));
-        }
-        context.memory.forget_deleted(&context.pools);
-    }
-    context.memory.correct(uid, &mut observation);
-    let mut blockers = std::mem::take(&mut observation.blockers);
-    let mut failure = None;
-    let mut table = observation.table.table.clone();
-    let applied = match check_template(&writer, owner, &hash, &observation, context).await {
-        Ok(()) => apply(resource, &writer, owner, &observation, context).await,
-        Err(error) => Err(error),
+    let Some(mut observation) = look(&writer, owner, &hash, context).await? else {
+        return Ok((WATCH_PAUSE, false));
     };
-    match applied {
-        Ok((applied, errors)) => {
-            table = Some(applied);
-            for error in errors {
-                match error.blocker() {
-                    Some(blocker) => blockers.insert(0, blocker),
-                    None => failure = Some(error),
-                }
-            }
+    let mut trouble = Trouble::new(std::mem::take(&mut observation.blockers));
+    let refusal = check_template(&writer, owner, &hash, &observation, context).await;
+    let may_start = refusal.map_err(|error| trouble.add(error)).is_ok();
+
+    // Plan.
+    let plan = next(resource, owner, &mut observation, may_start, context);
+    if takes_away(&plan, &observation) && !is_current(resource, context).await? {
+        return Ok((WATCH_PAUSE, false));
+    }
+
+    // Apply.
+    let applied = apply(&writer, owner, plan, &mut observation, context).await;
+    let table = trouble.take(applied);
+
+    // Report.
+    tell(
+        resource,
+        &pool,
+        table.as_ref(),
+        &observation,
+        &trouble,
+        context,
+    )
+    .await?;
+    match trouble.failure {
+        Some(failure) => Err(failure),
+        None => {
+            let is_blocked = !trouble.blockers.is_empty();
+            let after = pause(table.as_ref(), is_blocked, &observation);
+            Ok((after.min(context.memory.resync()), is_blocked))
         }
-        Err(error) => match error.blocker() {
-            Some(blocker) => blockers.insert(0, blocker),
-            None => failure = Some(error),
-        },
     }
-    if let Some(failure) = failure {
-        return Err(failure);
+}
+
+/// What is in the way of a pool.
+struct Trouble {
+    /// What the user can do something about, the most important first.
+    blockers: Vec<Blocker>,
+    /// What may pass by itself, and is tried again.
+    failure: Option<Error>,
+}
+
+impl Trouble {
+    fn new(blockers: Vec<Blocker>) -> Self {
+        Self {
+            blockers,
+            failure: None,
+        }
     }
-    let name = resource.name_any();
+
+    fn add(&mut self, error: Error) {
+        match error.blocker() {
+            Some(blocker) => self.blockers.insert(0, blocker),
+            None => self.failure = Some(error),
+        }
+    }
+
+    /// The table in force, with what did not work noted.
+    fn take(&mut self, (table, errors): (Option<Table>, Vec<Error>)) -> Option<Table> {
+        errors.into_iter().for_each(|error| self.add(error));
+        table
+    }
+
+    /// What the status should tell; `None` while a failure, after `failures`
+    /// before it, may still pass unnoticed.
+    fn lasting(&self, failures: u32) -> Option<Vec<Blocker>> {
+        let mut blockers = self.blockers.clone();
+        if let Some(failure) = &self.failure {
+            if failures < TOLERATED_FAILURES {
+                return None;
+            }
+            blockers.push(Blocker::new("Failing", format!("{failure}; trying again")));
+        }
+        Some(blockers)
+    }
+}
+
+/// What there is of the pool. `None` while the watches are behind.
+async fn look(
+    writer: &Writer<'_>,
+    owner: Owner<'_>,
+    hash: &str,
+    context: &Context,
+) -> Result<Option<Observation>, Error> {
+    let (stores, memory) = (&context.stores, &context.memory);
+    let mut observation = observe(stores, owner.namespace, owner.uid, owner.pool, hash).await;
+    if memory.is_due_for_listing(owner.uid) {
+        let pods = writer.list_pods(&owner.pool.name).await?;
+        if memory.is_behind(owner.uid, &observation, &pods) {
+            return Ok(None);
+        }
+        memory.forget_deleted(&context.pools);
+    }
+    memory.correct(owner.uid, &mut observation);
+    Ok(Some(observation))
+}
+
+/// Tells in the status and in events how the pool is.
+async fn tell(
+    resource: &ProcessingPool,
+    pool: &ValidPool,
+    table: Option<&Table>,
+    observation: &Observation,
+    trouble: &Trouble,
+    context: &Context,
+) -> Result<(), Error> {
+    let uid = resource.uid().unwrap_or_default();
+    let failures = context.memory.with(&uid, |memory| memory.failures);
+    let Some(blockers) = trouble.lasting(failures) else {
+        return Ok(());
+    };
     let facts = Facts {
-        name: &name,
+        name: &pool.name,
         generation: resource.metadata.generation.unwrap_or(0),
-        pool: Some(&pool),
-        table: table.as_ref(),
+        pool: Some(pool),
+        table,
         servers: &observation.servers,
         deployment: observation.deployment,
         live: observation.live.as_ref().map(|live| Live {
@@ -170,125 +254,31 @@ async fn step(
         blockers: &blockers,
     };
     let next = status(&facts, resource.status.as_ref(), Timestamp::now());
-    report(resource, context, next).await?;
-    let drains =
-        table.is_some_and(|table| table.rows.iter().any(|row| row.state == RowState::Draining));
-    let after = match (
-        drains,
-        blockers.is_empty(),
-        observation.deployment.available,
-    ) {
-        (true, ..) => DRAIN_INTERVAL,
-        (_, false, _) => BLOCKED_INTERVAL,
-        (_, _, 1..) => NUMBERS_INTERVAL,
-        _ => context.memory.resync(),
-    };
-    let after = after.min(context.memory.resync());
-    Ok((after, !blockers.is_empty()))
+    report(resource, context, next).await
 }
 
-/// Asks the API server about a template of which no pod exists yet, before
-/// anything is given up for it.
-async fn check_template(
-    writer: &Writer<'_>,
-    owner: Owner<'_>,
-    hash: &str,
-    observation: &Observation,
-    context: &Context,
-) -> Result<(), Error> {
-    let is_known = observation.servers.iter().any(|server| !server.is_outdated);
-    let is_checked = context.memory.with(owner.uid, |memory| {
-        memory.checked_template.as_deref() == Some(hash)
-    });
-    if is_known || is_checked {
-        return Ok(());
+/// When to look again although nothing has changed.
+fn pause(table: Option<&Table>, is_blocked: bool, observation: &Observation) -> Duration {
+    let is_draining = |row: &Row| row.state == RowState::Draining;
+    if table.is_some_and(|table| table.rows.iter().any(is_draining)) {
+        DRAIN_INTERVAL
+    } else if is_blocked {
+        BLOCKED_INTERVAL
+    } else if observation.deployment.available > 0 {
+        NUMBERS_INTERVAL
+    } else {
+        Duration::MAX
     }
-    writer
-        .check_pod(objects::pod(owner, &context.settings, 0))
-        .await?;
-    context.memory.with(owner.uid, |memory| {
-        memory.checked_template = Some(hash.to_owned())
-    });
-    Ok(())
-}
-
-/// Carries the next step out: the table first, pods last. The table in force
-/// then, and what did not work beside it.
-async fn apply(
-    resource: &ProcessingPool,
-    writer: &Writer<'_>,
-    owner: Owner<'_>,
-    observation: &Observation,
-    context: &Context,
-) -> Result<(Table, Vec<Error>), Error> {
-    let Plan { table, start, stop } = next(resource, owner, observation, context);
-    if takes_away(&table, observation, &stop) && !is_current(resource, context).await? {
-        // The watch is behind: what is wanted now comes with the next event.
-        let table = observation.table.table.clone().unwrap_or(table);
-        return Ok((table, Vec::new()));
-    }
-    let text = table.encode()?;
-    if observation.table.text.as_ref() != Some(&text) || observation.table.table.is_none() {
-        let version = observation.table.resource_version.as_deref();
-        let written = writer
-            .apply(&objects::config_map(owner, &text, version))
-            .await?;
-        let written = written.and_then(|version| version.parse().ok());
-        context.memory.with(owner.uid, |memory| {
-            memory.table_version = written.unwrap_or(memory.table_version);
-        });
-        info!(
-            generation = table.generation,
-            servers = table.rows.len(),
-            "table written"
-        );
-    }
-    context
-        .memory
-        .with(owner.uid, |memory| memory.table = Some(table.clone()));
-    let desired = objects::objects(owner, &table, &context.settings);
-    let pods = objects::pods(owner, &context.settings, start.clone().into_iter());
-    // Neither waits for the other: a pod needs its row only.
-    let (mut errors, failed) = futures::join!(
-        apply_objects(writer, owner, &desired),
-        writer.create_pods(pods)
-    );
-    errors.extend(failed);
-    let uid_of = |slot: &u32| {
-        let server = observation
-            .servers
-            .iter()
-            .find(|server| server.slot == *slot)?;
-        Some((server_name(&owner.pool.name, *slot), server.uid.clone()))
-    };
-    errors.extend(
-        writer
-            .delete_pods(stop.iter().filter_map(uid_of).collect())
-            .await,
-    );
-    if !start.is_empty() || !stop.is_empty() {
-        info!(?start, ?stop, errors = errors.len(), "pods changed");
-    }
-    Ok((table, errors))
-}
-
-/// Applies what is desired beside the table and the pods, one object after
-/// another, and removes what is no longer.
-async fn apply_objects(writer: &Writer<'_>, owner: Owner<'_>, desired: &[Value]) -> Vec<Error> {
-    let mut errors = Vec::new();
-    for object in desired {
-        errors.extend(writer.apply(object).await.err());
-    }
-    errors.extend(writer.prune(&owner.pool.name, desired).await.err());
-    errors
 }
 
 /// The plan. A table that somebody has changed or removed is planned from
 /// the one that was written last, and goes above whatever readers have seen.
+/// Unless servers may start, the template replaces none either.
 fn next(
     resource: &ProcessingPool,
     owner: Owner<'_>,
-    observation: &Observation,
+    observation: &mut Observation,
+    may_start: bool,
     context: &Context,
 ) -> Plan {
     let remembered = context
@@ -302,31 +292,39 @@ fn next(
         .unwrap_or(0)
         .max(observation.table.generation);
     let is_lost = observation.table.table.is_none();
+    if !may_start {
+        for server in &mut observation.servers {
+            server.is_outdated = false;
+        }
+    }
     let observed = Observed {
         uid: owner.uid,
         table: observation.table.table.as_ref().or(remembered.as_ref()),
         generation: if is_lost { seen } else { 0 },
         servers: &observation.servers,
     };
-    plan(
-        owner.pool,
-        &observed,
-        Timestamp::now(),
-        owner.pool.drain_limit,
-    )
+    let (now, drain_limit) = (Timestamp::now(), owner.pool.drain_limit);
+    let mut plan = plan(owner.pool, &observed, now, drain_limit);
+    plan.start.retain(|_| may_start);
+    plan
 }
 
-/// Whether carrying out takes something from sessions.
-fn takes_away(table: &Table, observation: &Observation, stop: &[u32]) -> bool {
+/// Whether carrying `plan` out takes something from sessions.
+fn takes_away(plan: &Plan, observation: &Observation) -> bool {
     let draining = |table: &Table| {
-        table
-            .rows
-            .iter()
-            .filter(|row| row.state == RowState::Draining)
-            .count()
+        let rows = table.rows.iter();
+        rows.filter(|row| row.state == RowState::Draining).count()
     };
-    let before = observation.table.table.as_ref().map_or(0, draining);
-    !stop.is_empty() || draining(table) > before
+    let former = observation.table.table.as_ref();
+    let loses_ports = |former: &Row| {
+        let mut rows = plan.table.rows.iter();
+        let row = rows.find(|row| row.slot == former.slot);
+        let mut ranges = former.ranges.iter();
+        row.is_none_or(|row| ranges.any(|range| !row.ranges.contains(range)))
+    };
+    !plan.stop.is_empty()
+        || draining(&plan.table) > former.map_or(0, draining)
+        || former.is_some_and(|former| former.rows.iter().any(loses_ports))
 }
 
 /// Whether `resource` is what the API server has now.

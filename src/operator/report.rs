@@ -7,8 +7,8 @@ use kube::{Api, Resource, ResourceExt};
 use serde_json::{Value, json};
 use tracing::warn;
 
-use super::apply::Error;
 use super::reconcile::Context;
+use super::write::Error;
 use crate::plan::objects::MANAGER;
 use crate::plan::status::{Blocker, Facts, ObservedDeployment, status};
 use crate::pool::{ProcessingPool, ProcessingPoolStatus};

@@ -9,7 +9,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::objects::{COMPONENT_LABEL, POOL_LABEL, PROCESSING_SERVER};
 use super::{ObservedServer, Problem, ValidPool};
-use crate::pool::ProcessingPoolStatus;
+use crate::pool::{Exposure, ProcessingPoolStatus};
 use crate::table::{RowState, Table};
 
 /// Something that keeps a pool from being as its spec says.
@@ -194,6 +194,13 @@ fn missing(facts: &Facts<'_>) -> Option<Blocker> {
     if leaving > 0 {
         let message = format!("{leaving} processing servers drain or end");
         return Some(Blocker::new("ServersLeaving", message));
+    }
+    if pool.exposure == Exposure::LoadBalancer && facts.address.is_none() {
+        let message = format!(
+            "the load balancer of service {} has no address yet",
+            pool.name
+        );
+        return Some(Blocker::new("AddressPending", message));
     }
     let servers = i32::try_from(pool.connection_servers).unwrap_or(i32::MAX);
     let deployment = facts.deployment;

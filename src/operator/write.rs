@@ -1,0 +1,314 @@
+//! Writes to the API server. Each is safe to repeat, and to lose the reply of.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use http::Request;
+use kube::api::{
+    DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
+};
+use kube::{Api, Client, ResourceExt};
+use serde_json::Value;
+
+use super::metrics::Metrics;
+use super::observe::{Stores, is_owned, resource};
+use crate::plan::objects::{
+    COMPONENT_LABEL, MANAGED_BY, MANAGER, POOL_LABEL, PROCESSING_SERVER, covers,
+};
+use crate::plan::status::Blocker;
+
+/// Pods that are created or deleted at the same time.
+const PODS_AT_ONCE: usize = 48;
+
+/// Why a write has failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Error {
+    /// The API server's answer.
+    #[error("failed to {action} {object}: {}", words(.source))]
+    Api {
+        action: &'static str,
+        object: String,
+        source: kube::Error,
+    },
+    /// The name belongs to somebody else.
+    #[error("{0} exists and belongs to somebody else: remove it, or give the pool another name")]
+    NameTaken(String),
+    /// A pod of ours that the watches do not show.
+    #[error("{0} has lost the labels that portpool put on it: put them back, or delete it")]
+    LabelsLost(String),
+    /// No pod can be made of the template.
+    #[error("{}: {}", .0.path, .0.message)]
+    Template(crate::plan::Problem),
+    /// The table does not encode.
+    #[error(transparent)]
+    Table(#[from] crate::table::TableError),
+}
+
+impl Error {
+    /// What the user can do something about; `None` for what passes by itself.
+    pub(super) fn blocker(&self) -> Option<Blocker> {
+        let reason = match self {
+            Self::NameTaken(_) => "NameTaken",
+            Self::LabelsLost(_) => "LabelsLost",
+            Self::Template(_) => "InvalidSpec",
+            Self::Table(_) => "InvalidTable",
+            Self::Api {
+                source: kube::Error::Api(status),
+                ..
+            } => match status.code {
+                403 => "Forbidden",
+                400 | 404 | 413 | 422 => "Refused",
+                _ => return None,
+            },
+            Self::Api { .. } => return None,
+        };
+        Some(Blocker::new(reason, self.to_string()))
+    }
+}
+
+/// The API server's own words, where it has answered.
+fn words(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        error => error.to_string(),
+    }
+}
+
+/// What writes need.
+pub(super) struct Writer<'a> {
+    pub(super) client: &'a Client,
+    pub(super) stores: &'a Stores,
+    pub(super) metrics: &'a Metrics,
+    pub(super) namespace: &'a str,
+    /// Of the pool that owns what is written.
+    pub(super) uid: &'a str,
+}
+
+impl Writer<'_> {
+    fn api(&self, kind: &str) -> Api<DynamicObject> {
+        Api::namespaced_with(self.client.clone(), self.namespace, &resource(kind))
+    }
+
+    fn called(&self, kind: &str, name: &str) -> String {
+        format!("{kind} {}/{name}", self.namespace)
+    }
+
+    fn failed(
+        &self,
+        action: &'static str,
+        kind: &str,
+        name: &str,
+    ) -> impl FnOnce(kube::Error) -> Error {
+        let object = self.called(kind, name);
+        move |source| Error::Api {
+            action,
+            object,
+            source,
+        }
+    }
+
+    /// Applies `desired` unless that is how things are. The version that it
+    /// wrote, if it did.
+    pub(super) async fn apply(&self, desired: &Value) -> Result<Option<String>, Error> {
+        let (kind, name) = (of(desired, "/kind"), of(desired, "/metadata/name"));
+        let api = self.api(kind);
+        let known = match self.stores.get(kind, self.namespace, name) {
+            Some(known) => Some(known),
+            // Absent, or without our label: perhaps a stranger's.
+            None => api
+                .get_opt(name)
+                .await
+                .map_err(self.failed("read", kind, name))?
+                .map(Arc::new),
+        };
+        if let Some(known) = known.as_deref() {
+            if !is_owned(known, self.uid) {
+                return Err(Error::NameTaken(self.called(kind, name)));
+            }
+            // What is to replace a certain version was compared by the caller.
+            let is_decided = desired.pointer("/metadata/resourceVersion").is_some();
+            let is_there = || covers(&serde_json::to_value(known).unwrap_or_default(), desired);
+            if !is_decided && is_there() {
+                return Ok(None);
+            }
+        }
+        let parameters = PatchParams::apply(MANAGER).force().validation_strict();
+        self.metrics.wrote("apply");
+        let applied = api.patch(name, &parameters, &Patch::Apply(desired)).await;
+        applied
+            .map(|applied| applied.resource_version())
+            .map_err(self.failed("apply", kind, name))
+    }
+
+    /// Creates pods. Those that exist already are ours, or an error.
+    pub(super) async fn create_pods(&self, pods: impl Iterator<Item = Value>) -> Vec<Error> {
+        each(pods.map(|pod| self.create_pod(pod))).await
+    }
+
+    async fn create_pod(&self, pod: Value) -> Result<(), Error> {
+        let name = of(&pod, "/metadata/name").to_owned();
+        let failed = || self.failed("create", "Pod", &name);
+        let api = self.api("Pod");
+        let object: DynamicObject = serde_json::from_value(pod)
+            .map_err(|error| failed()(kube::Error::SerdeError(error)))?;
+        let is_labelled = |pod: &DynamicObject| {
+            let ours = [MANAGED_BY, POOL_LABEL, COMPONENT_LABEL];
+            ours.iter()
+                .all(|label| pod.labels().get(*label) == object.labels().get(*label))
+        };
+        let parameters = PostParams {
+            field_manager: Some(MANAGER.to_owned()),
+            ..PostParams::default()
+        };
+        self.metrics.wrote("create");
+        match api.create(&parameters, &object).await {
+            Ok(_) => Ok(()),
+            // Ours when an earlier reply was lost, or the watch is behind.
+            Err(kube::Error::Api(status)) if status.is_already_exists() => {
+                match api.get_opt(&name).await.map_err(failed())? {
+                    Some(pod) if !is_owned(&pod, self.uid) => {
+                        Err(Error::NameTaken(self.called("Pod", &name)))
+                    }
+                    Some(pod) if !is_labelled(&pod) => {
+                        Err(Error::LabelsLost(self.called("Pod", &name)))
+                    }
+                    _ => Ok(()),
+                }
+            }
+            Err(error) => Err(failed()(error)),
+        }
+    }
+
+    /// Deletes pods by name and uid; others of the name stay.
+    pub(super) async fn delete_pods(&self, pods: &[(String, String)]) -> Vec<Error> {
+        let delete = pods.iter().map(|(name, uid)| self.delete("Pod", name, uid));
+        each(delete).await
+    }
+
+    /// Deletes the object with that name and uid.
+    pub(super) async fn delete(&self, kind: &str, name: &str, uid: &str) -> Result<(), Error> {
+        let parameters = DeleteParams::default().preconditions(Preconditions {
+            uid: Some(uid.to_owned()),
+            resource_version: None,
+        });
+        self.metrics.wrote("delete");
+        match self.api(kind).delete(name, &parameters).await {
+            Ok(_) => Ok(()),
+            // Gone, or already another one.
+            Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
+                Ok(())
+            }
+            Err(error) => Err(self.failed("delete", kind, name)(error)),
+        }
+    }
+
+    /// The uids of the processing servers' pods, from the API server itself.
+    pub(super) async fn list_pods(&self, pool: &str) -> Result<HashSet<String>, Error> {
+        let servers = format!(
+            "{MANAGED_BY}={MANAGER},{POOL_LABEL}={pool},{COMPONENT_LABEL}={PROCESSING_SERVER}"
+        );
+        let ours = ListParams::default().labels(&servers);
+        let listed = self.api("Pod").list_metadata(&ours).await;
+        let listed = listed.map_err(self.failed("list", "Pods of", pool))?;
+        Ok(listed
+            .items
+            .into_iter()
+            .filter(|pod| is_owned(pod, self.uid))
+            .filter_map(|pod| pod.metadata.uid)
+            .collect())
+    }
+
+    /// Has the API server check a pod without creating it, unknown fields
+    /// included.
+    pub(super) async fn check_pod(&self, mut pod: Value) -> Result<(), Error> {
+        let name = format!("{}-check", of(&pod, "/metadata/name"));
+        let failed = || self.failed("create", "Pod", &name);
+        pod["metadata"]["name"] = name.clone().into();
+        let path = self.api("Pod").resource_url().to_owned();
+        let path = format!("{path}?dryRun=All&fieldValidation=Strict&fieldManager={MANAGER}");
+        let request = Request::post(path)
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(pod.to_string().into_bytes())
+            .map_err(|error| failed()(kube::Error::HttpError(error)))?;
+        match self.client.request::<Value>(request).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
+            // Not about the template: where old pods fill the quota, one of
+            // them goes first. The API has only words for it.
+            Err(kube::Error::Api(status)) if status.message.contains("exceeded quota") => Ok(()),
+            Err(error) => Err(failed()(error)),
+        }
+    }
+
+    /// Deletes the Services that the pool owns and `desired` does not have any
+    /// more, and that of the load-sharing port when it is in the way. Other
+    /// kinds are always desired: the exposure of a pool stays.
+    pub(super) async fn prune(&self, pool: &str, desired: &[Value]) -> Result<(), Error> {
+        let kind = "Service";
+        for object in self.stores.of_pool(kind, self.namespace, pool) {
+            let name = object.name_any();
+            let is_desired = desired.iter().any(|desired| {
+                of(desired, "/kind") == kind && of(desired, "/metadata/name") == name
+            });
+            if (!is_desired || (name == pool && is_in_the_way(&object, desired)))
+                && is_owned(object.as_ref(), self.uid)
+                && object.metadata.deletion_timestamp.is_none()
+            {
+                self.delete(kind, &name, &object.uid().unwrap_or_default())
+                    .await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether the cluster has given `service` a node port that another one in
+/// `desired` asks for by number. Made anew after that one, it gets another.
+/// Only for a service whose node port the cluster chooses: what is observed
+/// of the others may be old.
+fn is_in_the_way(service: &DynamicObject, desired: &[Value]) -> bool {
+    let node_ports = |service: &Value| -> Vec<u64> {
+        let ports = service.pointer("/spec/ports").and_then(Value::as_array);
+        let ports = ports.into_iter().flatten();
+        ports.filter_map(|port| port["nodePort"].as_u64()).collect()
+    };
+    let given = node_ports(&service.data);
+    let others = desired.iter().filter(|desired| {
+        of(desired, "/kind") == "Service" && of(desired, "/metadata/name") != service.name_any()
+    });
+    others
+        .flat_map(node_ports)
+        .any(|asked| given.contains(&asked))
+}
+
+/// Carries out `writes`, [`PODS_AT_ONCE`]. The first goes alone, and none is
+/// begun after one that the API server has refused: what it refuses one, for a
+/// quota or because it is busy, it refuses all.
+async fn each(
+    mut writes: impl Iterator<Item = impl Future<Output = Result<(), Error>>>,
+) -> Vec<Error> {
+    let mut errors = Vec::new();
+    let mut is_refused = false;
+    let mut under_way = FuturesUnordered::new();
+    under_way.extend(writes.next());
+    while let Some(result) = under_way.next().await {
+        is_refused |= matches!(result, Err(Error::Api { .. }));
+        errors.extend(result.err());
+        while !is_refused
+            && under_way.len() < PODS_AT_ONCE
+            && let Some(write) = writes.next()
+        {
+            under_way.push(write);
+        }
+    }
+    errors
+}
+
+fn of<'a>(object: &'a Value, path: &str) -> &'a str {
+    object
+        .pointer(path)
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+}
