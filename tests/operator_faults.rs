@@ -9,103 +9,85 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::cluster::{ApiServer, KINDS, Space, quick, until};
-use common::proxy::{Call, Fault, Proxy};
+use common::cluster::{KINDS, quick, until};
+use common::faulty::Faulty;
+use common::proxy::{Call, Fault};
 use futures::StreamExt;
 use http::Method;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-/// A namespace whose controller goes through a proxy.
-struct Faulty {
-    space: Space,
-    proxy: Arc<Proxy>,
-}
-
-impl Faulty {
-    async fn new(name: &str) -> Self {
-        let server = ApiServer::shared().await;
-        let space = Space::without_controller(server, name).await;
-        let proxy = Proxy::start(space.client.clone()).await;
-        Self { space, proxy }
-    }
-
-    fn start(&mut self) {
-        // Killed before its successor starts.
-        self.space.controller.take();
-        let kubeconfig = self.proxy.kubeconfig.clone();
-        let more = ["--resync-seconds=2".to_owned()];
-        let controller = self
-            .space
-            .controller_with(&kubeconfig, self.space.admin_port, &more);
-        self.space.controller = Some(controller);
-    }
-
-    fn counts(&self) -> (u64, u64) {
-        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        (
-            count(&self.proxy.pods_created),
-            count(&self.proxy.pods_deleted),
-        )
-    }
-
-    /// Creates two servers, grows to three, shrinks to one.
-    async fn scenario(&self) {
-        for replicas in [2, 3, 1] {
-            self.space.apply("games", quick(replicas)).await.unwrap();
-            self.space.ready("games").await;
-        }
-    }
-
-    /// The whole scenario under a fault.
-    async fn survives(name: &str, rule: impl Fn(&Call) -> Fault + Send + Sync + 'static) {
-        let mut faulty = Self::new(name).await;
-        faulty.proxy.rule(rule);
-        faulty.start();
-        faulty.scenario().await;
-        faulty.check().await;
-    }
-
-    /// What must hold after [`Self::scenario`], and go on to hold.
-    async fn check(&self) {
-        for _ in 0..2 {
-            assert_eq!(self.space.servers("games").await.len(), 1);
-            let table = self.space.table("games").await.unwrap();
-            assert_eq!(table.rows.len(), 1);
-            assert!(self.space.is_ready("games").await);
-            tokio::time::sleep(Duration::from_millis(700)).await;
-        }
-        assert_eq!(self.counts(), (3, 2), "pods created and deleted");
-    }
-}
-
 fn is_pod(call: &Call, method: &Method) -> bool {
     call.method == *method && call.write.is_some() && call.path.contains("/pods")
 }
 
-#[tokio::test]
-async fn a_crash_after_any_write_changes_nothing_in_the_end() {
-    let mut clean = Faulty::new("crash-clean").await;
+/// The writes of the scenario when nothing fails.
+async fn clean_writes(name: &str) -> u64 {
+    let mut clean = Faulty::new(name).await;
     clean.start();
     clean.scenario().await;
     clean.check().await;
     let writes = clean.proxy.writes.load(Ordering::Relaxed);
     assert!((15..60).contains(&writes), "{writes} writes");
-    drop(clean);
+    writes
+}
+
+#[tokio::test]
+async fn a_crash_after_any_write_changes_nothing_in_the_end() {
+    let writes = clean_writes("crash-clean").await;
     futures::stream::iter(1..=writes)
-        .for_each_concurrent(4, |fatal| crash_after(fatal, writes))
+        .for_each_concurrent(4, async |fatal| {
+            let name = format!("crash-{fatal}");
+            crash_at(&name, fatal, writes, Fault::Hold)
+                .await
+                .check()
+                .await;
+        })
         .await;
 }
 
-async fn crash_after(fatal: u64, writes: u64) {
-    let mut faulty = Faulty::new(&format!("crash-{fatal}")).await;
+/// What a frozen leader or the network still had on its way when another took
+/// over: any write comes when all is done.
+#[tokio::test]
+async fn a_write_that_comes_late_changes_nothing_in_the_end() {
+    let writes = clean_writes("late-clean").await;
+    futures::stream::iter(1..=writes)
+        .for_each_concurrent(4, async |fatal| {
+            let name = format!("late-{fatal}");
+            let faulty = crash_at(&name, fatal, writes, Fault::Late).await;
+            let before = faulty.space.table("games").await.unwrap();
+            let (created, _) = faulty.counts();
+            if faulty.proxy.is_holding() {
+                faulty.proxy.release().await;
+            }
+            // A server too many goes again.
+            let settled = async || {
+                let is_one = faulty.space.servers("games").await.len() == 1;
+                is_one && faulty.space.is_ready("games").await
+            };
+            until("all is as it was", settled).await;
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            until("all stays as it was", settled).await;
+            let after = faulty.space.table("games").await.unwrap();
+            assert_eq!(after.rows, before.rows, "write {fatal}");
+            assert!(after.generation >= before.generation, "write {fatal}");
+            let (now, deleted) = faulty.counts();
+            assert!(now <= created + 1, "write {fatal}: {now} pods created");
+            assert_eq!(now - deleted, 1, "write {fatal}");
+        })
+        .await;
+}
+
+/// The scenario with a controller that is killed when its write `fatal` has
+/// the fault, and with its successor.
+async fn crash_at(name: &str, fatal: u64, writes: u64, fault: Fault) -> Faulty {
+    let mut faulty = Faulty::new(name).await;
     faulty.proxy.rule(move |call| match call.write {
-        Some(write) if write == fatal => Fault::Hold,
+        Some(write) if write == fatal => fault.clone(),
         _ => Fault::Pass,
     });
     faulty.start();
@@ -134,7 +116,7 @@ async fn crash_after(fatal: u64, writes: u64) {
             faulty.space.ready("games").await;
         }
     }
-    faulty.check().await;
+    faulty
 }
 
 #[tokio::test]
@@ -158,6 +140,10 @@ async fn conflicts_on_every_second_write_are_worked_through() {
     .await;
 }
 
+/// So long that every pause has grown to its longest, several times over:
+/// two minutes would add nothing.
+const BUSY: Duration = Duration::from_secs(45);
+
 #[tokio::test]
 async fn refusals_by_a_busy_api_server_are_sat_out() {
     let mut faulty = Faulty::new("busy").await;
@@ -170,15 +156,49 @@ async fn refusals_by_a_busy_api_server_are_sat_out() {
     });
     faulty.space.apply("games", quick(3)).await.unwrap();
     let before = faulty.proxy.requests.load(Ordering::Relaxed);
-    tokio::time::sleep(Duration::from_secs(10)).await;
+    tokio::time::sleep(BUSY).await;
     let requests = faulty.proxy.requests.load(Ordering::Relaxed) - before;
-    assert!(requests < 300, "{requests} requests in 10 s of refusals");
+    assert!(
+        requests < 300,
+        "{requests} requests in {BUSY:?} of refusals"
+    );
     faulty.proxy.rule(|_| Fault::Pass);
     let took = faulty.space.ready("games").await;
     assert!(took < Duration::from_secs(30), "{took:?}");
     faulty.space.apply("games", quick(1)).await.unwrap();
     faulty.space.ready("games").await;
     faulty.check().await;
+}
+
+#[tokio::test]
+async fn an_error_that_lasts_is_told_and_asked_about_ever_more_seldom() {
+    let mut faulty = Faulty::new("lasting").await;
+    faulty.start();
+    faulty.space.apply("games", quick(2)).await.unwrap();
+    faulty.space.ready("games").await;
+    // As with a webhook that does not answer.
+    faulty.proxy.rule(|call| match is_pod(call, &Method::POST) {
+        true => Fault::Answer(500, "InternalError"),
+        false => Fault::Pass,
+    });
+    faulty.space.apply("games", quick(60)).await.unwrap();
+    faulty
+        .space
+        .degraded(
+            "games",
+            "failed to create Pod lasting/games-2: InternalError",
+        )
+        .await;
+    assert!(!faulty.space.is_ready("games").await);
+    let before = faulty.proxy.requests.load(Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let requests = faulty.proxy.requests.load(Ordering::Relaxed) - before;
+    assert!(requests < 60, "{requests} requests in 10 s");
+    faulty.proxy.rule(|_| Fault::Pass);
+    faulty.space.ready("games").await;
+    faulty.space.apply("games", quick(1)).await.unwrap();
+    faulty.space.ready("games").await;
+    assert_eq!(faulty.counts(), (60, 59));
 }
 
 #[tokio::test]
@@ -266,10 +286,13 @@ async fn old_lists_after_a_restart_delete_nothing() {
         faulty.space.servers("games").await,
         faulty.space.table("games").await,
     );
+    // Those that its caches begin with: of pools and of what they own. What it
+    // reads live comes from a quorum, which is never old.
     let lists = AtomicU64::new(0);
+    let caches = u64::try_from(KINDS.len()).unwrap() + 1;
     faulty.proxy.rule(move |call| {
         let is_list = call.method == Method::GET && !call.is_watch && !call.path.ends_with("games");
-        match is_list && lists.fetch_add(1, Ordering::Relaxed) < 12 {
+        match is_list && lists.fetch_add(1, Ordering::Relaxed) < caches {
             true => Fault::Stale,
             false => Fault::Pass,
         }
@@ -281,6 +304,48 @@ async fn old_lists_after_a_restart_delete_nothing() {
     assert_eq!(faulty.space.servers("games").await, servers);
     assert_eq!(faulty.space.table("games").await, table);
     assert_eq!(faulty.counts(), counts);
+}
+
+#[tokio::test]
+async fn a_stale_deletion_of_a_former_pool_touches_nothing_of_its_successor() {
+    let mut faulty = Faulty::new("stale-deletion").await;
+    faulty.space.apply("games", quick(2)).await.unwrap();
+    let finalizers = |names: Value| Patch::Merge(json!({ "metadata": { "finalizers": names } }));
+    let parameters = PatchParams::default();
+    let pools = faulty.space.pools();
+    let hold = finalizers(json!(["test/hold"]));
+    pools.patch("games", &parameters, &hold).await.unwrap();
+    let deletion = DeleteParams::default();
+    pools.delete("games", &deletion).await.unwrap();
+    // This controller's list has the pool being deleted; it is told again later.
+    faulty.start();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(faulty.space.servers("games").await.is_empty());
+    let let_go = finalizers(Value::Null);
+    pools.patch("games", &parameters, &let_go).await.unwrap();
+    faulty.space.apply("games", quick(2)).await.unwrap();
+    faulty.space.ready("games").await;
+    let (servers, table, counts) = (
+        faulty.space.servers("games").await,
+        faulty.space.table("games").await,
+        faulty.counts(),
+    );
+    let lists = AtomicU64::new(0);
+    faulty.proxy.rule(move |call| {
+        let is_list = call.path.ends_with("/processingpools") && !call.is_watch;
+        match is_list && lists.fetch_add(1, Ordering::Relaxed) == 0 {
+            true => Fault::Stale,
+            false => Fault::Pass,
+        }
+    });
+    faulty.start();
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    faulty.space.ready("games").await;
+    assert_eq!(faulty.space.servers("games").await, servers);
+    assert_eq!(faulty.space.table("games").await, table);
+    assert_eq!(faulty.counts(), counts);
+    faulty.space.apply("games", quick(3)).await.unwrap();
+    faulty.space.ready("games").await;
 }
 
 #[tokio::test]
@@ -344,6 +409,37 @@ async fn a_relabelled_or_orphaned_pod_is_named_and_left_alone() {
         .unwrap();
     faulty.space.ready("games").await;
     assert_eq!(faulty.space.servers("games").await, before);
+    // Any label that it is found by; the slot's is only for the reader.
+    for (name, right) in [
+        ("portpool.dev/pool", "games"),
+        ("portpool.dev/component", "processing-server"),
+    ] {
+        let label = |value: &str| merge(json!({ "metadata": { "labels": { name: value } } }));
+        let pods = faulty.space.pods();
+        let wrong = label("other");
+        pods.patch("games-0", &parameters, &wrong).await.unwrap();
+        faulty.space.degraded("games", "has lost the labels").await;
+        let right = label(right);
+        pods.patch("games-0", &parameters, &right).await.unwrap();
+        faulty.space.ready("games").await;
+    }
+    let slot = json!({ "metadata": { "labels": { "portpool.dev/slot": "1" } } });
+    faulty
+        .space
+        .pods()
+        .patch("games-0", &parameters, &merge(slot))
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(faulty.space.is_ready("games").await);
+    assert_eq!(faulty.space.servers("games").await, before);
+    let table = faulty.space.table("games").await.unwrap();
+    assert!(
+        table
+            .rows
+            .iter()
+            .all(|row| row.server_uid.as_ref() == before.get(&row.server))
+    );
     let orphan = json!({ "metadata": { "ownerReferences": null } });
     faulty
         .space
@@ -394,4 +490,66 @@ async fn pods_that_are_forbidden_are_told_and_come_when_they_are_allowed() {
     enforce(Value::Null).await;
     let took = faulty.space.ready("games").await;
     assert!(took < Duration::from_secs(30), "{took:?}");
+}
+
+/// A quota, as its controller would keep it.
+async fn quota(faulty: &Faulty, pods: u32) {
+    let used = faulty.space.servers("games").await.len();
+    let quotas = faulty.space.objects("", "ResourceQuota", "resourcequotas");
+    let object = json!({
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": { "name": "few" },
+        "spec": { "hard": { "pods": pods.to_string() } },
+    });
+    let parameters = PatchParams::apply("test").force();
+    quotas
+        .patch("few", &parameters, &Patch::Apply(&object))
+        .await
+        .unwrap();
+    let amounts = json!({ "status": {
+        "hard": { "pods": pods.to_string() }, "used": { "pods": used.to_string() },
+    } });
+    let status = Patch::Merge(&amounts);
+    let parameters = PatchParams::default();
+    quotas
+        .patch_status("few", &parameters, &status)
+        .await
+        .unwrap();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+}
+
+#[tokio::test]
+async fn a_quota_is_told_without_a_hot_loop_and_used_when_it_grows() {
+    let mut faulty = Faulty::new("quota").await;
+    faulty.start();
+    quota(&faulty, 3).await;
+    faulty.space.apply("games", quick(100)).await.unwrap();
+    faulty.space.degraded("games", "exceeded quota: few").await;
+    until("what there is room for", async || {
+        faulty.space.servers("games").await.len() == 3
+    })
+    .await;
+    let creations = || {
+        let log = faulty.proxy.log.lock().unwrap();
+        log.iter()
+            .filter(|entry| entry.starts_with("POST") && entry.contains("/pods?"))
+            .count()
+    };
+    let (before, requests) = (creations(), faulty.proxy.requests.load(Ordering::Relaxed));
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    let tries = creations() - before;
+    let requests = faulty.proxy.requests.load(Ordering::Relaxed) - requests;
+    // The faulty proxy's controllers list afresh every 2 s.
+    assert!(tries < 12, "{tries} tries in 12 s");
+    assert!(requests < 60, "{requests} requests in 12 s");
+    faulty.space.apply("games", quick(3)).await.unwrap();
+    faulty.space.ready("games").await;
+    // A full quota does not keep a new template out: an old pod goes first.
+    let mut other = quick(3);
+    other["template"]["spec"]["containers"][0]["image"] = "other:1".into();
+    faulty.space.apply("games", other).await.unwrap();
+    until("the first is gone", async || faulty.counts().1 == 1).await;
+    while !faulty.space.is_ready("games").await {
+        quota(&faulty, 3).await;
+    }
+    assert_eq!(faulty.counts(), (6, 3));
 }

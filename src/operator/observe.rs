@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{BoxStream, StreamExt};
-use kube::api::{ApiResource, DynamicObject, GroupVersionKind};
+use kube::api::{ApiResource, DynamicObject, GroupVersionKind, TypeMeta};
 use kube::runtime::reflector::{ObjectRef, Store, store::Writer};
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client, ResourceExt};
@@ -100,9 +100,19 @@ impl Stores {
             let writer = Writer::new(resource.clone());
             stores.insert(kind, writer.as_reader());
             let ours = watcher::Config::default().labels(&format!("{MANAGED_BY}={MANAGER}"));
-            let changes = watcher(api, ours)
-                .backoff(WatchBackoff::default())
-                .modify(move |object| trim(kind, object));
+            let types = TypeMeta {
+                api_version: resource.api_version.clone(),
+                kind: resource.kind.clone(),
+            };
+            let changes =
+                watcher(api, ours)
+                    .backoff(WatchBackoff::default())
+                    .modify(move |object| {
+                        // A list's items have none, and would differ from what is
+                        // desired for ever.
+                        object.types = Some(types.clone());
+                        trim(kind, object);
+                    });
             streams.push((
                 resource,
                 reflector(writer, changes).touched_objects().boxed(),

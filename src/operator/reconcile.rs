@@ -271,8 +271,8 @@ fn pause(table: Option<&Table>, is_blocked: bool, observation: &Observation) -> 
     }
 }
 
-/// The plan. A table that somebody has changed or removed is planned from
-/// the one that was written last, and goes above whatever readers have seen.
+/// The plan. A table that somebody has changed, removed or set back is planned
+/// from the one that was written last, and goes above whatever readers have seen.
 /// Unless servers may start, the template replaces none either.
 fn next(
     resource: &ProcessingPool,
@@ -288,10 +288,19 @@ fn next(
         .status
         .as_ref()
         .map_or(0, |status| status.table_generation);
+    let generation_of = |table: &Table| table.generation;
     let seen = u64::try_from(told)
         .unwrap_or(0)
-        .max(observation.table.generation);
-    let is_lost = observation.table.table.is_none();
+        .max(observation.table.generation)
+        .max(remembered.as_ref().map_or(0, generation_of));
+    let observed_table = observation.table.table.as_ref();
+    // Also when a late write of a former leader has put an old one back.
+    let is_lost = observed_table.is_none_or(|table| table.generation < seen);
+    let newest = observed_table
+        .into_iter()
+        .chain(&remembered)
+        .max_by_key(|table| table.generation)
+        .cloned();
     if !may_start {
         for server in &mut observation.servers {
             server.is_outdated = false;
@@ -299,7 +308,7 @@ fn next(
     }
     let observed = Observed {
         uid: owner.uid,
-        table: observation.table.table.as_ref().or(remembered.as_ref()),
+        table: newest.as_ref(),
         generation: if is_lost { seen } else { 0 },
         servers: &observation.servers,
     };

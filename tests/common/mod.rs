@@ -7,6 +7,7 @@
 )]
 
 pub mod cluster;
+pub mod faulty;
 pub mod helm;
 pub mod proxy;
 

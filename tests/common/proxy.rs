@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -47,6 +47,9 @@ pub enum Fault {
     LoseReply,
     /// It is carried out, its answer held back, and [`Proxy::held`] notified.
     Hold,
+    /// [`Proxy::held`] is notified, and it is carried out only after
+    /// [`Proxy::release`], as if it had been long on its way.
+    Late,
     /// The answer that the first request of this path had.
     Stale,
     /// Each watch is cut after so many events.
@@ -71,6 +74,12 @@ pub struct Proxy {
     pub pods_created: AtomicU64,
     pub pods_deleted: AtomicU64,
     pub held: Notify,
+    holding: AtomicBool,
+    released: Notify,
+    delivered: Notify,
+    /// Method and path of everything that is not read, the dry runs, events
+    /// and leases too.
+    pub log: Mutex<Vec<String>>,
     pub kubeconfig: PathBuf,
     _folder: tempfile::TempDir,
 }
@@ -92,6 +101,10 @@ impl Proxy {
             pods_created: AtomicU64::new(0),
             pods_deleted: AtomicU64::new(0),
             held: Notify::new(),
+            holding: AtomicBool::new(false),
+            released: Notify::new(),
+            delivered: Notify::new(),
+            log: Mutex::default(),
             kubeconfig,
             _folder: folder,
         });
@@ -111,6 +124,17 @@ impl Proxy {
     /// From now on.
     pub fn rule(&self, rule: impl Fn(&Call) -> Fault + Send + Sync + 'static) {
         *self.rule.lock().unwrap() = Box::new(rule);
+    }
+
+    /// Whether a [`Fault::Late`] request waits to be let go.
+    pub fn is_holding(&self) -> bool {
+        self.holding.load(Ordering::Relaxed)
+    }
+
+    /// Lets the [`Fault::Late`] request go, and waits until it is answered.
+    pub async fn release(&self) {
+        self.released.notify_one();
+        self.delivered.notified().await;
     }
 
     async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Result<Answer, std::io::Error> {
@@ -133,6 +157,10 @@ impl Proxy {
             method: head.method.clone(),
             path,
         };
+        if head.method != Method::GET {
+            let entry = format!("{} {}", head.method, head.uri);
+            self.log.lock().unwrap().push(entry);
+        }
         let fault = (self.rule.lock().unwrap())(&call);
         if let Fault::Answer(code, reason) = fault {
             return Ok(refusal(code, reason));
@@ -151,12 +179,21 @@ impl Proxy {
         let upstream = upstream.body(Body::from(body.to_vec())).unwrap();
         // Not given up with the connection of a controller that is killed.
         let (proxy, counted) = (self.clone(), call.clone());
+        let is_late = fault == Fault::Late;
         let sending = tokio::spawn(async move {
+            if is_late {
+                proxy.holding.store(true, Ordering::Relaxed);
+                proxy.held.notify_one();
+                proxy.released.notified().await;
+            }
             let answer = proxy.client.send(upstream).await;
             let is_success = answer
                 .as_ref()
                 .is_ok_and(|answer| answer.status().is_success());
             proxy.count(&counted, is_success);
+            if is_late {
+                proxy.delivered.notify_one();
+            }
             answer
         });
         let answer = sending.await.unwrap().map_err(std::io::Error::other)?;

@@ -1,0 +1,71 @@
+//! A controller behind the faulty proxy, a scenario for it, and the oracle.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::cluster::{ApiServer, Space, quick};
+use super::proxy::{Call, Fault, Proxy};
+
+/// A namespace whose controller goes through a proxy.
+pub struct Faulty {
+    pub space: Space,
+    pub proxy: Arc<Proxy>,
+}
+
+impl Faulty {
+    pub async fn new(name: &str) -> Self {
+        let server = ApiServer::shared().await;
+        let space = Space::without_controller(server, name).await;
+        let proxy = Proxy::start(space.client.clone()).await;
+        Self { space, proxy }
+    }
+
+    pub fn start(&mut self) {
+        // Killed before its successor starts.
+        self.space.controller.take();
+        let kubeconfig = self.proxy.kubeconfig.clone();
+        let more = ["--resync-seconds=2".to_owned()];
+        let controller = self
+            .space
+            .controller_with(&kubeconfig, self.space.admin_port, &more);
+        self.space.controller = Some(controller);
+    }
+
+    pub fn counts(&self) -> (u64, u64) {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (
+            count(&self.proxy.pods_created),
+            count(&self.proxy.pods_deleted),
+        )
+    }
+
+    /// Creates two servers, grows to three, shrinks to one.
+    pub async fn scenario(&self) {
+        for replicas in [2, 3, 1] {
+            self.space.apply("games", quick(replicas)).await.unwrap();
+            self.space.ready("games").await;
+        }
+    }
+
+    /// The whole scenario under a fault.
+    pub async fn survives(name: &str, rule: impl Fn(&Call) -> Fault + Send + Sync + 'static) {
+        let mut faulty = Self::new(name).await;
+        faulty.proxy.rule(rule);
+        faulty.start();
+        faulty.scenario().await;
+        faulty.check().await;
+    }
+
+    /// What must hold after [`Self::scenario`], and go on to hold.
+    pub async fn check(&self) {
+        for _ in 0..2 {
+            assert_eq!(self.space.servers("games").await.len(), 1);
+            let table = self.space.table("games").await.unwrap();
+            assert_eq!(table.rows.len(), 1);
+            assert!(self.space.is_ready("games").await);
+            tokio::time::sleep(Duration::from_millis(700)).await;
+        }
+        assert_eq!(self.counts(), (3, 2), "pods created and deleted");
+    }
+}
