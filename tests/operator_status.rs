@@ -1,0 +1,452 @@
+//! What a pool tells, what a cluster's users see of it, and that nothing is
+//! written while nothing changes.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::cluster::{Space, quick, until};
+use common::faulty::Faulty;
+use futures::TryStreamExt;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::events::v1::Event;
+use kube::api::{ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
+use kube::{Api, Client, ResourceExt};
+use portpool::pool::ProcessingPool;
+use serde_json::{Value, json};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A restricted workload, as the strictest pod security asks for.
+fn restricted(replicas: u32) -> Value {
+    let mut spec = quick(replicas);
+    spec["template"]["spec"]["containers"][0]["securityContext"] = json!({
+        "allowPrivilegeEscalation": false, "capabilities": { "drop": ["ALL"] },
+        "runAsNonRoot": true, "seccompProfile": { "type": "RuntimeDefault" },
+    });
+    spec
+}
+
+#[tokio::test]
+async fn an_idle_pool_causes_no_writes_also_after_a_restart() {
+    let mut faulty = Faulty::new("idle").await;
+    let lease = [
+        "--lease=idle/portpool".to_owned(),
+        "--resync-seconds=2".to_owned(),
+    ];
+    let start = |faulty: &mut Faulty| {
+        faulty.space.controller.take();
+        let kubeconfig = faulty.proxy.kubeconfig.clone();
+        let port = faulty.space.admin_port;
+        faulty.space.controller = Some(faulty.space.controller_with(&kubeconfig, port, &lease));
+    };
+    start(&mut faulty);
+    faulty.space.apply("games", quick(3)).await.unwrap();
+    faulty.space.ready("games").await;
+    // Others may add what is theirs.
+    let theirs = Patch::Merge(json!({ "metadata": { "annotations": { "test/theirs": "yes" } } }));
+    let parameters = PatchParams::default();
+    let services = faulty.space.objects("", "Service", "services");
+    services.patch("games", &parameters, &theirs).await.unwrap();
+    let pods = faulty.space.pods();
+    pods.patch("games-0", &parameters, &theirs).await.unwrap();
+    // A successor, which knows everything from lists.
+    faulty.space.controller.as_ref().unwrap().terminate();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    start(&mut faulty);
+    let port = faulty.space.admin_port;
+    until("it leads", async || {
+        common::cluster::metric(port, "portpool_reconciles_total") > 0
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    faulty.proxy.log.lock().unwrap().clear();
+    tokio::time::sleep(MINUTE).await;
+    let log = std::mem::take(&mut *faulty.proxy.log.lock().unwrap());
+    let (leases, others): (Vec<String>, Vec<String>) = log
+        .into_iter()
+        .partition(|entry| entry.contains("/leases/"));
+    assert_eq!(others, Vec::<String>::new(), "writes of an idle pool");
+    assert!((4..=12).contains(&leases.len()), "renewals: {leases:?}");
+    let service = services.get("games").await.unwrap();
+    assert_eq!(service.annotations()["test/theirs"], "yes");
+}
+
+/// At each moment that the pool says it is ready, whether it is.
+async fn check_claims(client: Client, namespace: String, claims: Arc<AtomicU64>) {
+    let pools: Api<ProcessingPool> = Api::namespaced(client.clone(), &namespace);
+    let events = pools.watch(&WatchParams::default(), "0").await.unwrap();
+    futures::pin_mut!(events);
+    while let Some(event) = events.try_next().await.unwrap() {
+        let (WatchEvent::Added(pool) | WatchEvent::Modified(pool)) = event else {
+            continue;
+        };
+        let generation = pool.metadata.generation;
+        let conditions = pool.status.iter().flat_map(|status| &status.conditions);
+        let says_so = conditions.into_iter().any(|condition| {
+            condition.type_ == "Ready"
+                && condition.status == "True"
+                && condition.observed_generation == generation
+        });
+        if !says_so {
+            continue;
+        }
+        let wrong = wrong(&client, &namespace, &pool).await;
+        // The next change may have come meanwhile.
+        let now = pools.get(&pool.name_any()).await.unwrap();
+        if now.metadata.generation == generation {
+            assert_eq!(wrong, None, "generation {generation:?}: {:?}", pool.status);
+            claims.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// What is not as the pool's spec says.
+async fn wrong(client: &Client, namespace: &str, pool: &ProcessingPool) -> Option<String> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let servers = ListParams::default().labels("portpool.dev/component=processing-server");
+    let pods = pods.list(&servers).await.unwrap().items;
+    let wanted = &pool.spec.template.0["spec"]["containers"][0]["image"];
+    let is_good = |pod: &Pod| {
+        let conditions = pod
+            .status
+            .iter()
+            .flat_map(|status| status.conditions.iter().flatten());
+        let is_ready = conditions
+            .into_iter()
+            .any(|found| found.type_ == "Ready" && found.status == "True");
+        let image = pod.spec.as_ref().unwrap().containers[0].image.as_deref();
+        is_ready && pod.metadata.deletion_timestamp.is_none() && image == wanted.as_str()
+    };
+    let good = pods.iter().filter(|pod| is_good(pod)).count();
+    let replicas = usize::try_from(pool.spec.replicas).unwrap();
+    if (good, pods.len()) != (replicas, replicas) {
+        return Some(format!(
+            "{good} good pods of {}, wanted {replicas}",
+            pods.len()
+        ));
+    }
+    let deployments: Api<Deployment> = Api::namespaced(client.clone(), namespace);
+    let deployment = deployments.get("games-connection-server").await.unwrap();
+    let status = deployment.status.unwrap_or_default();
+    if status.observed_generation != deployment.metadata.generation {
+        return Some("the Deployment is not rolled out".to_owned());
+    }
+    let pod = deployment.spec.template.spec.unwrap();
+    let argument = format!(
+        "--load-sharing-port={}",
+        pool.spec.connection_server.load_sharing_port
+    );
+    let servers = deployment.spec.replicas.unwrap_or(1);
+    let has_it = pod.containers[0]
+        .args
+        .iter()
+        .flatten()
+        .any(|found| *found == argument);
+    let is_up = status.available_replicas == Some(pool.spec.connection_server.replicas);
+    (!has_it || !is_up || servers != pool.spec.connection_server.replicas)
+        .then(|| "the Deployment is not as the spec says".to_owned())
+}
+
+#[tokio::test]
+async fn ready_is_never_said_of_what_is_not() {
+    let space = Space::new("truth").await;
+    let claims = Arc::new(AtomicU64::new(0));
+    let checking = check_claims(space.client.clone(), space.name.clone(), claims.clone());
+    let checking = tokio::spawn(checking);
+    let with = |replicas: u32, image: &str, server: Value| {
+        let mut spec = quick(replicas);
+        spec["template"]["spec"]["containers"][0]["image"] = image.into();
+        spec["connectionServer"] = server;
+        spec
+    };
+    let steps = [
+        with(2, "a:1", json!({})),
+        with(4, "a:1", json!({})),
+        with(4, "a:2", json!({})),
+        with(4, "a:2", json!({ "loadSharingPort": 7800 })),
+        with(4, "a:2", json!({ "loadSharingPort": 7800, "replicas": 2 })),
+        with(1, "a:3", json!({ "loadSharingPort": 7801, "replicas": 1 })),
+        with(3, "a:3", json!({ "loadSharingPort": 7802 })),
+        with(0, "a:3", json!({})),
+        with(2, "a:4", json!({})),
+    ];
+    let count = u64::try_from(steps.len()).unwrap();
+    for step in steps {
+        space.apply("games", step).await.unwrap();
+        space.ready("games").await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+    // A pod that is lost.
+    let failed = Patch::Merge(json!({ "status": { "phase": "Failed" } }));
+    let parameters = PatchParams::default();
+    space
+        .pods()
+        .patch_status("games-0", &parameters, &failed)
+        .await
+        .unwrap();
+    until("it is told", async || !space.is_ready("games").await).await;
+    space.ready("games").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(!checking.is_finished(), "{:?}", checking.await);
+    checking.abort();
+    let claims = claims.load(Ordering::Relaxed);
+    assert!(claims >= count, "{claims} claims were checked");
+}
+
+#[tokio::test]
+async fn events_tell_of_transitions_and_of_nothing_twice() {
+    let space = Space::new("events").await;
+    let events: Api<Event> = Api::namespaced(space.client.clone(), "events");
+    let told = async || {
+        let events = events.list(&ListParams::default()).await.unwrap().items;
+        let mut told: Vec<(String, String, i32)> = events
+            .into_iter()
+            .map(|event| {
+                let again = event.series.map_or(0, |series| series.count - 1);
+                (
+                    event.type_.unwrap_or_default(),
+                    event.reason.unwrap_or_default(),
+                    again,
+                )
+            })
+            .collect();
+        told.sort();
+        told
+    };
+    let normal = |reason: &str| ("Normal".to_owned(), reason.to_owned(), 0);
+    let warning = |reason: &str| ("Warning".to_owned(), reason.to_owned(), 0);
+    space.apply("games", quick(2)).await.unwrap();
+    space.ready("games").await;
+    until("both are told", async || {
+        let told = told().await;
+        told.contains(&normal("ServersNotReady")) && told.contains(&normal("Complete"))
+    })
+    .await;
+    let mut bad = quick(2);
+    bad["template"]["spec"]["comand"] = "x".into();
+    space.apply("games", bad).await.unwrap();
+    space.degraded("games", "unknown field").await;
+    until("a warning", async || {
+        told().await.contains(&warning("Refused"))
+    })
+    .await;
+    // Blocked pools are looked at again; it is no news.
+    let before = told().await;
+    tokio::time::sleep(Duration::from_secs(12)).await;
+    assert_eq!(told().await, before);
+    let others = before.iter().filter(|(kind, reason, _)| {
+        let known = [
+            "ServersNotReady",
+            "Complete",
+            "ConnectionServersNotReady",
+            "Refused",
+        ];
+        !known.contains(&reason.as_str()) || (kind == "Warning" && reason != "Refused")
+    });
+    assert_eq!(others.count(), 0, "{before:?}");
+    assert!(before.len() <= 5, "{before:?}");
+}
+
+#[tokio::test]
+async fn kubectl_finds_scales_and_shows_pools() {
+    let space = Space::new("kubectl").await;
+    space.apply("games", quick(2)).await.unwrap();
+    space.ready("games").await;
+    let get = async |path: &str, accept: &str| -> Value {
+        let request = http::Request::get(path).header(http::header::ACCEPT, accept);
+        space
+            .client
+            .request(request.body(Vec::new()).unwrap())
+            .await
+            .unwrap()
+    };
+    let kinds = get("/apis/portpool.dev/v1alpha1", "application/json").await;
+    let kinds = kinds["resources"].as_array().unwrap().clone();
+    let pools = kinds
+        .iter()
+        .find(|kind| kind["name"] == "processingpools")
+        .unwrap();
+    assert_eq!(pools["shortNames"], json!(["pp"]));
+    assert_eq!(pools["categories"], json!(["portpool"]));
+    for part in ["status", "scale"] {
+        let name = format!("processingpools/{part}");
+        assert!(
+            kinds.iter().any(|kind| kind["name"] == name.as_str()),
+            "{name}"
+        );
+    }
+    let path = "/apis/portpool.dev/v1alpha1/namespaces/kubectl/processingpools";
+    let table = get(path, "application/json;as=Table;v=v1;g=meta.k8s.io").await;
+    let columns = table["columnDefinitions"].as_array().unwrap();
+    let shown = |priority: i64| -> Vec<&str> {
+        let columns = columns
+            .iter()
+            .filter(|column| column["priority"] == priority);
+        columns
+            .map(|column| column["name"].as_str().unwrap())
+            .collect()
+    };
+    assert_eq!(
+        shown(0),
+        [
+            "Name", "Desired", "Ready", "Ports", "Sessions", "Free", "Status", "Age"
+        ]
+    );
+    assert_eq!(shown(1), ["Address", "Policy"]);
+    let cells = table["rows"][0]["cells"].as_array().unwrap();
+    assert_eq!(cells[..4], [json!("games"), json!(2), json!(2), json!(8)]);
+    assert_eq!(
+        cells[8..],
+        [json!("games.kubectl.svc:7700"), json!("LeastSessions")]
+    );
+    // As an autoscaler does.
+    let scale = space.pools().get_scale("games").await.unwrap();
+    let status = scale.status.unwrap();
+    assert_eq!(status.replicas, 2);
+    let selected = ListParams::default().labels(&status.selector.unwrap());
+    assert_eq!(space.pods().list(&selected).await.unwrap().items.len(), 2);
+    let three = Patch::Merge(json!({ "spec": { "replicas": 3 } }));
+    let parameters = PatchParams::default();
+    space
+        .pools()
+        .patch_scale("games", &parameters, &three)
+        .await
+        .unwrap();
+    until("three", async || space.servers("games").await.len() == 3).await;
+}
+
+#[tokio::test]
+async fn everything_runs_under_restricted_pod_security() {
+    let mut space = Space::new("restricted").await;
+    space.controller.take();
+    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(space.client.clone());
+    let enforce =
+        json!({ "metadata": { "labels": { "pod-security.kubernetes.io/enforce": "restricted" } } });
+    let parameters = PatchParams::default();
+    let enforce = Patch::Merge(&enforce);
+    namespaces
+        .patch("restricted", &parameters, &enforce)
+        .await
+        .unwrap();
+    let admits = async |pod: Value| {
+        let dry = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        let pod = serde_json::from_value(pod).unwrap();
+        space.pods().create(&dry, &pod).await.map(|_| ())
+    };
+    until("it is enforced", async || {
+        let pod = json!({ "metadata": { "name": "x" }, "spec": { "containers": [{ "name": "x", "image": "x" }] } });
+        admits(pod).await.is_err()
+    })
+    .await;
+    let kubeconfig = space.server.kubeconfig().to_owned();
+    let controller = space.controller_with(&kubeconfig, space.admin_port, &[]);
+    // The agent is admitted beside a restricted workload.
+    space.apply("games", restricted(2)).await.unwrap();
+    space.ready("games").await;
+    // So is the connection server.
+    let deployments = space.objects("apps", "Deployment", "deployments");
+    let deployment = deployments.get("games-connection-server").await.unwrap();
+    let template = &deployment.data["spec"]["template"];
+    let labels = &template["metadata"]["labels"];
+    admits(json!({ "metadata": { "name": "x", "labels": labels }, "spec": template["spec"] }))
+        .await
+        .unwrap();
+    // Workload pods have no token, and the connection server one for its table.
+    let pod = space.pods().get("games-0").await.unwrap().spec.unwrap();
+    assert_eq!(pod.automount_service_account_token, Some(false));
+    drop(controller);
+}
+
+#[tokio::test]
+async fn every_exposure_has_its_services_in_the_api_server() {
+    let space = Space::new("exposures").await;
+    let with = |exposure: &str, first: u16| {
+        let mut spec = quick(2);
+        spec["ports"][0]["protocol"] = "TCPUDP".into();
+        spec["connectionServer"] = json!({
+            "exposure": exposure, "connectionPorts": { "first": first, "last": first + 19 },
+        });
+        spec
+    };
+    let services = space.objects("", "Service", "services");
+    let ports = async |name: &str| -> Vec<(u64, String, Option<u64>)> {
+        let service = services.get(name).await.unwrap();
+        let ports = service.data["spec"]["ports"].as_array().unwrap().clone();
+        let port = |port: &Value| {
+            let protocol = port["protocol"].as_str().unwrap().to_owned();
+            (
+                port["port"].as_u64().unwrap(),
+                protocol,
+                port["nodePort"].as_u64(),
+            )
+        };
+        ports.iter().map(port).collect()
+    };
+    let inside = vec![(7700, "TCP".to_owned(), None)];
+    for (name, exposure) in [("inside", "ClusterIP"), ("host", "HostNetwork")] {
+        space.apply(name, with(exposure, 20_000)).await.unwrap();
+        space.ready(name).await;
+        assert_eq!(ports(name).await, inside, "{exposure}");
+    }
+    // Ports that no node has are told in the API server's words.
+    space
+        .apply("nodes", with("NodePort", 20_000))
+        .await
+        .unwrap();
+    space.degraded("nodes", "not in the valid range").await;
+    space
+        .apply("nodes", with("NodePort", 31_400))
+        .await
+        .unwrap();
+    space.ready("nodes").await;
+    let on_nodes = ports("nodes-ports-0").await;
+    assert_eq!(on_nodes.len(), 16);
+    assert!(
+        on_nodes
+            .iter()
+            .all(|(port, _, node)| node.as_ref() == Some(port))
+    );
+    let status = space.pool("nodes").await.status.unwrap();
+    assert!(status.address.unwrap().starts_with("NODE:"));
+    // A load balancer without an address is not ready.
+    space
+        .apply("balanced", with("LoadBalancer", 20_000))
+        .await
+        .unwrap();
+    until("the pods are ready", async || {
+        let (_, reason, _) = space.condition("balanced", "Ready").await;
+        reason == "AddressPending"
+    })
+    .await;
+    assert_eq!(ports("balanced").await.len(), 17);
+    let given = json!({ "status": { "loadBalancer": { "ingress": [{ "ip": "192.0.2.7" }] } } });
+    let parameters = PatchParams::default();
+    services
+        .patch_status("balanced", &parameters, &Patch::Merge(given))
+        .await
+        .unwrap();
+    space.ready("balanced").await;
+    let status = space.pool("balanced").await.status.unwrap();
+    assert_eq!(status.address.as_deref(), Some("192.0.2.7:7700"));
+    // A policy cannot name pods on a host's network.
+    let policies = space.objects("networking.k8s.io", "NetworkPolicy", "networkpolicies");
+    let names = policies.list(&ListParams::default()).await.unwrap();
+    let names: Vec<String> = names.iter().map(ResourceExt::name_any).collect();
+    assert!(
+        !names.contains(&"host-processing-servers".to_owned()),
+        "{names:?}"
+    );
+    assert_eq!(names.len(), 3);
+}
