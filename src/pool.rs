@@ -12,9 +12,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-/// Most processing servers of one pool; with [`MAX_PORT_ENTRIES`] it keeps
-/// every table far below a ConfigMap's 1 MiB.
+/// Most processing servers of one pool.
 pub const MAX_REPLICAS: i32 = 1000;
+
+/// Most processing servers times port entries, the ranges of a table: with
+/// names and addresses of the longest they fit into a ConfigMap's 1 MiB, and
+/// leave room for ranges in pieces.
+pub const MAX_RANGES: u32 = 6000;
 
 /// Most port entries of one pool.
 pub const MAX_PORT_ENTRIES: usize = 8;
@@ -64,6 +68,8 @@ pub const CONNECTION_ADMIN_PORT: u16 = 7701;
 #[x_kube(
     validation = Rule::new("self.replicas * self.ports.map(entry, entry.count).sum() <= self.connectionServer.connectionPorts.last - self.connectionServer.connectionPorts.first + 1")
         .message("replicas times the sum of the ports' counts must not exceed the number of connectionServer.connectionPorts: widen the range, or lower replicas or counts"),
+    validation = Rule::new("self.replicas * size(self.ports) <= 6000")
+        .message("replicas times the number of entries of ports must not exceed 6000, so that the port-relationship table fits into a ConfigMap: lower replicas or merge entries"),
     validation = Rule::new("self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.shared ? 0 : other.count - 1) || other.port > one.port + (one.shared ? 0 : one.count - 1)))")
         .message("server ports of two entries of ports overlap: port, port+1 and so on, count of them unless shared; move one of them")
 )]
@@ -73,7 +79,7 @@ pub struct ProcessingPoolSpec {
     #[schemars(range(min = 0, max = 1000))]
     pub replicas: i32,
 
-    /// What each processing server listens on, by name; 1 to 8 entries. Every processing server gets its own connection ports for every entry.
+    /// What each processing server listens on, by name; 1 to 8 entries. Every processing server gets its own connection ports for every entry. Where an entry changes, servers get ports for it anew and the sessions on the former ones end.
     #[schemars(length(min = 1, max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub ports: Vec<PortEntry>,
 
@@ -274,11 +280,11 @@ pub struct ConnectionServer {
     #[schemars(range(min = 1, max = 10))]
     pub replicas: i32,
 
-    /// Port that requests go to (HTTP), 1 to 65535. Default 7700.
+    /// Port that requests go to (HTTP), 1 to 65535. A change rolls the connection servers out anew; connections through the former ones have drainSeconds to end. Default 7700.
     #[schemars(range(min = 1, max = 65535))]
     pub load_sharing_port: i32,
 
-    /// Range that connection ports are taken from. Keep it outside the kernel's ip_local_port_range, by default 32768 to 60999. Default 20000 to 29999.
+    /// Range that connection ports are taken from. Keep it outside the kernel's ip_local_port_range, by default 32768 to 60999. A server keeps its ports while the range has them; where a changed range does not, it gets others and the sessions on the former ones end. Default 20000 to 29999.
     pub connection_ports: ConnectionPorts,
 
     /// Address that clients are told to connect to: an IP address or a DNS name of at most 253 characters. Default: the one their request came to.

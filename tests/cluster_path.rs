@@ -10,6 +10,7 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 use common::cluster::{ApiServer, Space, metric, quick, spec, until};
 use common::{Process, echo, is_cut};
 use kube::ResourceExt;
-use kube::api::{DeleteParams, ListParams, PostParams};
+use kube::api::{DeleteParams, ListParams, PostParams, PropagationPolicy};
 use portpool::client::Client;
 use portpool::session::{Session, SessionRequest};
 use portpool::table::TABLE_KEY;
@@ -221,6 +222,7 @@ async fn without_the_api_server_sessions_are_made_and_connection_servers_restart
     let (_, mut before) = node.session().await;
     echo(&mut before, "before");
     node.mount().await;
+    let pods = node.space.servers("games").await;
     server.stop();
     tokio::time::sleep(Duration::from_secs(1)).await;
     echo(&mut before, "meanwhile");
@@ -243,6 +245,11 @@ async fn without_the_api_server_sessions_are_made_and_connection_servers_restart
     node.space.apply("games", spec(3)).await.unwrap();
     let took = node.space.ready("games").await;
     assert!(took < Duration::from_secs(20), "{took:?}");
+    let now = node.space.servers("games").await;
+    assert!(
+        pods.iter().all(|(name, uid)| now.get(name) == Some(uid)),
+        "no pod was restarted"
+    );
     node.mount().await;
     node.run_pods().await;
     let client = node.client();
@@ -258,6 +265,80 @@ async fn without_the_api_server_sessions_are_made_and_connection_servers_restart
     })
     .await;
     echo(&mut after, "nobody was cut");
+}
+
+#[tokio::test]
+async fn an_etcd_that_stands_still_disturbs_no_session() {
+    let server = Arc::new(ApiServer::own().await);
+    let mut node = Node::new(server.clone(), "standstill", 2).await;
+    node.until_free(8).await;
+    let (_, mut stream) = node.session().await;
+    let pods = node.space.servers("games").await;
+    server.pause_etcd(true);
+    let started = Instant::now();
+    while started.elapsed() < Duration::from_secs(30) {
+        echo(&mut stream, "through the standstill");
+        let (_, mut another) = node.session().await;
+        echo(&mut another, "made in the standstill");
+        drop(another);
+        tokio::time::sleep(Duration::from_secs(2)).await;
+    }
+    server.pause_etcd(false);
+    let resumed = Instant::now();
+    while node.space.apply("games", spec(3)).await.is_err() {
+        assert!(resumed.elapsed() < Duration::from_secs(30));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    node.space.ready("games").await;
+    let took = resumed.elapsed();
+    assert!(took < Duration::from_secs(30), "{took:?}");
+    let now = node.space.servers("games").await;
+    assert!(
+        pods.iter().all(|(name, uid)| now.get(name) == Some(uid)),
+        "no pod was restarted"
+    );
+    node.mount().await;
+    node.run_pods().await;
+    node.until_free(11).await;
+    echo(&mut stream, "nobody was cut");
+}
+
+#[tokio::test]
+async fn a_changed_pool_ends_sessions_only_on_ports_that_go() {
+    let node = Node::new(ApiServer::shared().await, "changed", 2).await;
+    node.until_free(8).await;
+    let (session, mut stream) = node.session().await;
+    echo(&mut stream, "before");
+    // Times, policy, address and a wider range take no port away.
+    let mut other = spec(2);
+    other["sessions"] = json!({ "claimSeconds": 40, "lingerSeconds": 1 });
+    other["loadSharing"] = json!({ "policy": "Packed" });
+    other["connectionServer"] = json!({ "connectionPorts": { "first": 19_000, "last": 29_999 } });
+    node.space.apply("games", other.clone()).await.unwrap();
+    node.space.ready("games").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    echo(&mut stream, "still here");
+    // Another range does.
+    other["connectionServer"] = json!({ "connectionPorts": { "first": 21_000, "last": 21_099 } });
+    node.space.apply("games", other).await.unwrap();
+    node.space.ready("games").await;
+    until("the port is closed", async || {
+        TcpStream::connect((CONNECTION_SERVER, session.port)).is_err()
+    })
+    .await;
+    let ended = stream.read(&mut [0]).map_err(|error| error.kind());
+    assert!(
+        matches!(ended, Ok(0) | Err(ErrorKind::ConnectionReset)),
+        "{ended:?}"
+    );
+    node.until_free(8).await;
+    let (session, mut stream) = node.session().await;
+    assert!(
+        (21_000..=21_099).contains(&session.port),
+        "{}",
+        session.port
+    );
+    echo(&mut stream, "on a new port");
 }
 
 #[tokio::test]
@@ -323,6 +404,7 @@ async fn a_deleted_pool_leaves_nothing_also_while_it_is_being_made() {
         (DeleteParams::background(), true),
         (DeleteParams::foreground(), true),
         (DeleteParams::background(), false),
+        (DeleteParams::foreground(), false),
     ] {
         space.apply("games", spec(3)).await.unwrap();
         if wait_ready {
@@ -346,4 +428,24 @@ async fn a_deleted_pool_leaves_nothing_also_while_it_is_being_made() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(space.owned().await, Vec::<String>::new(), "{parameters:?}");
     }
+    // Orphans are nobody's: they stay, and a new pool of the name says so.
+    space.apply("games", spec(2)).await.unwrap();
+    space.ready("games").await;
+    let (servers, table) = (space.servers("games").await, space.table("games").await);
+    let orphan = DeleteParams {
+        propagation_policy: Some(PropagationPolicy::Orphan),
+        ..DeleteParams::default()
+    };
+    space.pools().delete("games", &orphan).await.unwrap();
+    let started = Instant::now();
+    while space.pools().get_opt("games").await.unwrap().is_some() {
+        assert!(started.elapsed() < Duration::from_secs(90));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    space.apply("games", spec(3)).await.unwrap();
+    space.degraded("games", "belongs to somebody else").await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(space.servers("games").await, servers);
+    assert_eq!(space.table("games").await, table);
 }

@@ -9,9 +9,12 @@ mod common;
 
 use std::time::Duration;
 
-use common::cluster::{Space, quick, spec, until};
-use kube::ResourceExt;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use common::cluster::{KINDS, Space, quick, spec, until};
+use futures::StreamExt;
+use kube::api::{
+    DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams,
+};
+use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
 const QUIET: Duration = Duration::from_secs(8);
@@ -368,52 +371,73 @@ async fn a_pod_that_no_node_takes_is_named_and_can_be_mended() {
     space.ready("games").await;
 }
 
+/// An object of the same kind and shape as `ours`, but nobody's.
+fn strangers(ours: &DynamicObject, kind: &str, name: &str) -> DynamicObject {
+    let mut object = ours.clone();
+    object.metadata = ObjectMeta {
+        name: Some(name.to_owned()),
+        annotations: Some([("test/hands-off".to_owned(), String::new())].into()),
+        ..ObjectMeta::default()
+    };
+    object.data.as_object_mut().unwrap().remove("status");
+    match kind {
+        "Pod" => object.data["spec"] = json!({ "containers": [{ "name": "x", "image": "x" }] }),
+        "Service" => object.data["spec"] = json!({ "ports": [{ "port": 80 }] }),
+        _ => {}
+    }
+    object
+}
+
 #[tokio::test]
-async fn objects_of_others_are_never_taken_over() {
+async fn a_name_that_a_stranger_has_is_told_and_left_to_him_whatever_the_kind() {
     let space = Space::new("strangers").await;
-    let pod = serde_json::from_value(json!({
-        "metadata": { "name": "games-0", "annotations": { "test/hands-off": "" } },
-        "spec": { "containers": [{ "name": "x", "image": "stranger:1" }] },
-    }));
-    let stranger = space
-        .pods()
-        .create(&PostParams::default(), &pod.unwrap())
-        .await
-        .unwrap();
-    let services = space.objects("", "Service", "services");
-    let service = serde_json::from_value(json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "games" }, "spec": { "ports": [{ "port": 80 }] },
-    }));
-    services
-        .create(&PostParams::default(), &service.unwrap())
-        .await
-        .unwrap();
-    space.apply("games", spec(2)).await.unwrap();
-    space
-        .degraded("games", "exists and belongs to somebody else")
-        .await;
-    until("the other slot works", async || {
-        space.servers("games").await.contains_key("games-1")
-    })
-    .await;
-    assert_eq!(
-        space.pods().get("games-0").await.unwrap().uid(),
-        stranger.uid()
-    );
-    assert_eq!(
-        services.get("games").await.unwrap().data["spec"]["ports"][0]["port"],
-        80
-    );
-    services
-        .delete("games", &DeleteParams::default())
-        .await
-        .unwrap();
-    space
-        .pods()
-        .delete("games-0", &DeleteParams::default())
-        .await
-        .unwrap();
+    space.apply("games", quick(1)).await.unwrap();
     space.ready("games").await;
+    let of_pool = ListParams::default().labels("portpool.dev/pool=games");
+    let mut cases = Vec::new();
+    for (group, kind, plural) in KINDS {
+        let api = space.objects(group, kind, plural);
+        for ours in api.list(&of_pool).await.unwrap() {
+            cases.push((api.clone(), kind, ours));
+        }
+    }
+    assert_eq!(cases.len(), 10);
+    let run =
+        async |(index, (api, kind, ours)): (usize, (Api<DynamicObject>, &str, DynamicObject))| {
+            let pool = format!("taken-{index}");
+            let name = ours.name_any().replacen("games", &pool, 1);
+            let object = strangers(&ours, kind, &name);
+            let parameters = PostParams::default();
+            let before = api.create(&parameters, &object).await.unwrap();
+            space.apply(&pool, quick(2)).await.unwrap();
+            let words = format!("{kind} strangers/{name} exists and belongs to somebody else");
+            space.degraded(&pool, &words).await;
+            // Nothing waits for it but the table, which pods need.
+            if kind != "ConfigMap" {
+                until("the other slot works", async || {
+                    space
+                        .servers(&pool)
+                        .await
+                        .contains_key(&format!("{pool}-1"))
+                })
+                .await;
+            }
+            let after = api.get(&name).await.unwrap();
+            assert_eq!(after.uid(), before.uid(), "{words}");
+            assert_eq!(after.labels(), before.labels(), "{words}");
+            assert_eq!(
+                after.owner_references(),
+                before.owner_references(),
+                "{words}"
+            );
+            assert_eq!(after.data["spec"], before.data["spec"], "{words}");
+            assert_eq!(after.data["data"], before.data["data"], "{words}");
+            api.delete(&name, &DeleteParams::default()).await.unwrap();
+            space.ready(&pool).await;
+        };
+    futures::stream::iter(cases.into_iter().enumerate())
+        .for_each_concurrent(None, run)
+        .await;
 }
 
 #[tokio::test]

@@ -399,6 +399,11 @@ async fn names_unknown_fields_and_what_may_not_change_are_refused() {
         let error = space.apply("games", wrong).await.unwrap_err().to_string();
         assert!(error.contains(words), "{path}: {error}");
     }
+    let entry = |index: u16| json!({ "name": format!("p{index}"), "port": 1000 + index });
+    let mut large = quick(751);
+    large["ports"] = (0..8).map(entry).collect();
+    let error = space.apply("games", large).await.unwrap_err().to_string();
+    assert!(error.contains("fits into a ConfigMap"), "{error}");
     // The scale subresource obeys the rules too.
     space.apply("games", base()).await.unwrap();
     let scale = Patch::Merge(json!({ "spec": { "replicas": 26 } }));

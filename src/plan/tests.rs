@@ -2,6 +2,7 @@ use super::*;
 use crate::pool::{
     ConnectionPorts, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol,
 };
+use crate::table::MAX_ENCODED_BYTES;
 use proptest::prelude::*;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -469,4 +470,40 @@ proptest! {
         prop_assert_eq!(active, usize::try_from(replicas).unwrap());
         prop_assert_eq!(world.servers.len(), active);
     }
+}
+
+#[test]
+fn the_largest_table_fits_into_a_config_map() {
+    let entries = (0..8).map(|index| PortEntry {
+        protocol: PortProtocol::TCPUDP,
+        shared: true,
+        ..entry(&format!("fifteen-bytes-{index}"), 40_000 + index, 7)
+    });
+    let mut resource = resource(750, entries.collect(), 65_535);
+    resource.spec.connection_server.connection_ports.first = 7_800;
+    resource.metadata.name = Some("x".repeat(52));
+    let mut too_large = resource.clone();
+    too_large.spec.replicas = 751;
+    let problems = ValidPool::new(&too_large).unwrap_err();
+    assert_eq!(problems[0].path, "spec.ports", "{problems:?}");
+    let pool = ValidPool::new(&resource).unwrap();
+    let servers: Vec<ObservedServer> = (0..750)
+        .map(|slot| ObservedServer {
+            slot,
+            uid: "6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10".to_owned(),
+            address: Some("2001:db8:1234:5678:9abc:def0:1234:5678".parse().unwrap()),
+            is_ready: true,
+            ..ObservedServer::default()
+        })
+        .collect();
+    let observed = Observed {
+        uid: "6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10",
+        table: None,
+        generation: 0,
+        servers: &servers,
+    };
+    let table = plan(&pool, &observed, Timestamp::UNIX_EPOCH, LIMIT).table;
+    assert_eq!(table.rows.len(), 750);
+    let bytes = table.encode().unwrap().len();
+    assert!(bytes < MAX_ENCODED_BYTES * 9 / 10, "{bytes} bytes");
 }

@@ -9,7 +9,7 @@ use kube::ResourceExt;
 
 use crate::pool::{
     AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Exposure, LoadSharing, MAX_PORT_ENTRIES,
-    MAX_REPLICAS, PodTemplate, PortProtocol, ProcessingPool, ProxyProtocol, Sessions,
+    MAX_RANGES, MAX_REPLICAS, PodTemplate, PortProtocol, ProcessingPool, ProxyProtocol, Sessions,
 };
 use crate::table::TargetPort;
 
@@ -188,6 +188,12 @@ impl ValidPool {
         if needed > there && first <= last {
             problems.push(Problem::new("spec.connectionServer.connectionPorts", format!(
                 "{replicas} servers with {per_server} ports each need {needed} connection ports, but {first} to {last} has {there}: widen connectionPorts, or lower replicas or the ports' counts"
+            )));
+        }
+        let ranges = replicas.saturating_mul(u32::try_from(entries.len()).unwrap_or(u32::MAX));
+        if ranges > MAX_RANGES {
+            problems.push(Problem::new("spec.ports", format!(
+                "{replicas} servers with {} entries make {ranges} ranges; {MAX_RANGES} fit into the port-relationship table: lower replicas or merge entries", entries.len()
             )));
         }
         let drain_seconds = number(

@@ -101,7 +101,7 @@ pub struct ApiServer {
     kubeconfig: PathBuf,
     controller_manager: Mutex<Option<Server>>,
     api_server: Mutex<Option<Server>>,
-    _etcd: Server,
+    etcd: Server,
     arguments: Vec<String>,
     folder: tempfile::TempDir,
 }
@@ -184,7 +184,7 @@ impl ApiServer {
             kubeconfig,
             controller_manager: Mutex::new(None),
             api_server: Mutex::new(None),
-            _etcd: etcd,
+            etcd,
             arguments,
             folder,
         };
@@ -202,6 +202,30 @@ impl ApiServer {
     /// Kills the API server; etcd keeps what it knew.
     pub fn stop(&self) {
         self.api_server.lock().unwrap().take();
+    }
+
+    /// Stops etcd with SIGSTOP, or lets it go on.
+    pub fn pause_etcd(&self, is_paused: bool) {
+        let signal = match is_paused {
+            true => rustix::process::Signal::STOP,
+            false => rustix::process::Signal::CONT,
+        };
+        // The program, not what supervises it.
+        let supervisor = self.etcd.child.id();
+        let threads = std::fs::read_dir(format!("/proc/{supervisor}/task")).unwrap();
+        let mut paused = 0;
+        for thread in threads {
+            let children = thread.unwrap().path().join("children");
+            for child in std::fs::read_to_string(children)
+                .unwrap()
+                .split_whitespace()
+            {
+                let pid = rustix::process::Pid::from_raw(child.parse().unwrap()).unwrap();
+                rustix::process::kill_process(pid, signal).unwrap();
+                paused += 1;
+            }
+        }
+        assert_eq!(paused, 1, "etcd is the supervisor's only child");
     }
 
     /// Starts kube-controller-manager: garbage collection, Deployments.
