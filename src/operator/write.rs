@@ -5,10 +5,8 @@ use std::sync::Arc;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use http::Request;
-use kube::api::{
-    DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, Preconditions,
-};
+use http::{Request, header};
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions};
 use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 
@@ -21,6 +19,9 @@ use crate::plan::status::Blocker;
 
 /// Pods that are created or deleted at the same time.
 const PODS_AT_ONCE: usize = 48;
+
+/// Asks for the metadata of what was written.
+const METADATA_ONLY: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
 
 /// Why a write has failed.
 #[derive(Debug, thiserror::Error)]
@@ -148,37 +149,45 @@ impl Writer<'_> {
     }
 
     async fn create_pod(&self, pod: Value) -> Result<(), Error> {
-        let name = of(&pod, "/metadata/name").to_owned();
-        let failed = || self.failed("create", "Pod", &name);
-        let api = self.api("Pod");
-        let object: DynamicObject = serde_json::from_value(pod)
-            .map_err(|error| failed()(kube::Error::SerdeError(error)))?;
-        let is_labelled = |pod: &DynamicObject| {
-            let ours = [MANAGED_BY, POOL_LABEL, COMPONENT_LABEL];
-            ours.iter()
-                .all(|label| pod.labels().get(*label) == object.labels().get(*label))
-        };
-        let parameters = PostParams {
-            field_manager: Some(MANAGER.to_owned()),
-            ..PostParams::default()
-        };
+        let name = of(&pod, "/metadata/name");
+        let failed = || self.failed("create", "Pod", name);
         self.metrics.wrote("create");
-        match api.create(&parameters, &object).await {
-            Ok(_) => Ok(()),
+        let parameters = format!("fieldManager={MANAGER}");
+        match self.post_pod(&pod, &parameters).await {
+            Ok(()) => Ok(()),
             // Ours when an earlier reply was lost, or the watch is behind.
             Err(kube::Error::Api(status)) if status.is_already_exists() => {
-                match api.get_opt(&name).await.map_err(failed())? {
-                    Some(pod) if !is_owned(&pod, self.uid) => {
-                        Err(Error::NameTaken(self.called("Pod", &name)))
+                let is_labelled = |found: &DynamicObject| {
+                    let wanted = &pod["metadata"]["labels"];
+                    let mut ours = [MANAGED_BY, POOL_LABEL, COMPONENT_LABEL].into_iter();
+                    ours.all(|label| {
+                        found.labels().get(label).map(String::as_str) == wanted[label].as_str()
+                    })
+                };
+                match self.api("Pod").get_opt(name).await.map_err(failed())? {
+                    Some(found) if !is_owned(&found, self.uid) => {
+                        Err(Error::NameTaken(self.called("Pod", name)))
                     }
-                    Some(pod) if !is_labelled(&pod) => {
-                        Err(Error::LabelsLost(self.called("Pod", &name)))
+                    Some(found) if !is_labelled(&found) => {
+                        Err(Error::LabelsLost(self.called("Pod", name)))
                     }
                     _ => Ok(()),
                 }
             }
             Err(error) => Err(failed()(error)),
         }
+    }
+
+    /// Posts `pod`. The answer has the metadata only: encoding the pod anew
+    /// would be a good part of the API server's work.
+    async fn post_pod(&self, pod: &Value, parameters: &str) -> kube::Result<()> {
+        let path = format!("{}?{parameters}", self.api("Pod").resource_url());
+        let request = Request::post(path)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::ACCEPT, METADATA_ONLY)
+            .body(pod.to_string().into_bytes())
+            .map_err(kube::Error::HttpError)?;
+        self.client.request_text(request).await.map(|_| ())
     }
 
     /// Deletes pods by name and uid; others of the name stay.
@@ -224,21 +233,15 @@ impl Writer<'_> {
     /// included.
     pub(super) async fn check_pod(&self, mut pod: Value) -> Result<(), Error> {
         let name = format!("{}-check", of(&pod, "/metadata/name"));
-        let failed = || self.failed("create", "Pod", &name);
         pod["metadata"]["name"] = name.clone().into();
-        let path = self.api("Pod").resource_url().to_owned();
-        let path = format!("{path}?dryRun=All&fieldValidation=Strict&fieldManager={MANAGER}");
-        let request = Request::post(path)
-            .header(http::header::CONTENT_TYPE, "application/json")
-            .body(pod.to_string().into_bytes())
-            .map_err(|error| failed()(kube::Error::HttpError(error)))?;
-        match self.client.request::<Value>(request).await {
-            Ok(_) => Ok(()),
+        let parameters = format!("dryRun=All&fieldValidation=Strict&fieldManager={MANAGER}");
+        match self.post_pod(&pod, &parameters).await {
+            Ok(()) => Ok(()),
             Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
             // Not about the template: where old pods fill the quota, one of
             // them goes first. The API has only words for it.
             Err(kube::Error::Api(status)) if status.message.contains("exceeded quota") => Ok(()),
-            Err(error) => Err(failed()(error)),
+            Err(error) => Err(self.failed("create", "Pod", &name)(error)),
         }
     }
 
