@@ -539,3 +539,54 @@ async fn connection_ports_come_before_the_load_sharing_ports_node_port() {
     let ports: Vec<u64> = ports.filter_map(|port| port["nodePort"].as_u64()).collect();
     assert_eq!(ports, (32_000..32_008).collect::<Vec<_>>());
 }
+
+#[tokio::test]
+async fn a_controller_of_two_namespaces_leaves_the_pools_of_a_third_alone() {
+    let mut other = Space::new("third").await;
+    other.apply("games", quick(2)).await.unwrap();
+    other.ready("games").await;
+    other.controller = None;
+    // There is much to do.
+    let maps = other.objects("", "ConfigMap", "configmaps");
+    let parameters = DeleteParams::default();
+    maps.delete("games-port-table", &parameters).await.unwrap();
+    other.apply("games", quick(3)).await.unwrap();
+    other.apply("unseen", quick(1)).await.unwrap();
+    let versions = async || {
+        let mut versions = Vec::new();
+        for (group, kind, plural) in KINDS {
+            let api = other.objects(group, kind, plural);
+            let found = api.list(&ListParams::default()).await.unwrap();
+            versions.extend(found.iter().map(|object| {
+                let version = object.resource_version().unwrap();
+                (kind, object.name_any(), version)
+            }));
+        }
+        let pools = other.pools().list(&ListParams::default()).await.unwrap();
+        versions.extend(pools.iter().map(|pool| {
+            let version = pool.resource_version().unwrap();
+            ("ProcessingPool", pool.name_any(), version)
+        }));
+        versions
+    };
+    let before = versions().await;
+
+    let server = other.server.clone();
+    let mut first = Space::without_controller(server.clone(), "first").await;
+    let second = Space::without_controller(server.clone(), "second").await;
+    let more = ["--namespace=second".to_owned()];
+    let controller = first.controller_with(server.kubeconfig(), first.admin_port, &more);
+    first.controller = Some(controller);
+    for replicas in [2, 3] {
+        for space in [&first, &second] {
+            space.apply("games", quick(replicas)).await.unwrap();
+            space.ready("games").await;
+        }
+    }
+    assert_eq!(versions().await, before);
+
+    // Whoever looks after them does it.
+    other.start_controller();
+    other.ready("games").await;
+    other.ready("unseen").await;
+}
