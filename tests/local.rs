@@ -480,7 +480,7 @@ fn wrong_input_is_named_and_nothing_starts() {
         ),
         (
             good.replacen("spec:", &format!("{server} {{loadSharingPort: 7701}}"), 1),
-            "admin port: 127.0.0.1:7701 is needed for spec.connectionServer.loadSharingPort too",
+            ":10:22: spec.connectionServer.loadSharingPort: must not include 7701",
         ),
         (
             good.replacen(

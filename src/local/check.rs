@@ -1,7 +1,7 @@
 //! What must hold before anything is started: everything that would fail
 //! later is named now.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
@@ -170,28 +170,19 @@ fn of(range: &PortRange, address: IpAddr, port: u16) -> impl Iterator<Item = Soc
     tcp.into_iter().chain(udp)
 }
 
-/// Sockets but `ours` that are needed twice, or that other programs have.
+/// Sockets but `ours` that other programs have. None is needed twice: a valid
+/// pool keeps its ports apart, and each server has an address of its own.
 fn ports_in_use(
     needed: impl Iterator<Item = (Socket, &'static str)>,
     ours: &HashSet<Socket>,
 ) -> Vec<Problem> {
-    let mut needed_for = HashMap::new();
     let problems = needed.filter_map(|(socket, path)| {
-        let (Socket::Tcp(address) | Socket::Udp(address)) = socket;
-        if let Some(other) = needed_for.insert(socket, path) {
-            let message = format!("{address} is needed for {other} too: choose another port");
-            return Some(Problem::new(path, message));
-        }
-        let bound = match socket {
-            _ if ours.contains(&socket) => Ok(()),
-            Socket::Tcp(address) => TcpListener::bind(address).map(drop),
-            Socket::Udp(address) => UdpSocket::bind(address).map(drop),
+        let (transport, address, bound) = match socket {
+            _ if ours.contains(&socket) => return None,
+            Socket::Tcp(address) => ("TCP", address, TcpListener::bind(address).map(drop)),
+            Socket::Udp(address) => ("UDP", address, UdpSocket::bind(address).map(drop)),
         };
         let error = bound.err()?;
-        let transport = match socket {
-            Socket::Tcp(_) => "TCP",
-            Socket::Udp(_) => "UDP",
-        };
         let message = format!(
             "{transport} {address} cannot be listened on: {error}; stop what uses it, or choose another port"
         );
