@@ -817,6 +817,27 @@ fn every_short_order_of_events_keeps_the_rules() {
     assert_eq!(played, 3 * 15u32.pow(4));
 }
 
+/// A session is given back to an agent that has restarted and does not know it
+/// yet; another connection server's greeting must not bring it back.
+#[test]
+fn a_session_given_back_to_a_restarted_agent_stays_over() {
+    play(
+        2,
+        &[
+            Event::Select(0, 1),
+            Event::ToAgent(0, 1),
+            Event::FromAgent(1, 1),
+            Event::Client(0, 1),
+            Event::Release(0, 1, 0),
+            Event::Select(0, 0),
+            Event::Close,
+            Event::RestartAgent(1, true),
+            Event::Client(0, 1),
+            Event::Attach(1, 1),
+        ],
+    );
+}
+
 fn event() -> impl Strategy<Value = Event> {
     let (server, agent, offset) = (0..SERVERS, 0..2usize, 0..PORTS);
     let pair = || (0..SERVERS, 0..2usize);

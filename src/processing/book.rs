@@ -152,6 +152,9 @@ pub struct Book {
     /// Until when nothing is offered, so that connection servers can report
     /// sessions made before a restart.
     recovering_until: Option<Duration>,
+    /// Sessions that were given back while recovering, before any greeting
+    /// told of them: another server's must not bring them back.
+    released_unseen: BTreeSet<String>,
     row_draining: bool,
     stopping: bool,
 }
@@ -170,6 +173,7 @@ impl Book {
             connection_servers: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             recovering_until,
+            released_unseen: BTreeSet::new(),
             row_draining: false,
             stopping: false,
         }
@@ -256,6 +260,7 @@ impl Book {
             return false;
         };
         if !self.is_recovering(now)
+            || self.released_unseen.contains(&known.session_id)
             || known.session_id.len() > MAX_ID_BYTES
             || known.session_id.is_empty()
         {
@@ -383,6 +388,9 @@ impl Book {
                 if self.sessions.contains_key(session_id) {
                     self.end(session_id, end::Cause::Released, &mut notices);
                 } else {
+                    if self.is_recovering(now) && session_id.len() <= MAX_ID_BYTES {
+                        self.released_unseen.insert(session_id.clone());
+                    }
                     let to = To::One(name.to_owned());
                     notices.push(end_notice(to, session_id, end::Cause::Unknown));
                 }
@@ -413,6 +421,7 @@ impl Book {
         let is_due = |at: Option<Duration>| at.is_some_and(|at| at <= now.monotonic);
         if is_due(self.recovering_until) {
             self.recovering_until = None;
+            self.released_unseen = BTreeSet::new();
         }
         let gone: Vec<String> = self
             .connection_servers
