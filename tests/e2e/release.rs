@@ -56,40 +56,55 @@ async fn an_upgrade_replaces_everything_and_fails_no_client() {
     world.end().await;
 }
 
+/// Kind and name of every object but events: of those with or without
+/// namespace, as `scope` says, the ones that `more` selects.
+fn names(scope: &str, more: &[&str]) -> Vec<String> {
+    let kinds = ["api-resources", "--verbs=list", "--output=name", scope];
+    let kinds = run("kubectl", &kinds, "").unwrap();
+    let kinds = kinds.lines().filter(|kind| !kind.starts_with("events"));
+    let kinds = kinds.collect::<Vec<_>>().join(",");
+    let get = ["get", &kinds, "--output=name", "--ignore-not-found"];
+    let found = run("kubectl", &[&get[..], more].concat(), "").unwrap();
+    found.lines().map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs a cluster: make e2e"]
+async fn helm_test_passes_bytes_and_leaves_nothing() {
+    let world = World::new("e2e-helm-test").await;
+    let there = || names("--namespaced=true", &["--namespace", RELEASE]);
+    let before = there();
+    let started = Instant::now();
+    let told = helm(&["test", RELEASE, "--namespace", RELEASE, "--logs"]);
+    tell("helm test: passed", started.elapsed());
+    println!("{told}");
+    for answer in ["hello over tcp", "hello over udp"] {
+        assert!(told.lines().any(|line| line.contains(answer)), "{answer}");
+    }
+    until("the test's objects are gone", LIMIT, async || {
+        // Pods of the release before may still end.
+        let left = there().into_iter().filter(|name| !before.contains(name));
+        expect(left.collect::<Vec<_>>(), Vec::is_empty)
+    })
+    .await;
+    tell("helm test: nothing is left", started.elapsed());
+    world.end().await;
+}
+
 /// What is in the cluster of the release and of pools, by kind and name.
 fn left_overs() -> Vec<String> {
-    let get = |scope: &str, more: &[&str]| {
-        let kinds = [
-            &["api-resources", "--verbs=list", "--output=name"],
-            &[scope][..],
-        ]
-        .concat();
-        let kinds = run("kubectl", &kinds, "").unwrap();
-        let kinds = kinds.lines().filter(|kind| !kind.starts_with("events"));
-        let kinds = kinds.collect::<Vec<_>>().join(",");
-        let get = ["get", &kinds, "--output=name", "--ignore-not-found"];
-        run("kubectl", &[&get[..], more].concat(), "").unwrap()
-    };
     let release = format!("--selector=app.kubernetes.io/instance={RELEASE}");
     let pools = "--selector=app.kubernetes.io/managed-by=portpool";
     let found = [
-        get("--namespaced=false", &[&release]),
-        get("--namespaced=true", &["--all-namespaces", &release]),
-        get("--namespaced=true", &["--all-namespaces", pools]),
-        get("--namespaced=true", &["--namespace", RELEASE]),
+        names("--namespaced=false", &[&release]),
+        names("--namespaced=true", &["--all-namespaces", &release]),
+        names("--namespaced=true", &["--all-namespaces", pools]),
+        names("--namespaced=true", &["--namespace", RELEASE]),
     ];
-    // What every namespace has; and the lease, which goes with the namespace,
-    // as those of other controllers do.
-    let usual = [
-        "configmap/kube-root-ca.crt",
-        "serviceaccount/default",
-        "lease.coordination.k8s.io/portpool-controller",
-    ];
-    let found = found.iter().flat_map(|names| names.lines());
-    found
-        .filter(|name| !usual.contains(name))
-        .map(str::to_owned)
-        .collect()
+    // What every namespace has.
+    let usual = ["configmap/kube-root-ca.crt", "serviceaccount/default"];
+    let found = found.into_iter().flatten();
+    found.filter(|name| !usual.contains(&&**name)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
