@@ -77,7 +77,9 @@ async fn a_deleted_pod_comes_back_with_its_ports_while_others_serve() {
     let asker = world.asker();
     let mut sessions = [Live::new(&asker).await, Live::new(&asker).await];
     sessions.sort_by_key(|live| live.session.server.clone());
-    let [_lost, mut kept] = sessions;
+    let [lost, mut kept] = sessions;
+    assert_eq!(lost.session.server, "games-0");
+    assert_eq!(kept.session.server, "games-1");
     let uid = world.pods("processing-server").await["games-0"]
         .metadata
         .uid
@@ -86,16 +88,13 @@ async fn a_deleted_pod_comes_back_with_its_ports_while_others_serve() {
     let at_once = DeleteParams::default().grace_period(0);
     pods.delete("games-0", &at_once).await.unwrap();
     let started = Instant::now();
-    until("another games-0", LIMIT, async || {
-        let pods = world.pods("processing-server").await;
-        let found = pods.get("games-0").map(|pod| pod.metadata.uid.clone());
-        kept.session
-            .server
-            .contains("games-1")
-            .then_some(())
-            .ok_or("games-1 has no session")?;
+    until("another games-0 is ready", LIMIT, async || {
+        let pod = world.pods("processing-server").await.remove("games-0");
+        let found = pod.map(|pod| (is_ready(&pod), pod.metadata.uid));
         expect(found, |found| {
-            found.is_some() && *found != Some(uid.clone())
+            found
+                .as_ref()
+                .is_some_and(|(ready, other)| *ready && *other != uid)
         })
     })
     .await;

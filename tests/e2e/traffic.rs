@@ -68,8 +68,8 @@ pub struct Traffic {
 pub struct Report {
     /// Sessions over which bytes were exchanged.
     pub sessions: u32,
-    /// What went wrong otherwise, and when.
-    pub failures: Vec<String>,
+    /// What went wrong otherwise, and how long after the start.
+    pub failures: Vec<(Duration, String)>,
     /// Longest time from one session's end to the next one's.
     pub longest_gap: Duration,
 }
@@ -103,13 +103,19 @@ impl Traffic {
         self.stopping.store(true, Ordering::Relaxed);
         let report = self.clients.await.unwrap();
         println!(
-            "traffic meanwhile: {} sessions, {} failures, longest gap {:.2} s{}{}",
+            "traffic meanwhile: {} sessions, {} failures, longest gap {:.2} s",
             report.sessions,
             report.failures.len(),
             report.longest_gap.as_secs_f64(),
-            if report.failures.is_empty() { "" } else { "; " },
-            report.failures.join("; "),
         );
+        for same in report.failures.chunk_by(|one, next| one.1 == next.1) {
+            let (at, error) = &same[0];
+            println!(
+                "  {} times from {:.1} s: {error}",
+                same.len(),
+                at.as_secs_f64()
+            );
+        }
         report
     }
 }
@@ -134,10 +140,7 @@ async fn come_and_go(
                 report.longest_gap = report.longest_gap.max(last.elapsed());
                 last = Instant::now();
             }
-            Err(error) => {
-                let at = started.elapsed().as_secs_f64();
-                report.failures.push(format!("at {at:.1} s {error}"));
-            }
+            Err(error) => report.failures.push((started.elapsed(), error)),
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
