@@ -164,20 +164,22 @@ async fn a_killed_connection_server_is_replaced_while_the_other_serves() {
     })
     .await;
     tell("killed connection server: two are ready", started.elapsed());
+    // Agents keep ports that it may still forward to, lest two clients get
+    // one: all of these few, as clients come so fast.
+    traffic.goes_on(50).await;
+    tell(
+        "killed connection server: 50 more clients are served",
+        started.elapsed(),
+    );
     let report = traffic.end().await;
-    // Agents wait for it, lest two clients get one port.
+    // Those whose connection it had, and those that kube-proxy still sent there.
+    assert!(
+        report.sessions > 0 && report.longest_gap < Duration::from_secs(20),
+        "{report:?}"
+    );
     world
         .live("all ports are free", |state| state.free_ports == 8)
         .await;
-    tell(
-        "killed connection server: all ports are free",
-        started.elapsed(),
-    );
-    // Those whose connection it had, and those that kube-proxy still sent there.
-    assert!(
-        report.sessions > 0 && report.longest_gap < Duration::from_secs(10),
-        "{report:?}"
-    );
     world.end().await;
 }
 
