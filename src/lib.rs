@@ -32,13 +32,14 @@
 //! table        → pool
 //! session      → pool
 //! selection    the protocol between connection servers and agents
+//! sock_diag    questions to the kernel about sockets
 //! plan         → pool, table                     pure
 //! manifest     → pool, plan                      YAML files
 //! follow       → table                           a file or ConfigMap as a watch
 //! admin        → table                           /livez, /readyz, /metrics
 //! connection   → pool, table, session, selection, follow, admin    a role
-//!   forward    → pool, table                     the data plane: epoll, own threads
-//! processing   → pool, table, selection, follow, admin             a role
+//!   forward    → pool, table, sock_diag          the data plane: epoll, own threads
+//! processing   → pool, table, selection, follow, admin, sock_diag  a role
 //! client       → pool, session
 //! operator     → pool, table, session, plan, follow, client, admin a role
 //! local        → pool, table, session, plan, manifest, follow, client, connection
@@ -71,5 +72,6 @@ pub mod pool;
 pub mod processing;
 pub mod selection;
 pub mod session;
+pub mod sock_diag;
 pub mod table;
 pub mod telemetry;

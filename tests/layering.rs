@@ -17,11 +17,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("table", &["pool"]),
     ("session", &["pool"]),
     ("selection", &[]),
+    ("sock_diag", &[]),
     ("plan", &["pool", "table"]),
     ("manifest", &["pool", "plan"]),
     ("follow", &["table", "pool"]),
     ("admin", &["table"]),
-    ("connection/forward", &["pool", "table", "connection"]),
+    (
+        "connection/forward",
+        &["pool", "table", "sock_diag", "connection"],
+    ),
     (
         "connection",
         &[
@@ -36,7 +40,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     (
         "processing",
-        &["pool", "table", "selection", "follow", "admin"],
+        &["pool", "table", "selection", "follow", "admin", "sock_diag"],
     ),
     ("client", &["pool", "session"]),
     (
@@ -67,6 +71,7 @@ const PURE: &[&str] = &[
     "pool",
     "table",
     "plan",
+    "sock_diag",
     "connection/policy",
     "connection/load_sharing",
     "connection/forward",

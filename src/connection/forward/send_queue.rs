@@ -1,89 +1,32 @@
 //! How much of what was sent a TCP socket's peer has not acknowledged yet.
 //!
 //! The `ioctl` for it has no safe wrapper, so the kernel is asked through
-//! `NETLINK_SOCK_DIAG`, as `ss` does: one message there and back, about 10 µs.
-//! It needs no privilege.
-//!
-//! Source: sock_diag(7); Linux `include/uapi/linux/inet_diag.h`.
+//! `NETLINK_SOCK_DIAG`: one message there and back, about 10 µs.
 
-use std::net::{IpAddr, SocketAddr};
+use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use rustix::io::Errno;
-use rustix::net::{
-    self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, netlink,
-};
+use rustix::net;
 
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const NLM_F_REQUEST: u16 = 1;
-/// `struct nlmsghdr` and `struct inet_diag_req_v2`.
-const REQUEST_BYTES: usize = 16 + 56;
-/// Where `idiag_wqueue` lies in an answer: behind `struct nlmsghdr`, four
-/// bytes, `struct inet_diag_sockid`, and two words.
-const QUEUE_OFFSET: usize = 16 + 4 + 48 + 8;
+use crate::sock_diag::SockDiag;
 
 /// A way to ask.
 #[derive(Debug)]
-pub(super) struct SendQueues {
-    netlink: OwnedFd,
-}
+pub(super) struct SendQueues(SockDiag);
 
 impl SendQueues {
-    pub(super) fn open() -> Result<Self, Errno> {
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let (family, kind) = (AddressFamily::NETLINK, SocketType::DGRAM);
-        let netlink = net::socket_with(family, kind, flags, Some(netlink::SOCK_DIAG))?;
-        Ok(Self { netlink })
+    pub(super) fn open() -> io::Result<Self> {
+        SockDiag::open().map(Self)
     }
 
     /// Bytes sent on `socket` and not acknowledged. `None` when the connection
     /// is gone, or the kernel does not tell.
-    pub(super) fn unacknowledged(&self, socket: &OwnedFd) -> Option<u32> {
+    pub(super) fn unacknowledged(&mut self, socket: &OwnedFd) -> Option<u32> {
         let local = SocketAddr::try_from(net::getsockname(socket).ok()?).ok()?;
         let peer = SocketAddr::try_from(net::getpeername(socket).ok()??).ok()?;
-        let request = request(local, peer);
-        net::send(&self.netlink, &request, SendFlags::empty()).ok()?;
-        let mut answer = [0u8; 512];
-        let (length, _) = net::recv(&self.netlink, &mut answer, RecvFlags::empty()).ok()?;
-        let answer = &answer[..length];
-        let kind = u16::from_ne_bytes(answer.get(4..6)?.try_into().ok()?);
-        let queue = answer.get(QUEUE_OFFSET..QUEUE_OFFSET + 4)?;
-        (kind == SOCK_DIAG_BY_FAMILY).then(|| queue.try_into().map(u32::from_ne_bytes).ok())?
+        self.0.unacknowledged(local, peer).ok()
     }
-}
-
-fn request(local: SocketAddr, peer: SocketAddr) -> Vec<u8> {
-    let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
-    let family = match local_ip {
-        IpAddr::V4(_) => AddressFamily::INET,
-        IpAddr::V6(_) => AddressFamily::INET6,
-    };
-    let mut request = Vec::with_capacity(REQUEST_BYTES);
-    let length = u32::try_from(REQUEST_BYTES).expect("it is small");
-    request.extend(length.to_ne_bytes());
-    request.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    request.extend(NLM_F_REQUEST.to_ne_bytes());
-    // Sequence number and sender: there is one question at a time.
-    request.extend([0; 8]);
-    let protocol = u8::try_from(ipproto::TCP.as_raw().get()).expect("protocols have 8 bits");
-    let family = u8::try_from(family.as_raw()).expect("families have 8 bits");
-    request.extend([family, protocol, 0, 0]);
-    // All states.
-    request.extend(u32::MAX.to_ne_bytes());
-    request.extend(local.port().to_be_bytes());
-    request.extend(peer.port().to_be_bytes());
-    for address in [local_ip, peer_ip] {
-        let mut words = [0; 16];
-        match address {
-            IpAddr::V4(address) => words[..4].copy_from_slice(&address.octets()),
-            IpAddr::V6(address) => words.copy_from_slice(&address.octets()),
-        }
-        request.extend(words);
-    }
-    // Any interface, and no cookie.
-    request.extend([0; 4]);
-    request.extend([0xff; 8]);
-    request
 }
 
 #[cfg(test)]
@@ -102,8 +45,8 @@ mod tests {
             let mut sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let (mut receiver, _) = listener.accept().unwrap();
             sender.set_nonblocking(true).unwrap();
-            let queues = SendQueues::open().unwrap();
-            let queued =
+            let mut queues = SendQueues::open().unwrap();
+            let mut queued =
                 |sender: &TcpStream| queues.unacknowledged(&sender.try_clone().unwrap().into());
             assert_eq!(queued(&sender), Some(0));
             let mut written = 0;
