@@ -160,7 +160,10 @@ async fn tables_that_are_turned_down_are_counted_by_every_reader() {
         until_metric(pool.connection_address(0), 7701, &line);
         until_metric(pool.server_address(0), 7071, &line);
     };
-    std::fs::write(pool.table_file(), "{").unwrap();
+    // In one move: a file that is being written is seen empty first.
+    let draft = pool.table_file().with_extension("draft");
+    std::fs::write(&draft, "{").unwrap();
+    std::fs::rename(draft, pool.table_file()).unwrap();
     counted("invalid");
     let mut older = pool.table.clone();
     older.generation = 6;
