@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{BoxFuture, FutureExt, Shared};
 use futures::stream::{BoxStream, StreamExt};
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, TypeMeta};
 use kube::runtime::reflector::{ObjectRef, Store, store::Writer};
@@ -81,7 +82,12 @@ pub(super) fn resource(kind: &str) -> ApiResource {
 type Changes = BoxStream<'static, Result<DynamicObject, watcher::Error>>;
 
 /// What the watches know: objects with our label, without what is not needed.
-pub(super) struct Stores(HashMap<&'static str, Store<DynamicObject>>);
+pub(super) struct Stores {
+    of_kinds: HashMap<&'static str, Store<DynamicObject>>,
+    /// Ends when every first list is complete. One wait for all reconciles: of
+    /// several that wait for a store itself, it wakes only the last.
+    ready: Shared<BoxFuture<'static, ()>>,
+}
 
 impl Stores {
     /// Watches every kind; the streams drive the stores.
@@ -118,16 +124,27 @@ impl Stores {
                 reflector(writer, changes).touched_objects().boxed(),
             ));
         }
-        (Self(stores), streams)
+        (Self::of(stores), streams)
+    }
+
+    fn of(of_kinds: HashMap<&'static str, Store<DynamicObject>>) -> Self {
+        let stores: Vec<_> = of_kinds.values().cloned().collect();
+        let ready = async move {
+            for store in stores {
+                // It fails when the watch has ended, as at shutdown.
+                let _ = store.wait_until_ready().await;
+            }
+        };
+        Self {
+            of_kinds,
+            ready: ready.boxed().shared(),
+        }
     }
 
     /// Waits until every first list is complete: what is missing before that
     /// may exist.
     pub(super) async fn ready(&self) {
-        for store in self.0.values() {
-            // It fails when the watch has ended, as at shutdown.
-            let _ = store.wait_until_ready().await;
-        }
+        self.ready.clone().await;
     }
 
     pub(super) fn get(
@@ -137,7 +154,7 @@ impl Stores {
         name: &str,
     ) -> Option<Arc<DynamicObject>> {
         let reference = ObjectRef::new_with(name, resource(kind)).within(namespace);
-        self.0.get(kind)?.get(&reference)
+        self.of_kinds.get(kind)?.get(&reference)
     }
 
     /// Objects of `kind` with the label of the pool.
@@ -147,7 +164,11 @@ impl Stores {
         namespace: &str,
         pool: &str,
     ) -> Vec<Arc<DynamicObject>> {
-        let store = self.0.get(kind).map(Store::state).unwrap_or_default();
+        let store = self
+            .of_kinds
+            .get(kind)
+            .map(Store::state)
+            .unwrap_or_default();
         let is_of_pool = |object: &Arc<DynamicObject>| {
             object.namespace().as_deref() == Some(namespace)
                 && object
@@ -432,5 +453,29 @@ fn address(stores: &Stores, namespace: &str, pool: &ValidPool, pods: &Pods) -> O
                 .find_map(|pod| text(pod, "/status/hostIP"));
             host.map(|host| format!("{host}:{port}"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn all_reconciles_go_on_when_the_first_lists_are_complete() {
+        let mut writer = Writer::new(resource("Pod"));
+        let stores = Arc::new(Stores::of(HashMap::from([("Pod", writer.as_reader())])));
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let stores = stores.clone();
+                tokio::spawn(async move { stores.ready().await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        assert!(waiting.iter().all(|reconcile| !reconcile.is_finished()));
+        writer.apply_watcher_event(&watcher::Event::Init);
+        writer.apply_watcher_event(&watcher::Event::InitDone);
+        let all = futures::future::join_all(waiting);
+        let ended = tokio::time::timeout(Duration::from_secs(5), all).await;
+        assert!(ended.is_ok(), "some wait for ever");
     }
 }
