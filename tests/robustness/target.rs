@@ -211,9 +211,11 @@ impl Proxy {
     }
 
     pub fn connect(&self, index: u16) -> TcpStream {
-        let stream = TcpStream::connect(self.port(index)).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
-        stream
+        let socket =
+            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        self.finish_connecting(&socket, index);
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        socket.into()
     }
 
     /// A connection from an address of this test's network.
@@ -222,8 +224,18 @@ impl Proxy {
             socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         let from = SocketAddr::new(self.address(host), 0);
         socket.bind(&from.into()).unwrap();
-        socket.connect(&self.port(index).into()).unwrap();
+        self.finish_connecting(&socket, index);
         socket.into()
+    }
+
+    /// A client that is refused may hear it while it still connects: it goes on
+    /// as one that was reset.
+    fn finish_connecting(&self, socket: &socket2::Socket, index: u16) {
+        match socket.connect(&self.port(index).into()) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {}
+            Err(error) => panic!("connection port {index}: {error}"),
+        }
     }
 
     /// The same, not connected yet.
