@@ -319,13 +319,18 @@ impl Proxy {
         costs.min().unwrap()
     }
 
-    /// Expects rounds of `count` each to cost the same at the end as before.
+    /// Expects rounds of `count` each to cost as much at the end as before.
+    /// What grows by each client would cost seven times as much by then; being
+    /// woken for each costs up to three times what a batch does.
     pub fn expect_constant_cost(&self, count: u32, mut round: impl FnMut()) {
         round();
         let first = self.least_cost(&mut round);
+        for _ in 0..20 {
+            round();
+        }
         let last = self.least_cost(&mut round);
         println!("{:?} each, {:?} at the end", first / count, last / count);
-        assert!(last < first * 3 / 2, "{first:?}, then {last:?}");
+        assert!(last < first * 5, "{first:?}, then {last:?}");
     }
 
     /// All metrics by name with labels; portpool only.
