@@ -188,7 +188,9 @@ fn many_idle_connections_do_not_make_others_dearer() {
         alone / ROUNDS,
         beside / ROUNDS
     );
-    assert!(beside < alone * 2, "{alone:?}, then {beside:?}");
+    // 1.2 times when nothing else runs. Other tests wake the processors, which
+    // makes it up to 3; what looks at every connection would make it far more.
+    assert!(beside < alone * 4, "{alone:?}, then {beside:?}");
     drop((idle, listener));
     proxy.expect_clean();
 }

@@ -211,8 +211,12 @@ impl Proxy {
     }
 
     pub fn connect(&self, index: u16) -> TcpStream {
-        let socket =
-            socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let socket = socket2::Socket::new(
+            socket2::Domain::for_address(self.port(index)),
+            socket2::Type::STREAM,
+            None,
+        )
+        .unwrap();
         self.finish_connecting(&socket, index);
         socket.set_read_timeout(Some(SOON)).unwrap();
         socket.into()
