@@ -56,6 +56,9 @@ fn main() -> ExitCode {
         return local::supervise::run_program(options);
     }
     local::supervise::die_with_parent();
+    if let Command::ConnectionServer(_) = &cli.command {
+        connection::forward::make_room();
+    }
     let _logs = match telemetry::init(&cli.telemetry) {
         Ok(logs) => logs,
         Err(error) => {

@@ -53,7 +53,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use self::admission::{Admission, Bounds};
 pub use self::counters::{Counters, Snapshot};
-pub use self::limits::{Limits, OpenFilesError, check_open_files, ephemeral_overlap};
+pub use self::limits::{Limits, OpenFilesError, check_open_files, ephemeral_overlap, make_room};
 use self::listeners::Listener;
 use self::routes::Routes;
 use self::worker::{Command, Worker};
@@ -334,14 +334,10 @@ impl Forwarder {
         for &&(port, transport) in wanted {
             shares[self.owner_index(port)].push((port, transport));
         }
-        let Config {
-            listen,
-            peer_timeout,
-            ..
-        } = self.config;
+        let listen = self.config.listen;
         let open = |share: Vec<(ListenPort, Transport)>| {
             let open = |(port, transport)| {
-                let listener = Listener::open(listen, port, transport, peer_timeout)?;
+                let listener = Listener::open(listen, port, transport)?;
                 Ok((port, listener))
             };
             share.into_iter().map(open).collect::<Result<Vec<_>, _>>()
@@ -485,14 +481,17 @@ impl Drop for Forwarder {
 
 /// Every listener that `table` asks for.
 fn listeners_of(table: &Table) -> HashSet<(ListenPort, Transport)> {
-    let ranges = table.rows.iter().flat_map(|row| &row.ranges);
-    let listeners = ranges.flat_map(|range| {
+    let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
+    let count: usize = ranges().map(|range| usize::from(range.count)).sum();
+    let mut listeners = HashSet::with_capacity(count);
+    for range in ranges() {
         let tcp = range.protocol.has_tcp().then_some(Transport::Tcp);
         let udp = range.protocol.has_udp().then_some(Transport::Udp);
-        let transports = tcp.into_iter().chain(udp);
-        transports.flat_map(|transport| range.connection_ports().map(move |port| (port, transport)))
-    });
-    listeners.collect()
+        for transport in tcp.into_iter().chain(udp) {
+            listeners.extend(range.connection_ports().map(|port| (port, transport)));
+        }
+    }
+    listeners
 }
 
 #[cfg(test)]

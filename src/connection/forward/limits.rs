@@ -124,27 +124,49 @@ pub enum OpenFilesError {
     },
 }
 
+/// Open files that [`make_room`] makes room for: every port, or half as many
+/// sessions. Half a MiB of the kernel's memory.
+const ROOM: u64 = 65_536;
+
+/// Makes room for many open files, while the process has one thread only.
+///
+/// By itself the table of open files doubles again and again, and with threads
+/// whoever opens a file then waits some ten milliseconds for every processor.
+/// Where room is refused, that is all that happens.
+///
+/// Source: Linux, `fs/file.c`, `expand_fdtable`.
+pub fn make_room() {
+    let Ok(limit) = raise_limit() else {
+        return;
+    };
+    let last = i32::try_from(limit.min(ROOM).saturating_sub(1)).expect("far fewer");
+    drop(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), last));
+}
+
+/// Raises the limit of open files to the hard limit, which it returns.
+fn raise_limit() -> Result<u64, OpenFilesError> {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let limit = maximum.unwrap_or(u64::MAX);
+    if current != maximum {
+        let raised = Rlimit {
+            current: maximum,
+            maximum,
+        };
+        setrlimit(Resource::Nofile, raised).map_err(|source| OpenFilesError::Raise {
+            limit,
+            source: source.into(),
+        })?;
+    }
+    Ok(limit)
+}
+
 /// Raises the limit of open files to the hard limit, which it returns, and
 /// checks that `listeners` and some sessions fit.
 ///
 /// # Errors
 /// [`OpenFilesError`] gives both numbers and the remedy.
 pub fn check_open_files(listeners: usize) -> Result<u64, OpenFilesError> {
-    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    let limit = maximum.unwrap_or(u64::MAX);
-    if current != maximum {
-        setrlimit(
-            Resource::Nofile,
-            Rlimit {
-                current: maximum,
-                maximum,
-            },
-        )
-        .map_err(|source| OpenFilesError::Raise {
-            limit,
-            source: source.into(),
-        })?;
-    }
+    let limit = raise_limit()?;
     let needed = listeners + HEADROOM;
     if needed as u64 > limit {
         return Err(OpenFilesError::TooFew {

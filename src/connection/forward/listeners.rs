@@ -3,13 +3,12 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
 
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Socket, Type};
 
-use super::{ApplyError, Transport, liveness};
+use super::{ApplyError, Transport};
 use crate::table::ListenPort;
 
 /// The kernel lowers it to `net.core.somaxconn`: a short queue resets clients
@@ -29,11 +28,10 @@ impl Listener {
         address: IpAddr,
         port: ListenPort,
         transport: Transport,
-        peer_timeout: Duration,
     ) -> Result<Self, ApplyError> {
         let address = SocketAddr::new(address, port.get());
         let open = match transport {
-            Transport::Tcp => open_tcp(address, peer_timeout),
+            Transport::Tcp => open_tcp(address),
             Transport::Udp => open_udp(address),
         };
         open.map_err(|source| ApplyError {
@@ -67,7 +65,7 @@ impl Listener {
     }
 }
 
-fn open_tcp(address: SocketAddr, peer_timeout: Duration) -> io::Result<Listener> {
+fn open_tcp(address: SocketAddr) -> io::Result<Listener> {
     let socket = Socket::new(
         Domain::for_address(address),
         Type::STREAM.nonblocking(),
@@ -75,10 +73,8 @@ fn open_tcp(address: SocketAddr, peer_timeout: Duration) -> io::Result<Listener>
     )?;
     // Connections of a former process may still be in TIME_WAIT.
     socket.set_reuse_address(true)?;
-    // Both are inherited by accepted sockets. Messages must not wait for a
-    // full segment.
+    // Accepted sockets inherit it. Messages must not wait for a full segment.
     socket.set_tcp_nodelay(true)?;
-    liveness::guard(&socket, peer_timeout)?;
     bind(&socket, address)?;
     socket.listen(BACKLOG)?;
     Ok(Listener::Tcp(socket.into()))

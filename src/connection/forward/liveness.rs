@@ -17,8 +17,8 @@ use rustix::net::sockopt;
 /// Smallest time between probes that the kernel takes.
 const PROBE_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
-/// Has `socket`, and what it accepts, give up a silent peer after `timeout`;
-/// zero leaves that to the system's own keep-alive, about two hours.
+/// Has `socket` give up a silent peer after `timeout`; zero leaves that to the
+/// system's own keep-alive, about two hours.
 pub(super) fn guard(socket: impl AsFd, timeout: Duration) -> Result<(), Errno> {
     sockopt::set_socket_keepalive(&socket, true)?;
     if timeout.is_zero() {

@@ -21,9 +21,6 @@ use crate::connection::forward::{
 use crate::pool::ProxyProtocol;
 use crate::table::ListenPort;
 
-/// Connections accepted from one port before others get their turn.
-const ACCEPTS_PER_TURN: usize = 16;
-
 /// A client that has just come may have sent already.
 const FIRST_SIGNALS: Signals = Signals {
     readable: true,
@@ -34,27 +31,26 @@ const FIRST_SIGNALS: Signals = Signals {
 };
 
 impl Worker {
+    /// Accepts one connection. Where more wait the port is reported again, which
+    /// costs less than asking each port in vain for a second one.
     pub(super) fn accept(&mut self, port: ListenPort) {
-        for _ in 0..ACCEPTS_PER_TURN {
-            let Some(listener) = self.tcp_ports.get(&port) else {
-                return;
-            };
-            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-            match net::acceptfrom_with(listener, flags) {
-                Ok((client, address)) => {
-                    if let Some(address) =
-                        address.and_then(|address| SocketAddr::try_from(address).ok())
-                    {
-                        self.meet(port, client, address);
-                    }
+        let Some(listener) = self.tcp_ports.get(&port) else {
+            return;
+        };
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        match net::acceptfrom_with(listener, flags) {
+            Ok((client, address)) => {
+                if let Some(address) =
+                    address.and_then(|address| SocketAddr::try_from(address).ok())
+                {
+                    self.meet(port, client, address);
                 }
-                Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    self.pause_accepting(port);
-                    return;
-                }
-                // Nothing left, or a client that is gone again.
-                Err(_) => return,
             }
+            Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                self.pause_accepting(port);
+            }
+            // A client that is gone again.
+            Err(_) => {}
         }
     }
 
@@ -251,7 +247,7 @@ impl Worker {
             connection.give_back_idle_pipes(&mut self.means.pipes);
         }
         self.means.pipes.close_unused();
-        self.guard_servers();
+        self.guard_peers();
         let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
         let late: Vec<(Key, bool)> = self
             .connections
@@ -276,15 +272,15 @@ impl Worker {
         }
     }
 
-    /// Has new connections find out when their server is gone. What is over
-    /// before a tick never pays for that; the clients' side has it from the
-    /// listener.
-    fn guard_servers(&mut self) {
+    /// Has new connections find out when a peer is gone. What is over before a
+    /// tick never pays for that.
+    fn guard_peers(&mut self) {
         for key in std::mem::take(&mut self.unguarded) {
             match self.connections.get_mut(key) {
                 Some(connection) if connection.is_connecting => self.unguarded.push(key),
                 Some(connection) => {
-                    // A server that is gone already says so by itself.
+                    // A peer that is gone already says so by itself.
+                    let _ = liveness::guard(&connection.client, self.peer_timeout);
                     let _ = liveness::guard(&connection.server, self.peer_timeout);
                 }
                 None => {}
