@@ -8,11 +8,13 @@
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::sys::socket::GetSockOpt;
 use portpool::connection::forward::{
     Config, Forwarder, Gate, SessionKey, Ticket, Traffic, Transport, Verdict,
 };
@@ -259,6 +261,95 @@ fn a_reset_is_passed_on_both_ways() {
     reset(server);
     assert!(was_reset(&mut client));
     bench.all_closed();
+}
+
+#[test]
+fn the_end_of_a_burst_does_not_wait_for_more() {
+    const BURST: usize = 48 * 1024 * 1024;
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    for stream in [&client, &server] {
+        stream.set_nodelay(true).unwrap();
+    }
+    let sender = std::thread::spawn(move || {
+        let messages = |server: &mut TcpStream| {
+            let begun = Instant::now();
+            for _ in 0..500 {
+                server.write_all(b"x").unwrap();
+                server.read_exact(&mut [0]).unwrap();
+            }
+            begun.elapsed()
+        };
+        let before = messages(&mut server);
+        // An odd end, which fills nothing.
+        let burst = pattern(BURST + 77, 5);
+        let mut longest = Duration::ZERO;
+        for _ in 0..8 {
+            server.write_all(&burst).unwrap();
+            let sent = Instant::now();
+            server.read_exact(&mut [0]).unwrap();
+            longest = longest.max(sent.elapsed());
+        }
+        (before, longest, messages(&mut server))
+    });
+    let answer = |client: &mut TcpStream| {
+        for _ in 0..500 {
+            client.read_exact(&mut [0]).unwrap();
+            client.write_all(b"y").unwrap();
+        }
+    };
+    answer(&mut client);
+    let mut received = vec![0; BURST + 77];
+    for _ in 0..8 {
+        client.read_exact(&mut received).unwrap();
+        client.write_all(b"y").unwrap();
+    }
+    answer(&mut client);
+    assert!(received == pattern(BURST + 77, 5), "bytes have changed");
+    let (before, longest, after) = sender.join().unwrap();
+    println!("burst's end: {longest:?}; 500 messages: {before:?} before, {after:?} after");
+    // What the sockets hold takes a while, also on a busy machine.
+    assert!(longest < Duration::from_secs(2), "{longest:?}");
+    assert!(after < 2 * before + Duration::from_millis(50), "{after:?}");
+}
+
+nix::getsockopt_impl!(
+    LowWater,
+    libc::SOL_SOCKET,
+    libc::SO_RCVLOWAT,
+    usize,
+    nix::sys::socket::sockopt::GetUsize
+);
+
+#[derive(Clone, Copy)]
+struct LowWater;
+
+#[test]
+fn a_stream_that_is_handed_over_holds_nothing_back() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    let is_enough = Arc::new(AtomicBool::new(false));
+    let enough = is_enough.clone();
+    let sender = std::thread::spawn(move || while server.write_all(&[7; 65_536]).is_ok() {});
+    let receiver = std::thread::spawn(move || {
+        let mut space = [0; 65_536];
+        while !enough.load(Ordering::Relaxed) && client.read(&mut space).is_ok() {}
+    });
+    let table = Arc::new(bench.table.clone());
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(50));
+        let handed = bench.forwarder.hand_over(&table).unwrap();
+        for connection in &handed.connections {
+            for socket in [&connection.client, &connection.server] {
+                assert_eq!(LowWater.get(socket).unwrap(), 1);
+            }
+        }
+        assert_eq!(handed.connections.len(), 1);
+        bench.forwarder.take_over(handed, &table);
+    }
+    is_enough.store(true, Ordering::Relaxed);
+    receiver.join().unwrap();
+    sender.join().unwrap();
 }
 
 #[test]

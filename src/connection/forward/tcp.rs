@@ -39,6 +39,10 @@ const FULL_READS: u8 = 2;
 /// Bytes between two looks at deadlines below which a direction needs no pipe.
 const BUSY_BYTES: usize = 1024 * 1024;
 
+/// Bytes between two looks at deadlines from which it is worth a delay that
+/// more of them gather.
+const MUCH_BYTES: usize = 4 * 1024 * 1024;
+
 /// What a thread lends to the direction that has its turn.
 #[derive(Debug)]
 pub(super) struct Means {
@@ -422,14 +426,16 @@ impl<S: Stream> Connection<S> {
             gone,
             failed,
         } = signals;
-        let (is_read_done, is_holding) = match side {
+        let (is_read_done, is_stuck, is_holding) = match side {
             Side::Client => {
                 self.client_ended |= ended;
-                (self.upstream.is_done, self.downstream.is_holding())
+                let (from, to) = (&self.upstream, &self.downstream);
+                (from.is_done, from.is_holding(), to.is_holding())
             }
             Side::Server => {
                 self.server_ended |= ended;
-                (self.downstream.is_done, self.upstream.is_holding())
+                let (from, to) = (&self.downstream, &self.upstream);
+                (from.is_done, from.is_holding(), to.is_holding())
             }
         };
         if self.is_connecting {
@@ -448,7 +454,8 @@ impl<S: Stream> Connection<S> {
         if failed && is_read_done {
             return Outcome::Broken;
         }
-        let reads = readable || ended || gone;
+        // What is held goes first, and its destination says when it can.
+        let reads = (readable || ended || gone) && !is_stuck;
         let writes = writable && is_holding;
         match side {
             Side::Client => self.move_bytes(reads, writes, means),
@@ -461,8 +468,11 @@ impl<S: Stream> Connection<S> {
         self.move_bytes(true, true, means)
     }
 
-    /// Moves what `source` has sent.
+    /// Moves what `source` has sent, unless bytes wait for the destination.
     pub(super) fn pump_from(&mut self, source: Side, means: &mut Means) -> Outcome {
+        if self.is_stuck(source) {
+            return Outcome::Waiting;
+        }
         self.move_bytes(source == Side::Client, source == Side::Server, means)
     }
 
@@ -471,6 +481,11 @@ impl<S: Stream> Connection<S> {
             Side::Client => &self.upstream,
             Side::Server => &self.downstream,
         }
+    }
+
+    /// Whether bytes that `source` has sent wait for the destination.
+    pub(super) fn is_stuck(&self, source: Side) -> bool {
+        self.direction_from(source).is_holding()
     }
 
     /// Whether what `source` sends goes through a pipe.
@@ -485,12 +500,20 @@ impl<S: Stream> Connection<S> {
     /// longer busy.
     pub(super) fn take_up_as_busy(&mut self, source: Side) -> bool {
         let held = self.direction_from(source).held.as_deref();
-        let sends_much = matches!(held, Some(Held::Pipe(pipe, _)) if pipe.moved > SCRATCH_BYTES);
+        let sends_much = matches!(held, Some(Held::Pipe(pipe, _)) if pipe.moved >= MUCH_BYTES);
         sends_much && !std::mem::replace(&mut self.is_busy[source as usize], true)
     }
 
+    /// What follows counts anew: the next few bytes after a burst are not much.
     pub(super) fn is_no_longer_busy(&mut self, source: Side) {
         self.is_busy[source as usize] = false;
+        let direction = match source {
+            Side::Client => &mut self.upstream,
+            Side::Server => &mut self.downstream,
+        };
+        if let Some(Held::Pipe(pipe, _)) = direction.held.as_deref_mut() {
+            pipe.moved = 0;
+        }
     }
 
     fn move_bytes(&mut self, upstream: bool, downstream: bool, means: &mut Means) -> Outcome {

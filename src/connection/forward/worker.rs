@@ -182,7 +182,7 @@ pub(super) struct Worker {
     ready: Vec<Key>,
     gathering: Gathering,
     next_look: Instant,
-    /// Connections since the last tick: their server is not watched for life.
+    /// Connections since the last tick: their peers are not watched for life.
     unguarded: Vec<Key>,
     /// Until when nothing is accepted, and the ports that wait for that.
     paused: Option<(Instant, Vec<ListenPort>)>,
@@ -330,6 +330,7 @@ impl Worker {
         while let Ok(command) = self.inbox.try_recv() {
             match command {
                 Command::Listen(listeners) => {
+                    self.tcp_ports.reserve(listeners.len());
                     for (port, listener) in listeners {
                         self.listen(port, listener);
                     }
@@ -500,7 +501,6 @@ impl Worker {
             }
         }
         self.tick_connections();
-        self.tick_gathering();
         self.tick_closing();
         self.tick_flows();
         self.close_drained();

@@ -1,44 +1,87 @@
 //! Directions that carry much are read now and then, not at every segment.
 //!
 //! Moving bytes costs per segment and per wake-up; what has gathered in a
-//! socket meanwhile moves as a few large segments, at about half the cost. So
-//! when several directions of a thread are busy their sources are not watched,
-//! but looked at in turns. A lone one is watched: with nothing else to do
-//! until its next look, both processors would sleep and it would slow down.
+//! socket meanwhile moves as a few large segments, at about half the cost.
+//!
+//! - Several busy directions of a thread are not watched, but looked at in
+//!   turns: one wake-up serves them all.
+//! - A lone one is watched, but reported only when much has gathered. Were it
+//!   only looked at, both ends would sleep in between.
+//! - Nothing is read while bytes wait for the destination.
 //!
 //! The end of a burst waits for the next look, [`LONGEST`] at most. What can
-//! gather is bounded by TCP's window.
+//! gather is bounded by TCP's window: when that is shut, the kernel reports
+//! less too.
+//!
+//! Source: Linux, `net/ipv4/tcp.c`, `tcp_set_rcvlowat` and `tcp_epollin_ready`.
 
 use std::time::Duration;
 
+use nix::libc;
+use nix::sys::socket::SetSockOpt;
+use nix::sys::socket::sockopt::SetUsize;
 use rustix::event::epoll::{self, EventFlags};
 
 use super::{Source, WATCHED, Worker};
 use crate::connection::forward::slab::Key;
 use crate::connection::forward::tcp::Side;
 
-/// Busy directions that it takes.
+/// Busy directions that are looked at only.
 const FEWEST: usize = 2;
 
 /// Bytes that should have gathered in a socket when it is looked at: more
 /// gain little, and fewer fit a window that is still small.
 const TARGET_BYTES: u64 = 256 * 1024;
 
+/// Bytes that have gathered in a lone one's socket when it is reported. So
+/// many fill the destination's send queue: from then on the work goes by what
+/// the destination takes, a third of that queue at a time.
+const LOW_WATER_BYTES: usize = 2 * 1024 * 1024;
+
 /// Bounds of the time between two looks.
 const SHORTEST: Duration = Duration::from_micros(20);
 const LONGEST: Duration = Duration::from_millis(1);
 
-/// Looks in a row that find nothing, before the source is watched again.
+/// Looks in a row that find little, before the source is watched closely.
 const IDLE_LOOKS: u8 = 4;
+
+/// From how many bytes on a look finds more than little: in the longest time
+/// between two as many as a direction has to carry to count as busy.
+const LEAST_BYTES: u64 = 16 * 1024;
+
+// The system call interfaces used elsewhere have no safe call for it.
+nix::setsockopt_impl!(
+    LowWater,
+    libc::SOL_SOCKET,
+    libc::SO_RCVLOWAT,
+    usize,
+    SetUsize
+);
+
+/// Bytes that have gathered in a socket when it is reported as readable.
+#[derive(Clone, Copy, Debug)]
+struct LowWater;
+
+/// How the source of a direction is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Watch {
+    /// Every segment is reported.
+    Close,
+    /// Much is reported.
+    Gathered,
+    /// Nothing is, but its end.
+    Not,
+}
 
 /// A direction that carries much.
 #[derive(Debug)]
-pub(super) struct Busy {
+struct Busy {
     key: Key,
     source: Side,
-    /// It is not watched.
-    is_gathering: bool,
+    watch: Watch,
     idle_looks: u8,
+    /// Bytes of its connection at the last look.
+    seen: u64,
 }
 
 /// The busy directions of a thread, and when to look at them.
@@ -52,17 +95,26 @@ impl Gathering {
     pub(super) fn new() -> Self {
         Self {
             busy: Vec::new(),
-            interval: SHORTEST,
+            interval: LONGEST,
         }
     }
 
     /// Whether directions are to be looked at.
     pub(super) fn is_active(&self) -> bool {
-        self.busy.len() >= FEWEST
+        !self.busy.is_empty()
     }
 
-    /// Learns that the last look has moved `bytes` altogether.
+    fn is_lone(&self) -> bool {
+        self.busy.len() < FEWEST
+    }
+
+    /// Learns that `bytes` were moved since the last look.
     fn learn(&mut self, bytes: u64) {
+        if self.is_lone() {
+            // It is reported by itself, but for a burst's end.
+            self.interval = LONGEST;
+            return;
+        }
         let target = TARGET_BYTES * self.busy.len() as u64;
         let factor = if bytes < target { 1.125 } else { 0.8 };
         self.interval = self.interval.mul_f64(factor).clamp(SHORTEST, LONGEST);
@@ -81,30 +133,42 @@ impl Worker {
             self.gathering.busy.push(Busy {
                 key,
                 source,
-                is_gathering: false,
+                watch: Watch::Close,
                 idle_looks: 0,
+                seen: 0,
             });
             self.next_look = self.now + self.gathering.interval;
-            self.watch_or_gather();
+            self.watch_busy();
+        }
+        let lone = self.gathering.busy.first();
+        if self.gathering.is_lone() && lone.is_some_and(|lone| lone.key == key) {
+            self.watch_busy();
         }
     }
 
-    /// Has all busy directions gather, or a lone one watched.
-    fn watch_or_gather(&mut self) {
-        let gathers = self.gathering.is_active();
+    /// Has all busy directions watched as they and their number ask for.
+    fn watch_busy(&mut self) {
+        let is_lone = self.gathering.is_lone();
         let mut busy = std::mem::take(&mut self.gathering.busy);
-        for direction in busy
-            .iter_mut()
-            .filter(|direction| direction.is_gathering != gathers)
-        {
-            // Where the system refuses, it is looked at and watched as well.
-            self.set_watched(direction, !gathers);
-            direction.is_gathering = gathers;
+        for direction in &mut busy {
+            let connection = self.connections.get_mut(direction.key);
+            let is_stuck =
+                connection.is_some_and(|connection| connection.is_stuck(direction.source));
+            let watch = match is_lone && !is_stuck {
+                true => Watch::Gathered,
+                false => Watch::Not,
+            };
+            self.set_watch(direction, watch);
         }
         self.gathering.busy = busy;
     }
 
-    fn set_watched(&mut self, direction: &Busy, is_watched: bool) {
+    /// Where the system refuses, a source is looked at and watched as well.
+    fn set_watch(&mut self, direction: &mut Busy, watch: Watch) {
+        let former = std::mem::replace(&mut direction.watch, watch);
+        if former == watch {
+            return;
+        }
         let Some(connection) = self.connections.get_mut(direction.key) else {
             return;
         };
@@ -112,68 +176,66 @@ impl Worker {
             Side::Client => (&connection.client, Source::Client),
             Side::Server => (&connection.server, Source::Server),
         };
-        let flags = match is_watched {
+        if (former == Watch::Close) != (watch == Watch::Close) {
+            let bytes = match watch {
+                Watch::Gathered | Watch::Not => LOW_WATER_BYTES,
+                Watch::Close => 1,
+            };
             // What is there already is reported at once.
-            true => WATCHED,
-            false => WATCHED.difference(EventFlags::IN),
-        };
-        let _ = epoll::modify(
-            &self.epoll,
-            socket,
-            kind.data(direction.key.to_bits()),
-            flags,
-        );
+            let _ = LowWater.set(socket, &bytes);
+        }
+        if (former == Watch::Not) != (watch == Watch::Not) {
+            let flags = match watch {
+                Watch::Not => WATCHED.difference(EventFlags::IN),
+                Watch::Close | Watch::Gathered => WATCHED,
+            };
+            let data = kind.data(direction.key.to_bits());
+            let _ = epoll::modify(&self.epoll, socket, data, flags);
+        }
+    }
+
+    /// Has every source watched closely, as whoever takes it over expects.
+    pub(super) fn stop_gathering(&mut self) {
+        for mut direction in std::mem::take(&mut self.gathering.busy) {
+            if let Some(connection) = self.connections.get_mut(direction.key) {
+                connection.is_no_longer_busy(direction.source);
+            }
+            self.set_watch(&mut direction, Watch::Close);
+        }
     }
 
     /// Moves what has gathered.
     pub(super) fn look_at_gathering(&mut self) {
         let mut moved = 0;
+        let was_lone = self.gathering.is_lone();
         for mut direction in std::mem::take(&mut self.gathering.busy) {
             let (key, source) = (direction.key, direction.source);
             let Some(connection) = self.connections.get_mut(key) else {
                 continue;
             };
-            let before = connection.traffic().total();
             let outcome = connection.pump_from(source, &mut self.means);
-            let bytes = connection.traffic().total() - before;
+            let total = connection.traffic().total();
+            let bytes = total - std::mem::replace(&mut direction.seen, total);
             moved += bytes;
             if bytes > 0 {
-                direction.idle_looks = 0;
                 connection.active = self.now;
-            } else {
-                direction.idle_looks += 1;
+            }
+            match bytes >= LEAST_BYTES {
+                true => direction.idle_looks = 0,
+                false => direction.idle_looks += 1,
             }
             if direction.idle_looks < IDLE_LOOKS && connection.has_pipe(source) {
                 self.gathering.busy.push(direction);
             } else {
                 connection.is_no_longer_busy(source);
-                self.set_watched(&direction, true);
+                self.set_watch(&mut direction, Watch::Close);
             }
             self.conclude(key, outcome);
         }
         self.gathering.learn(moved);
         self.next_look = self.now + self.gathering.interval;
-        if !self.gathering.is_active() {
-            self.watch_or_gather();
+        if self.gathering.is_lone() && !was_lone {
+            self.watch_busy();
         }
-    }
-
-    /// Forgets a lone direction that is busy no more; others are found by
-    /// looking.
-    pub(super) fn tick_gathering(&mut self) {
-        if self.gathering.is_active() {
-            return;
-        }
-        let connections = &mut self.connections;
-        self.gathering.busy.retain(|direction| {
-            let Some(connection) = connections.get_mut(direction.key) else {
-                return false;
-            };
-            let is_busy = connection.has_pipe(direction.source);
-            if !is_busy {
-                connection.is_no_longer_busy(direction.source);
-            }
-            is_busy
-        });
     }
 }

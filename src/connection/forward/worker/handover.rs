@@ -3,7 +3,6 @@
 
 use std::io;
 
-use super::gathering::Gathering;
 use super::{Parked, Worker, new_epoll};
 use crate::connection::forward::admission::Permit;
 use crate::connection::forward::counters::count;
@@ -11,7 +10,7 @@ use crate::connection::forward::handover::{Handed, HandedClient, HandedPort, Sha
 use crate::connection::forward::listeners::Listener;
 use crate::connection::forward::tcp::Connection;
 use crate::connection::forward::udp::{self, Flow};
-use crate::connection::forward::{Transport, Verdict, liveness};
+use crate::connection::forward::{Transport, Verdict};
 
 impl Worker {
     /// Gives everything away.
@@ -19,6 +18,7 @@ impl Worker {
     /// # Errors
     /// When there is no descriptor for a new epoll; nothing has changed then.
     pub(super) fn hand_over(&mut self) -> io::Result<Handed> {
+        self.stop_gathering();
         // In the old one sockets stay registered for as long as anybody has
         // them open, and would be refused when they come back.
         self.epoll = new_epoll(&self.wake)?;
@@ -60,7 +60,6 @@ impl Worker {
         self.draining.clear();
         self.sessions.clear();
         self.ready.clear();
-        self.gathering = Gathering::new();
         self.unguarded.clear();
         self.paused = None;
         Ok(handed)
@@ -70,10 +69,6 @@ impl Worker {
     pub(super) fn take_over(&mut self, share: Share) {
         for port in share.ports {
             let (number, is_draining) = (port.port, port.is_draining);
-            if let Listener::Tcp(listener) = &port.listener {
-                // This process may have another timeout than the former one.
-                let _ = liveness::guard(listener, self.peer_timeout);
-            }
             self.listen(number, port.listener);
             if let Some((port, transport, error)) = self.unwatched.take() {
                 // Nobody can give it back any more.
