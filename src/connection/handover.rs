@@ -23,34 +23,35 @@
 //! happened. A successor that has said `Ready` and sees the stream end without
 //! `Abort` knows that the predecessor has died, and goes on instead of it. So
 //! never do both forward, and never neither, as long as one of them lives.
+//!
+//! - `socket`: where successors ask;
+//! - `frames`: a [`State`] as frames; `values`: what is in them, pure;
+//!   `wire`: the messages themselves, and how a frame is sent;
+//! - this file: the two sides, and who has the state when.
 
+mod frames;
 mod socket;
-#[cfg(test)]
-mod tests;
+mod values;
 mod wire;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::process::geteuid;
-use tokio::time::Instant;
 
+use self::frames::{receive_state, send_state};
 pub use self::socket::Socket;
-use self::wire::{Content, Empty, MAX_DESCRIPTORS};
+use self::wire::{Content, Empty};
 use super::agents::HandedAgents;
-use super::forward::handover::{
-    Handed, HandedClient, HandedConnection, HandedDirection, HandedFlow, HandedPort,
-};
-use super::forward::{Forwarder, SessionKey, Traffic, Transport};
+use super::forward::handover::Handed;
+use super::forward::{Forwarder, SessionKey};
 use super::sessions::Sessions;
-use super::sessions::handover::{HandedSession, HandedSessions};
-use super::trace::Carried;
-use crate::table::{ListenPort, Table, TableError};
+use super::sessions::handover::HandedSessions;
+use crate::table::{Table, TableError};
 
 /// Of the protocol between predecessor and successor. Others are refused.
 pub const VERSION: u32 = 1;
@@ -62,9 +63,6 @@ const FRAME_DEADLINE: Duration = Duration::from_secs(3);
 /// How long the predecessor may take to answer the requests under way, and to
 /// pause: its successor waits for that.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(15);
-
-/// Bytes after which a frame of connections ends.
-const FRAME_BYTES: usize = 1024 * 1024;
 
 /// Why there was no hand-over.
 #[derive(Debug, thiserror::Error)]
@@ -330,343 +328,5 @@ fn check_peer(stream: &UnixStream) -> Result<(), Error> {
     }
 }
 
-fn send_server(stream: &UnixStream, state: &State) -> Result<(), Error> {
-    let HandedAgents { id, reached } = &state.agents;
-    let reached = reached.iter().map(|(slot, at)| wire::Reached {
-        slot: *slot,
-        ago_ms: millis(at.elapsed()),
-    });
-    let server = wire::Server {
-        id: id.clone(),
-        reached: reached.collect(),
-        table: state.table.encode()?,
-        last_key: state.sessions.last_key,
-    };
-    let listeners = [state.load_sharing.as_fd(), state.admin.as_fd()];
-    wire::send(stream, Content::Server(server), &listeners)
-}
-
-fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error> {
-    send_server(stream, state)?;
-    for ports in state.handed.ports.chunks(MAX_DESCRIPTORS) {
-        let sockets: Vec<BorrowedFd<'_>> = ports.iter().map(HandedPort::as_fd).collect();
-        let ports = ports.iter().map(encode_port).collect();
-        wire::send(stream, Content::Ports(wire::Ports { ports }), &sockets)?;
-    }
-    let mut rest = state.handed.connections.as_slice();
-    while !rest.is_empty() {
-        let (now, later) = rest.split_at(frame_length(rest));
-        rest = later;
-        let sockets = now
-            .iter()
-            .flat_map(|c| [c.client.as_fd(), c.server.as_fd()]);
-        let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
-        let connections = now.iter().map(encode_connection).collect();
-        let content = Content::Connections(wire::Connections { connections });
-        wire::send(stream, content, &sockets)?;
-    }
-    for flows in state.handed.flows.chunks(MAX_DESCRIPTORS) {
-        let sockets: Vec<BorrowedFd<'_>> = flows.iter().map(|flow| flow.server.as_fd()).collect();
-        let flows = flows.iter().map(encode_flow).collect();
-        wire::send(stream, Content::Flows(wire::Flows { flows }), &sockets)?;
-    }
-    for clients in state.handed.clients.chunks(MAX_DESCRIPTORS) {
-        let sockets = clients.iter().filter_map(|client| match client {
-            HandedClient::Tcp { socket, .. } => Some(socket.as_fd()),
-            HandedClient::Udp { .. } => None,
-        });
-        let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
-        let clients = clients.iter().map(encode_client).collect();
-        wire::send(
-            stream,
-            Content::Clients(wire::Clients { clients }),
-            &sockets,
-        )?;
-    }
-    let HandedSessions { live, released, .. } = &state.sessions;
-    let live = live.iter().map(|session| wire::Session {
-        slot: session.slot,
-        key: session.key.0,
-        session: session.session.clone(),
-        connections: session.carried.connections,
-        upstream_bytes: session.carried.traffic.upstream_bytes,
-        downstream_bytes: session.carried.traffic.downstream_bytes,
-        client: encode_address(session.client),
-        age_ms: millis(session.age),
-    });
-    let released = released.iter().map(|(id, slot)| wire::Released {
-        id: id.clone(),
-        slot: *slot,
-    });
-    let sessions = wire::Sessions {
-        live: live.collect(),
-        released: released.collect(),
-    };
-    wire::send(stream, Content::Sessions(sessions), &[])?;
-    wire::send(stream, Content::Done(Empty {}), &[])
-}
-
-/// How many of `connections` go into the next frame: at least one.
-fn frame_length(connections: &[HandedConnection]) -> usize {
-    let mut bytes = 0;
-    let fits = |connection: &&HandedConnection| {
-        let before = bytes;
-        bytes += connection.upstream.kept.len() + connection.downstream.kept.len();
-        before < FRAME_BYTES
-    };
-    let most = connections.iter().take(MAX_DESCRIPTORS / 2);
-    most.take_while(fits).count().max(1)
-}
-
-fn receive_state(stream: &UnixStream) -> Result<State, Error> {
-    let (content, listeners) = wire::receive(stream)?;
-    let server = match content {
-        Content::Server(server) => server,
-        Content::Abort(wire::Abort { reason }) => return Err(Error::Refused(reason)),
-        _ => return Err(Error::Malformed("the first answer is no server")),
-    };
-    set_deadline(stream, FRAME_DEADLINE)?;
-    let [load_sharing, admin] = <[OwnedFd; 2]>::try_from(listeners)
-        .map_err(|_| Error::Malformed("a server has two listeners"))?;
-    let now = Instant::now();
-    let reached = server.reached.iter().map(|reached| {
-        let ago = Duration::from_millis(reached.ago_ms);
-        (reached.slot, now.checked_sub(ago).unwrap_or(now))
-    });
-    let mut state = State {
-        agents: HandedAgents {
-            id: server.id,
-            reached: reached.collect(),
-        },
-        table: Arc::new(Table::decode(&server.table)?),
-        load_sharing,
-        admin,
-        sessions: HandedSessions {
-            last_key: server.last_key,
-            ..HandedSessions::default()
-        },
-        handed: Handed::default(),
-    };
-    loop {
-        let (content, sockets) = wire::receive(stream)?;
-        match content {
-            Content::Done(_) => return Ok(state),
-            Content::Abort(wire::Abort { reason }) => return Err(Error::Refused(reason)),
-            Content::Ports(ports) => adopt(&mut state.handed, &ports, sockets)?,
-            content => add(&mut state, content, sockets)
-                .ok_or(Error::Malformed("a frame's values make no sense"))?,
-        }
-    }
-}
-
-/// Adds a frame's ports. All that may fail about them is done here, while the
-/// predecessor sends the others and can still go on.
-fn adopt(handed: &mut Handed, ports: &wire::Ports, sockets: Vec<OwnedFd>) -> Result<(), Error> {
-    if ports.ports.len() != sockets.len() {
-        return Err(Error::Malformed("a connection port has one socket"));
-    }
-    for (port, socket) in ports.ports.iter().zip(sockets) {
-        let number = decode_number(port.port).ok_or(Error::Malformed("a port has no number"))?;
-        let transport = match port.is_udp {
-            true => Transport::Udp,
-            false => Transport::Tcp,
-        };
-        let adopted = HandedPort::adopt(number, transport, port.is_draining, socket)?;
-        handed.ports.push(adopted);
-    }
-    Ok(())
-}
-
-/// Adds another frame's content to `state`; `None` when it makes no sense.
-fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) -> Option<()> {
-    let mut sockets = sockets.into_iter();
-    let handed = &mut state.handed;
-    match content {
-        Content::Connections(wire::Connections { connections }) => {
-            for connection in connections {
-                let pair = (sockets.next()?, sockets.next()?);
-                handed
-                    .connections
-                    .push(decode_connection(connection, pair)?);
-            }
-        }
-        Content::Flows(wire::Flows { flows }) => {
-            for flow in flows {
-                handed.flows.push(decode_flow(&flow, sockets.next()?)?);
-            }
-        }
-        Content::Clients(wire::Clients { clients }) => {
-            for client in clients {
-                handed.clients.push(decode_client(client, &mut sockets)?);
-            }
-        }
-        Content::Sessions(wire::Sessions { live, released }) => {
-            for session in live {
-                state.sessions.live.push(decode_session(session)?);
-            }
-            let released = released
-                .into_iter()
-                .map(|released| (released.id, released.slot));
-            state.sessions.released.extend(released);
-        }
-        _ => return None,
-    }
-    sockets.next().is_none().then_some(())
-}
-
-fn encode_port(port: &HandedPort) -> wire::Port {
-    wire::Port {
-        port: port.port.get().into(),
-        is_udp: port.transport() == Transport::Udp,
-        is_draining: port.is_draining,
-    }
-}
-
-fn decode_session(session: wire::Session) -> Option<HandedSession> {
-    Some(HandedSession {
-        slot: session.slot,
-        key: SessionKey(session.key),
-        session: session.session,
-        carried: Carried {
-            connections: session.connections,
-            traffic: Traffic {
-                upstream_bytes: session.upstream_bytes,
-                downstream_bytes: session.downstream_bytes,
-            },
-        },
-        client: decode_address(&session.client)?,
-        age: Duration::from_millis(session.age_ms),
-    })
-}
-
-fn encode_connection(connection: &HandedConnection) -> wire::Connection {
-    let direction = |direction: &HandedDirection| wire::Direction {
-        kept: direction.kept.clone(),
-        is_read: direction.is_read,
-        is_done: direction.is_done,
-        bytes: direction.bytes,
-    };
-    wire::Connection {
-        port: connection.port.get().into(),
-        session: connection.session.0,
-        is_connecting: connection.is_connecting,
-        is_broken: connection.is_broken,
-        idle_ms: millis(connection.idle),
-        upstream: direction(&connection.upstream),
-        downstream: direction(&connection.downstream),
-    }
-}
-
-fn decode_connection(
-    connection: wire::Connection,
-    (client, server): (OwnedFd, OwnedFd),
-) -> Option<HandedConnection> {
-    let direction = |direction: wire::Direction| HandedDirection {
-        kept: direction.kept,
-        is_read: direction.is_read,
-        is_done: direction.is_done,
-        bytes: direction.bytes,
-    };
-    Some(HandedConnection {
-        port: decode_number(connection.port)?,
-        session: SessionKey(connection.session),
-        client,
-        server,
-        is_connecting: connection.is_connecting,
-        is_broken: connection.is_broken,
-        idle: Duration::from_millis(connection.idle_ms),
-        upstream: direction(connection.upstream),
-        downstream: direction(connection.downstream),
-    })
-}
-
-fn encode_flow(flow: &HandedFlow) -> wire::Flow {
-    wire::Flow {
-        port: flow.port.get().into(),
-        session: flow.session.0,
-        client: flow.client.to_string(),
-        local: encode_address(flow.local),
-        idle_ms: millis(flow.idle),
-        upstream_bytes: flow.traffic.upstream_bytes,
-        downstream_bytes: flow.traffic.downstream_bytes,
-        is_assured: flow.is_assured,
-    }
-}
-
-fn decode_flow(flow: &wire::Flow, server: OwnedFd) -> Option<HandedFlow> {
-    Some(HandedFlow {
-        port: decode_number(flow.port)?,
-        session: SessionKey(flow.session),
-        client: flow.client.parse().ok()?,
-        local: decode_address(&flow.local)?,
-        server,
-        idle: Duration::from_millis(flow.idle_ms),
-        traffic: Traffic {
-            upstream_bytes: flow.upstream_bytes,
-            downstream_bytes: flow.downstream_bytes,
-        },
-        is_assured: flow.is_assured,
-    })
-}
-
-fn encode_client(client: &HandedClient) -> wire::Client {
-    match client {
-        HandedClient::Tcp { port, address, .. } => wire::Client {
-            port: port.get().into(),
-            address: address.to_string(),
-            ..wire::Client::default()
-        },
-        HandedClient::Udp {
-            port,
-            address,
-            local,
-            datagrams,
-        } => wire::Client {
-            port: port.get().into(),
-            is_udp: true,
-            address: address.to_string(),
-            local: encode_address(*local),
-            datagrams: datagrams.clone(),
-        },
-    }
-}
-
-fn decode_client(
-    client: wire::Client,
-    sockets: &mut impl Iterator<Item = OwnedFd>,
-) -> Option<HandedClient> {
-    let port = decode_number(client.port)?;
-    let address: SocketAddr = client.address.parse().ok()?;
-    Some(match client.is_udp {
-        false => HandedClient::Tcp {
-            port,
-            socket: sockets.next()?,
-            address,
-        },
-        true => HandedClient::Udp {
-            port,
-            address,
-            local: decode_address(&client.local)?,
-            datagrams: client.datagrams,
-        },
-    })
-}
-
-fn decode_number(number: u32) -> Option<ListenPort> {
-    ListenPort::new(u16::try_from(number).ok()?)
-}
-
-fn encode_address(address: Option<IpAddr>) -> String {
-    address.map_or_else(String::new, |address| address.to_string())
-}
-
-fn decode_address(text: &str) -> Option<Option<IpAddr>> {
-    match text {
-        "" => Some(None),
-        text => text.parse().ok().map(Some),
-    }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,5 @@
 use std::collections::HashMap;
-use std::net::UdpSocket;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -7,11 +7,20 @@ use std::thread;
 use proptest::collection::vec;
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
+use tokio::time::Instant;
 
+use super::frames::{add, send_server};
+use super::values::{encode_client, encode_connection, encode_flow, encode_port};
 use super::*;
+use crate::connection::forward::handover::{
+    HandedClient, HandedConnection, HandedDirection, HandedFlow, HandedPort,
+};
+use crate::connection::forward::{Traffic, Transport};
+use crate::connection::sessions::handover::HandedSession;
+use crate::connection::trace::Carried;
 use crate::pool::{LoadSharing, Sessions as Settings};
 use crate::selection::v1;
-use crate::table::{FORMAT_VERSION, TargetPort};
+use crate::table::{FORMAT_VERSION, ListenPort, TargetPort};
 
 /// Something that a descriptor can be told by.
 fn descriptor() -> OwnedFd {
