@@ -1,13 +1,19 @@
 //! Sessions that go from one process to its successor, which has their
 //! connections from then on.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use super::{
-    Carried, Duration, Flows, HashSet, Inner, IpAddr, ListenPort, Live, Mutex, NO_SESSION,
-    Ordering, SessionKey, Sessions, Table, Trace, canonical, v1,
-};
+use parking_lot::Mutex;
+
+use super::{Flows, Live, NO_SESSION, Sessions, canonical};
+use crate::connection::forward::SessionKey;
+use crate::connection::trace::{Carried, Trace};
+use crate::selection::v1;
+use crate::table::{ListenPort, Table};
 
 /// A session as it is handed over.
 #[derive(Clone, Debug, PartialEq)]
@@ -119,18 +125,5 @@ impl Sessions {
         // Told again in the greetings: nobody knows whether they arrived.
         inner.released = handed.released.into_iter().collect();
         open.into_keys().collect()
-    }
-}
-
-impl Inner {
-    /// Knows a session from now on.
-    pub(super) fn insert(&mut self, live: Live, port: ListenPort) {
-        let id = live.session.session_id.clone();
-        if !live.session.idempotency_key.is_empty() {
-            let key = live.session.idempotency_key.clone();
-            self.id_by_idempotency_key.insert(key, id.clone());
-        }
-        self.port_by_id.insert(id, port);
-        self.live.insert(port, live);
     }
 }

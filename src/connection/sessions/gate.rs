@@ -1,0 +1,161 @@
+//! The gate that sessions make for the data plane: whether a client is admitted,
+//! and what follows when its connection is over. A client whose session is not
+//! known here is parked until the port's agent has been asked. Called from the
+//! data plane's threads, so nothing here waits; what agents decide of sessions
+//! is in the parent, under the same lock.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use super::{Action, Inner, NO_SESSION, Sessions, canonical};
+use crate::connection::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use crate::pool::Admission;
+use crate::selection::v1::{self, to_agent::Message};
+use crate::table::ListenPort;
+
+/// How long the data plane keeps a client whose session is asked for; answers
+/// that come later find nobody.
+const ASK_LIFETIME: Duration = Duration::from_secs(2);
+
+/// A client that waits for its session to be found.
+#[derive(Debug)]
+pub(super) struct Parked {
+    ticket: Ticket,
+    client: IpAddr,
+    since: Instant,
+}
+
+impl Inner {
+    fn admit(&self, port: ListenPort, client: IpAddr) -> Verdict {
+        let Some(live) = self.live.get(&port) else {
+            return match self.admission {
+                Admission::Open => Verdict::Admit(NO_SESSION),
+                Admission::Reserved => Verdict::Ask,
+            };
+        };
+        if live.bound_client.is_some_and(|bound| bound != client) {
+            return Verdict::Refuse;
+        }
+        let mut flows = live.flows.lock();
+        flows.open();
+        if flows.open == 1 {
+            let session_id = live.session.session_id.clone();
+            self.send(live.slot, Message::Opened(v1::Opened { session_id }));
+        }
+        Verdict::Admit(live.key)
+    }
+
+    /// Asks for the session on `port`. The port is the request's id: there is
+    /// one unanswered question per port.
+    fn look_up(&self, slot: u32, port: ListenPort) {
+        let connection_port = u32::from(port.get());
+        let request_id = u64::from(connection_port);
+        self.send(
+            slot,
+            Message::Lookup(v1::Lookup {
+                request_id,
+                connection_port,
+            }),
+        );
+    }
+}
+
+impl Sessions {
+    /// The agent has welcomed us: parked clients of its ports are asked for.
+    pub fn welcomed(&self, slot: u32) {
+        let inner = self.inner.read();
+        let ports = inner
+            .asked
+            .keys()
+            .filter(|port| inner.slot(**port) == Some(slot));
+        for &port in ports {
+            inner.look_up(slot, port);
+        }
+    }
+
+    /// An agent's answer to the question `request_id`: the parked clients can
+    /// be decided.
+    pub fn looked_up(
+        &self,
+        slot: u32,
+        request_id: u64,
+        session: Option<v1::Session>,
+    ) -> Vec<Action> {
+        let Some(port) = u16::try_from(request_id).ok().and_then(ListenPort::new) else {
+            return Vec::new();
+        };
+        let mut actions = session.map_or_else(Vec::new, |session| self.learn(slot, session));
+        let mut inner = self.inner.write();
+        let parked = inner.asked.remove(&port).unwrap_or_default();
+        for Parked {
+            ticket,
+            client,
+            since,
+        } in parked
+        {
+            if since.elapsed() > ASK_LIFETIME {
+                continue;
+            }
+            let verdict = match inner.admit(port, client) {
+                Verdict::Ask => Verdict::Refuse,
+                verdict => verdict,
+            };
+            actions.push(Action::Answer(port, ticket, verdict));
+        }
+        actions
+    }
+}
+
+impl Gate for Sessions {
+    fn admit(&self, port: ListenPort, _transport: Transport, client: SocketAddr) -> Verdict {
+        self.inner.read().admit(port, canonical(client.ip()))
+    }
+
+    fn ask(&self, ticket: Ticket, port: ListenPort, _transport: Transport, client: SocketAddr) {
+        let now = Instant::now();
+        let mut inner = self.inner.write();
+        let Some(slot) = inner.slot(port) else {
+            return;
+        };
+        let parked = inner.asked.entry(port).or_default();
+        parked.retain(|parked| now.duration_since(parked.since) <= ASK_LIFETIME);
+        // One question at a time and port, however many clients wait on it.
+        let is_first = parked.is_empty();
+        parked.push(Parked {
+            ticket,
+            client: canonical(client.ip()),
+            since: now,
+        });
+        if is_first {
+            inner.look_up(slot, port);
+        }
+    }
+
+    fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic) {
+        if session == NO_SESSION {
+            return;
+        }
+        {
+            let inner = self.inner.read();
+            if let Some(live) = inner.live.get(&port).filter(|live| live.key == session) {
+                let mut flows = live.flows.lock();
+                if flows.close(traffic) {
+                    let session_id = live.session.session_id.clone();
+                    inner.send(live.slot, Message::Closed(v1::Closed { session_id }));
+                }
+                return;
+            }
+        }
+        let mut inner = self.inner.write();
+        let Some(ending) = inner.ending.get_mut(&session) else {
+            return;
+        };
+        if ending.flows.close(traffic)
+            && let Some(ended) = inner.ending.remove(&session)
+        {
+            ended.trace.ended(ended.cause, &ended.flows.carried);
+            let session_id = ended.id;
+            inner.send(ended.slot, Message::Ended(v1::Ended { session_id }));
+        }
+    }
+}
