@@ -1,0 +1,146 @@
+use super::*;
+
+fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState {
+    PortState {
+        name: name.to_owned(),
+        protocol,
+        free,
+        held: 0,
+        busy,
+        lingering: 0,
+        silent: 0,
+    }
+}
+
+fn pool(servers: &[(u32, Vec<PortState>)]) -> LoadSharing {
+    let mut sharing = LoadSharing::default();
+    for (slot, ports) in servers {
+        let server = sharing.server(*slot);
+        server.attached = true;
+        server.ports.clone_from(ports);
+    }
+    sharing
+}
+
+fn woken(sharing: &mut LoadSharing) -> Vec<(Place, u32)> {
+    let woken = sharing.wake();
+    woken
+        .into_iter()
+        .map(|(place, slot, _)| (place, slot))
+        .collect()
+}
+
+fn named(name: &str) -> Filter {
+    Filter {
+        port_name: Some(name.to_owned()),
+        protocol: None,
+    }
+}
+
+#[test]
+fn a_last_port_is_reserved_once() {
+    let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 1, 0)])]);
+    let any = Filter::default();
+    assert_eq!(sharing.reserve(&any, None, &[]), Some(0));
+    assert_eq!(sharing.reserve(&any, None, &[]), None);
+    sharing.settle(0, &any);
+    assert_eq!(sharing.reserve(&any, None, &[]), Some(0));
+}
+
+#[test]
+fn detached_draining_and_excluded_servers_get_nothing() {
+    let one = vec![ports("main", PortProtocol::TCP, 9, 0)];
+    let mut sharing = pool(&[(0, one.clone()), (1, one.clone()), (2, one)]);
+    sharing.server(0).attached = false;
+    sharing.server(1).row_draining = true;
+    assert_eq!(sharing.reserve(&Filter::default(), None, &[2]), None);
+    assert_eq!(sharing.reserve(&Filter::default(), None, &[]), Some(2));
+}
+
+#[test]
+fn reservations_of_another_port_name_do_not_count() {
+    let both = vec![
+        ports("a", PortProtocol::TCP, 1, 0),
+        ports("b", PortProtocol::UDP, 1, 0),
+    ];
+    let mut sharing = pool(&[(0, both)]);
+    assert_eq!(sharing.reserve(&named("a"), None, &[]), Some(0));
+    assert_eq!(sharing.reserve(&named("a"), None, &[]), None);
+    assert_eq!(sharing.reserve(&named("b"), None, &[]), Some(0));
+}
+
+#[test]
+fn a_filter_admits_ports_that_forward_its_protocol() {
+    let filter = |protocol: PortProtocol| Filter {
+        port_name: None,
+        protocol: Some(protocol.into()),
+    };
+    let (tcp, udp, both) = (PortProtocol::TCP, PortProtocol::UDP, PortProtocol::TCPUDP);
+    for (wanted, port, admits) in [
+        (tcp, tcp, true),
+        (tcp, udp, false),
+        (tcp, both, true),
+        (udp, both, true),
+        (udp, tcp, false),
+        (both, both, true),
+        (both, tcp, false),
+    ] {
+        assert_eq!(
+            filter(wanted).admits("x", port),
+            admits,
+            "{wanted:?} on {port:?}"
+        );
+    }
+}
+
+#[test]
+fn requests_are_woken_in_order_and_newcomers_do_not_overtake() {
+    let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 4)])]);
+    let any = Filter::default();
+    let first = sharing.wait(&any, None, None).unwrap();
+    let second = sharing.wait(&named("main"), None, None).unwrap();
+    let third = sharing.wait(&any, None, None).unwrap();
+    sharing.server(0).ports[0].free = 2;
+    assert_eq!(sharing.reserve(&any, None, &[]), None, "others were first");
+    assert_eq!(woken(&mut sharing), [(first, 0), (second, 0)]);
+    assert_eq!(woken(&mut sharing), []);
+    sharing.settle(0, &any);
+    assert_eq!(woken(&mut sharing), [(third, 0)]);
+    assert_eq!(sharing.waiting(), 0);
+}
+
+#[test]
+fn a_stuck_name_does_not_block_another_one() {
+    let mut sharing = pool(&[(
+        0,
+        vec![
+            ports("a", PortProtocol::TCP, 0, 0),
+            ports("b", PortProtocol::TCP, 0, 0),
+        ],
+    )]);
+    sharing.wait(&named("a"), None, None).unwrap();
+    let b = sharing.wait(&named("b"), None, None).unwrap();
+    sharing.server(0).ports[1].free = 1;
+    assert_eq!(woken(&mut sharing), [(b, 0)]);
+}
+
+#[test]
+fn a_request_that_waited_keeps_its_place() {
+    let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 0)])]);
+    let any = Filter::default();
+    let first = sharing.wait(&any, None, None).unwrap();
+    let second = sharing.wait(&any, None, None).unwrap();
+    sharing.leave(&any, first);
+    assert_eq!(sharing.wait(&any, None, Some(first)), Some(first));
+    sharing.server(0).ports[0].free = 2;
+    assert_eq!(woken(&mut sharing), [(first, 0), (second, 0)]);
+}
+
+#[test]
+fn the_queue_is_bounded() {
+    let mut sharing = LoadSharing::default();
+    for _ in 0..MAX_WAITING {
+        sharing.wait(&Filter::default(), None, None).unwrap();
+    }
+    assert_eq!(sharing.wait(&Filter::default(), None, None), None);
+}
