@@ -1,0 +1,322 @@
+//! The running parts of a connection server: wired together at the start,
+//! served, and stopped in an order that cuts as little as possible. It owns
+//! every part and the tasks that drive them; when it starts and ends is the
+//! parent's decision, what the parts do is theirs.
+//!
+//! - `handover`: everything from a predecessor, and to a successor;
+//! - `tables`: has the parts follow the table.
+
+mod handover;
+mod tables;
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+use super::agents::{Agents, HandedAgents};
+use super::allocation::Allocation;
+use super::api::{self, Api};
+use super::forward::{self, Forwarder};
+use super::load_sharing::{self, LoadSharing};
+use super::metrics::{self, Metrics};
+use super::reservations::Reservations;
+use super::sessions::Sessions;
+use super::{Error, Options, http};
+use crate::table::Table;
+use crate::{admin, follow};
+
+/// How long a stopping connection server waits for requests being answered.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// How often a stopping connection server looks whether sessions are left.
+const DRAIN_CHECK: Duration = Duration::from_millis(100);
+
+/// What a table is applied to, and what is handed over.
+#[derive(Clone)]
+struct Parts {
+    sessions: Arc<Sessions>,
+    reservations: Arc<Reservations>,
+    forwarder: Arc<Forwarder>,
+    agents: Arc<Agents>,
+}
+
+/// What is there before the parts begin, a predecessor's or new.
+struct Beginning {
+    /// A predecessor's streams to agents.
+    agents: Option<HandedAgents>,
+    table: Arc<Table>,
+    load_sharing: std::net::TcpListener,
+    admin: TcpListener,
+}
+
+impl Beginning {
+    async fn new(options: &Options, first: &Arc<Table>) -> Result<Self, Error> {
+        Ok(Self {
+            agents: None,
+            table: first.clone(),
+            load_sharing: listen(options.listen, options.load_sharing_port)?,
+            admin: admin::bind(options.admin).await?,
+        })
+    }
+}
+
+/// The running parts.
+pub(super) struct Server {
+    parts: Parts,
+    table: watch::Receiver<Arc<Table>>,
+    /// Agents and clients know this connection server already.
+    is_successor: bool,
+    router: Router,
+    load_sharing: std::net::TcpListener,
+    admin: OwnedFd,
+    /// Serves the load-sharing port, with what stops it.
+    serving: Option<(CancellationToken, JoinHandle<()>)>,
+    draining: CancellationToken,
+    stopping: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Server {
+    /// Starts everything but the load-sharing port: ports are open, agents are
+    /// greeted, `follower`'s tables are applied from now on.
+    pub(super) async fn start(
+        options: &Options,
+        first: &Arc<Table>,
+        follower: &follow::Follower,
+    ) -> Result<Self, Error> {
+        forward::check_open_files(first.connection_port_count())?;
+        if let Some(overlap) = forward::ephemeral_overlap(first) {
+            warn!(%overlap, "connection ports lie inside the kernel's ip_local_port_range: outgoing connections may occupy them");
+        }
+        let mut registry = Registry::default();
+        admin::register_build_info(&mut registry);
+        follower.rejected().register(&mut registry);
+        let metrics = Arc::new(Metrics::new(&mut registry));
+        let sessions = Arc::new(Sessions::default());
+        let reservations = Arc::new(Reservations::default());
+        let forwarder = Arc::new(Forwarder::start(&forwarding(options), &sessions)?);
+        registry.register_collector(Box::new(metrics::Live::new(
+            &forwarder,
+            &sessions,
+            &reservations,
+        )));
+        let mut followed = follower.watch();
+        // From here on a predecessor's streams stand still.
+        let beginning = match handover::inherit(options, first).await? {
+            Some(inherited) => {
+                // A newer table than the predecessor's is applied next.
+                followed.mark_changed();
+                Beginning::inherited(inherited, &sessions, &forwarder)?
+            }
+            None => Beginning::new(options, first).await?,
+        };
+        let is_successor = beginning.agents.is_some();
+        let agents = Arc::new(Agents::new(
+            beginning.agents,
+            sessions.clone(),
+            reservations.clone(),
+            forwarder.clone(),
+            metrics.clone(),
+        ));
+        let parts = Parts {
+            sessions,
+            reservations,
+            forwarder,
+            agents,
+        };
+        // Clients may come as soon as the first port is open.
+        parts.sessions.set_table(&beginning.table);
+        parts.apply(&beginning.table)?;
+        let (in_use, table) = watch::channel(beginning.table);
+        let advertise = options.advertise.clone();
+        let admin = beginning.admin.as_fd().try_clone_to_owned();
+        let server = Self {
+            router: api::router(Arc::new(wire_api(
+                &parts,
+                metrics,
+                table.clone(),
+                advertise,
+            ))),
+            parts,
+            table,
+            is_successor,
+            load_sharing: beginning.load_sharing,
+            admin: admin.map_err(super::handover::Error::from)?,
+            serving: None,
+            draining: CancellationToken::new(),
+            stopping: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        };
+        server.serve_admin(beginning.admin, registry);
+        let (parts, stopping) = (server.parts.clone(), server.stopping.clone());
+        server
+            .tasks
+            .spawn(parts.keep_applying(followed, in_use, stopping));
+        Ok(server)
+    }
+
+    /// Begins to answer requests.
+    pub(super) async fn begin(&mut self) {
+        if self.is_successor {
+            self.until_attached().await;
+        }
+        self.serve();
+        let table = self.table.borrow();
+        info!(
+            address = %self.load_sharing.local_addr().map_or_else(|error| error.to_string(), |address| address.to_string()),
+            connection_ports = table.connection_port_count(),
+            generation = table.generation,
+            "connection server ready"
+        );
+    }
+
+    /// Serves the load-sharing port.
+    fn serve(&mut self) {
+        let listener = self
+            .load_sharing
+            .try_clone()
+            .and_then(TcpListener::from_std);
+        let listener = match listener {
+            Ok(listener) => listener,
+            Err(error) => return error!(%error, "failed to serve the load-sharing port"),
+        };
+        let stop = self.draining.child_token();
+        let stopped = stop.clone().cancelled_owned();
+        let serving = http::serve(listener, self.router.clone(), stopped, SHUTDOWN_GRACE);
+        self.serving = Some((stop, self.tasks.spawn(serving)));
+    }
+
+    /// Answers the requests under way and sends waiting ones away. Further ones
+    /// queue at the listener.
+    async fn stop_serving(&mut self) {
+        if let Some((stop, serving)) = self.serving.take() {
+            stop.cancel();
+            self.parts.reservations.dismiss();
+            // It ends by itself; it does not panic.
+            let _ = serving.await;
+        }
+    }
+
+    fn serve_admin(&self, listener: TcpListener, registry: Registry) {
+        let (draining, reservations, table) = (
+            self.draining.clone(),
+            self.parts.reservations.clone(),
+            self.table.clone(),
+        );
+        let (rows, was_ready) = (table.clone(), AtomicBool::new(self.is_successor));
+        let state = admin::AdminState {
+            registry: Arc::new(registry),
+            ready: Box::new(move || {
+                if draining.is_cancelled() {
+                    return Err("shutting down".to_owned());
+                }
+                let takes = |sharing: &LoadSharing| {
+                    sharing
+                        .servers()
+                        .values()
+                        .any(load_sharing::Server::takes_sessions)
+                };
+                // Once ready it stays so: without processing servers clients
+                // should hear that, and live flows should keep their way here.
+                let is_empty = rows.borrow().rows.is_empty();
+                if is_empty || reservations.inspect(takes) {
+                    was_ready.store(true, Ordering::Relaxed);
+                }
+                if was_ready.load(Ordering::Relaxed) {
+                    Ok(())
+                } else {
+                    Err("no processing server is attached yet".to_owned())
+                }
+            }),
+            table: Box::new(move || Some(table.borrow().clone())),
+        };
+        let stopping = self.stopping.clone().cancelled_owned();
+        self.tasks.spawn(admin::serve(listener, state, stopping));
+    }
+
+    /// Lets live sessions go on for up to `drain`, then closes everything.
+    pub(super) async fn stop(self, drain: Duration) {
+        self.draining.cancel();
+        let deadline = Instant::now() + drain;
+        while self.parts.sessions.open_count() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(DRAIN_CHECK).await;
+        }
+        info!(
+            sessions_cut = self.parts.sessions.open_count(),
+            "connection server stops"
+        );
+        self.stopping.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        self.parts.forwarder.shutdown();
+        self.parts.agents.leave().await;
+    }
+}
+
+/// How the data plane is to run.
+fn forwarding(options: &Options) -> forward::Config {
+    forward::Config {
+        limits: options.limits,
+        peer_timeout: Duration::from_secs(options.peer_timeout_seconds),
+        ..forward::Config::new(options.listen, options.data_threads)
+    }
+}
+
+/// What answers requests.
+fn wire_api(
+    parts: &Parts,
+    metrics: Arc<Metrics>,
+    table: watch::Receiver<Arc<Table>>,
+    advertise: Option<String>,
+) -> Api {
+    let allocation = Allocation::new(
+        parts.agents.clone(),
+        parts.reservations.clone(),
+        parts.sessions.clone(),
+        metrics.clone(),
+        table.clone(),
+    );
+    Api {
+        allocation: Arc::new(allocation),
+        sessions: parts.sessions.clone(),
+        reservations: parts.reservations.clone(),
+        agents: parts.agents.clone(),
+        table,
+        metrics,
+        advertise,
+    }
+}
+
+/// Listens on the load-sharing port; `::` takes IPv4 too.
+fn listen(address: IpAddr, port: u16) -> Result<std::net::TcpListener, Error> {
+    let address = SocketAddr::new(address, port);
+    let bind = || {
+        let socket = socket2::Socket::new(
+            socket2::Domain::for_address(address),
+            socket2::Type::STREAM,
+            None,
+        )?;
+        socket.set_reuse_address(true)?;
+        if address.is_ipv6() {
+            socket.set_only_v6(false)?;
+        }
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        // The kernel lowers it to net.core.somaxconn.
+        socket.listen(i32::MAX)?;
+        Ok(socket.into())
+    };
+    bind().map_err(|source| Error::Listen { address, source })
+}

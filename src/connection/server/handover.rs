@@ -1,0 +1,151 @@
+//! Everything of a running connection server from one process to the next: what
+//! is done here before, while and after [`handover`]'s protocol runs. This side
+//! says which part stands still and when; it alone may pause agents and the data
+//! plane.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{Beginning, Server};
+use crate::connection::forward::Forwarder;
+use crate::connection::sessions::Sessions;
+use crate::connection::{Error, Options, handover};
+use crate::table::Table;
+
+/// How long a successor lets requests queue until its agents are attached.
+const ATTACH_LIMIT: Duration = Duration::from_secs(2);
+
+/// How often it looks.
+const ATTACH_CHECK: Duration = Duration::from_millis(2);
+
+/// Everything of a running predecessor, if there is one of the pool of `first`.
+pub(super) async fn inherit(
+    options: &Options,
+    first: &Table,
+) -> Result<Option<handover::State>, Error> {
+    let Some(path) = options.handover.clone() else {
+        return Ok(None);
+    };
+    let pool_uid = first.pool_uid.clone();
+    let inheriting = tokio::task::spawn_blocking(move || {
+        let Some(inheritance) = handover::ask(&path)? else {
+            return Ok(None);
+        };
+        if inheritance.state().table.pool_uid != pool_uid {
+            return Err(handover::Error::Malformed(
+                "the running connection server is another pool's",
+            ));
+        }
+        inheritance.take().map(Some)
+    });
+    let inherited = inheriting.await.expect("inheriting does not panic")?;
+    Ok(inherited)
+}
+
+impl Beginning {
+    /// Has `sessions` and `forwarder` go on with what a predecessor had.
+    pub(super) fn inherited(
+        mut state: handover::State,
+        sessions: &Sessions,
+        forwarder: &Forwarder,
+    ) -> Result<Self, handover::Error> {
+        let (connections, flows) = state.take_over(sessions, forwarder);
+        info!(connections, flows, "taken over from the former process");
+        Ok(Self {
+            agents: Some(state.agents),
+            table: state.table,
+            load_sharing: state.load_sharing.into(),
+            admin: TcpListener::from_std(state.admin.into())?,
+        })
+    }
+}
+
+impl Server {
+    /// Waits until the agents are attached, but not for long: what a successor
+    /// answers before would be that nothing is free.
+    pub(super) async fn until_attached(&self) {
+        let is_attached = || {
+            let table = self.table.borrow();
+            let mut rows = table.rows.iter().filter(|row| row.address.is_some());
+            self.parts.reservations.inspect(|sharing| {
+                let servers = sharing.servers();
+                rows.all(|row| {
+                    let server = servers.get(&row.slot);
+                    server.is_some_and(|server| server.attached && !server.ports.is_empty())
+                })
+            })
+        };
+        let deadline = Instant::now() + ATTACH_LIMIT;
+        while !is_attached() && Instant::now() < deadline {
+            tokio::time::sleep(ATTACH_CHECK).await;
+        }
+    }
+
+    /// Hands everything over to the process at the other end of `stream`.
+    /// Whether it has it now; this one has nothing to do any more then.
+    pub(in crate::connection) async fn hand_over(&mut self, stream: UnixStream) -> bool {
+        let hearing = tokio::task::spawn_blocking(move || handover::Offer::hear(stream));
+        let offer = match hearing.await.expect("hearing does not panic") {
+            Ok(offer) => offer,
+            Err(error) => {
+                warn!(%error, "hand-over refused");
+                return false;
+            }
+        };
+        info!("a successor asks for a hand-over");
+        self.stop_serving().await;
+        let paused = self.parts.agents.pause().await;
+        let started = Instant::now();
+        match self.give(offer).await {
+            Ok(()) => {
+                info!(paused = ?started.elapsed(), "handed over");
+                // For ever: what agents hear from now on comes from the successor.
+                std::mem::forget(paused);
+                true
+            }
+            Err(error) => {
+                drop(paused);
+                self.serve();
+                warn!(paused = ?started.elapsed(), %error, "hand-over failed; this connection server goes on");
+                false
+            }
+        }
+    }
+
+    /// Pauses the data plane and gives everything away, or goes on.
+    async fn give(&self, mut offer: handover::Offer) -> Result<(), handover::Error> {
+        let (load_sharing, admin) = (self.load_sharing.try_clone()?, self.admin.try_clone()?);
+        let table = self.table.borrow().clone();
+        let handed = self.parts.forwarder.hand_over(&table)?;
+        let state = handover::State {
+            agents: self.parts.agents.hand_over(),
+            table,
+            load_sharing: load_sharing.into(),
+            admin,
+            sessions: self.parts.sessions.hand_over(),
+            handed,
+        };
+        let giving = tokio::task::spawn_blocking(move || (offer.give(&state), state));
+        let (given, state) = giving.await.expect("giving does not panic");
+        if given.is_err() {
+            self.parts.forwarder.take_over(state.handed, &state.table);
+        }
+        given
+    }
+
+    /// Ends what is left after everything was handed over, without a word to
+    /// anybody.
+    pub(in crate::connection) fn retire(&self) {
+        self.stopping.cancel();
+        self.parts.agents.vanish();
+        self.parts.forwarder.shutdown();
+    }
+
+    pub(in crate::connection) fn has_retired(&self) -> bool {
+        self.stopping.is_cancelled()
+    }
+}

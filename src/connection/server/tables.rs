@@ -1,0 +1,57 @@
+//! Has the parts of a connection server follow the table: one table is applied
+//! to all of them, in an order in which no client is told what does not hold yet.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info};
+
+use super::Parts;
+use crate::connection::forward;
+use crate::table::Table;
+
+impl Parts {
+    /// Ports first: nobody is told of a port that is not open.
+    pub(super) fn apply(&self, table: &Arc<Table>) -> Result<(), forward::ApplyError> {
+        self.forwarder.apply(table)?;
+        self.sessions.set_table(table);
+        self.reservations.set_policy(table.load_sharing.policy);
+        self.agents.set_table(table);
+        Ok(())
+    }
+
+    /// Applies every newer table that is followed, then has it used. One that
+    /// cannot be applied is logged and leaves the last one in force.
+    pub(super) async fn keep_applying(
+        self,
+        mut followed: watch::Receiver<Option<Arc<Table>>>,
+        in_use: watch::Sender<Arc<Table>>,
+        stopping: CancellationToken,
+    ) {
+        loop {
+            tokio::select! {
+                changed = followed.changed() => if changed.is_err() { return },
+                () = stopping.cancelled() => return,
+            }
+            let Some(current) = followed.borrow_and_update().clone() else {
+                continue;
+            };
+            let generation = current.generation;
+            // A predecessor may have had a newer one.
+            if generation <= in_use.borrow().generation {
+                continue;
+            }
+            let _step = self.agents.step().await;
+            match self.apply(&current) {
+                Ok(()) => {
+                    in_use.send_replace(current);
+                    info!(generation, "table applied");
+                }
+                Err(error) => {
+                    error!(generation, %error, "failed to apply the table; the last one stays in force")
+                }
+            }
+        }
+    }
+}
