@@ -15,7 +15,7 @@
 //! - objects of others are never taken over: the owner's uid counts, not the
 //!   name.
 //!
-//! - `observe`: stores, and what they say about a pool;
+//! - `stores`: what the watches keep; `observe`: what it says about a pool;
 //! - `write`: one function per kind of write;
 //! - `apply`: carries a plan out;
 //! - `reconcile`: the steps, and what follows an error;
@@ -30,6 +30,7 @@ mod metrics;
 mod observe;
 mod reconcile;
 mod report;
+mod stores;
 mod write;
 
 use std::future::{pending, ready};
@@ -51,8 +52,8 @@ use tracing::{info, warn};
 
 use self::memory::Memory;
 use self::metrics::Metrics;
-use self::observe::Stores;
 use self::reconcile::Context;
+use self::stores::Stores;
 use crate::admin;
 use crate::follow::{self, WatchBackoff};
 use crate::plan::objects::{MANAGER, Settings};
@@ -300,7 +301,7 @@ async fn controller(
     let (stores, changes) = Stores::watch(&client, scope.as_deref());
     for (resource, changes) in changes {
         controller =
-            controller.watches_stream_with(changes, |object| observe::pool_of(&object), resource);
+            controller.watches_stream_with(changes, |object| stores::pool_of(&object), resource);
     }
     let reporter = Reporter {
         controller: "portpool.dev/controller".to_owned(),

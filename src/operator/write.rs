@@ -11,7 +11,7 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 
 use super::metrics::Metrics;
-use super::observe::{Stores, is_owned, resource};
+use super::stores::{Stores, is_owned, resource};
 use crate::plan::objects::{
     COMPONENT_LABEL, MANAGED_BY, MANAGER, POOL_LABEL, PROCESSING_SERVER, covers,
 };
