@@ -131,7 +131,7 @@ fn violations(name: &str, text: &str) -> Vec<String> {
                 number + 1
             ));
         }
-        let is_edge = is_in(name, "operator") || name == "follow";
+        let is_edge = is_in(name, "operator") || name == "follow/cluster";
         if !is_edge && (line.contains("kube::Client") || line.contains("kube::client")) {
             found.push(format!("src/{name}.rs:{}: uses kube's client", number + 1));
         }

@@ -1,0 +1,116 @@
+use std::time::Duration;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+
+use super::*;
+use crate::pool::{LoadSharing, Sessions};
+use crate::table::{FORMAT_VERSION, TargetPort};
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn table(generation: u64, uid: &str) -> Table {
+    Table {
+        format_version: FORMAT_VERSION,
+        pool: "pool".to_owned(),
+        pool_uid: uid.to_owned(),
+        generation,
+        advertised_address: None,
+        agent_port: TargetPort::new(7070).unwrap(),
+        load_sharing: LoadSharing::default(),
+        sessions: Sessions::default(),
+        rows: Vec::new(),
+    }
+}
+
+#[test]
+fn only_a_newer_table_of_the_same_pool_is_accepted() {
+    let text = |generation, uid| table(generation, uid).encode().unwrap();
+    let current = table(5, "a");
+    assert!(matches!(accept(None, &text(1, "b")), Ok(Some(_))));
+    assert!(matches!(accept(Some(&current), &text(6, "a")), Ok(Some(_))));
+    assert!(matches!(accept(Some(&current), &text(5, "a")), Ok(None)));
+    let older = accept(Some(&current), &text(4, "a"));
+    assert!(matches!(
+        older,
+        Err(Rejected::Older {
+            found: 4,
+            current: 5
+        })
+    ));
+    let other = accept(Some(&current), &text(9, "b"));
+    assert!(matches!(other, Err(Rejected::OtherPool { .. })));
+    assert!(matches!(
+        accept(Some(&current), "{"),
+        Err(Rejected::Invalid(_))
+    ));
+}
+
+async fn generation(receiver: &mut watch::Receiver<Option<Arc<Table>>>, wanted: u64) {
+    let reached = receiver.wait_for(|table| {
+        table
+            .as_ref()
+            .is_some_and(|table| table.generation == wanted)
+    });
+    tokio::time::timeout(SOON, reached)
+        .await
+        .expect("in time")
+        .unwrap();
+}
+
+async fn counted(rejected: &RejectedTables, cause: &'static str) {
+    let mut registry = Registry::default();
+    rejected.register(&mut registry);
+    let name = format!("portpool_tables_rejected_total{{cause=\"{cause}\"}} ");
+    let count = || {
+        let mut shown = String::new();
+        encode(&mut shown, &registry).unwrap();
+        let count = shown.lines().find_map(|line| line.strip_prefix(&name));
+        count.unwrap().to_owned()
+    };
+    let waiting = async {
+        while count() == "0" {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(SOON, waiting).await.expect("in time");
+}
+
+#[tokio::test]
+async fn a_file_is_followed_through_faults() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("table.json");
+    let follower = follow_file(&path).unwrap();
+    let (mut current, rejected) = (follower.watch(), follower.rejected());
+    write_table(&path, &table(1, "a")).unwrap();
+    generation(&mut current, 1).await;
+    std::fs::write(&path, "not a table").unwrap();
+    counted(&rejected, "invalid").await;
+    std::fs::remove_file(&path).unwrap();
+    write_table(&path, &table(3, "a")).unwrap();
+    generation(&mut current, 3).await;
+    write_table(&path, &table(2, "a")).unwrap();
+    counted(&rejected, "older").await;
+    generation(&mut current, 3).await;
+}
+
+#[tokio::test]
+async fn a_mounted_config_map_is_followed() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("table.json");
+    let publish = |number: u64| {
+        let data = folder.path().join(format!("..{number}"));
+        std::fs::create_dir(&data).unwrap();
+        write_table(&data.join("table.json"), &table(number, "a")).unwrap();
+        let link = folder.path().join("..data_tmp");
+        std::os::unix::fs::symlink(&data, &link).unwrap();
+        std::fs::rename(&link, folder.path().join("..data")).unwrap();
+    };
+    publish(1);
+    std::os::unix::fs::symlink("..data/table.json", &path).unwrap();
+    let follower = follow_file(&path).unwrap();
+    let mut current = follower.watch();
+    generation(&mut current, 1).await;
+    publish(2);
+    generation(&mut current, 2).await;
+}
