@@ -1,0 +1,312 @@
+//! The running pool: what an operator does in a cluster, here in steps of a
+//! loop. It owns the processes of the pool's servers and the table's file, and
+//! takes up a changed manifest; the plan decides what starts and stops.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use jiff::Timestamp;
+
+use super::child::{Program, Supervised};
+use super::events::Events;
+use super::server::{self, Server};
+use super::{Options, check, connection_address, server_address};
+use crate::client::Client;
+use crate::follow::write_table;
+use crate::manifest;
+use crate::plan::{Observed, ObservedServer, Plan, Problem, ValidPool, plan, server_name};
+use crate::pool::CONNECTION_ADMIN_PORT;
+use crate::session::PoolState;
+use crate::table::Table;
+
+/// Stands for the uid that a cluster gives a pool.
+const UID: &str = "local";
+
+/// The running pool.
+pub(super) struct Running {
+    options: Options,
+    binary: PathBuf,
+    folder: PathBuf,
+    table_file: PathBuf,
+    modified: Option<SystemTime>,
+    pool: ValidPool,
+    table: Option<Table>,
+    servers: BTreeMap<u32, Server>,
+    connection_servers: Vec<Supervised>,
+    client: Client,
+    events: Events,
+    /// The last sentence about sessions.
+    said: String,
+}
+
+impl Running {
+    /// A pool of which nothing runs yet. `folder` is for its table and its
+    /// sockets.
+    pub(super) fn new(options: Options, pool: ValidPool, binary: PathBuf, folder: PathBuf) -> Self {
+        let address = format!("127.0.0.1:{}", pool.load_sharing_port);
+        Self {
+            modified: modified(&options.file),
+            binary,
+            table_file: folder.join("table.json"),
+            folder,
+            pool,
+            table: None,
+            servers: BTreeMap::new(),
+            connection_servers: Vec::new(),
+            client: Client::new(&address).expect("the address is well-formed"),
+            events: Events::new(!options.no_live),
+            said: String::new(),
+            options,
+        }
+    }
+
+    /// Starts everything.
+    pub(super) fn start(&mut self) -> io::Result<()> {
+        let address = format!("127.0.0.1:{}", self.pool.load_sharing_port);
+        self.apply(plan_first(&self.pool))?;
+        for index in 0..self.pool.connection_servers {
+            let server = self.connection_server(index);
+            self.connection_servers.push(server);
+        }
+        self.events.say(format!(
+            "load-sharing port: http://{address}  (admin: http://127.0.0.1:{CONNECTION_ADMIN_PORT})"
+        ));
+        for index in 1..self.pool.connection_servers {
+            let port = self.pool.load_sharing_port;
+            self.events.say(format!(
+                "load-sharing port: http://{}:{port}",
+                connection_address(index)
+            ));
+        }
+        self.events.say(format!("try: portpool connect {address}"));
+        Ok(())
+    }
+
+    fn connection_server(&self, index: u32) -> Supervised {
+        let address = connection_address(index);
+        let arguments = [
+            "connection-server".to_owned(),
+            format!("--table={}", self.table_file.display()),
+            format!("--listen={address}"),
+            format!("--load-sharing-port={}", self.pool.load_sharing_port),
+            format!("--admin={address}:{CONNECTION_ADMIN_PORT}"),
+            format!(
+                "--handover={}",
+                self.folder.join(format!("handover-{index}")).display()
+            ),
+            "--drain-seconds=0".to_owned(),
+        ];
+        let program = Program {
+            name: format!("connection-server-{index}"),
+            arguments: arguments.to_vec(),
+            environment: vec![("PORTPOOL_LOG".to_owned(), self.options.role_log.clone())],
+            folder: None,
+            grace: Duration::from_secs(5),
+        };
+        Supervised::start(self.binary.clone(), program, self.events.clone())
+    }
+
+    /// Replaces the connection servers by this program as it is on disk now.
+    pub(super) fn replace_connection_servers(&self) {
+        self.events.say("SIGUSR2: connection servers are replaced");
+        self.connection_servers.iter().for_each(Supervised::replace);
+    }
+
+    /// Observes, plans and applies once. A fault is shown; the next step tries
+    /// again.
+    pub(super) async fn step(&mut self) {
+        self.reload();
+        let state = self.client.pool().await.ok();
+        if let Some(state) = &state {
+            self.show(state);
+        }
+        let servers = self.observe(state.as_ref());
+        let observed = Observed {
+            uid: UID,
+            table: self.table.as_ref(),
+            generation: 0,
+            servers: &servers,
+        };
+        let next = plan(&self.pool, &observed, Timestamp::now(), self.drain_limit());
+        if let Err(error) = self.apply(next) {
+            self.events
+                .say(format!("failed to write the table: {error}; trying again"));
+        }
+    }
+
+    fn drain_limit(&self) -> Duration {
+        Duration::from_secs(self.options.drain_seconds)
+    }
+
+    /// Takes up a changed manifest; a wrong one leaves the last in force.
+    fn reload(&mut self) {
+        let modified = modified(&self.options.file);
+        if modified == self.modified || modified.is_none() {
+            return;
+        }
+        self.modified = modified;
+        let loaded = manifest::load(&self.options.file).and_then(|manifest| {
+            let planned = plan_first(&manifest.pool).table;
+            let table = self.table.as_ref().unwrap_or(&planned);
+            check::can_become((&self.pool, table), (&manifest.pool, &planned))
+                .map_err(|problems| manifest.error(problems))?;
+            Ok(manifest.pool)
+        });
+        match loaded {
+            Ok(pool) if pool == self.pool => {}
+            Ok(pool) => {
+                self.events.say(format!(
+                    "{} changed: {} servers",
+                    self.options.file.display(),
+                    pool.replicas
+                ));
+                self.pool = pool;
+            }
+            Err(error) => {
+                self.events.say(format!(
+                    "{} not applied; the pool stays as it is:",
+                    self.options.file.display()
+                ));
+                for line in error.to_string().lines() {
+                    self.events.say(line);
+                }
+            }
+        }
+    }
+
+    fn show(&mut self, state: &PoolState) {
+        let said = format!(
+            "{} sessions, {} ports free, {} requests waiting",
+            state.sessions, state.free_ports, state.waiting
+        );
+        if self.said != said {
+            self.events.say(&said);
+            self.said = said;
+        }
+        for server in &state.servers {
+            if let Some(known) = self.servers.get_mut(&server.slot)
+                && server.attached
+                && known.say_ready()
+            {
+                self.events
+                    .say(format!("{} is ready at {}", server.server, known.address));
+            }
+        }
+        self.events.draw(state);
+    }
+
+    fn observe(&mut self, state: Option<&PoolState>) -> Vec<ObservedServer> {
+        self.servers.retain(|_, server| !server.has_stopped());
+        let template = &self.pool.template;
+        let observed = self.servers.iter().map(|(&slot, server)| {
+            let reported =
+                state.and_then(|state| state.servers.iter().find(|reported| reported.slot == slot));
+            ObservedServer {
+                slot,
+                uid: server.uid.clone(),
+                address: (!server.is_stopping()).then_some(server.address),
+                is_ready: reported.is_some_and(|reported| reported.attached),
+                is_outdated: server.template != *template,
+                is_stopping: server.is_stopping(),
+                sessions: reported.map(|reported| reported.sessions),
+                ..ObservedServer::default()
+            }
+        });
+        observed.collect()
+    }
+
+    fn apply(&mut self, plan: Plan) -> io::Result<()> {
+        if self.table.as_ref() != Some(&plan.table) {
+            write_table(&self.table_file, &plan.table)?;
+            let (generation, ports) = (plan.table.generation, plan.table.connection_port_count());
+            self.events.say(format!(
+                "table generation {generation}: {} servers, {ports} connection ports",
+                plan.table.rows.len()
+            ));
+            self.table = Some(plan.table);
+        }
+        for slot in plan.start {
+            self.start_server(slot);
+        }
+        for slot in plan.stop {
+            if let Some(server) = self.servers.get_mut(&slot)
+                && server.stop()
+            {
+                let reason = match server.template == self.pool.template {
+                    true => "stops",
+                    false => "is replaced: the template has changed",
+                };
+                self.events.say(format!("{} {reason}", server.name));
+            }
+        }
+        Ok(())
+    }
+
+    fn start_server(&mut self, slot: u32) {
+        let name = server_name(&self.pool.name, slot);
+        let address = server_address(slot);
+        match Server::start(&self.context(), slot, name.clone(), address) {
+            Ok(server) => {
+                self.events.say(format!("{name} starts at {address}"));
+                self.servers.insert(slot, server);
+            }
+            // Checked before the pool was taken up.
+            Err(problems) => {
+                for Problem { path, message } in problems {
+                    self.events
+                        .say(format!("{name} cannot start: {path}: {message}"));
+                }
+            }
+        }
+    }
+
+    fn context(&self) -> server::Context<'_> {
+        server::Context {
+            binary: &self.binary,
+            folder: &self.folder,
+            table_file: &self.table_file,
+            template: &self.pool.template,
+            drain_seconds: self.options.drain_seconds,
+            role_log: &self.options.role_log,
+            events: &self.events,
+        }
+    }
+
+    /// Drains and stops everything; connection servers last.
+    pub(super) async fn stop(mut self) {
+        self.events.clear();
+        self.events.say(format!(
+            "stopping: live sessions may go on for {} s (Ctrl-C again: at once)",
+            self.options.drain_seconds
+        ));
+        for server in self.servers.values_mut() {
+            server.stop();
+        }
+        for server in std::mem::take(&mut self.servers).into_values() {
+            server.stopped().await;
+        }
+        for server in std::mem::take(&mut self.connection_servers) {
+            server.stop().await;
+        }
+        self.events.say("stopped");
+    }
+}
+
+/// The plan for a pool of which there is nothing yet.
+pub(super) fn plan_first(pool: &ValidPool) -> Plan {
+    let nothing = Observed {
+        uid: UID,
+        table: None,
+        generation: 0,
+        servers: &[],
+    };
+    plan(pool, &nothing, Timestamp::now(), Duration::ZERO)
+}
+
+fn modified(file: &Path) -> Option<SystemTime> {
+    std::fs::metadata(file)
+        .and_then(|metadata| metadata.modified())
+        .ok()
+}
