@@ -11,7 +11,7 @@ pub mod faulty;
 pub mod helm;
 pub mod proxy;
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -375,7 +375,17 @@ pub fn echo(stream: &mut TcpStream, message: &str) {
     assert_eq!(answer, message.as_bytes());
 }
 
-/// Whether the other side has ended the connection, one way or another.
+/// Whether the other side ends the connection soon, in order or by a reset.
+/// Bytes are no end, and neither is silence.
 pub fn is_cut(stream: &mut TcpStream) -> bool {
-    matches!(stream.read(&mut [0]), Ok(0) | Err(_))
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    match stream.read(&mut [0]) {
+        Ok(length) => length == 0,
+        Err(error) => match error.kind() {
+            ErrorKind::ConnectionReset => true,
+            // Which of them a time-out is depends on the system.
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => false,
+            _ => panic!("neither cut nor silent: {error}"),
+        },
+    }
 }
