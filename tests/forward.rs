@@ -5,6 +5,9 @@
     reason = "a test stops at what it does not expect"
 )]
 
+#[path = "common/table.rs"]
+mod tables;
+
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -18,8 +21,8 @@ use nix::sys::socket::GetSockOpt;
 use portpool::connection::forward::{
     Config, Forwarder, Gate, SessionKey, Ticket, Traffic, Transport, Verdict,
 };
-use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::pool::{PortProtocol, ProxyProtocol, Sessions};
+use portpool::table::{ListenPort, PortRange, Table};
 
 const SOON: Duration = Duration::from_secs(10);
 const FIRST: u16 = 20_000;
@@ -78,17 +81,7 @@ impl Bench {
             asked: Mutex::default(),
         });
         let forwarder = Forwarder::start(&Config::new(listen, Some(2)), &gate).unwrap();
-        let table = Table {
-            format_version: FORMAT_VERSION,
-            pool: "test".to_owned(),
-            pool_uid: "uid".to_owned(),
-            generation: 1,
-            advertised_address: None,
-            agent_port: TargetPort::new(7070).unwrap(),
-            load_sharing: LoadSharing::default(),
-            sessions: Sessions::default(),
-            rows: Vec::new(),
-        };
+        let table = tables::table(Sessions::default(), Vec::new());
         let mut bench = Self {
             forwarder,
             gate,
@@ -103,25 +96,9 @@ impl Bench {
     /// Leads `count` connection ports from 20000 on to as many server ports
     /// from 7000 on.
     fn lead(&mut self, count: u16, change: impl FnOnce(&mut PortRange)) {
-        let mut range = PortRange {
-            name: "main".to_owned(),
-            connection_port: ListenPort::new(FIRST).unwrap(),
-            server_port: TargetPort::new(7000).unwrap(),
-            count,
-            protocol: PortProtocol::TCPUDP,
-            shared: false,
-            proxy_protocol: ProxyProtocol::None,
-        };
+        let mut range = tables::range(FIRST, 7000, count);
         change(&mut range);
-        self.table.rows = vec![Row {
-            slot: 0,
-            server: "test-0".to_owned(),
-            server_uid: None,
-            draining_since: None,
-            address: Some(self.server),
-            state: RowState::Active,
-            ranges: vec![range],
-        }];
+        self.table.rows = vec![tables::row(0, Some(self.server), range)];
         self.forwarder.apply(&Arc::new(self.table.clone())).unwrap();
     }
 

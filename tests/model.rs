@@ -10,6 +10,9 @@
     reason = "a test stops at what it does not expect"
 )]
 
+#[path = "common/table.rs"]
+mod tables;
+
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -17,13 +20,13 @@ use std::time::Duration;
 
 use portpool::connection::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 use portpool::connection::sessions::{Action, Outbox, Sessions};
-use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol};
+use portpool::pool::PortProtocol;
 use portpool::processing::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
 use portpool::selection::{
     CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,
 };
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::table::{ListenPort, PortRange, Table};
 use proptest::prelude::*;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -137,34 +140,14 @@ fn port(agent: usize, offset: u16) -> ListenPort {
 
 impl World {
     fn new(agents: usize) -> Self {
-        let row = |agent: usize| Row {
-            slot: u32::try_from(agent).unwrap(),
-            server: format!("pool-{agent}"),
-            server_uid: None,
-            draining_since: None,
-            address: None,
-            state: RowState::Active,
-            ranges: vec![PortRange {
-                name: "main".to_owned(),
-                connection_port: port(agent, 0),
-                server_port: TargetPort::new(7000).unwrap(),
-                count: PORTS,
+        let row = |agent: usize| {
+            let range = PortRange {
                 protocol: PortProtocol::TCP,
-                shared: false,
-                proxy_protocol: ProxyProtocol::None,
-            }],
+                ..tables::range(port(agent, 0).get(), 7000, PORTS)
+            };
+            tables::row(u32::try_from(agent).unwrap(), None, range)
         };
-        let table = Table {
-            format_version: FORMAT_VERSION,
-            pool: "pool".to_owned(),
-            pool_uid: "uid".to_owned(),
-            generation: 1,
-            advertised_address: None,
-            agent_port: TargetPort::new(7070).unwrap(),
-            load_sharing: LoadSharing::default(),
-            sessions: portpool::pool::Sessions::default(),
-            rows: (0..agents).map(row).collect(),
-        };
+        let table = tables::table(Default::default(), (0..agents).map(row).collect());
         let mut world = Self {
             now: Now::default(),
             agents: Vec::new(),

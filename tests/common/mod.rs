@@ -10,6 +10,7 @@ pub mod cluster;
 pub mod faulty;
 pub mod helm;
 pub mod proxy;
+pub mod table;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
@@ -20,9 +21,9 @@ use std::time::{Duration, Instant};
 
 use portpool::client::{Client, ClientError};
 use portpool::follow::write_table;
-use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use portpool::pool::Sessions;
 use portpool::session::{PoolState, Session, SessionRequest};
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::table::{Row, Table};
 
 /// Longest that anything may take here.
 pub const SOON: Duration = Duration::from_secs(20);
@@ -154,20 +155,13 @@ impl Pool {
         let mut pool = Self {
             folder: tempfile::tempdir().unwrap(),
             network,
-            table: Table {
-                format_version: FORMAT_VERSION,
-                pool: "test".to_owned(),
-                pool_uid: "uid".to_owned(),
-                generation: 1,
-                advertised_address: None,
-                agent_port: TargetPort::new(7070).unwrap(),
-                load_sharing: LoadSharing::default(),
-                sessions: Sessions {
+            table: table::table(
+                Sessions {
                     linger_seconds: 0,
                     ..Sessions::default()
                 },
-                rows: Vec::new(),
-            },
+                Vec::new(),
+            ),
             connection_servers: Vec::new(),
             agents: Vec::new(),
             workloads: Vec::new(),
@@ -193,23 +187,8 @@ impl Pool {
 
     pub fn row(&self, slot: u32) -> Row {
         let first = 20_000 + u16::try_from(slot).unwrap() * COUNT;
-        Row {
-            slot,
-            server: format!("test-{slot}"),
-            server_uid: None,
-            draining_since: None,
-            address: Some(self.server_address(slot)),
-            state: RowState::Active,
-            ranges: vec![PortRange {
-                name: "main".to_owned(),
-                connection_port: ListenPort::new(first).unwrap(),
-                server_port: TargetPort::new(SERVER_PORT).unwrap(),
-                count: COUNT,
-                protocol: PortProtocol::TCPUDP,
-                shared: false,
-                proxy_protocol: ProxyProtocol::None,
-            }],
-        }
+        let range = table::range(first, SERVER_PORT, COUNT);
+        table::row(slot, Some(self.server_address(slot)), range)
     }
 
     pub fn publish(&self) {

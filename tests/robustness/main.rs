@@ -16,6 +16,8 @@ mod limits;
 mod namespace;
 mod pressure;
 mod reaching;
+#[path = "../common/table.rs"]
+mod tables;
 mod target;
 mod udp;
 

@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use portpool::follow::write_table;
-use portpool::pool::{Admission, LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::pool::{Admission, PortProtocol, Sessions};
+use portpool::table::Table;
 
-use crate::{SOON, until};
+use crate::{SOON, tables, until};
 
 /// First connection port, and the server port that it leads to; further ones
 /// go in step.
@@ -423,41 +423,17 @@ impl Drop for Proxy {
 }
 
 pub fn table(setup: &Setup) -> Table {
-    Table {
-        format_version: FORMAT_VERSION,
-        pool: "test".to_owned(),
-        pool_uid: "uid".to_owned(),
-        generation: 1,
-        advertised_address: None,
-        agent_port: TargetPort::new(7070).unwrap(),
-        load_sharing: LoadSharing::default(),
-        sessions: Sessions {
-            admission: Admission::Open,
-            idle_timeout_seconds: setup.idle_seconds,
-            udp_idle_timeout_seconds: setup.udp_idle_seconds,
-            ..Sessions::default()
-        },
-        rows: vec![Row {
-            slot: 0,
-            server: "test-0".to_owned(),
-            server_uid: None,
-            draining_since: None,
-            address: Some(setup.server),
-            state: RowState::Active,
-            ranges: vec![PortRange {
-                name: "main".to_owned(),
-                connection_port: ListenPort::new(FIRST).unwrap(),
-                server_port: TargetPort::new(SERVER).unwrap(),
-                count: setup.ports,
-                protocol: match setup.has_udp {
-                    true => PortProtocol::TCPUDP,
-                    false => PortProtocol::TCP,
-                },
-                shared: false,
-                proxy_protocol: ProxyProtocol::None,
-            }],
-        }],
+    let sessions = Sessions {
+        admission: Admission::Open,
+        idle_timeout_seconds: setup.idle_seconds,
+        udp_idle_timeout_seconds: setup.udp_idle_seconds,
+        ..Sessions::default()
+    };
+    let mut range = tables::range(FIRST, SERVER, setup.ports);
+    if !setup.has_udp {
+        range.protocol = PortProtocol::TCP;
     }
+    tables::table(sessions, vec![tables::row(0, Some(setup.server), range)])
 }
 
 pub fn portpool(setup: &Setup, folder: &std::path::Path, table: &Table) -> Command {

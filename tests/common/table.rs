@@ -1,0 +1,52 @@
+//! The tables that tests begin with: every field has a plain value, and a test
+//! says only what matters to it. Uses the table's types and nothing else, so
+//! that suites without the rest of `common` take it by its path.
+
+#![allow(dead_code, reason = "each test file uses a part of it")]
+
+use std::net::IpAddr;
+
+use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+
+/// The first table of pool `test`.
+pub fn table(sessions: Sessions, rows: Vec<Row>) -> Table {
+    Table {
+        format_version: FORMAT_VERSION,
+        pool: "test".to_owned(),
+        pool_uid: "uid".to_owned(),
+        generation: 1,
+        advertised_address: None,
+        agent_port: TargetPort::new(7070).unwrap(),
+        load_sharing: LoadSharing::default(),
+        sessions,
+        rows,
+    }
+}
+
+/// Server `test-SLOT` of that pool.
+pub fn row(slot: u32, address: Option<IpAddr>, range: PortRange) -> Row {
+    Row {
+        slot,
+        server: format!("test-{slot}"),
+        server_uid: None,
+        draining_since: None,
+        address,
+        state: RowState::Active,
+        ranges: vec![range],
+    }
+}
+
+/// `count` connection ports from `first` on that lead to as many server ports
+/// from `server_port` on, TCP and UDP.
+pub fn range(first: u16, server_port: u16, count: u16) -> PortRange {
+    PortRange {
+        name: "main".to_owned(),
+        connection_port: ListenPort::new(first).unwrap(),
+        server_port: TargetPort::new(server_port).unwrap(),
+        count,
+        protocol: PortProtocol::TCPUDP,
+        shared: false,
+        proxy_protocol: ProxyProtocol::None,
+    }
+}
