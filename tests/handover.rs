@@ -47,9 +47,30 @@ async fn pool(change: impl FnOnce(&mut portpool::table::Table)) -> Pool {
     pool
 }
 
+/// Has the pool's workload serve until `stop`, and waits until all is free.
+async fn start_workload(pool: &Pool, stop: &Arc<AtomicBool>) -> Counts {
+    let counts = serve(pool.server_address(0), stop);
+    pool.until(|state| state.free_ports == u32::from(PORTS))
+        .await;
+    counts
+}
+
+async fn sessions(pool: &Pool, count: usize) -> Vec<Session> {
+    let mut sessions = Vec::new();
+    for _ in 0..count {
+        sessions.push(pool.request().await.unwrap());
+    }
+    sessions
+}
+
 /// Starts a successor and waits until the former process has ended.
 fn replace(pool: &mut Pool) {
-    let successor = pool.start_successor(0);
+    replace_with(pool, &[]);
+}
+
+/// The same with further arguments.
+fn replace_with(pool: &mut Pool, further: &[&str]) {
+    let successor = pool.start_successor_with(0, further);
     let mut former = std::mem::replace(&mut pool.connection_servers[0], successor);
     assert!(former.ends(), "the former process was not content");
 }
@@ -148,11 +169,8 @@ type Counts = Arc<Mutex<HashMap<u64, (u64, u64)>>>;
 
 /// A workload on all of the pool's ports. A stream begins with its seed and
 /// the server's habit; an `e` for habit means echo. UDP is echoed.
-fn serve(
-    address: IpAddr,
-    stop: &Arc<AtomicBool>,
-) -> (Counts, Arc<Mutex<HashMap<u16, SocketAddr>>>) {
-    let (counts, peers) = (Counts::default(), Arc::default());
+fn serve(address: IpAddr, stop: &Arc<AtomicBool>) -> Counts {
+    let counts = Counts::default();
     for port in SERVER_PORT..SERVER_PORT + PORTS {
         let (counts, stop) = (counts.clone(), stop.clone());
         tokio::spawn(async move {
@@ -162,18 +180,17 @@ fn serve(
                 tokio::spawn(serve_stream(stream, counts.clone(), stop.clone()));
             }
         });
-        let peers: Arc<Mutex<HashMap<u16, SocketAddr>>> = Arc::clone(&peers);
         tokio::spawn(async move {
             let socket = UdpSocket::bind((address, port)).await.unwrap();
-            let mut space = vec![0; 65_536];
+            let (mut space, mut first) = (vec![0; 65_536], None);
             while let Ok((length, peer)) = socket.recv_from(&mut space).await {
-                let known = *peers.lock().unwrap().entry(port).or_insert(peer);
+                let known = *first.get_or_insert(peer);
                 assert_eq!(known, peer, "the flow goes on from the same socket");
                 socket.send_to(&space[..length], peer).await.unwrap();
             }
         });
     }
-    (counts, peers)
+    counts
 }
 
 async fn serve_stream(mut stream: TcpStream, counts: Counts, stop: Arc<AtomicBool>) {
@@ -212,6 +229,50 @@ async fn drive(session: Session, seed: u64, stop: Arc<AtomicBool>) -> (u64, (u64
     let (from, to) = stream.into_split();
     let (sent, received) = tokio::join!(send(to, seed, ours, stop), receive(from, !seed, slow));
     (seed, (sent, received))
+}
+
+/// What both ends of a client's stream have sent and received, by its seed.
+type Driven = JoinHandle<(u64, (u64, u64))>;
+
+/// Drives `count` streams, spread over `sessions`, until `stop`.
+fn drive_all(sessions: &[Session], count: u64, stop: &Arc<AtomicBool>) -> Vec<Driven> {
+    let streams = (0..count).map(|seed| {
+        let session = sessions[seed as usize % sessions.len()].clone();
+        tokio::spawn(drive(session, seed, stop.clone()))
+    });
+    streams.collect()
+}
+
+/// Expects all that was sent on `streams` to have arrived, both ways; how many
+/// bytes.
+async fn all_arrived(streams: Vec<Driven>, counts: &Counts) -> u64 {
+    let mut total = 0;
+    for stream in streams {
+        let (seed, (sent, received)) = stream.await.unwrap();
+        let ends = || counts.lock().unwrap().get(&seed).copied();
+        let deadline = Instant::now() + SOON;
+        while ends().is_none() && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(
+            ends(),
+            Some((received, sent)),
+            "stream {seed}: all arrives, both ways"
+        );
+        total += sent + received;
+    }
+    total
+}
+
+/// Expects every datagram of `flows` to have come back; how many.
+async fn all_came_back(flows: Vec<JoinHandle<(u64, u64)>>) -> u64 {
+    let mut datagrams = 0;
+    for flow in flows {
+        let (sent, received) = flow.await.unwrap();
+        assert_eq!(sent, received);
+        datagrams += sent;
+    }
+    datagrams
 }
 
 /// Small messages there and back on one stream: the longest that one took.
@@ -255,6 +316,15 @@ fn datagrams(session: &Session, stop: &Arc<AtomicBool>) -> JoinHandle<(u64, u64)
     })
 }
 
+/// Has the server echo a first message.
+async fn greet(stream: &mut TcpStream) -> std::io::Result<()> {
+    stream.write_all(b"eeeeeeeeehello").await?;
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).await?;
+    assert_eq!(&answer, b"hello");
+    Ok(())
+}
+
 /// Asks for sessions, uses and gives them back, again and again; how many.
 fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
     let (client, stop) = (pool.client(), stop.clone());
@@ -263,10 +333,7 @@ fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
         while !stop.load(Ordering::Relaxed) {
             let session = client.request(Default::default()).await.unwrap();
             let mut stream = client.connect(&session).await.unwrap();
-            stream.write_all(b"eeeeeeeeehello").await.unwrap();
-            let mut answer = [0; 5];
-            stream.read_exact(&mut answer).await.unwrap();
-            assert_eq!(&answer, b"hello");
+            greet(&mut stream).await.unwrap();
             drop(stream);
             // A lost answer is asked for again: then it may be over already.
             if let Err(error) = client.release(&session.id).await {
@@ -286,10 +353,7 @@ fn knock(session: &Session, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
         while !stop.load(Ordering::Relaxed) {
             let address = (session.address.as_str(), session.port);
             let mut stream = TcpStream::connect(address).await.expect("none is refused");
-            stream.write_all(b"eeeeeeeeehello").await.unwrap();
-            let mut answer = [0; 5];
-            stream.read_exact(&mut answer).await.expect("none is reset");
-            assert_eq!(&answer, b"hello");
+            greet(&mut stream).await.expect("none is reset");
             made += 1;
         }
         made
@@ -300,18 +364,9 @@ fn knock(session: &Session, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
 async fn ten_hand_overs_under_load_cut_nothing_and_change_no_byte() {
     let mut pool = pool(|_| {}).await;
     let stop = Arc::new(AtomicBool::new(false));
-    let (counts, _peers) = serve(pool.server_address(0), &stop);
-    pool.until(|state| state.free_ports == u32::from(PORTS))
-        .await;
-    let mut sessions = Vec::new();
-    for _ in 0..30 {
-        sessions.push(pool.request().await.unwrap());
-    }
-    let streams = (0..200u64).map(|seed| {
-        let session = sessions[seed as usize % 20].clone();
-        tokio::spawn(drive(session, seed, stop.clone()))
-    });
-    let streams: Vec<_> = streams.collect();
+    let counts = start_workload(&pool, &stop).await;
+    let sessions = sessions(&pool, 30).await;
+    let streams = drive_all(&sessions[..20], 200, &stop);
     let flows: Vec<_> = sessions[20..28]
         .iter()
         .map(|s| datagrams(s, &stop))
@@ -340,27 +395,8 @@ async fn ten_hand_overs_under_load_cut_nothing_and_change_no_byte() {
     assert!(state.sessions >= 31, "sessions are known: {state:?}");
     let made = churning.await.unwrap();
     let knocks = knocking.await.unwrap();
-    let mut total = 0;
-    for stream in streams {
-        let (seed, (sent, received)) = stream.await.unwrap();
-        let ends = || counts.lock().unwrap().get(&seed).copied();
-        let deadline = Instant::now() + SOON;
-        while ends().is_none() && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        assert_eq!(
-            ends(),
-            Some((received, sent)),
-            "stream {seed}: all arrives, both ways"
-        );
-        total += sent + received;
-    }
-    let mut datagrams = 0;
-    for flow in flows {
-        let (sent, received) = flow.await.unwrap();
-        assert_eq!(sent, received);
-        datagrams += sent;
-    }
+    let total = all_arrived(streams, &counts).await;
+    let datagrams = all_came_back(flows).await;
     println!(
         "10 hand-overs: {total} bytes on 200 streams, {datagrams} datagrams on 8 flows, {made} sessions made, {knocks} new connections; longest round trip {longest:?}, without hand-overs {longest_before:?}; descriptors {descriptors:?}"
     );
@@ -464,18 +500,9 @@ fn read_frame(stream: &mut UnixStream) -> Vec<u8> {
 async fn a_successor_that_is_killed_on_the_way_changes_nothing() {
     let mut pool = pool(|_| {}).await;
     let stop = Arc::new(AtomicBool::new(false));
-    let (counts, _) = serve(pool.server_address(0), &stop);
-    pool.until(|state| state.free_ports == u32::from(PORTS))
-        .await;
-    let mut sessions = Vec::new();
-    for _ in 0..10 {
-        sessions.push(pool.request().await.unwrap());
-    }
-    let streams = (0..40u64).map(|seed| {
-        let session = sessions[seed as usize % 5].clone();
-        tokio::spawn(drive(session, seed, stop.clone()))
-    });
-    let streams: Vec<_> = streams.collect();
+    let counts = start_workload(&pool, &stop).await;
+    let sessions = sessions(&pool, 10).await;
+    let streams = drive_all(&sessions[..5], 40, &stop);
     let flows: Vec<_> = sessions[5..8].iter().map(|s| datagrams(s, &stop)).collect();
     let knocking = knock(&sessions[8], &stop);
     let churning = churn(&pool, &stop);
@@ -517,18 +544,8 @@ async fn a_successor_that_is_killed_on_the_way_changes_nothing() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     stop.store(true, Ordering::Relaxed);
     assert!(churning.await.unwrap() > 0 && knocking.await.unwrap() > 0);
-    for stream in streams {
-        let (seed, (sent, received)) = stream.await.unwrap();
-        let deadline = Instant::now() + SOON;
-        while !counts.lock().unwrap().contains_key(&seed) && Instant::now() < deadline {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        assert_eq!(counts.lock().unwrap().get(&seed), Some(&(received, sent)));
-    }
-    for flow in flows {
-        let (sent, received) = flow.await.unwrap();
-        assert_eq!(sent, received);
-    }
+    all_arrived(streams, &counts).await;
+    all_came_back(flows).await;
 }
 
 #[tokio::test]
@@ -593,9 +610,7 @@ async fn another_user_is_refused() {
 async fn a_signal_replaces_the_process_under_the_same_id() {
     let mut pool = pool(|_| {}).await;
     let stop = Arc::new(AtomicBool::new(false));
-    serve(pool.server_address(0), &stop);
-    pool.until(|state| state.free_ports == u32::from(PORTS))
-        .await;
+    start_workload(&pool, &stop).await;
     let session = pool.request().await.unwrap();
     let mut stream = connect(&session);
     stream.write_all(&[b'e'; 9]).unwrap();
@@ -685,18 +700,14 @@ async fn a_client_still_counts_towards_the_limit() {
         pool.start_successor_with(0, &[LIMIT])
     };
     let stop = Arc::new(AtomicBool::new(false));
-    serve(pool.server_address(0), &stop);
-    pool.until(|state| state.free_ports == u32::from(PORTS))
-        .await;
+    start_workload(&pool, &stop).await;
     let session = pool.request().await.unwrap();
     let mut stream = connect(&session);
     stream.write_all(&[b'e'; 9]).unwrap();
     echo(&mut stream, "before");
     for _ in 0..2 {
         assert!(!is_served(&session), "the only place is taken");
-        let successor = pool.start_successor_with(0, &[LIMIT]);
-        let mut former = std::mem::replace(&mut pool.connection_servers[0], successor);
-        assert!(former.ends(), "the former process was not content");
+        replace_with(&mut pool, &[LIMIT]);
         echo(&mut stream, "after");
     }
     assert!(!is_served(&session), "the only place is taken");
