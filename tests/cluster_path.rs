@@ -140,6 +140,27 @@ impl Node {
         }
     }
 
+    /// Has the controller make it `replicas` servers; how long that took.
+    async fn scale(&self, replicas: u32) -> Duration {
+        self.space.apply("games", spec(replicas)).await.unwrap();
+        self.space.ready("games").await
+    }
+
+    /// Has what runs follow what the controller has made.
+    async fn follow(&mut self) {
+        self.mount().await;
+        self.run_pods().await;
+    }
+
+    /// Expects the `pods` of before, uids by name, to be there still.
+    async fn expect_still(&self, pods: &BTreeMap<String, String>) {
+        let now = self.space.servers("games").await;
+        assert!(
+            pods.iter().all(|(name, uid)| now.get(name) == Some(uid)),
+            "no pod was restarted"
+        );
+    }
+
     fn client(&self) -> Client {
         Client::new(&format!("{CONNECTION_SERVER}:7700")).unwrap()
     }
@@ -179,10 +200,8 @@ async fn sessions_go_through_and_hold_servers_while_a_pool_shrinks() {
     })
     .await;
     // Growing: the new server serves.
-    node.space.apply("games", spec(3)).await.unwrap();
-    node.space.ready("games").await;
-    node.mount().await;
-    node.run_pods().await;
+    node.scale(3).await;
+    node.follow().await;
     node.until_free(11).await;
     // Shrinking: the server with the session stays until it ends.
     node.space.apply("games", spec(0)).await.unwrap();
@@ -204,10 +223,8 @@ async fn sessions_go_through_and_hold_servers_while_a_pool_shrinks() {
     .await;
     node.space.ready("games").await;
     // And back from nothing.
-    node.space.apply("games", spec(2)).await.unwrap();
-    node.space.ready("games").await;
-    node.mount().await;
-    node.run_pods().await;
+    node.scale(2).await;
+    node.follow().await;
     node.until_free(8).await;
     let (_, mut stream) = node.session().await;
     echo(&mut stream, "again");
@@ -241,16 +258,10 @@ async fn without_the_api_server_sessions_are_made_and_connection_servers_restart
     );
     server.resume();
     server.installed().await;
-    node.space.apply("games", spec(3)).await.unwrap();
-    let took = node.space.ready("games").await;
+    let took = node.scale(3).await;
     assert!(took < Duration::from_secs(20), "{took:?}");
-    let now = node.space.servers("games").await;
-    assert!(
-        pods.iter().all(|(name, uid)| now.get(name) == Some(uid)),
-        "no pod was restarted"
-    );
-    node.mount().await;
-    node.run_pods().await;
+    node.expect_still(&pods).await;
+    node.follow().await;
     let client = node.client();
     until("the new table is followed", async || {
         client.pool().await.is_ok_and(|state| {
@@ -291,13 +302,8 @@ async fn an_etcd_that_stands_still_disturbs_no_session() {
     node.space.ready("games").await;
     let took = resumed.elapsed();
     assert!(took < Duration::from_secs(30), "{took:?}");
-    let now = node.space.servers("games").await;
-    assert!(
-        pods.iter().all(|(name, uid)| now.get(name) == Some(uid)),
-        "no pod was restarted"
-    );
-    node.mount().await;
-    node.run_pods().await;
+    node.expect_still(&pods).await;
+    node.follow().await;
     node.until_free(11).await;
     echo(&mut stream, "nobody was cut");
 }

@@ -6,6 +6,8 @@
     reason = "a test stops at what it does not expect"
 )]
 
+mod common;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -15,9 +17,10 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use common::{SOON, echo};
+
 const PORTPOOL: &str = env!("CARGO_BIN_EXE_portpool");
 const ASK: &str = "127.0.0.1:7700";
-const SOON: Duration = Duration::from_secs(20);
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -160,6 +163,19 @@ fn request() -> (String, String) {
     (host.to_owned(), port.to_owned())
 }
 
+/// Connects where `portpool request` said.
+fn connect((host, port): &(String, String)) -> TcpStream {
+    let stream = TcpStream::connect(format!("{host}:{port}")).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream
+}
+
+/// What `portpool connect` prints that sends `message` on a session of its own.
+fn echoed(message: &str, further: &[&str]) -> String {
+    let output = portpool(&[&["connect", ASK], further].concat(), message);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 /// Processes whose command line has `marker`.
 fn processes(marker: &str) -> usize {
     pids(marker).len()
@@ -182,22 +198,13 @@ fn pids(marker: &str) -> Vec<String> {
 fn sigusr2_replaces_the_connection_server_and_cuts_nothing() {
     let local = Local::start(&example("echo.yaml"));
     local.until("8 ports free");
-    let (host, port) = request();
-    let mut live = TcpStream::connect(format!("{host}:{port}")).unwrap();
-    live.set_read_timeout(Some(SOON)).unwrap();
-    let mut echo = |message: &[u8]| {
-        live.write_all(message).unwrap();
-        let mut answer = vec![0; message.len()];
-        live.read_exact(&mut answer).unwrap();
-        assert_eq!(answer, message);
-    };
-    echo(b"before");
+    let mut live = connect(&request());
+    echo(&mut live, "before");
     for _ in 0..3 {
         local.signal("-USR2");
         local.until("connection-server-0 was replaced");
-        echo(b"after");
-        let echoed = portpool(&["connect", ASK], "a new session\n");
-        assert_eq!(String::from_utf8_lossy(&echoed.stdout), "a new session\n");
+        echo(&mut live, "after");
+        assert_eq!(echoed("a new session\n", &[]), "a new session\n");
     }
     let ours = format!(
         "connection-server --table={}",
@@ -216,34 +223,24 @@ fn the_echo_example_serves_scales_and_stops() {
     fs::write(&file, &manifest).unwrap();
     let local = Local::start(&file);
     local.until("8 ports free");
-    let echoed = portpool(&["connect", ASK], "hello over TCP\n");
-    assert_eq!(String::from_utf8_lossy(&echoed.stdout), "hello over TCP\n");
-    let echoed = portpool(&["connect", ASK, "--udp"], "hello over UDP\n");
-    assert_eq!(String::from_utf8_lossy(&echoed.stdout), "hello over UDP\n");
+    assert_eq!(echoed("hello over TCP\n", &[]), "hello over TCP\n");
+    assert_eq!(echoed("hello over UDP\n", &["--udp"]), "hello over UDP\n");
 
-    let (host, port) = request();
-    let mut live = TcpStream::connect(format!("{host}:{port}")).unwrap();
-    live.set_read_timeout(Some(SOON)).unwrap();
-    let mut echo = |message: &[u8]| {
-        live.write_all(message).unwrap();
-        let mut answer = vec![0; message.len()];
-        live.read_exact(&mut answer).unwrap();
-        assert_eq!(answer, message);
-    };
-    echo(b"before");
+    let mut live = connect(&request());
+    echo(&mut live, "before");
     fs::write(&file, manifest.replace("replicas: 2", "replicas: 5")).unwrap();
     local.until("19 ports free");
-    echo(b"scaled up");
+    echo(&mut live, "scaled up");
     fs::write(&file, manifest.replace("replicas: 2", "replicas: many")).unwrap();
     assert!(
         local
             .until("spec.replicas")
             .contains("must be a whole number, not text")
     );
-    echo(b"a wrong manifest changes nothing");
+    echo(&mut live, "a wrong manifest changes nothing");
     fs::write(&file, manifest.replace("replicas: 2", "replicas: 1")).unwrap();
     local.until("3 ports free");
-    echo(b"the server with the session stays");
+    echo(&mut live, "the server with the session stays");
     local.stop();
     assert_eq!(processes("echo --listen 127.0.0."), 0);
 }
@@ -271,9 +268,8 @@ fn the_redis_example_answers_two_clients_on_ports_of_their_own() {
     local.until("ports free");
     let endpoints = [request(), request()];
     assert_ne!(endpoints[0], endpoints[1]);
-    for (host, port) in endpoints {
-        let mut stream = TcpStream::connect(format!("{host}:{port}")).unwrap();
-        stream.set_read_timeout(Some(SOON)).unwrap();
+    for endpoint in endpoints {
+        let mut stream = connect(&endpoint);
         stream.write_all(b"PING\r\n").unwrap();
         let mut answer = [0; 7];
         stream.read_exact(&mut answer).unwrap();
@@ -346,9 +342,7 @@ fn a_stopping_pool_lets_sessions_go_on_for_its_drain_time() {
     let (_folder, file) = pool_of(&echo_command());
     let mut local = Local::start(&file);
     local.until("4 ports free");
-    let (host, port) = request();
-    let mut stream = TcpStream::connect(format!("{host}:{port}")).unwrap();
-    stream.set_read_timeout(Some(SOON)).unwrap();
+    let mut stream = connect(&request());
     let mut echo = |message: &[u8]| {
         stream.write_all(message)?;
         let mut answer = vec![0; message.len()];
@@ -405,8 +399,7 @@ fn wrong_edits_leave_the_running_pool_as_it_is() {
         local.until("not applied; the pool stays as it is");
         let line = local.until("pool.yaml:");
         assert!(line.contains(words), "{words}: {line}");
-        let echoed = portpool(&["connect", ASK], "still here");
-        assert_eq!(String::from_utf8_lossy(&echoed.stdout), "still here");
+        assert_eq!(echoed("still here", &[]), "still here");
     }
     drop(taken);
     fs::write(&file, good.replace("replicas: 1", "replicas: 2")).unwrap();
