@@ -74,6 +74,7 @@ const PURE: &[&str] = &[
     "sock_diag",
     "connection/policy",
     "connection/load_sharing",
+    "connection/handover/values",
     "connection/forward",
     "processing/book",
     "local/container",
