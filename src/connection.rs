@@ -13,6 +13,7 @@
 //! - `policy`, `load_sharing`: pure: who gets a request, who waits;
 //!   `reservations` shares them between requests;
 //! - `agents`: one stream of the selection protocol per processing server;
+//!   `place`: what tells them that a former process is no more;
 //! - `sessions`: what agents told, and the gate of the data plane; `trace`:
 //!   what is logged of a session;
 //! - `forward`: the data plane, on its own threads;
@@ -29,6 +30,7 @@ pub mod handover;
 mod http;
 pub mod load_sharing;
 pub mod metrics;
+mod place;
 pub mod policy;
 pub mod problem;
 pub mod reservations;

@@ -22,8 +22,14 @@ pub const CUT_AFTER: Duration = Duration::from_secs(8);
 pub const CUT_SLACK: Duration = Duration::from_secs(1);
 
 /// How long a connection server may be out of reach, from when the agent
-/// notices, before it counts as gone and its ports go to others.
+/// notices, before it counts as gone and the ports of sessions that it knew go
+/// to others.
 pub const GONE_AFTER: Duration = Duration::from_secs(15);
+
+/// How long after another process listens in a connection server's place its
+/// last connection is closed: the kernel closes what a dead process had one
+/// after the other, and sends what it was given, which takes milliseconds.
+pub const CLOSED_AFTER: Duration = Duration::from_secs(1);
 
 // Both sides notice the end of a stream by themselves, the agent perhaps at
 // once and the connection server after the keep-alive only: still its

@@ -13,7 +13,7 @@
 #[path = "common/table.rs"]
 mod tables;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +24,7 @@ use portpool::pool::PortProtocol;
 use portpool::processing::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
 use portpool::selection::{
-    CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,
+    CLOSED_AFTER, CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,
 };
 use portpool::table::{ListenPort, PortRange, Table};
 use proptest::prelude::*;
@@ -103,6 +103,8 @@ struct Stream {
 
 struct ConnectionServer {
     name: String,
+    /// Where it listens; the next process takes it over.
+    place: String,
     sessions: Sessions,
     streams: Vec<Option<Stream>>,
     /// When sessions of an agent that is out of reach are cut, by agent.
@@ -124,13 +126,16 @@ struct World {
     agents: Vec<Book>,
     servers: Vec<ConnectionServer>,
     connections: Vec<Connection>,
+    /// Those of processes that have died, until the kernel has closed them.
+    closing: Vec<(Duration, Connection)>,
     /// Clients whose session is asked for, by ticket: through which server, and
     /// until when.
     parked: HashMap<Ticket, (usize, Duration)>,
     /// When agents notice that a connection server is not there any more.
     unnoticed: Vec<(Duration, usize, String)>,
-    /// Connection servers, by name, and sessions that are over for them.
-    over: HashSet<(String, String)>,
+    /// Connection servers, by name, and sessions that are over for them: given
+    /// back through them, or, if so, ended by their agent.
+    over: HashMap<(String, String), bool>,
     names: usize,
 }
 
@@ -153,15 +158,16 @@ impl World {
             agents: Vec::new(),
             servers: Vec::new(),
             connections: Vec::new(),
+            closing: Vec::new(),
             parked: HashMap::new(),
             unnoticed: Vec::new(),
-            over: HashSet::new(),
+            over: HashMap::new(),
             names: 0,
             table,
         };
         world.agents = (0..agents).map(|agent| world.book(agent, None)).collect();
-        for _ in 0..SERVERS {
-            let server = world.connection_server();
+        for index in 0..SERVERS {
+            let server = world.connection_server(index);
             world.servers.push(server);
         }
         for server in 0..SERVERS {
@@ -183,13 +189,14 @@ impl World {
         book
     }
 
-    fn connection_server(&mut self) -> ConnectionServer {
+    fn connection_server(&mut self, index: usize) -> ConnectionServer {
         self.names += 1;
         let sessions = Sessions::default();
         sessions.set_table(&Arc::new(self.table.clone()));
         let streams = (0..self.table.rows.len()).map(|_| None).collect();
         ConnectionServer {
             name: format!("server-{}", self.names),
+            place: format!("place-{index}"),
             sessions,
             streams,
             cut_at: vec![None; self.table.rows.len()],
@@ -275,7 +282,7 @@ impl World {
                     && let Some(Ok(action)) = sessions.release(&id)
                 {
                     let name = self.servers[server % SERVERS].name.clone();
-                    self.over.insert((name, id));
+                    self.over.entry((name, id)).or_insert(false);
                     self.carry_out(server % SERVERS, action);
                 }
             }
@@ -293,6 +300,13 @@ impl World {
                     self.break_stream(server, agent, noticing);
                 }
                 self.unnoticed.retain(|(_, of, _)| *of != agent);
+                // It dies with its knowledge of an end that not all have heard:
+                // they may bring the session back, without harm to others.
+                let servers = &self.servers;
+                self.over.retain(|(_, id), has_ended| {
+                    let is_known = |server: &ConnectionServer| server.sessions.get(id).is_some();
+                    !(*has_ended && servers.iter().any(is_known))
+                });
                 self.agents[agent] = self.book(agent, Some(self.now.monotonic + GONE_AFTER));
             }
             Event::RestartConnectionServer(server, is_noticed) => {
@@ -304,10 +318,14 @@ impl World {
                 for agent in 0..agents {
                     self.break_stream(server, agent, noticing);
                 }
-                self.connections
-                    .retain(|connection| connection.server != server);
+                let all = std::mem::take(&mut self.connections).into_iter();
+                let (died, live): (Vec<_>, Vec<_>) = all.partition(|open| open.server == server);
+                self.connections = live;
+                let closed_at = self.now.monotonic + CLOSED_AFTER - Duration::from_millis(1);
+                self.closing
+                    .extend(died.into_iter().map(|died| (closed_at, died)));
                 self.parked.retain(|_, (through, _)| *through != server);
-                self.servers[server] = self.connection_server();
+                self.servers[server] = self.connection_server(server);
             }
             Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
             Event::HandOver(server) => self.hand_over(server % SERVERS),
@@ -329,7 +347,7 @@ impl World {
         let session = sessions.session_on(port).expect("admitted for a session");
         let name = self.servers[server].name.clone();
         assert!(
-            !self.over.contains(&(name, session.clone())),
+            !self.over.contains_key(&(name, session.clone())),
             "{session} is over and admits"
         );
         self.connections.push(Connection {
@@ -441,7 +459,8 @@ impl World {
         // The new stream takes the place of the broken one.
         self.unnoticed
             .retain(|(_, of, from)| *of != agent || *from != name);
-        let notices = self.agents[agent].attach(&name, &known, self.now);
+        let place = self.servers[server].place.clone();
+        let notices = self.agents[agent].attach(&name, &place, &known, self.now);
         self.send(agent, notices);
         self.servers[server].sessions.welcomed(slot);
     }
@@ -565,7 +584,7 @@ impl World {
             from_agent::Message::End(end) => {
                 let ConnectionServer { name, sessions, .. } = &self.servers[server];
                 let action = sessions.end(slot, &end.session_id, end.cause());
-                self.over.insert((name.clone(), end.session_id));
+                self.over.insert((name.clone(), end.session_id), true);
                 self.carry_out(server, action);
             }
             from_agent::Message::LookedUp(found) => {
@@ -629,6 +648,7 @@ impl World {
             self.now.monotonic = now;
             self.now.unix_ms += u64::try_from(passed.as_millis()).unwrap();
             self.parked.retain(|_, (_, until)| *until > now);
+            self.closing.retain(|(until, _)| *until > now);
             if due.is_none() {
                 return;
             }
@@ -691,9 +711,11 @@ impl World {
             );
             for offset in 0..PORTS {
                 let port = port(agent, offset);
+                let closing = self.closing.iter().map(|(_, connection)| connection);
                 let here = self
                     .connections
                     .iter()
+                    .chain(closing)
                     .filter(|connection| connection.port == port);
                 let mut sessions: Vec<&str> =
                     here.map(|connection| connection.session.as_str()).collect();

@@ -63,20 +63,36 @@ pub enum SelectError {
     Detached,
 }
 
-/// What a connection server that takes over goes on with.
+/// What a connection server begins with; from a predecessor, if there was one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandedAgents {
     /// What agents know it by.
     pub id: String,
+    /// Where it listens, as agents are told.
+    pub place: String,
     /// When a slot's agent was last in reach: its sessions are to be cut as
     /// early as if nothing had been handed over. Not of those that are cut.
     pub reached: HashMap<u32, Instant>,
+}
+
+impl HandedAgents {
+    /// Of a connection server that nobody knows yet.
+    #[must_use]
+    pub fn new(place: String) -> Self {
+        Self {
+            id: uuid::Uuid::new_v4().simple().to_string(),
+            place,
+            reached: HashMap::new(),
+        }
+    }
 }
 
 /// The streams to all processing servers.
 pub struct Agents {
     /// Names this connection server to agents; a successor goes on under it.
     id: String,
+    /// Where it listens; a successor goes on with the same socket.
+    place: String,
     /// When a predecessor last reached agents that no stream was opened to yet.
     reached: Mutex<HashMap<u32, Instant>>,
     /// Held for reading while sessions change, for writing by a hand-over.
@@ -120,23 +136,19 @@ impl Drop for Link {
 }
 
 impl Agents {
-    /// No streams yet; [`Agents::set_table`] starts them. `handed` is what the
-    /// predecessor had, if there was one.
+    /// No streams yet; [`Agents::set_table`] starts them.
     #[must_use]
     pub fn new(
-        handed: Option<HandedAgents>,
+        handed: HandedAgents,
         sessions: Arc<Sessions>,
         reservations: Arc<Reservations>,
         forwarder: Arc<Forwarder>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let HandedAgents { id, reached } = handed.unwrap_or_else(|| HandedAgents {
-            id: uuid::Uuid::new_v4().simple().to_string(),
-            reached: HashMap::new(),
-        });
         Self {
-            id,
-            reached: Mutex::new(reached),
+            id: handed.id,
+            place: handed.place,
+            reached: Mutex::new(handed.reached),
             steps: Arc::default(),
             sessions,
             reservations,
@@ -161,6 +173,7 @@ impl Agents {
         });
         HandedAgents {
             id: self.id.clone(),
+            place: self.place.clone(),
             reached: reached.collect(),
         }
     }
@@ -454,6 +467,7 @@ impl Agents {
             connection_server: self.id.clone(),
             table: table.slice(slot).encode()?,
             sessions: Vec::new(),
+            place: self.place.clone(),
         })
     }
 

@@ -33,7 +33,7 @@ use super::load_sharing::{self, LoadSharing};
 use super::metrics::{self, Metrics};
 use super::reservations::Reservations;
 use super::sessions::Sessions;
-use super::{Error, Options, http};
+use super::{Error, Options, http, place};
 use crate::table::Table;
 use crate::{admin, follow};
 
@@ -54,8 +54,7 @@ struct Parts {
 
 /// What is there before the parts begin, a predecessor's or new.
 struct Beginning {
-    /// A predecessor's streams to agents.
-    agents: Option<HandedAgents>,
+    agents: HandedAgents,
     table: Arc<Table>,
     load_sharing: std::net::TcpListener,
     admin: TcpListener,
@@ -63,10 +62,11 @@ struct Beginning {
 
 impl Beginning {
     async fn new(options: &Options, first: &Arc<Table>) -> Result<Self, Error> {
+        let load_sharing = listen(options.listen, options.load_sharing_port)?;
         Ok(Self {
-            agents: None,
+            agents: HandedAgents::new(place::of(&load_sharing)),
             table: first.clone(),
-            load_sharing: listen(options.listen, options.load_sharing_port)?,
+            load_sharing,
             admin: admin::bind(options.admin).await?,
         })
     }
@@ -114,7 +114,9 @@ impl Server {
         )));
         let mut followed = follower.watch();
         // From here on a predecessor's streams stand still.
-        let beginning = match handover::inherit(options, first).await? {
+        let inherited = handover::inherit(options, first).await?;
+        let is_successor = inherited.is_some();
+        let beginning = match inherited {
             Some(inherited) => {
                 // A newer table than the predecessor's is applied next.
                 followed.mark_changed();
@@ -122,7 +124,6 @@ impl Server {
             }
             None => Beginning::new(options, first).await?,
         };
-        let is_successor = beginning.agents.is_some();
         let agents = Arc::new(Agents::new(
             beginning.agents,
             sessions.clone(),
@@ -308,6 +309,7 @@ fn listen(address: IpAddr, port: u16) -> Result<std::net::TcpListener, Error> {
             socket2::Type::STREAM,
             None,
         )?;
+        // For what is in TIME_WAIT. Never SO_REUSEPORT: see `place`.
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             socket.set_only_v6(false)?;

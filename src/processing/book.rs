@@ -12,22 +12,24 @@
 //!
 //! A port is offered only while the workload listens on its server port;
 //! otherwise it is silent. A session that ends keeps its port until every
-//! connection server has acknowledged the end, or is gone for good: so a free
-//! port has no session and no connection anywhere.
+//! connection server that may know it has acknowledged the end, or is no more,
+//! or is gone for good: so a free port has no session and no connection
+//! anywhere.
 //!
 //! Source: US 8,544,018 B2, claim 1, the processing server's port position
 //! storage part and request receiving part.
 
+mod connection_servers;
 mod ports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use self::connection_servers::ConnectionServers;
 pub use self::ports::{Listening, PortFilter};
 use self::ports::{Occupancy, Ports};
 use crate::pool::PortProtocol;
-use crate::selection::GONE_AFTER;
 use crate::selection::v1::{self, end, from_agent, refused, session};
 use crate::table::{ListenPort, Row, RowState};
 
@@ -37,6 +39,10 @@ const MAX_ID_BYTES: usize = 64;
 const MAX_KEY_BYTES: usize = 128;
 /// Longest port name, in bytes.
 const MAX_NAME_BYTES: usize = 15;
+
+/// The number of sessions made before a restart: any connection server may know
+/// them, whenever it attaches.
+const ADOPTED: u64 = 0;
 
 /// The time, as the book needs it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -101,6 +107,8 @@ enum State {
 
 #[derive(Clone, Debug)]
 struct Session {
+    /// Higher than those of sessions made before it in this book.
+    number: u64,
     port: ListenPort,
     owner: String,
     state: State,
@@ -145,8 +153,9 @@ pub struct Book {
     ports: Ports,
     sessions: BTreeMap<String, Session>,
     id_by_key: BTreeMap<String, String>,
-    /// Known connection servers; with a time, when a detached one is gone.
-    connection_servers: BTreeMap<String, Option<Duration>>,
+    connection_servers: ConnectionServers,
+    /// The number of the next session.
+    next_number: u64,
     /// Deadlines of sessions, earliest first.
     deadlines: BTreeSet<(Duration, String)>,
     /// Until when nothing is offered, so that connection servers can report
@@ -170,7 +179,8 @@ impl Book {
             ports: Ports::default(),
             sessions: BTreeMap::new(),
             id_by_key: BTreeMap::new(),
-            connection_servers: BTreeMap::new(),
+            connection_servers: ConnectionServers::default(),
+            next_number: ADOPTED + 1,
             deadlines: BTreeSet::new(),
             recovering_until,
             released_unseen: BTreeSet::new(),
@@ -199,11 +209,17 @@ impl Book {
         self.ports.set_listening(listening);
     }
 
-    /// A connection server attaches and tells which sessions it knows. What it
-    /// does not list is not open there.
-    pub fn attach(&mut self, name: &str, known: &[v1::Session], now: Now) -> Vec<Notice> {
+    /// A connection server that listens at `place` attaches and tells which
+    /// sessions it knows. What it does not list is not open there.
+    pub fn attach(
+        &mut self,
+        name: &str,
+        place: &str,
+        known: &[v1::Session],
+        now: Now,
+    ) -> Vec<Notice> {
         let mut notices = Vec::new();
-        self.connection_servers.insert(name.to_owned(), None);
+        self.connection_servers.attach(name, place, now.monotonic);
         let listed: BTreeMap<&str, &v1::Session> = known
             .iter()
             .map(|session| (session.session_id.as_str(), session))
@@ -268,6 +284,7 @@ impl Book {
         }
         let is_open = known.open_here;
         let session = Session {
+            number: ADOPTED,
             port,
             owner: owner.to_owned(),
             state: if is_open { State::Busy } else { State::Held },
@@ -286,9 +303,8 @@ impl Book {
 
     /// A connection server's stream is gone.
     pub fn detach(&mut self, name: &str, now: Now) {
-        if let Some(gone_at) = self.connection_servers.get_mut(name) {
-            *gone_at = Some(now.monotonic + GONE_AFTER);
-        }
+        self.connection_servers
+            .detach(name, self.next_number, now.monotonic);
     }
 
     /// A connection server has said goodbye: nothing is open there, and nobody
@@ -296,11 +312,7 @@ impl Book {
     pub fn leave(&mut self, name: &str, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
         self.connection_servers.remove(name);
-        let ids: Vec<String> = self.sessions.keys().cloned().collect();
-        for id in ids {
-            self.closed(name, &id, now, &mut notices);
-            self.ended(name, &id);
-        }
+        self.has_nothing(name, now, &mut notices);
         notices
     }
 
@@ -345,6 +357,7 @@ impl Book {
             .ok_or(refused::Cause::NoFreePort)?;
         let id = request.session_id.clone();
         let session = Session {
+            number: self.next_number,
             port,
             owner: name.to_owned(),
             state: State::Held,
@@ -357,6 +370,7 @@ impl Book {
             until: Some(now.monotonic + self.times.claim),
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
         };
+        self.next_number += 1;
         let described = self.describe(&id, &session);
         self.insert(id, session);
         let message = from_agent::Message::Session(described.clone());
@@ -423,14 +437,12 @@ impl Book {
             self.recovering_until = None;
             self.released_unseen = BTreeSet::new();
         }
-        let gone: Vec<String> = self
-            .connection_servers
-            .iter()
-            .filter(|(_, gone_at)| is_due(**gone_at))
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in gone {
-            self.forget(&name, now, &mut notices);
+        for name in self.connection_servers.take_closed(now.monotonic) {
+            self.has_nothing(&name, now, &mut notices);
+        }
+        for name in self.connection_servers.take_gone(now.monotonic) {
+            self.has_nothing(&name, now, &mut notices);
+            self.end_orphans(&name, &mut notices);
         }
         while let Some((at, id)) = self.deadlines.first().cloned() {
             if at > now.monotonic {
@@ -454,8 +466,9 @@ impl Book {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Duration> {
         let session = self.deadlines.first().map(|(at, _)| *at);
-        let gone = self.connection_servers.values().copied().flatten();
-        gone.chain(session).chain(self.recovering_until).min()
+        let gone = self.connection_servers.next_deadline();
+        let all = gone.into_iter().chain(session);
+        all.chain(self.recovering_until).min()
     }
 
     /// Offers nothing more: the server is being stopped.
@@ -586,7 +599,7 @@ impl Book {
             self.deadlines.remove(&(deadline, id.to_owned()));
         }
         self.id_by_key.remove(&session.idempotency_key);
-        session.state = State::Ending(self.connection_servers.keys().cloned().collect());
+        session.state = State::Ending(self.connection_servers.may_know(session.number));
         self.ports.mark(session.port, Occupancy::Lingering);
         notices.push(end_notice(To::All, id, cause));
         self.free_when_acknowledged(id);
@@ -612,18 +625,24 @@ impl Book {
         }
     }
 
-    /// A connection server is gone for good: nothing is open there, and the
-    /// sessions it made end unless they are open elsewhere.
-    fn forget(&mut self, name: &str, now: Now, notices: &mut Vec<Notice>) {
-        self.connection_servers.remove(name);
+    /// Nothing is open at `name`, and nothing will be; nobody waits for it.
+    fn has_nothing(&mut self, name: &str, now: Now, notices: &mut Vec<Notice>) {
         let ids: Vec<String> = self.sessions.keys().cloned().collect();
         for id in ids {
             self.closed(name, &id, now, notices);
             self.ended(name, &id);
-            let is_orphan = |session: &Session| session.owner == name && session.open.is_empty();
-            if self.sessions.get(&id).is_some_and(is_orphan) {
-                self.end(&id, end::Cause::OwnerGone, notices);
-            }
+        }
+    }
+
+    /// Ends the sessions that `name` made and that are open nowhere: it may have
+    /// told nobody of them.
+    fn end_orphans(&mut self, name: &str, notices: &mut Vec<Notice>) {
+        let is_orphan = |session: &Session| session.owner == name && session.open.is_empty();
+        let orphans = self.sessions.iter();
+        let orphans = orphans.filter(|(_, session)| is_orphan(session));
+        let orphans: Vec<String> = orphans.map(|(id, _)| id.clone()).collect();
+        for id in orphans {
+            self.end(&id, end::Cause::OwnerGone, notices);
         }
     }
 

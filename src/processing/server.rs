@@ -36,6 +36,10 @@ const GREETING_DEADLINE: Duration = Duration::from_secs(5);
 /// rollout doubles them.
 const MAX_STREAMS: usize = 64;
 
+/// Longest place of a connection server: boot, host, network namespace and
+/// address take half of it.
+const MAX_PLACE_BYTES: usize = 256;
+
 /// Unbounded: every message answers a request or tells of a session, and both
 /// are bounded where they begin.
 type Outbox = mpsc::UnboundedSender<Result<FromAgent, Status>>;
@@ -193,6 +197,11 @@ impl Agent {
                 "connection_server must have 1 to 64 bytes",
             ));
         }
+        if hello.place.len() > MAX_PLACE_BYTES {
+            return Err(Status::invalid_argument(format!(
+                "place must have at most {MAX_PLACE_BYTES} bytes"
+            )));
+        }
         let ours = self
             .inner
             .lock()
@@ -242,7 +251,7 @@ impl Agent {
         send(outbox, from_agent::Message::Welcome(welcome));
         // A stream of the same name that is still there is the broken one.
         inner.outboxes.insert(name.clone(), outbox.clone());
-        let notices = inner.book.attach(name, &hello.sessions, now);
+        let notices = inner.book.attach(name, &hello.place, &hello.sessions, now);
         inner.send(notices);
         let counts = inner.book.counts(now);
         inner.told = counts.clone();

@@ -76,6 +76,12 @@ pub struct Hello {
     /// that was restarted adopts them, and ends those it cannot adopt.
     #[prost(message, repeated, tag = "5")]
     pub sessions: ::prost::alloc::vec::Vec<Session>,
+    /// Where it listens, at most 256 bytes: no two processes have the same place
+    /// at a time. So a connection server that attaches from the place of another
+    /// one whose stream has ended proves that this one is no more. Empty where it
+    /// cannot be told.
+    #[prost(string, tag = "6")]
+    pub place: ::prost::alloc::string::String,
 }
 /// A newer table, cut down to this server's row. Older generations are refused
 /// and counted.

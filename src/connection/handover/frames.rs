@@ -27,13 +27,14 @@ const FRAME_BYTES: usize = 1024 * 1024;
 
 /// Sends the first frame.
 pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Error> {
-    let HandedAgents { id, reached } = &state.agents;
+    let HandedAgents { id, place, reached } = &state.agents;
     let reached = reached.iter().map(|(slot, at)| wire::Reached {
         slot: *slot,
         ago_ms: millis(at.elapsed()),
     });
     let server = wire::Server {
         id: id.clone(),
+        place: place.clone(),
         reached: reached.collect(),
         table: state.table.encode()?,
         last_key: state.sessions.last_key,
@@ -126,6 +127,7 @@ pub(super) fn receive_state(stream: &UnixStream) -> Result<State, Error> {
     let mut state = State {
         agents: HandedAgents {
             id: server.id,
+            place: server.place,
             reached: reached.collect(),
         },
         table: Arc::new(Table::decode(&server.table)?),

@@ -35,6 +35,7 @@ fn state(handed: Handed, sessions: HandedSessions) -> State {
     State {
         agents: HandedAgents {
             id: "connection-server".to_owned(),
+            place: "somewhere".to_owned(),
             reached: HashMap::from([(3, Instant::now())]),
         },
         table: Arc::new(Table {
@@ -76,9 +77,9 @@ fn describe(state: &State) -> String {
     let clients: Vec<_> = clients.collect();
     let own = (inode(&state.load_sharing), inode(&state.admin));
     let (agents, table, sessions) = (&state.agents, &state.table, &state.sessions);
-    let (id, slots) = (&agents.id, agents.reached.keys());
+    let (id, place, slots) = (&agents.id, &agents.place, agents.reached.keys());
     format!(
-        "{id} {slots:?} {table:?} {own:?} {sessions:?} {ports:?} {connections:?} {flows:?} {clients:?}"
+        "{id} {place} {slots:?} {table:?} {own:?} {sessions:?} {ports:?} {connections:?} {flows:?} {clients:?}"
     )
 }
 

@@ -103,6 +103,9 @@ pub(super) struct Server {
     pub(super) last_key: u64,
     #[prost(message, repeated, tag = "4")]
     pub(super) reached: Vec<Reached>,
+    /// Empty from a predecessor that did not know its own.
+    #[prost(string, tag = "5")]
+    pub(super) place: String,
 }
 
 /// When an agent was last in reach.

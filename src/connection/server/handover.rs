@@ -56,7 +56,7 @@ impl Beginning {
         let (connections, flows) = state.take_over(sessions, forwarder);
         info!(connections, flows, "taken over from the former process");
         Ok(Self {
-            agents: Some(state.agents),
+            agents: state.agents,
             table: state.table,
             load_sharing: state.load_sharing.into(),
             admin: TcpListener::from_std(state.admin.into())?,

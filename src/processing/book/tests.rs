@@ -51,7 +51,7 @@ fn book(ranges: Vec<PortRange>) -> Book {
         tcp: (7000..7004).collect(),
         udp: BTreeSet::from([7000]),
     });
-    book.attach("a", &[], at(0));
+    book.attach("a", "", &[], at(0));
     book
 }
 
@@ -256,7 +256,7 @@ fn a_restarted_agent_adopts_before_it_offers() {
         open_here: true,
         ..v1::Session::default()
     };
-    let notices = book.attach("a", &[known("s", 20_000), known("stranger", 9)], at(1));
+    let notices = book.attach("a", "", &[known("s", 20_000), known("stranger", 9)], at(1));
     assert_eq!(
         cause_of_end(&notices),
         Some(end::Cause::Unknown),
@@ -274,7 +274,7 @@ fn a_restarted_agent_adopts_before_it_offers() {
 #[test]
 fn nobody_waits_for_a_connection_server_that_has_left() {
     let mut book = book(vec![range("main", 20_000, 7000, 2)]);
-    book.attach("b", &[], at(0));
+    book.attach("b", "", &[], at(0));
     select(&mut book, "busy", at(0)).unwrap();
     book.report("a", &opened("busy"), at(0));
     select(&mut book, "held", at(0)).unwrap();
@@ -287,4 +287,143 @@ fn nobody_waits_for_a_connection_server_that_has_left() {
     book.tick(at(20));
     book.report("b", &opened("held"), at(20));
     assert_eq!(counts(&book), [1, 0, 1, 0, 0]);
+}
+
+/// `a` listens at one place, `b` at another; the stream of `a` ends at 2 s. A
+/// session that is given back at 5 s is free again when nobody can have it.
+#[test]
+fn a_port_waits_only_for_those_who_may_have_its_session() {
+    type Play = fn(&mut Book);
+    let cases: [(&str, Play, u64); 8] = [
+        (
+            "made before the stream ended: whoever had it may live",
+            |book| {
+                select(book, "s", at(1)).unwrap();
+                book.detach("a", at(2));
+            },
+            17,
+        ),
+        (
+            "made after that: it was never told of it",
+            |book| {
+                book.detach("a", at(2));
+                select(book, "s", at(3)).unwrap();
+            },
+            5,
+        ),
+        (
+            "told of it when it came back, and away again",
+            |book| {
+                book.detach("a", at(2));
+                select(book, "s", at(3)).unwrap();
+                book.attach("a", "here", &[], at(3));
+                book.detach("a", at(4));
+            },
+            19,
+        ),
+        (
+            "another process is in its place: a second later all is closed",
+            |book| {
+                select(book, "s", at(1)).unwrap();
+                book.report("a", &opened("s"), at(1));
+                book.detach("a", at(2));
+                book.attach("c", "here", &[], at(5));
+            },
+            6,
+        ),
+        (
+            "another process is elsewhere",
+            |book| {
+                select(book, "s", at(1)).unwrap();
+                book.detach("a", at(2));
+                book.attach("c", "elsewhere", &[], at(5));
+            },
+            17,
+        ),
+        (
+            "its own stream is back, and ends again",
+            |book| {
+                select(book, "s", at(1)).unwrap();
+                book.detach("a", at(2));
+                book.attach("a", "here", &[], at(3));
+                book.detach("a", at(4));
+            },
+            19,
+        ),
+        (
+            "two were in one place at a time: it proves nothing",
+            |book| {
+                select(book, "s", at(1)).unwrap();
+                book.attach("c", "here", &[], at(1));
+                book.detach("a", at(2));
+                book.attach("c", "here", &[], at(3));
+                book.attach("d", "here", &[], at(3));
+            },
+            17,
+        ),
+        (
+            "nobody knows where it was",
+            |book| {
+                book.attach("a", "", &[], at(0));
+                select(book, "s", at(1)).unwrap();
+                book.detach("a", at(2));
+                book.attach("c", "", &[], at(3));
+            },
+            17,
+        ),
+    ];
+    for (what, play, expected) in cases {
+        let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+        book.attach("a", "here", &[], at(0));
+        book.attach("b", "there", &[], at(0));
+        play(&mut book);
+        book.report("b", &released("s"), at(5));
+        for name in ["b", "c", "d"] {
+            book.report(name, &ended("s"), at(5));
+        }
+        let is_free = |at: &u64| {
+            book.tick(self::at(*at));
+            book.session_count() == 0
+        };
+        assert_eq!((5..60).find(is_free), Some(expected), "{what}");
+    }
+}
+
+/// What its client was told by the dead one can be claimed yet, through others
+/// or the next process; but not for ever, as the client may never have heard.
+#[test]
+fn a_session_of_a_dead_connection_server_may_still_be_claimed() {
+    let mut book = book(vec![range("main", 20_000, 7000, 2)]);
+    book.attach("a", "here", &[], at(0));
+    select(&mut book, "claimed", at(1)).unwrap();
+    select(&mut book, "lost", at(1)).unwrap();
+    book.detach("a", at(2));
+    book.attach("c", "here", &[], at(3));
+    book.tick(at(4));
+    assert_eq!(counts(&book), [0, 2, 0, 0, 0]);
+    book.report("c", &opened("claimed"), at(5));
+    let notices = book.tick(at(17));
+    assert_eq!(cause_of_end(&notices), Some(end::Cause::OwnerGone));
+    book.report("c", &ended("lost"), at(17));
+    assert_eq!(counts(&book), [1, 0, 1, 0, 0]);
+}
+
+/// An agent that has restarted does not know who was told of what.
+#[test]
+fn a_session_made_before_a_restart_is_waited_for_by_all() {
+    let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
+    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 2)])), TIMES);
+    book.attach("a", "here", &[], at(1));
+    book.detach("a", at(2));
+    let known = v1::Session {
+        session_id: "s".to_owned(),
+        connection_port: 20_000,
+        ..v1::Session::default()
+    };
+    book.attach("b", "there", &[known], at(3));
+    book.report("b", &released("s"), at(4));
+    book.report("b", &ended("s"), at(4));
+    assert_eq!(book.session_count(), 1);
+    book.tick(at(17));
+    assert_eq!(book.session_count(), 0);
 }

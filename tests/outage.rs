@@ -1,0 +1,157 @@
+//! Fast clients and few ports while a connection server dies: somebody is
+//! served all the time.
+
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test stops at what it does not expect"
+)]
+
+mod common;
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use common::{COUNT, Pool};
+use parking_lot::Mutex;
+use portpool::client::Client;
+use portpool::session::SessionRequest;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+
+/// Longest that a client waits for anything before it begins anew.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Clients that take session after session, each request and each connection
+/// through the next connection server, as a Service spreads them.
+struct Clients {
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+    served: Arc<Mutex<Vec<Instant>>>,
+}
+
+impl Clients {
+    fn start(pool: &Pool, count: usize) -> Self {
+        let (stop, served) = (Arc::<AtomicBool>::default(), Arc::default());
+        let servers: Arc<[(Client, IpAddr)]> = (0..2)
+            .map(|index| (pool.client_of(index), pool.connection_address(index)))
+            .collect();
+        let turn = Arc::new(AtomicUsize::new(0));
+        let client = |_| {
+            let (servers, turn, stop) = (servers.clone(), turn.clone(), stop.clone());
+            let served: Arc<Mutex<Vec<Instant>>> = Arc::clone(&served);
+            tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    match take_session(&servers, &turn).await {
+                        Some(()) => served.lock().push(Instant::now()),
+                        None => sleep(Duration::from_millis(10)).await,
+                    }
+                }
+            })
+        };
+        let tasks = (0..count).map(client).collect();
+        Self {
+            tasks,
+            stop,
+            served,
+        }
+    }
+
+    fn served(&self) -> usize {
+        self.served.lock().len()
+    }
+
+    /// Longest time from `start` until now in which nobody was served.
+    async fn longest_gap(self, start: Instant) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        let end = Instant::now();
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+        let mut times = self.served.lock().clone();
+        times.retain(|time| (start..end).contains(time));
+        times.extend([start, end]);
+        times.sort();
+        times
+            .windows(2)
+            .map(|pair| pair[1] - pair[0])
+            .max()
+            .unwrap()
+    }
+}
+
+/// Asks, connects and is answered; a client that is refused tries the next
+/// connection server, and one that gives up gives its session back.
+async fn take_session(servers: &[(Client, IpAddr)], turn: &AtomicUsize) -> Option<()> {
+    let next = || &servers[turn.fetch_add(1, Ordering::Relaxed) % servers.len()];
+    let session = next().0.request(SessionRequest::default()).await.ok()?;
+    let exchange = async {
+        loop {
+            let Ok(mut stream) = TcpStream::connect((next().1, session.port)).await else {
+                continue;
+            };
+            let mut answer = [0; 5];
+            stream.write_all(b"hello").await.ok()?;
+            stream.read_exact(&mut answer).await.ok()?;
+            return Some(());
+        }
+    };
+    let answered = timeout(PATIENCE, exchange).await.ok().flatten();
+    if answered.is_none() {
+        for (client, _) in servers {
+            let _ = client.release(&session.id).await;
+        }
+    }
+    answered
+}
+
+async fn two_connection_servers() -> Pool {
+    let mut pool = Pool::running(1, |_| {}).await;
+    pool.start_connection_server(1);
+    let all = u32::from(COUNT);
+    pool.until_of(1, |state| state.free_ports == all).await;
+    pool
+}
+
+#[tokio::test]
+async fn a_killed_connection_server_keeps_no_ports_once_another_is_in_its_place() {
+    let mut pool = two_connection_servers().await;
+    let clients = Clients::start(&pool, 2 * usize::from(COUNT));
+    while clients.served() < 200 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    let killed = Instant::now();
+    pool.connection_servers[0].kill();
+    sleep(Duration::from_millis(500)).await;
+    pool.start_connection_server(0);
+    sleep(Duration::from_secs(5)).await;
+    let gap = clients.longest_gap(killed).await;
+    assert!(
+        gap < Duration::from_secs(3),
+        "nobody was served for {gap:?}"
+    );
+    let all = u32::from(COUNT);
+    pool.until_of(1, |state| state.free_ports == all).await;
+}
+
+#[tokio::test]
+async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
+    let mut pool = two_connection_servers().await;
+    // Fewer than ports: what they have when it dies is kept back.
+    let clients = Clients::start(&pool, usize::from(COUNT) / 2);
+    while clients.served() < 200 {
+        sleep(Duration::from_millis(10)).await;
+    }
+    let killed = Instant::now();
+    pool.connection_servers[0].kill();
+    sleep(Duration::from_secs(4)).await;
+    let gap = clients.longest_gap(killed).await;
+    assert!(
+        gap < Duration::from_secs(2),
+        "nobody was served for {gap:?}"
+    );
+    let all = u32::from(COUNT);
+    pool.until_of(1, |state| state.free_ports == all).await;
+}
