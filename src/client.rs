@@ -29,7 +29,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 pub use self::command::{
     AskOptions, CommandError, ConnectOptions, ReleaseOptions, RequestOptions, connect, release,
@@ -42,6 +42,9 @@ const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a connection may take to come up.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Pause before the next try after a connection was refused.
+const REFUSED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Most bytes of an answer: a pool of 1000 servers takes about 500 KB.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
@@ -215,15 +218,30 @@ impl Client {
 
     /// Connects to the session's connection port.
     ///
+    /// A connection that is refused is tried again for up to 5 s: nobody listens
+    /// there, as connection servers never refuse, so one has just died. The way
+    /// leads to another one then, or its next process knows the session.
+    ///
     /// # Errors
     /// [`ClientError::Connect`].
     pub async fn connect(&self, session: &Session) -> Result<TcpStream, ClientError> {
         let address = endpoint(session);
-        let connecting = timeout(
-            CONNECT_DEADLINE,
-            TcpStream::connect((session.address.as_str(), session.port)),
-        );
-        let connected = connecting
+        let deadline = Instant::now() + CONNECT_DEADLINE;
+        let connecting = async {
+            loop {
+                let connected = TcpStream::connect((session.address.as_str(), session.port)).await;
+                match connected {
+                    Err(error)
+                        if error.kind() == io::ErrorKind::ConnectionRefused
+                            && Instant::now() + REFUSED_PAUSE < deadline =>
+                    {
+                        sleep(REFUSED_PAUSE).await
+                    }
+                    connected => return connected,
+                }
+            }
+        };
+        let connected = timeout_at(deadline, connecting)
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let prepared = connected.and_then(|stream| stream.set_nodelay(true).map(|()| stream));

@@ -8,8 +8,10 @@
 mod common;
 
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use common::Pool;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn connect(pool: &Pool, more: &[&str]) -> Child {
     Command::new(env!("CARGO_BIN_EXE_portpool"))
@@ -48,6 +50,22 @@ async fn an_unexpected_answer_fails_and_is_told() {
     assert_eq!(output.status.code(), Some(1), "{}", told(&output));
     let words = r#"test-0 answered "ping" within 5 s, not "pong""#;
     assert!(told(&output).contains(words), "{}", told(&output));
+}
+
+/// The connection server dies between its answer and the connection.
+#[tokio::test]
+async fn a_session_outlives_the_connection_server_that_gave_it() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    let (client, session) = (pool.client(), pool.request().await.unwrap());
+    pool.connection_servers[0].kill();
+    let connecting = tokio::spawn(async move { client.connect(&session).await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    pool.start_connection_server(0);
+    let mut stream = connecting.await.unwrap().unwrap();
+    stream.write_all(b"hello").await.unwrap();
+    let mut answer = [0; 5];
+    stream.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"hello");
 }
 
 #[tokio::test]

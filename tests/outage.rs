@@ -13,10 +13,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{COUNT, Pool};
+use common::{COUNT, Pool, connect, echo};
 use parking_lot::Mutex;
 use portpool::client::Client;
-use portpool::session::SessionRequest;
+use portpool::session::{PoolState, SessionRequest};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -154,4 +154,26 @@ async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
     );
     let all = u32::from(COUNT);
     pool.until_of(1, |state| state.free_ports == all).await;
+}
+
+#[tokio::test]
+async fn a_successor_listens_in_the_place_of_the_first() {
+    let mut pool = Pool::new(1, |_| {});
+    pool.start_workload(0);
+    pool.start_agent(0);
+    let mut first = pool.start_successor(0);
+    pool.start_connection_server(1);
+    let all = u32::from(COUNT);
+    pool.until_of(1, |state| state.free_ports == all).await;
+    let mut second = pool.start_successor(0);
+    assert!(first.ends());
+    let mut stream = connect(&pool.request().await.unwrap());
+    echo(&mut stream, "through the second");
+    // One that it had not told of could still be claimed.
+    let is_busy = |state: &PoolState| state.servers[0].ports[0].busy == 1;
+    pool.until_of(1, is_busy).await;
+    second.kill();
+    let _third = pool.start_successor(0);
+    let back = pool.until_of(1, |state| state.free_ports == all).await;
+    assert!(back < Duration::from_secs(5), "all is free after {back:?}");
 }
