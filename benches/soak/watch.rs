@@ -16,7 +16,7 @@ pub struct Watched {
     pub name: &'static str,
     pid: u32,
     begun: Instant,
-    /// Seconds since `begun`, resident bytes.
+    /// Seconds since `begun`, allocated bytes.
     memory: Vec<(f64, f64)>,
     pub most_descriptors: usize,
 }
@@ -33,7 +33,7 @@ impl Watched {
     }
 
     pub fn look(&mut self) {
-        if let Some(bytes) = resident(self.pid) {
+        if let Some(bytes) = allocated(self.pid) {
             self.memory
                 .push((self.begun.elapsed().as_secs_f64(), bytes));
         }
@@ -45,7 +45,7 @@ impl Watched {
         fs::read_dir(format!("/proc/{}/fd", self.pid)).map_or(0, Iterator::count)
     }
 
-    /// Highest resident bytes.
+    /// Most allocated bytes.
     pub fn most_memory(&self) -> f64 {
         self.memory
             .iter()
@@ -71,11 +71,13 @@ impl Watched {
     }
 }
 
-fn resident(pid: u32) -> Option<f64> {
+/// What it has allocated. Pages of the program's file are left out: they come
+/// and go as other programs need memory, and are most of a debug build.
+fn allocated(pid: u32) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status
         .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+        .find_map(|line| line.strip_prefix("RssAnon:"))?;
     let kibibytes: f64 = line.trim().trim_end_matches(" kB").parse().ok()?;
     Some(kibibytes * 1024.0)
 }

@@ -402,7 +402,11 @@ impl Book {
                 if self.sessions.contains_key(session_id) {
                     self.end(session_id, end::Cause::Released, &mut notices);
                 } else {
-                    if self.is_recovering(now) && session_id.len() <= MAX_ID_BYTES {
+                    // No more sessions than ports were live before the restart.
+                    if self.is_recovering(now)
+                        && session_id.len() <= MAX_ID_BYTES
+                        && self.released_unseen.len() < self.ports.count()
+                    {
                         self.released_unseen.insert(session_id.clone());
                     }
                     let to = To::One(name.to_owned());

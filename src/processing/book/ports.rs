@@ -148,6 +148,11 @@ impl Ports {
         }
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.ports.len()
+    }
+
     /// The session on `port`.
     pub(super) fn session(&self, port: ListenPort) -> Option<&str> {
         self.ports

@@ -408,6 +408,65 @@ fn a_session_of_a_dead_connection_server_may_still_be_claimed() {
     assert_eq!(counts(&book), [1, 0, 1, 0, 0]);
 }
 
+/// Every way that a session, a request or a connection server can go, again and
+/// again: all that the book remembers is of those that are there.
+#[test]
+fn what_the_book_keeps_does_not_grow_with_the_sessions_seen() {
+    let mut book = Book::new(TIMES, Some(Duration::from_secs(100)));
+    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 4)])), TIMES);
+    book.set_listening(Listening {
+        tcp: (7000..7004).collect(),
+        ..Listening::default()
+    });
+    // What it says of itself; numbers may get longer.
+    let kept = |book: &Book| format!("{book:?}").len();
+    let (mut selected, mut early) = (0, 0);
+    for number in 0..100_000 {
+        let (id, now) = (format!("{number:06}"), at(number));
+        book.tick(now);
+        book.attach("a", "here", &[], now);
+        let another = format!("another-{id}");
+        book.attach(&another, "there", &[], now);
+        let request = v1::Select {
+            session_id: id.clone(),
+            idempotency_key: format!("key-{id}"),
+            ..v1::Select::default()
+        };
+        selected += usize::from(book.select("a", &request, now).is_ok());
+        let _ = book.select(&another, &request, now);
+        match number % 4 {
+            0 => book.report("a", &released(&id), now),
+            1 => book.report(&another, &opened(&id), now),
+            2 => {
+                book.report("a", &opened(&id), now);
+                book.report("a", &closed(&id), now)
+            }
+            _ => Vec::new(),
+        };
+        for unknown in [opened, closed, ended, released] {
+            book.report("a", &unknown(&format!("unknown-{id}")), now);
+        }
+        match number % 2 {
+            0 => drop(book.leave(&another, now)),
+            _ => book.detach(&another, now),
+        }
+        for earlier in number.saturating_sub(40)..=number {
+            book.report("a", &ended(&format!("{earlier:06}")), now);
+        }
+        match number {
+            99 => assert!(book.released_unseen.len() <= 4),
+            1_000 => early = kept(&book),
+            _ => {}
+        }
+    }
+    let late = kept(&book);
+    assert!(selected > 10_000, "{selected} sessions");
+    assert!(
+        late < early + early / 4,
+        "{early} bytes, then {late}: {book:?}"
+    );
+}
+
 /// An agent that has restarted does not know who was told of what.
 #[test]
 fn a_session_made_before_a_restart_is_waited_for_by_all() {
