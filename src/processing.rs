@@ -136,7 +136,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     admin::register_build_info(&mut registry);
     let metrics = Arc::new(Metrics::new(&mut registry, follower.rejected()));
     let agent = Agent::new(options.slot, recovering, metrics);
-    registry.register_collector(Box::new(server::Live::new(&agent)));
+    registry.register_collector(Box::new(metrics::Live::new(&agent)));
     follow_table(&agent, &first);
     let mut listening_ports = sockets::Reader::new(options.address, options.listen_scope);
     watch_sockets_once(&agent, &mut listening_ports);

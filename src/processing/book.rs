@@ -16,21 +16,30 @@
 //! or is gone for good: so a free port has no session and no connection
 //! anywhere.
 //!
+//! - `ports`, `session`, `connection_servers`: what is kept of each;
+//! - `life`: what becomes of sessions; `attachment`: connection servers come and
+//!   go; here: what the agent asks for.
+//!
 //! Source: US 8,544,018 B2, claim 1, the processing server's port position
 //! storage part and request receiving part.
 
+mod attachment;
 mod connection_servers;
+mod life;
 mod ports;
+mod session;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
 use self::connection_servers::ConnectionServers;
+use self::life::end_notice;
+use self::ports::Ports;
 pub use self::ports::{Listening, PortFilter};
-use self::ports::{Occupancy, Ports};
+use self::session::{ADOPTED, Session, State};
 use crate::pool::PortProtocol;
-use crate::selection::v1::{self, end, from_agent, refused, session};
+use crate::selection::v1::{self, end, from_agent, refused};
 use crate::table::{ListenPort, Row, RowState};
 
 /// Longest session id and connection server name, in bytes.
@@ -39,10 +48,6 @@ const MAX_ID_BYTES: usize = 64;
 const MAX_KEY_BYTES: usize = 128;
 /// Longest port name, in bytes.
 const MAX_NAME_BYTES: usize = 15;
-
-/// The number of sessions made before a restart: any connection server may know
-/// them, whenever it attaches.
-const ADOPTED: u64 = 0;
 
 /// The time, as the book needs it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -94,56 +99,6 @@ pub enum To {
     AllBut(String),
     /// This one.
     One(String),
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum State {
-    Held,
-    Busy,
-    Lingering,
-    /// Over; these have not acknowledged it yet.
-    Ending(BTreeSet<String>),
-}
-
-#[derive(Clone, Debug)]
-struct Session {
-    /// Higher than those of sessions made before it in this book.
-    number: u64,
-    port: ListenPort,
-    owner: String,
-    state: State,
-    /// Connection servers with connections open on it.
-    open: BTreeSet<String>,
-    filter: PortFilter,
-    idempotency_key: String,
-    bound_client: String,
-    created_ms: u64,
-    claim_deadline_ms: u64,
-    /// When the state ends by itself.
-    until: Option<Duration>,
-    /// When the session ends whatever its state.
-    at_most: Option<Duration>,
-}
-
-impl Session {
-    fn deadline(&self) -> Option<Duration> {
-        if matches!(self.state, State::Ending(_)) {
-            return None;
-        }
-        self.until.into_iter().chain(self.at_most).min()
-    }
-
-    fn occupancy(&self) -> Occupancy {
-        match self.state {
-            State::Held => Occupancy::Held,
-            State::Busy => Occupancy::Busy,
-            State::Lingering | State::Ending(_) => Occupancy::Lingering,
-        }
-    }
-
-    fn is_live(&self) -> bool {
-        !matches!(self.state, State::Ending(_))
-    }
 }
 
 /// The book of one processing server.
@@ -207,113 +162,6 @@ impl Book {
     /// The ports that the workload listens on have changed.
     pub fn set_listening(&mut self, listening: Listening) {
         self.ports.set_listening(listening);
-    }
-
-    /// A connection server that listens at `place` attaches and tells which
-    /// sessions it knows. What it does not list is not open there.
-    pub fn attach(
-        &mut self,
-        name: &str,
-        place: &str,
-        known: &[v1::Session],
-        now: Now,
-    ) -> Vec<Notice> {
-        let mut notices = Vec::new();
-        self.connection_servers.attach(name, place, now.monotonic);
-        let listed: BTreeMap<&str, &v1::Session> = known
-            .iter()
-            .map(|session| (session.session_id.as_str(), session))
-            .collect();
-        let ids: Vec<String> = self.sessions.keys().cloned().collect();
-        for id in ids {
-            match listed.get(id.as_str()) {
-                Some(session) if session.open_here => self.opened(name, &id, &mut notices),
-                Some(_) => self.closed(name, &id, now, &mut notices),
-                None => {
-                    self.closed(name, &id, now, &mut notices);
-                    self.ended(name, &id);
-                }
-            }
-            let is_ending = self
-                .sessions
-                .get(&id)
-                .is_some_and(|session| !session.is_live());
-            if is_ending {
-                notices.push(end_notice(
-                    To::One(name.to_owned()),
-                    &id,
-                    end::Cause::Released,
-                ));
-            }
-        }
-        for (id, session) in listed {
-            if !self.sessions.contains_key(id) && !self.adopt(name, session, now) {
-                notices.push(end_notice(
-                    To::One(name.to_owned()),
-                    id,
-                    end::Cause::Unknown,
-                ));
-            }
-        }
-        for (id, session) in self
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.is_live())
-        {
-            let message = from_agent::Message::Session(self.describe(id, session));
-            notices.push(Notice {
-                to: To::One(name.to_owned()),
-                message,
-            });
-        }
-        notices
-    }
-
-    /// Takes over a session made before a restart.
-    fn adopt(&mut self, owner: &str, known: &v1::Session, now: Now) -> bool {
-        let number = u16::try_from(known.connection_port).unwrap_or(0);
-        let Some(port) = ListenPort::new(number).filter(|port| self.ports.has_room(*port)) else {
-            return false;
-        };
-        if !self.is_recovering(now)
-            || self.released_unseen.contains(&known.session_id)
-            || known.session_id.len() > MAX_ID_BYTES
-            || known.session_id.is_empty()
-        {
-            return false;
-        }
-        let is_open = known.open_here;
-        let session = Session {
-            number: ADOPTED,
-            port,
-            owner: owner.to_owned(),
-            state: if is_open { State::Busy } else { State::Held },
-            open: is_open.then(|| owner.to_owned()).into_iter().collect(),
-            filter: PortFilter::default(),
-            idempotency_key: known.idempotency_key.clone(),
-            bound_client: known.bound_client.clone(),
-            created_ms: known.created_ms,
-            claim_deadline_ms: now.unix_ms + millis(self.times.claim),
-            until: (!is_open).then_some(now.monotonic + self.times.claim),
-            at_most: self.times.max_duration.map(|most| now.monotonic + most),
-        };
-        self.insert(known.session_id.clone(), session);
-        true
-    }
-
-    /// A connection server's stream is gone.
-    pub fn detach(&mut self, name: &str, now: Now) {
-        self.connection_servers
-            .detach(name, self.next_number, now.monotonic);
-    }
-
-    /// A connection server has said goodbye: nothing is open there, and nobody
-    /// need wait for it. What it made may still be claimed through others.
-    pub fn leave(&mut self, name: &str, now: Now) -> Vec<Notice> {
-        let mut notices = Vec::new();
-        self.connection_servers.remove(name);
-        self.has_nothing(name, now, &mut notices);
-        notices
     }
 
     /// Selects an available connection port for a request of connection server
@@ -520,166 +368,6 @@ impl Book {
     fn is_recovering(&self, now: Now) -> bool {
         self.recovering_until
             .is_some_and(|until| now.monotonic < until)
-    }
-
-    fn insert(&mut self, id: String, session: Session) {
-        self.ports.occupy(session.port, &id, session.occupancy());
-        if !session.idempotency_key.is_empty() {
-            self.id_by_key
-                .insert(session.idempotency_key.clone(), id.clone());
-        }
-        if let Some(deadline) = session.deadline() {
-            self.deadlines.insert((deadline, id.clone()));
-        }
-        self.sessions.insert(id, session);
-    }
-
-    fn opened(&mut self, name: &str, id: &str, notices: &mut Vec<Notice>) {
-        self.update(id, notices, |session| {
-            session.open.insert(name.to_owned());
-            session.state = State::Busy;
-            session.until = None;
-        });
-    }
-
-    fn closed(&mut self, name: &str, id: &str, now: Now, notices: &mut Vec<Notice>) {
-        let linger = self.times.linger;
-        self.update(id, notices, |session| {
-            let was_open = session.open.remove(name);
-            if was_open && session.open.is_empty() {
-                session.state = State::Lingering;
-                session.until = Some(now.monotonic + linger);
-            }
-        });
-        let is_over = |session: &Session| session.state == State::Lingering && linger.is_zero();
-        if self.sessions.get(id).is_some_and(is_over) {
-            self.end(id, end::Cause::Finished, notices);
-        }
-    }
-
-    /// Changes a live session, keeps its deadline in step, and tells everyone
-    /// when its state changed.
-    fn update(&mut self, id: &str, notices: &mut Vec<Notice>, change: impl FnOnce(&mut Session)) {
-        let Some(session) = self
-            .sessions
-            .get_mut(id)
-            .filter(|session| session.is_live())
-        else {
-            return;
-        };
-        let (state, deadline) = (session.state.clone(), session.deadline());
-        change(session);
-        if session.deadline() != deadline {
-            if let Some(deadline) = deadline {
-                self.deadlines.remove(&(deadline, id.to_owned()));
-            }
-            if let Some(deadline) = session.deadline() {
-                self.deadlines.insert((deadline, id.to_owned()));
-            }
-        }
-        if session.state != state
-            && let Some(session) = self.sessions.get(id)
-        {
-            self.ports.mark(session.port, session.occupancy());
-            let message = from_agent::Message::Session(self.describe(id, session));
-            notices.push(Notice {
-                to: To::All,
-                message,
-            });
-        }
-    }
-
-    /// Ends a live session: everyone is told, and its port waits for all who
-    /// may have connections on it.
-    fn end(&mut self, id: &str, cause: end::Cause, notices: &mut Vec<Notice>) {
-        let Some(session) = self
-            .sessions
-            .get_mut(id)
-            .filter(|session| session.is_live())
-        else {
-            return;
-        };
-        if let Some(deadline) = session.deadline() {
-            self.deadlines.remove(&(deadline, id.to_owned()));
-        }
-        self.id_by_key.remove(&session.idempotency_key);
-        session.state = State::Ending(self.connection_servers.may_know(session.number));
-        self.ports.mark(session.port, Occupancy::Lingering);
-        notices.push(end_notice(To::All, id, cause));
-        self.free_when_acknowledged(id);
-    }
-
-    fn ended(&mut self, name: &str, id: &str) {
-        if let Some(Session {
-            state: State::Ending(waiting),
-            ..
-        }) = self.sessions.get_mut(id)
-        {
-            waiting.remove(name);
-            self.free_when_acknowledged(id);
-        }
-    }
-
-    fn free_when_acknowledged(&mut self, id: &str) {
-        let is_acknowledged = |session: &Session| matches!(&session.state, State::Ending(waiting) if waiting.is_empty());
-        if self.sessions.get(id).is_some_and(is_acknowledged)
-            && let Some(session) = self.sessions.remove(id)
-        {
-            self.ports.vacate(session.port);
-        }
-    }
-
-    /// Nothing is open at `name`, and nothing will be; nobody waits for it.
-    fn has_nothing(&mut self, name: &str, now: Now, notices: &mut Vec<Notice>) {
-        let ids: Vec<String> = self.sessions.keys().cloned().collect();
-        for id in ids {
-            self.closed(name, &id, now, notices);
-            self.ended(name, &id);
-        }
-    }
-
-    /// Ends the sessions that `name` made and that are open nowhere: it may have
-    /// told nobody of them.
-    fn end_orphans(&mut self, name: &str, notices: &mut Vec<Notice>) {
-        let is_orphan = |session: &Session| session.owner == name && session.open.is_empty();
-        let orphans = self.sessions.iter();
-        let orphans = orphans.filter(|(_, session)| is_orphan(session));
-        let orphans: Vec<String> = orphans.map(|(id, _)| id.clone()).collect();
-        for id in orphans {
-            self.end(&id, end::Cause::OwnerGone, notices);
-        }
-    }
-
-    fn describe(&self, id: &str, session: &Session) -> v1::Session {
-        let (port_name, protocol) = self.ports.name_and_protocol(session.port);
-        let state = match session.occupancy() {
-            Occupancy::Held => session::State::Held,
-            Occupancy::Busy => session::State::Busy,
-            Occupancy::Lingering => session::State::Lingering,
-        };
-        v1::Session {
-            session_id: id.to_owned(),
-            idempotency_key: session.idempotency_key.clone(),
-            connection_port: session.port.get().into(),
-            port_name: port_name.to_owned(),
-            protocol: protocol.name().to_owned(),
-            bound_client: session.bound_client.clone(),
-            state: state.into(),
-            claim_deadline_ms: session.claim_deadline_ms,
-            created_ms: session.created_ms,
-            open_here: false,
-        }
-    }
-}
-
-fn end_notice(to: To, id: &str, cause: end::Cause) -> Notice {
-    let end = v1::End {
-        session_id: id.to_owned(),
-        cause: cause.into(),
-    };
-    Notice {
-        to,
-        message: from_agent::Message::End(end),
     }
 }
 
