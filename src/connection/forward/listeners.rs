@@ -4,6 +4,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::sys::socket::SetSockOpt;
+use nix::sys::socket::sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo, ReceiveTimestampns};
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Socket, Type};
@@ -94,6 +96,16 @@ fn open_udp(address: SocketAddr) -> io::Result<Listener> {
 fn udp(socket: Socket) -> io::Result<Listener> {
     let is_ipv6 = socket.domain()? == Domain::IPV6;
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+    // Each datagram would pay for what nobody reads.
+    ReceiveTimestampns.set(&socket, &false)?;
+    sockopt::set_ip_recvtos(&socket, false)?;
+    let address = socket.local_addr()?.as_socket();
+    if address.is_some_and(|address| !address.ip().is_unspecified()) {
+        match is_ipv6 {
+            true => Ipv6RecvPacketInfo.set(&socket, &false)?,
+            false => Ipv4PacketInfo.set(&socket, &false)?,
+        }
+    }
     // QUIC must not be fragmented, which the line above arranged; what passes
     // here may be.
     sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT)

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{self, SendFlags, Shutdown, sockopt};
+use rustix::net::{self, RecvFlags, SendFlags, Shutdown, sockopt};
 use rustix::pipe::{SpliceFlags, splice};
 
 use super::pipes::{PIPE_BYTES, Pipe};
@@ -35,7 +35,8 @@ pub(super) trait Stream {
 
 impl Stream for OwnedFd {
     fn read(&self, space: &mut [u8]) -> Result<usize, Errno> {
-        rustix::io::read(self, space)
+        let (length, _) = net::recv(self, space, RecvFlags::empty())?;
+        Ok(length)
     }
 
     fn send(&self, bytes: &[u8]) -> Result<usize, Errno> {

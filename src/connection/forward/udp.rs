@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use quinn_udp::{RecvMeta, Transmit, UdpSockRef, UdpSocketState};
 use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
+use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 
 use super::admission::Permit;
 use super::handover::{HandedClient, HandedFlow};
@@ -38,26 +38,43 @@ const JOINED_BYTES: usize = 65_507;
 /// Datagrams of one parked client that are kept.
 const PARKED_DATAGRAMS: usize = 8;
 
-/// How many datagrams to ask a socket for: a few more than it had last time,
-/// so that one call gets all of a burst, and a lone one costs little.
+/// How many datagrams to ask a socket for: one while they come alone, else a
+/// few more than it had last time, so that one call gets all of a burst.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Appetite(u8);
+pub(super) struct Appetite {
+    most: u8,
+    /// Lone datagrams since it was last asked for two.
+    alone: u8,
+}
 
 impl Appetite {
+    /// Lone datagrams before a socket is asked whether there are two.
+    const ALONE: u8 = 16;
+
     pub(super) fn new() -> Self {
-        Self(2)
+        Self { most: 1, alone: 0 }
     }
 
     fn most(self) -> usize {
-        usize::from(self.0)
+        usize::from(self.most)
     }
 
-    fn learn(&mut self, received: usize) {
-        let most = match received >= self.most() {
-            true => 2 * received,
-            false => received + 1,
+    /// Learns how many there were. Whether to ask at once for more: a socket
+    /// that was asked for one is reported again if there are.
+    fn learn(&mut self, received: usize) -> bool {
+        let is_full = received >= self.most();
+        let next = match (self.most, received) {
+            (1, _) => {
+                self.alone = (self.alone + 1) % Self::ALONE;
+                1 + usize::from(self.alone == 0)
+            }
+            (_, 0 | 1) => 1,
+            _ if is_full => 2 * received,
+            _ => received + 1,
         };
-        self.0 = u8::try_from(most.clamp(2, BATCH)).expect("a batch is small");
+        let was_alone = self.most == 1;
+        self.most = u8::try_from(next.min(BATCH)).expect("a batch is small");
+        is_full && !was_alone
     }
 }
 
@@ -121,8 +138,16 @@ impl Batch {
         let mut slices: [IoSliceMut<'_>; BATCH] =
             std::array::from_fn(|_| slots.next().expect("there are as many slots"));
         let received = state.recv(socket, &mut slices[..most], &mut self.metas[..most])?;
-        appetite.learn(received);
-        Ok((received, received == most))
+        Ok((received, appetite.learn(received)))
+    }
+
+    /// Receives one datagram from a connected socket that joins none.
+    fn receive_one(&mut self, socket: BorrowedFd<'_>, peer: SocketAddr) -> io::Result<usize> {
+        let (length, _) = net::recv(socket, &mut self.space[..SLOT_BYTES], RecvFlags::empty())?;
+        let meta = &mut self.metas[0];
+        (meta.addr, meta.dst_ip) = (peer, None);
+        (meta.len, meta.stride) = (length, length);
+        Ok(1)
     }
 
     /// The run that begins with the datagram received as `first` of
@@ -176,16 +201,20 @@ pub(super) struct Port {
     pub(super) is_draining: bool,
     appetite: Appetite,
     socket: UdpSocket,
+    /// The one that it is bound to, and that its replies come from.
+    address: Option<IpAddr>,
     state: UdpSocketState,
 }
 
 impl Port {
     pub(super) fn new(socket: UdpSocket, state: UdpSocketState) -> Self {
+        let address = socket.local_addr().ok().map(|address| address.ip());
         Self {
             flows: HashMap::new(),
             parked: HashMap::new(),
             is_draining: false,
             appetite: Appetite::new(),
+            address: address.filter(|address| !address.is_unspecified()),
             socket,
             state,
         }
@@ -198,7 +227,13 @@ impl Port {
     /// Receives datagrams of clients into `batch`.
     pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<(usize, bool)> {
         let socket = UdpSockRef::from(&self.socket);
-        batch.receive(&self.state, socket, &mut self.appetite)
+        let received = batch.receive(&self.state, socket, &mut self.appetite)?;
+        if let Some(address) = self.address {
+            for meta in &mut batch.metas[..received.0] {
+                meta.dst_ip = Some(address);
+            }
+        }
+        Ok(received)
     }
 
     /// Receives datagrams of a flow's server into `batch`.
@@ -207,6 +242,10 @@ impl Port {
         flow: &mut Flow,
         batch: &mut Batch,
     ) -> io::Result<(usize, bool)> {
+        if flow.appetite.most() == 1 {
+            let received = batch.receive_one(flow.server.as_fd(), flow.target)?;
+            return Ok((received, flow.appetite.learn(received)));
+        }
         let socket = UdpSockRef::from(&flow.server);
         batch.receive(&self.state, socket, &mut flow.appetite)
     }
@@ -226,9 +265,15 @@ impl Port {
     /// Sends a server's datagrams from the address that the client knows.
     pub(super) fn reply(&self, flow: &Flow, run: Run<'_>) -> Sent {
         let socket = self.socket.as_fd();
-        let plain = |datagram: &[u8]| {
-            let transmit = transmit(flow.client, flow.local, datagram, None);
-            self.state.try_send(UdpSockRef::from(&socket), &transmit)
+        let plain = |datagram: &[u8]| match self.address {
+            Some(_) => match net::sendto(socket, datagram, SendFlags::empty(), &flow.client) {
+                Ok(_) => Ok(()),
+                Err(errno) => Err(errno.into()),
+            },
+            None => {
+                let transmit = transmit(flow.client, flow.local, datagram, None);
+                self.state.try_send(UdpSockRef::from(&socket), &transmit)
+            }
         };
         self.send(run, socket, flow.client, flow.local, plain)
     }
