@@ -246,9 +246,6 @@ impl Worker {
 
     /// Handles events until told to stop.
     pub(super) fn run(mut self) {
-        // Looks at what gathers are some ten microseconds apart; by default a
-        // timer may be that late.
-        let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1000));
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
         while !self.is_stopping {
             events.clear();

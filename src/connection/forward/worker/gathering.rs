@@ -9,9 +9,8 @@
 //!   only looked at, both ends would sleep in between.
 //! - Nothing is read while bytes wait for the destination.
 //!
-//! The end of a burst waits for the next look, [`LONGEST`] at most. What can
-//! gather is bounded by TCP's window: when that is shut, the kernel reports
-//! less too.
+//! The end of a burst waits for the next look, [`INTERVAL`] at most. Where the
+//! window is too small for so much to gather, the kernel reports less.
 //!
 //! Source: Linux, `net/ipv4/tcp.c`, `tcp_set_rcvlowat` and `tcp_epollin_ready`.
 
@@ -29,24 +28,19 @@ use crate::connection::forward::tcp::Side;
 /// Busy directions that are looked at only.
 const FEWEST: usize = 2;
 
-/// Bytes that should have gathered in a socket when it is looked at: more
-/// gain little, and fewer fit a window that is still small.
-const TARGET_BYTES: u64 = 256 * 1024;
-
 /// Bytes that have gathered in a lone one's socket when it is reported. So
 /// many fill the destination's send queue: from then on the work goes by what
 /// the destination takes, a third of that queue at a time.
 const LOW_WATER_BYTES: usize = 2 * 1024 * 1024;
 
-/// Bounds of the time between two looks.
-const SHORTEST: Duration = Duration::from_micros(20);
-const LONGEST: Duration = Duration::from_millis(1);
+/// Time between two looks. What gathers in it is bounded by TCP's window.
+const INTERVAL: Duration = Duration::from_millis(1);
 
 /// Looks in a row that find little, before the source is watched closely.
 const IDLE_LOOKS: u8 = 4;
 
-/// From how many bytes on a look finds more than little: in the longest time
-/// between two as many as a direction has to carry to count as busy.
+/// From how many bytes on a look finds more than little: in the time between
+/// two as many as a direction has to carry to count as busy.
 const LEAST_BYTES: u64 = 16 * 1024;
 
 // The system call interfaces used elsewhere have no safe call for it.
@@ -88,15 +82,11 @@ struct Busy {
 #[derive(Debug)]
 pub(super) struct Gathering {
     busy: Vec<Busy>,
-    interval: Duration,
 }
 
 impl Gathering {
     pub(super) fn new() -> Self {
-        Self {
-            busy: Vec::new(),
-            interval: LONGEST,
-        }
+        Self { busy: Vec::new() }
     }
 
     /// Whether directions are to be looked at.
@@ -106,18 +96,6 @@ impl Gathering {
 
     fn is_lone(&self) -> bool {
         self.busy.len() < FEWEST
-    }
-
-    /// Learns that `bytes` were moved since the last look.
-    fn learn(&mut self, bytes: u64) {
-        if self.is_lone() {
-            // It is reported by itself, but for a burst's end.
-            self.interval = LONGEST;
-            return;
-        }
-        let target = TARGET_BYTES * self.busy.len() as u64;
-        let factor = if bytes < target { 1.125 } else { 0.8 };
-        self.interval = self.interval.mul_f64(factor).clamp(SHORTEST, LONGEST);
     }
 }
 
@@ -137,7 +115,7 @@ impl Worker {
                 idle_looks: 0,
                 seen: 0,
             });
-            self.next_look = self.now + self.gathering.interval;
+            self.next_look = self.now + INTERVAL;
             self.watch_busy();
         }
         let lone = self.gathering.busy.first();
@@ -206,7 +184,6 @@ impl Worker {
 
     /// Moves what has gathered.
     pub(super) fn look_at_gathering(&mut self) {
-        let mut moved = 0;
         let was_lone = self.gathering.is_lone();
         for mut direction in std::mem::take(&mut self.gathering.busy) {
             let (key, source) = (direction.key, direction.source);
@@ -216,7 +193,6 @@ impl Worker {
             let outcome = connection.pump_from(source, &mut self.means);
             let total = connection.traffic().total();
             let bytes = total - std::mem::replace(&mut direction.seen, total);
-            moved += bytes;
             if bytes > 0 {
                 connection.active = self.now;
             }
@@ -232,8 +208,7 @@ impl Worker {
             }
             self.conclude(key, outcome);
         }
-        self.gathering.learn(moved);
-        self.next_look = self.now + self.gathering.interval;
+        self.next_look = self.now + INTERVAL;
         if self.gathering.is_lone() && !was_lone {
             self.watch_busy();
         }
