@@ -105,6 +105,12 @@ impl Traffic {
     pub fn total(self) -> u64 {
         self.upstream_bytes + self.downstream_bytes
     }
+
+    /// Adds what has come to `before` until `now`.
+    fn add_since(&mut self, before: Self, now: Self) {
+        self.upstream_bytes += now.upstream_bytes - before.upstream_bytes;
+        self.downstream_bytes += now.downstream_bytes - before.downstream_bytes;
+    }
 }
 
 /// Decides who may use a connection port. Called on data threads: it must not

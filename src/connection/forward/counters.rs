@@ -29,9 +29,9 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Bytes from clients to servers, of flows that have ended.
+    /// Bytes from clients to servers, counted four times a second.
     upstream_bytes,
-    /// Bytes from servers to clients, of flows that have ended.
+    /// Bytes from servers to clients, counted four times a second.
     downstream_bytes,
     /// TCP connections admitted.
     tcp_opened,

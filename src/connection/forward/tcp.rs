@@ -48,6 +48,8 @@ const MUCH_BYTES: usize = 4 * 1024 * 1024;
 pub(super) struct Means {
     pub(super) scratch: Vec<u8>,
     pub(super) pipes: Pipes,
+    /// What was carried since that was last counted.
+    pub(super) carried: Traffic,
 }
 
 /// What the destination did not take yet.
@@ -518,6 +520,7 @@ impl<S: Stream> Connection<S> {
 
     fn move_bytes(&mut self, upstream: bool, downstream: bool, means: &mut Means) -> Outcome {
         let was_done = (self.upstream.is_done, self.downstream.is_done);
+        let before = self.traffic();
         let mut progress = [Progress::Blocked; 2];
         if upstream {
             progress[0] = self
@@ -529,6 +532,7 @@ impl<S: Stream> Connection<S> {
                 self.downstream
                     .pump(&self.server, &self.client, self.server_ended, means);
         }
+        means.carried.add_since(before, self.traffic());
         for progress in progress {
             match progress {
                 Progress::Broken(Fault::Destination(errno)) if self.is_connecting => {

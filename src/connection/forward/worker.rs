@@ -37,7 +37,7 @@ use super::slab::{Key, Slab};
 use super::stream::Stream;
 use super::tcp::{Connection, Means, SCRATCH_BYTES, Side, Signals};
 use super::udp;
-use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Transport, Verdict};
+use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Traffic, Transport, Verdict};
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
@@ -238,6 +238,7 @@ impl Worker {
             means: Means {
                 scratch: vec![0; SCRATCH_BYTES],
                 pipes: Pipes::new(shared.threads),
+                carried: Traffic::default(),
             },
             batch: udp::Batch::new(),
             is_stopping: false,
@@ -414,7 +415,7 @@ impl Worker {
         let Some((_, parked)) = self.parked.remove(&ticket) else {
             // Too late: what the gate has counted is over.
             if let Verdict::Admit(session) = verdict {
-                self.gate.closed(number, session, super::Traffic::default());
+                self.gate.closed(number, session, Traffic::default());
             }
             return;
         };
@@ -472,17 +473,25 @@ impl Worker {
         }
     }
 
-    fn report(&self, port: ListenPort, session: SessionKey, traffic: super::Traffic) {
-        counters::add(&self.counters.upstream_bytes, traffic.upstream_bytes);
-        counters::add(&self.counters.downstream_bytes, traffic.downstream_bytes);
+    /// A flow is over.
+    fn report(&mut self, port: ListenPort, session: SessionKey, traffic: Traffic) {
+        self.count_carried();
         count(&self.counters.closed);
         self.gate.closed(port, session, traffic);
+    }
+
+    /// Counts what was carried meanwhile: not at once, as threads share counters.
+    fn count_carried(&mut self) {
+        let carried = std::mem::take(&mut self.means.carried);
+        counters::add(&self.counters.upstream_bytes, carried.upstream_bytes);
+        counters::add(&self.counters.downstream_bytes, carried.downstream_bytes);
     }
 
     /// Looks at everything that has a deadline. One pass over a thread's
     /// sessions costs about 10 µs per 1000.
     fn tick(&mut self) {
         self.next_tick = self.now + TICK;
+        self.count_carried();
         self.resume_accepting();
         let late = |since: &Instant| self.now.duration_since(*since) >= PARKED_DEADLINE;
         let parked: Vec<Ticket> = self

@@ -129,6 +129,7 @@ impl Bench {
             means: Means {
                 scratch: vec![0; SCRATCH_BYTES],
                 pipes: Pipes::new(1),
+                carried: Traffic::default(),
             },
             sent: [Vec::new(), Vec::new()],
             is_finished: false,

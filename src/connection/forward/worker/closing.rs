@@ -98,11 +98,13 @@ impl Worker {
         let Some(closing) = self.closing.get_mut(key) else {
             return;
         };
+        let before = closing.traffic;
         let delivery = closing.remains.deliver(&mut self.means);
         match closing.remains.side {
             Side::Server => closing.traffic.upstream_bytes = closing.remains.bytes(),
             Side::Client => closing.traffic.downstream_bytes = closing.remains.bytes(),
         }
+        self.means.carried.add_since(before, closing.traffic);
         let destination = &closing.remains.destination;
         let left = match delivery {
             Delivery::Gone => return self.end_closing(key, false),

@@ -125,6 +125,7 @@ impl Worker {
         flow.active = self.now;
         flow.is_assured |= flow.traffic.downstream_bytes > 0;
         let sent = port.send_upstream(flow, run);
+        self.means.carried.upstream_bytes += sent.bytes;
         add(&self.counters.datagrams_dropped, sent.dropped);
         if sent.is_gone {
             count(&self.counters.connect_refused);
@@ -302,7 +303,9 @@ impl Worker {
             let mut next = 0;
             while next < received {
                 let (run, after) = batch.run(next, received);
-                flow.traffic.downstream_bytes += run.bytes.len() as u64;
+                let length = run.bytes.len() as u64;
+                flow.traffic.downstream_bytes += length;
+                self.means.carried.downstream_bytes += length;
                 add(
                     &self.counters.datagrams_dropped,
                     port.reply(flow, run).dropped,
