@@ -3,7 +3,8 @@
 //! order of events up to a depth, and long random ones.
 //!
 //! What must never happen: two sessions on one port, a free port with a
-//! connection somewhere, a port that is lost.
+//! connection somewhere, a port that is lost, a session that is over and comes
+//! back.
 
 #![allow(
     clippy::unwrap_used,
@@ -13,7 +14,7 @@
 #[path = "common/table.rs"]
 mod tables;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -133,9 +134,11 @@ struct World {
     parked: HashMap<Ticket, (usize, Duration)>,
     /// When agents notice that a connection server is not there any more.
     unnoticed: Vec<(Duration, usize, String)>,
-    /// Connection servers, by name, and sessions that are over for them: given
-    /// back through them, or, if so, ended by their agent.
-    over: HashMap<(String, String), bool>,
+    /// Connection servers, by name, and sessions that they knew and that are over
+    /// for them: given back through them, or ended by their agent.
+    over: HashSet<(String, String)>,
+    /// Sessions that each agent has ended since it was started.
+    ended: Vec<HashSet<String>>,
     names: usize,
 }
 
@@ -161,7 +164,8 @@ impl World {
             closing: Vec::new(),
             parked: HashMap::new(),
             unnoticed: Vec::new(),
-            over: HashMap::new(),
+            over: HashSet::new(),
+            ended: vec![HashSet::new(); agents],
             names: 0,
             table,
         };
@@ -282,7 +286,7 @@ impl World {
                     && let Some(Ok(action)) = sessions.release(&id)
                 {
                     let name = self.servers[server % SERVERS].name.clone();
-                    self.over.entry((name, id)).or_insert(false);
+                    self.over.insert((name, id));
                     self.carry_out(server % SERVERS, action);
                 }
             }
@@ -300,14 +304,8 @@ impl World {
                     self.break_stream(server, agent, noticing);
                 }
                 self.unnoticed.retain(|(_, of, _)| *of != agent);
-                // It dies with its knowledge of an end that not all have heard:
-                // they may bring the session back, without harm to others.
-                let servers = &self.servers;
-                self.over.retain(|(_, id), has_ended| {
-                    let is_known = |server: &ConnectionServer| server.sessions.get(id).is_some();
-                    !(*has_ended && servers.iter().any(is_known))
-                });
                 self.agents[agent] = self.book(agent, Some(self.now.monotonic + GONE_AFTER));
+                self.ended[agent].clear();
             }
             Event::RestartConnectionServer(server, is_noticed) => {
                 let server = server % SERVERS;
@@ -347,7 +345,7 @@ impl World {
         let session = sessions.session_on(port).expect("admitted for a session");
         let name = self.servers[server].name.clone();
         assert!(
-            !self.over.contains_key(&(name, session.clone())),
+            !self.over.contains(&(name, session.clone())),
             "{session} is over and admits"
         );
         self.connections.push(Connection {
@@ -514,6 +512,9 @@ impl World {
 
     fn send(&mut self, agent: usize, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
+            if let (To::All, from_agent::Message::End(end)) = (&to, &message) {
+                self.ended[agent].insert(end.session_id.clone());
+            }
             for server in &mut self.servers {
                 let is_meant = match &to {
                     To::All => true,
@@ -583,8 +584,11 @@ impl World {
             }
             from_agent::Message::End(end) => {
                 let ConnectionServer { name, sessions, .. } = &self.servers[server];
+                let is_known = sessions.get(&end.session_id).is_some();
                 let action = sessions.end(slot, &end.session_id, end.cause());
-                self.over.insert((name.clone(), end.session_id), true);
+                if is_known {
+                    self.over.insert((name.clone(), end.session_id));
+                }
                 self.carry_out(server, action);
             }
             from_agent::Message::LookedUp(found) => {
@@ -642,6 +646,7 @@ impl World {
         let end = self.now.monotonic + duration;
         loop {
             self.deliver_all();
+            self.check_over();
             let due = self.next_due().filter(|due| *due <= end);
             let now = due.unwrap_or(end).max(self.now.monotonic);
             let passed = now - self.now.monotonic;
@@ -722,11 +727,42 @@ impl World {
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
                 let is_recovering = counts.free == 0 && counts.silent > 0;
+                let live = book.look_up(port).map(|live| live.session_id);
+                assert!(
+                    !live
+                        .as_ref()
+                        .is_some_and(|id| self.ended[agent].contains(id)),
+                    "{live:?} was ended and is live"
+                );
                 let is_free = book.is_free(port);
                 assert!(
                     !is_free || is_recovering || sessions.is_empty(),
                     "{port} is free and connected"
                 );
+            }
+        }
+    }
+
+    /// When everything has arrived, no agent takes a session for live that is
+    /// over for a connection server that it hears.
+    fn check_over(&self) {
+        for server in &self.servers {
+            for (agent, stream) in server.streams.iter().enumerate() {
+                let is_up = |stream: &Stream| stream.broken.is_none() && !stream.is_former;
+                if !stream.as_ref().is_some_and(is_up) {
+                    continue;
+                }
+                for offset in 0..PORTS {
+                    let live = self.agents[agent].look_up(port(agent, offset));
+                    let Some(id) = live.map(|live| live.session_id) else {
+                        continue;
+                    };
+                    assert!(
+                        !self.over.contains(&(server.name.clone(), id.clone())),
+                        "{id} is over for {} and live",
+                        server.name
+                    );
+                }
             }
         }
     }
@@ -841,6 +877,51 @@ fn a_session_given_back_to_a_restarted_agent_stays_over() {
             Event::Attach(1, 1),
         ],
     );
+}
+
+/// A session is given back to an agent that has restarted and adopted it, and is
+/// forgotten; another connection server's greeting comes late.
+#[test]
+fn a_session_ended_by_a_restarted_agent_stays_over() {
+    play(
+        1,
+        &[
+            Event::Client(1, 0),
+            Event::Pass(0),
+            Event::RestartAgent(0, true),
+            Event::Attach(0, 0),
+            Event::Release(0, 0, 0),
+            Event::Deliver(0, 0),
+            Event::Connect(0, 0, 0),
+            Event::Client(1, 0),
+            Event::Pass(0),
+        ],
+    );
+}
+
+/// An agent dies before a connection server has heard of an end; the other one,
+/// which has, tells the restarted agent, whoever of the two greets first.
+#[test]
+fn an_end_outlives_the_agent_that_not_all_have_heard_of_it() {
+    for (first, second) in [(0, 1), (1, 0)] {
+        play(
+            1,
+            &[
+                Event::Client(0, 0),
+                Event::Pass(0),
+                Event::Close,
+                Event::Release(0, 0, 0),
+                Event::Deliver(0, 0),
+                Event::RestartAgent(0, true),
+                Event::Attach(first, 0),
+                Event::Attach(second, 0),
+                Event::Pass(0),
+                Event::Connect(0, 0, 0),
+                Event::Connect(1, 0, 0),
+                Event::Pass(0),
+            ],
+        );
+    }
 }
 
 fn event() -> impl Strategy<Value = Event> {

@@ -12,7 +12,8 @@
 //!   have, and sessions here are forgotten before it stops to wait.
 //! - `End` is final: the session goes from the gate, its connections are cut,
 //!   and `Ended` is sent when the last is closed. The agent frees the port
-//!   only then.
+//!   only then. An agent that was restarted and tells of the session again is
+//!   told that it was given back.
 //!
 //! ```text
 //! data plane ─admit/closed→ Sessions ─Opened/Closed/Ended→ agents
@@ -78,6 +79,11 @@ struct Inner {
     /// says the end: what it told before it heard of that comes late, and what
     /// we told may be lost with a stream.
     released: HashMap<String, u32>,
+    /// The session that was over last on each port, until another one is there:
+    /// its agent may be restarted before all have heard the end, and adopt it
+    /// from one that has not. No need to know the ones before: their ports were
+    /// free, so all had heard.
+    over: HashMap<ListenPort, String>,
     asked: HashMap<ListenPort, Vec<Parked>>,
 }
 
@@ -147,6 +153,7 @@ impl Inner {
             let key = live.session.idempotency_key.clone();
             self.id_by_idempotency_key.insert(key, id.clone());
         }
+        self.over.remove(&port);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
     }
@@ -197,7 +204,9 @@ impl Sessions {
     /// Follows `table`: which slot a port asks, and whether a session is needed.
     pub fn set_table(&self, table: &Arc<Table>) {
         let mut inner = self.inner.write();
-        inner.table = Some(PortIndex::new(table.clone()));
+        let index = PortIndex::new(table.clone());
+        inner.over.retain(|port, _| index.find(*port).is_some());
+        inner.table = Some(index);
         inner.released.retain(|_, slot| table.row(*slot).is_some());
         inner.admission = table.sessions.admission;
     }
@@ -305,6 +314,13 @@ impl Sessions {
         if inner.is_ending(id) || inner.released.contains_key(id) {
             return actions;
         }
+        if inner.over.get(&port) == Some(id) {
+            // Another connection server brought it back; that one hears the end
+            // from the agent now.
+            let session_id = id.clone();
+            inner.send(slot, Message::Release(v1::Release { session_id }));
+            return actions;
+        }
         // A successor on the port means that we missed the end of the former.
         actions.extend(known.and_then(|id| inner.end(&id, "SUPERSEDED")));
         let trace = trace();
@@ -327,6 +343,9 @@ impl Sessions {
     pub fn end(&self, slot: u32, id: &str, cause: end::Cause) -> Option<Action> {
         let mut inner = self.inner.write();
         inner.released.remove(id);
+        if let Some(port) = inner.port_by_id.get(id).copied() {
+            inner.over.insert(port, id.to_owned());
+        }
         let action = inner.end(id, cause.as_str_name());
         if action.is_none() && !inner.is_ending(id) {
             let session_id = id.to_owned();
@@ -347,6 +366,7 @@ impl Sessions {
         let session_id = id.to_owned();
         inner.send(slot, Message::Release(v1::Release { session_id }));
         inner.released.insert(id.to_owned(), slot);
+        inner.over.insert(port, id.to_owned());
         Some(Ok(inner.end(id, end::Cause::Released.as_str_name())))
     }
 

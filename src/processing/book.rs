@@ -116,9 +116,9 @@ pub struct Book {
     /// Until when nothing is offered, so that connection servers can report
     /// sessions made before a restart.
     recovering_until: Option<Duration>,
-    /// Sessions that were given back while recovering, before any greeting
-    /// told of them: another server's must not bring them back.
-    released_unseen: BTreeSet<String>,
+    /// Sessions that are over since the restart, while recovering: a greeting
+    /// that lists one comes late, and must not bring it back.
+    over: BTreeSet<String>,
     row_draining: bool,
     stopping: bool,
 }
@@ -138,7 +138,7 @@ impl Book {
             next_number: ADOPTED + 1,
             deadlines: BTreeSet::new(),
             recovering_until,
-            released_unseen: BTreeSet::new(),
+            over: BTreeSet::new(),
             row_draining: false,
             stopping: false,
         }
@@ -250,13 +250,7 @@ impl Book {
                 if self.sessions.contains_key(session_id) {
                     self.end(session_id, end::Cause::Released, &mut notices);
                 } else {
-                    // No more sessions than ports were live before the restart.
-                    if self.is_recovering(now)
-                        && session_id.len() <= MAX_ID_BYTES
-                        && self.released_unseen.len() < self.ports.count()
-                    {
-                        self.released_unseen.insert(session_id.clone());
-                    }
+                    self.remember_over(session_id);
                     let to = To::One(name.to_owned());
                     notices.push(end_notice(to, session_id, end::Cause::Unknown));
                 }
@@ -287,7 +281,7 @@ impl Book {
         let is_due = |at: Option<Duration>| at.is_some_and(|at| at <= now.monotonic);
         if is_due(self.recovering_until) {
             self.recovering_until = None;
-            self.released_unseen = BTreeSet::new();
+            self.over = BTreeSet::new();
         }
         for name in self.connection_servers.take_closed(now.monotonic) {
             self.has_nothing(&name, now, &mut notices);

@@ -124,7 +124,8 @@ pub struct Closed {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
 }
-/// The client gave the session back.
+/// The client gave the session back; or it is over here since before the agent
+/// was restarted, which has told of it as if it were live.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Release {
     #[prost(string, tag = "1")]
@@ -271,7 +272,8 @@ pub mod refused {
     }
 }
 /// A session on this server; sent to every attached connection server when it
-/// is made and when its state changes, and for all live ones after Welcome.
+/// is made or adopted and when its state changes, and for all live ones after
+/// Welcome.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Session {
     #[prost(string, tag = "1")]

@@ -81,15 +81,25 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
             &sockets,
         )?;
     }
-    let HandedSessions { live, released, .. } = &state.sessions;
+    let HandedSessions {
+        live,
+        released,
+        over,
+        ..
+    } = &state.sessions;
     let live = live.iter().map(encode_session);
     let released = released.iter().map(|(id, slot)| wire::Released {
         id: id.clone(),
         slot: *slot,
     });
+    let over = over.iter().map(|(port, id)| wire::Over {
+        port: port.get().into(),
+        id: id.clone(),
+    });
     let sessions = wire::Sessions {
         live: live.collect(),
         released: released.collect(),
+        over: over.collect(),
     };
     wire::send(stream, Content::Sessions(sessions), &[])?;
     wire::send(stream, Content::Done(Empty {}), &[])
@@ -192,7 +202,11 @@ pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) ->
                 handed.clients.push(decode_client(client, &mut sockets)?);
             }
         }
-        Content::Sessions(wire::Sessions { live, released }) => {
+        Content::Sessions(wire::Sessions {
+            live,
+            released,
+            over,
+        }) => {
             for session in live {
                 state.sessions.live.push(decode_session(session)?);
             }
@@ -200,6 +214,9 @@ pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) ->
                 .into_iter()
                 .map(|released| (released.id, released.slot));
             state.sessions.released.extend(released);
+            for wire::Over { port, id } in over {
+                state.sessions.over.push((decode_number(port)?, id));
+            }
         }
         _ => return None,
     }

@@ -220,12 +220,13 @@ fn sessions() -> impl Strategy<Value = HandedSessions> {
         age,
     });
     let released = ("\\PC{0,20}", any::<u32>());
-    (any::<u64>(), vec(live, 0..20), vec(released, 0..5)).prop_map(|(last_key, live, released)| {
-        HandedSessions {
-            last_key,
-            live,
-            released,
-        }
+    let over = (port(), "\\PC{0,20}");
+    let lists = (vec(live, 0..20), vec(released, 0..5), vec(over, 0..5));
+    (any::<u64>(), lists).prop_map(|(last_key, (live, released, over))| HandedSessions {
+        last_key,
+        live,
+        released,
+        over,
     })
 }
 

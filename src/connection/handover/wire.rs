@@ -223,6 +223,8 @@ pub(super) struct Sessions {
     pub(super) live: Vec<Session>,
     #[prost(message, repeated, tag = "2")]
     pub(super) released: Vec<Released>,
+    #[prost(message, repeated, tag = "3")]
+    pub(super) over: Vec<Over>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -252,6 +254,14 @@ pub(super) struct Released {
     pub(super) id: String,
     #[prost(uint32, tag = "2")]
     pub(super) slot: u32,
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+pub(super) struct Over {
+    #[prost(uint32, tag = "1")]
+    pub(super) port: u32,
+    #[prost(string, tag = "2")]
+    pub(super) id: String,
 }
 
 /// Sends a frame with at most [`MAX_DESCRIPTORS`].

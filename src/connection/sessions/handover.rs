@@ -42,6 +42,8 @@ pub struct HandedSessions {
     /// Ids of sessions that clients have given back, with their slots: their
     /// agents may not have heard of it yet.
     pub released: Vec<(String, u32)>,
+    /// The session that was over last on each port.
+    pub over: Vec<(ListenPort, String)>,
 }
 
 impl Sessions {
@@ -68,6 +70,11 @@ impl Sessions {
                 .released
                 .iter()
                 .map(|(id, slot)| (id.clone(), *slot))
+                .collect(),
+            over: inner
+                .over
+                .iter()
+                .map(|(port, id)| (*port, id.clone()))
                 .collect(),
         }
     }
@@ -124,6 +131,7 @@ impl Sessions {
         }
         // Told again in the greetings: nobody knows whether they arrived.
         inner.released = handed.released.into_iter().collect();
+        inner.over = handed.over.into_iter().collect();
         open.into_keys().collect()
     }
 }

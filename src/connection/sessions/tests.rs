@@ -323,6 +323,72 @@ fn a_lost_release_is_told_again() {
     assert_eq!(sessions.end(0, "a", end::Cause::Released), None);
 }
 
+/// Its agent was restarted before all had heard the end, and one of those brought
+/// it back.
+#[test]
+fn an_agent_that_takes_an_ended_session_for_live_is_told() {
+    type End = fn(&Sessions);
+    fn end(sessions: &Sessions) {
+        assert_eq!(sessions.end(0, "a", end::Cause::Unclaimed), None);
+    }
+    let cases: [(&str, End, bool); 5] = [
+        ("ended by its agent", end, true),
+        (
+            "given back, and its agent has heard",
+            |sessions| {
+                assert_eq!(sessions.release("a"), Some(Ok(None)));
+                end(sessions);
+            },
+            true,
+        ),
+        (
+            "ended before its port was another session's",
+            |sessions| {
+                end(sessions);
+                sessions.learn(0, session("b", PORT));
+                assert_eq!(sessions.end(0, "b", end::Cause::Unclaimed), None);
+            },
+            false,
+        ),
+        (
+            "cut here, as its agent was out of reach",
+            |sessions| assert_eq!(sessions.forget_server(0), []),
+            false,
+        ),
+        (
+            "ended, and its port is no more",
+            |sessions| {
+                end(sessions);
+                let mut table = table(Admission::Reserved);
+                let rows = std::mem::take(&mut table.rows);
+                sessions.set_table(&Arc::new(table.clone()));
+                sessions.set_table(&Arc::new(Table { rows, ..table }));
+            },
+            false,
+        ),
+    ];
+    for (what, play, is_over) in cases {
+        let (sessions, outbox, _lost) = attached();
+        sessions.learn(0, session("a", PORT));
+        play(&sessions);
+        sessions.detach(0, &outbox);
+        let successor = Sessions::default();
+        let table = Arc::new(table(Admission::Reserved));
+        successor.take_over(sessions.hand_over(), &table, std::iter::empty());
+        for (who, sessions) in [("it", sessions), ("its successor", successor)] {
+            let (again, mut sent) = unbounded_channel();
+            sessions.attach(0, again, |_| ToAgent::default());
+            assert_eq!(next(&mut sent), None, "the greeting");
+            assert_eq!(sessions.learn(0, session("a", PORT)), []);
+            assert_eq!(sessions.get("a").is_none(), is_over, "{what}: {who}");
+            let release = Message::Release(v1::Release {
+                session_id: "a".to_owned(),
+            });
+            assert_eq!(next(&mut sent), is_over.then_some(release), "{what}: {who}");
+        }
+    }
+}
+
 #[test]
 fn a_session_given_back_does_not_come_back_with_late_news() {
     let (sessions, _outbox, _sent) = attached();

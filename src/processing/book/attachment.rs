@@ -47,13 +47,22 @@ impl Book {
                 ));
             }
         }
-        for (id, session) in listed {
-            if !self.sessions.contains_key(id) && !self.adopt(name, session, now) {
+        for (id, known) in listed {
+            if self.sessions.contains_key(id) {
+                continue;
+            }
+            if !self.adopt(name, known, now) {
                 notices.push(end_notice(
                     To::One(name.to_owned()),
                     id,
                     end::Cause::Unknown,
                 ));
+            } else if let Some(session) = self.sessions.get(id) {
+                // One of the others may have heard its end before the restart.
+                notices.push(Notice {
+                    to: To::AllBut(name.to_owned()),
+                    message: from_agent::Message::Session(self.describe(id, session)),
+                });
             }
         }
         for (id, session) in self
@@ -77,7 +86,7 @@ impl Book {
             return false;
         };
         if !self.is_recovering(now)
-            || self.released_unseen.contains(&known.session_id)
+            || self.over.contains(&known.session_id)
             || known.session_id.len() > MAX_ID_BYTES
             || known.session_id.is_empty()
         {

@@ -3,7 +3,7 @@
 
 use super::ports::Occupancy;
 use super::session::{Session, State};
-use super::{Book, Notice, Now, To};
+use super::{Book, MAX_ID_BYTES, Notice, Now, To};
 use crate::selection::v1::{self, end, from_agent, session};
 
 impl Book {
@@ -91,7 +91,19 @@ impl Book {
         session.state = State::Ending(self.connection_servers.may_know(session.number));
         self.ports.mark(session.port, Occupancy::Lingering);
         notices.push(end_notice(To::All, id, cause));
+        self.remember_over(id);
         self.free_when_acknowledged(id);
+    }
+
+    /// While recovering, greetings to come must not bring `id` back.
+    pub(super) fn remember_over(&mut self, id: &str) {
+        // No more sessions than ports were live before the restart.
+        if self.recovering_until.is_some()
+            && id.len() <= MAX_ID_BYTES
+            && self.over.len() < self.ports.count()
+        {
+            self.over.insert(id.to_owned());
+        }
     }
 
     pub(super) fn ended(&mut self, name: &str, id: &str) {

@@ -271,6 +271,112 @@ fn a_restarted_agent_adopts_before_it_offers() {
     assert_eq!(select(&mut book, "t", at(15)), Ok(20_001));
 }
 
+/// A book after a restart, until 15 s.
+fn recovering() -> Book {
+    let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
+    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 2)])), TIMES);
+    book
+}
+
+/// The session `s` as a connection server that has it open lists it.
+fn listed() -> [v1::Session; 1] {
+    [v1::Session {
+        session_id: "s".to_owned(),
+        connection_port: 20_000,
+        open_here: true,
+        ..v1::Session::default()
+    }]
+}
+
+/// `a` has told a restarted agent of a session, which ends; `b` knows it still,
+/// and greets at last.
+#[test]
+fn a_session_that_ended_while_recovering_is_not_brought_back() {
+    type Play = fn(&mut Book);
+    let cases: [(&str, Play, u64, bool); 6] = [
+        (
+            "live still",
+            |book| drop(book.attach("a", "", &listed(), at(1))),
+            3,
+            false,
+        ),
+        (
+            "given back",
+            |book| {
+                book.attach("a", "", &listed(), at(1));
+                book.report("a", &released("s"), at(2));
+            },
+            3,
+            true,
+        ),
+        (
+            "given back before anybody greeted with it",
+            |book| {
+                book.attach("a", "", &[], at(1));
+                book.report("a", &released("s"), at(2));
+            },
+            3,
+            true,
+        ),
+        (
+            "its last connection closed",
+            |book| {
+                book.attach("a", "", &listed(), at(1));
+                book.report("a", &closed("s"), at(2));
+                book.tick(at(7));
+            },
+            8,
+            true,
+        ),
+        (
+            "all were ended",
+            |book| {
+                book.attach("a", "", &listed(), at(1));
+                book.end_all();
+            },
+            3,
+            true,
+        ),
+        (
+            "recovery is over: nothing is adopted, so nothing is kept",
+            |book| {
+                book.attach("a", "", &listed(), at(1));
+                book.report("a", &released("s"), at(2));
+                book.tick(at(15));
+                assert!(book.over.is_empty());
+            },
+            16,
+            true,
+        ),
+    ];
+    for (what, play, greeting, is_over) in cases {
+        let mut book = recovering();
+        play(&mut book);
+        book.report("a", &ended("s"), at(greeting));
+        let notices = book.attach("b", "", &listed(), at(greeting));
+        let expected = is_over.then_some(end::Cause::Unknown);
+        assert_eq!(cause_of_end(&notices), expected, "{what}");
+        assert_eq!(book.look_up(port(20_000)).is_none(), is_over, "{what}");
+    }
+}
+
+/// One of the others may have heard the session's end before the restart, and
+/// says so when it hears that it is live.
+#[test]
+fn an_adopted_session_is_told_to_the_others() {
+    let mut book = recovering();
+    book.attach("a", "", &[], at(1));
+    let mut told = |name: &str| {
+        let notices = book.attach(name, "", &listed(), at(2)).into_iter();
+        let is_told = |notice: &Notice| matches!(notice.message, from_agent::Message::Session(_));
+        let told = notices.filter(is_told).map(|notice| notice.to);
+        told.collect::<Vec<_>>()
+    };
+    let one = |name: &str| To::One(name.to_owned());
+    assert_eq!(told("b"), [To::AllBut("b".to_owned()), one("b")]);
+    assert_eq!(told("c"), [one("c")], "the others know it");
+}
+
 #[test]
 fn nobody_waits_for_a_connection_server_that_has_left() {
     let mut book = book(vec![range("main", 20_000, 7000, 2)]);
@@ -454,7 +560,7 @@ fn what_the_book_keeps_does_not_grow_with_the_sessions_seen() {
             book.report("a", &ended(&format!("{earlier:06}")), now);
         }
         match number {
-            99 => assert!(book.released_unseen.len() <= 4),
+            99 => assert!(book.over.len() <= 4),
             1_000 => early = kept(&book),
             _ => {}
         }
