@@ -13,13 +13,13 @@ use crate::target::{Proxy, Target};
 use crate::until;
 
 /// A server that answers every byte of every client.
-struct Echo {
+pub struct Echo {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Echo {
-    fn on(listener: TcpListener) -> Self {
+    pub fn on(listener: TcpListener) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let is_over = stop.clone();
         listener.set_nonblocking(true).unwrap();
@@ -57,13 +57,13 @@ impl Drop for Echo {
 
 /// What became of a client that has sent a byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
+pub enum Fate {
     Served,
     Refused,
     Waiting,
 }
 
-fn fate(client: &mut TcpStream, wait: Duration) -> Fate {
+pub fn fate(client: &mut TcpStream, wait: Duration) -> Fate {
     client.set_read_timeout(Some(wait)).unwrap();
     match client.read(&mut [0]) {
         Ok(1..) => Fate::Served,
@@ -125,6 +125,41 @@ fn ten_times_the_limit_are_refused_and_others_live() {
     drop(clients);
     serves_again(&proxy, 9);
     drop(echo);
+    proxy.expect_clean();
+}
+
+/// Every place that a flood had comes back, flood after flood.
+#[test]
+fn after_ten_times_the_limit_as_many_are_served_as_before() {
+    const LIMIT: usize = 50;
+    let proxy = Proxy::start(|setup| {
+        setup.connections = Some(u32::try_from(LIMIT).unwrap());
+        setup.per_source = Some(2 * u32::try_from(LIMIT).unwrap());
+    });
+    let before = proxy.census().sockets;
+    for _ in 0..4 {
+        let echo = Echo::on(proxy.listener(0));
+        let flood = (0..10 * LIMIT)
+            .map(|number| proxy.start_connecting(u8::try_from(10 + number % 40).unwrap(), 0))
+            .collect::<Vec<_>>();
+        until("the limit is met", || {
+            proxy.census().sockets >= before + 2 * LIMIT
+        });
+        // Half of them say that they are gone, the others just go.
+        for (number, client) in flood.into_iter().enumerate() {
+            if number % 2 == 0 {
+                crate::reset(client);
+            }
+        }
+        until("the flood is over", || proxy.census().sockets <= before);
+        let mut clients: Vec<TcpStream> = (0..LIMIT).map(|_| proxy.connect_from(9, 0)).collect();
+        for client in &mut clients {
+            client.write_all(b"x").unwrap();
+            assert_eq!(fate(client, crate::SOON), Fate::Served);
+        }
+        drop((clients, echo));
+        until("all are gone", || proxy.census().sockets <= before);
+    }
     proxy.expect_clean();
 }
 

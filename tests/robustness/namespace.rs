@@ -31,7 +31,7 @@ pub fn is_inside(test: &str) -> bool {
     let status = Command::new(unshare[0])
         .args(&unshare[1..])
         .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
+        .args(["--exact", test, "--nocapture", "--include-ignored"])
         .env(INSIDE, "1")
         .status()
         .unwrap();

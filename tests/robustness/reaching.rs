@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::namespace::{ip, is_inside};
-use crate::target::{FIRST, Proxy, SERVER, Target};
+use crate::target::{FIRST, Proxy, SERVER, Setup, Target};
 use crate::{End, echoes, end_of, here, only_for, reset, until};
 
 #[test]
@@ -224,19 +224,10 @@ fn a_port_that_others_hold_is_named() {
     // Taken for IPv4 only: `::` without IPV6_V6ONLY wants it as well.
     let held = TcpListener::bind(("0.0.0.0", FIRST + 1)).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let setup = crate::target::Setup {
-        listen: "::".parse().unwrap(),
-        server: "127.0.0.2".parse().unwrap(),
-        ports: 4,
+    let plain = Setup::plain("::".parse().unwrap(), "127.0.0.2".parse().unwrap());
+    let setup = Setup {
         has_udp: true,
-        connections: None,
-        per_source: None,
-        per_port: None,
-        flows: None,
-        flows_per_source: None,
-        idle_seconds: 3600,
-        udp_idle_seconds: 60,
-        peer_timeout_seconds: 300,
+        ..plain
     };
     let table = crate::target::table(&setup);
     let output = crate::target::portpool(&setup, folder.path(), &table)

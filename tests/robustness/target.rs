@@ -70,6 +70,29 @@ pub struct Setup {
     pub idle_seconds: i32,
     pub udp_idle_seconds: i32,
     pub peer_timeout_seconds: u64,
+    /// Data threads; portpool only, the others have one.
+    pub threads: usize,
+}
+
+impl Setup {
+    /// No limits, and nobody is given up soon.
+    pub fn plain(listen: IpAddr, server: IpAddr) -> Self {
+        Self {
+            listen,
+            server,
+            ports: 4,
+            has_udp: false,
+            connections: None,
+            per_source: None,
+            per_port: None,
+            flows: None,
+            flows_per_source: None,
+            idle_seconds: 3600,
+            udp_idle_seconds: 60,
+            peer_timeout_seconds: 300,
+            threads: 1,
+        }
+    }
 }
 
 /// A running proxy. Killed when dropped.
@@ -114,20 +137,7 @@ impl Proxy {
     /// Starts it, ready to forward.
     pub fn start(change: impl FnOnce(&mut Setup)) -> Self {
         let network = network();
-        let mut setup = Setup {
-            listen: address(network, 1),
-            server: address(network, 2),
-            ports: 4,
-            has_udp: false,
-            connections: None,
-            per_source: None,
-            per_port: None,
-            flows: None,
-            flows_per_source: None,
-            idle_seconds: 3600,
-            udp_idle_seconds: 60,
-            peer_timeout_seconds: 300,
-        };
+        let mut setup = Setup::plain(address(network, 1), address(network, 2));
         change(&mut setup);
         let target = Target::chosen();
         let folder = tempfile::tempdir().unwrap();
@@ -448,7 +458,7 @@ pub fn portpool(setup: &Setup, folder: &std::path::Path, table: &Table) -> Comma
         .arg(format!("--table={}", file.display()))
         .arg(format!("--listen={}", setup.listen))
         .arg(format!("--admin={admin}"))
-        .arg("--data-threads=1")
+        .arg(format!("--data-threads={}", setup.threads))
         .arg(format!(
             "--peer-timeout-seconds={}",
             setup.peer_timeout_seconds
