@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::namespace::{ip, is_inside};
 use crate::target::Proxy;
-use crate::{End, SOON, echoes, end_of, here, only_for, pattern, reset, until};
+use crate::{End, SOON, echoes, end_of, here, only_for, pattern, reset, unacknowledged, until};
 
 #[test]
 fn a_clients_reset_reaches_the_server() {
@@ -30,20 +30,6 @@ fn a_servers_reset_reaches_the_client() {
     proxy.expect_clean();
 }
 
-/// Bytes of `stream` that its peer's kernel has not acknowledged.
-fn unacknowledged(stream: &TcpStream) -> u64 {
-    let port = stream.local_addr().unwrap().port();
-    let peer = stream.peer_addr().unwrap().port();
-    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let line = table.lines().skip(1).find(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        let mut ends_with = |port: u16| fields.next().unwrap().ends_with(&format!(":{port:04X}"));
-        ends_with(port) && ends_with(peer)
-    });
-    let queues = line.unwrap().split_whitespace().nth(4).unwrap();
-    u64::from_str_radix(queues.split_once(':').unwrap().0, 16).unwrap()
-}
-
 /// Sends a million bytes, has the proxy's kernel acknowledge what it takes,
 /// resets, and reads slowly at the other end. Returns how many bytes had been
 /// acknowledged and how many arrived, in order, before the reset.
@@ -59,14 +45,14 @@ fn bytes_before_a_reset(mut from: TcpStream, mut to: TcpStream) -> (usize, End) 
         }
     }
     // Until it takes no more: the receiver does not read.
-    let (mut last, mut same) = (u64::MAX, 0);
+    let (mut last, mut same) = (usize::MAX, 0);
     until("the proxy takes no more", || {
-        let now = unacknowledged(&from);
+        let now = unacknowledged(&from).unwrap();
         same = if now == last { same + 1 } else { 0 };
         last = now;
         same >= 20
     });
-    let acknowledged = written - usize::try_from(last).unwrap();
+    let acknowledged = written - last;
     reset(from);
     let mut received = Vec::new();
     let mut space = [0; 20_000];
@@ -209,6 +195,26 @@ fn an_idle_flood_is_let_go() {
     // Kept open at both ends: the proxy must let go by itself.
     proxy.expect_clean();
     drop(idle);
+}
+
+#[test]
+fn a_half_closed_connection_that_is_silent_is_let_go() {
+    let proxy = Proxy::start(|setup| setup.idle_seconds = 2);
+    let listener = proxy.listener(0);
+    let pairs: Vec<_> = (0..2)
+        .map(|_| (proxy.connect(0), listener.accept().unwrap().0))
+        .collect();
+    // One is ended by its client, the other one by its server.
+    let (mut first, mut second) = (&pairs[0].1, &pairs[1].0);
+    pairs[0].0.shutdown(Shutdown::Write).unwrap();
+    pairs[1].1.shutdown(Shutdown::Write).unwrap();
+    for living in [&mut first, &mut second] {
+        living.set_read_timeout(Some(SOON)).unwrap();
+        assert_eq!(living.read(&mut [0]).unwrap(), 0);
+    }
+    // Whose turn it is says nothing, and nobody closes.
+    proxy.expect_clean();
+    drop(pairs);
 }
 
 #[test]

@@ -14,6 +14,7 @@
 mod endings;
 mod limits;
 mod namespace;
+mod noise;
 mod pressure;
 mod reaching;
 #[path = "../common/table.rs"]
@@ -22,7 +23,7 @@ mod target;
 mod udp;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 /// Longest that anything may take, on a machine that is busy with other things.
@@ -37,16 +38,56 @@ pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Bytes that are easy to check and hard to get right by accident.
-pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
-    let step = || {
-        state = state
+/// Numbers that look random and are the same each time.
+pub struct Dice(u64);
+
+impl Dice {
+    /// Those of `seed`.
+    pub fn new(seed: u64) -> Self {
+        Self(seed | 1)
+    }
+
+    /// Any number; its upper bits are the random ones.
+    pub fn roll(&mut self) -> u64 {
+        self.0 = self
+            .0
             .wrapping_mul(6_364_136_223_846_793_005)
             .wrapping_add(1_442_695_040_888_963_407);
-        (state >> 56) as u8
-    };
+        self.0
+    }
+
+    /// A number below `bound`, which is at most 2^32.
+    pub fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.roll() >> 32).unwrap() % bound
+    }
+}
+
+/// Bytes that are easy to check and hard to get right by accident.
+pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
+    let mut dice = Dice::new(seed);
+    let step = || (dice.roll() >> 56) as u8;
     std::iter::repeat_with(step).take(length).collect()
+}
+
+/// Bytes of `stream` that its peer's kernel has not acknowledged; `None` of one
+/// that is no longer connected.
+pub fn unacknowledged(stream: &TcpStream) -> Option<usize> {
+    let hexadecimal = |address: SocketAddr| {
+        let IpAddr::V4(ip) = address.ip() else {
+            panic!("{address} is not IPv4");
+        };
+        let ip = u32::from_ne_bytes(ip.octets());
+        format!("{ip:08X}:{:04X}", address.port())
+    };
+    let local = hexadecimal(stream.local_addr().ok()?);
+    let peer = hexadecimal(stream.peer_addr().ok()?);
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let queues = table.lines().skip(1).find_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let is_it = fields.next()? == local && fields.next()? == peer;
+        is_it.then(|| fields.nth(1)).flatten()
+    });
+    usize::from_str_radix(queues?.split_once(':')?.0, 16).ok()
 }
 
 /// Closes the connection with a reset.

@@ -1,0 +1,221 @@
+//! Random bytes in random pieces through many connections at once, both ways,
+//! with random half-closes and resets: nothing is changed, nothing is lost that
+//! was acknowledged, and nobody takes a part for the whole.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use crate::target::Proxy;
+use crate::{Dice, End, SOON, pattern, reset, unacknowledged};
+
+/// Longest message of one side: more than the sockets on the way hold.
+const LONGEST: usize = 2 << 20;
+
+/// What a side does once it has sent its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Habit {
+    /// Ends its side and reads on.
+    Ends,
+    /// Ends its side, and resets at some time after that.
+    EndsAndResets,
+    Resets,
+}
+
+/// One side of a connection.
+struct Party {
+    stream: Option<TcpStream>,
+    habit: Habit,
+    /// In so many turns it reads once.
+    slowness: usize,
+    bytes: Vec<u8>,
+    sent: usize,
+    has_ended: bool,
+    /// The other side does not take any more.
+    is_cut: bool,
+    /// How many bytes had been acknowledged when it reset.
+    reset_after: Option<usize>,
+    received: usize,
+    end: Option<End>,
+}
+
+impl Party {
+    fn new(stream: TcpStream, dice: &mut Dice) -> Self {
+        stream.set_nonblocking(true).unwrap();
+        let habits = [
+            Habit::Ends,
+            Habit::Ends,
+            Habit::EndsAndResets,
+            Habit::Resets,
+        ];
+        let most = [1, 100, 64 << 10, LONGEST, LONGEST][dice.below(5)];
+        let length = dice.below(most);
+        Self {
+            stream: Some(stream),
+            habit: habits[dice.below(habits.len())],
+            slowness: [1, 1, 8][dice.below(3)],
+            bytes: pattern(length, dice.roll()),
+            sent: 0,
+            has_ended: false,
+            is_cut: false,
+            reset_after: None,
+            received: 0,
+            end: None,
+        }
+    }
+
+    /// Sends a piece, or does what it does in the end. Whether anything
+    /// happened.
+    fn send(&mut self, dice: &mut Dice) -> bool {
+        let Some(stream) = &mut self.stream else {
+            return false;
+        };
+        if self.is_cut || self.has_ended && self.habit == Habit::Ends {
+            return false;
+        }
+        if self.sent < self.bytes.len() {
+            let length = (1 + dice.below(100_000)).min(self.bytes.len() - self.sent);
+            return match stream.write(&self.bytes[self.sent..self.sent + length]) {
+                Ok(length) => {
+                    self.sent += length;
+                    true
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => false,
+                Err(error) => {
+                    assert!(is_reset(&error), "sending: {error}");
+                    // The reader is not told a second time.
+                    self.is_cut = true;
+                    self.end = self.end.or(Some(End::Reset(self.received)));
+                    true
+                }
+            };
+        }
+        if self.habit != Habit::Resets && !self.has_ended {
+            // One that was reset meanwhile has no side to end.
+            self.has_ended = stream.shutdown(Shutdown::Write).is_ok();
+            self.is_cut = !self.has_ended;
+            return true;
+        }
+        if self.has_ended && dice.below(20) > 0 {
+            return false;
+        }
+        // Counts the end as well.
+        let waiting = unacknowledged(stream).unwrap_or(self.sent);
+        self.reset_after = Some(self.sent.saturating_sub(waiting));
+        self.stream.take().map(reset).is_some()
+    }
+
+    /// Reads a piece, which must be what `peer` sends. Whether anything
+    /// happened.
+    fn receive(&mut self, peer: &Self, dice: &mut Dice) -> bool {
+        let is_over = matches!(self.end, Some(End::Closed(_))) || self.is_over();
+        let Some(stream) = self.stream.as_mut().filter(|_| !is_over) else {
+            return false;
+        };
+        if dice.below(self.slowness) > 0 {
+            return false;
+        }
+        let mut space = [0; 64 << 10];
+        let most = 1 + dice.below(space.len());
+        match stream.read(&mut space[..most]) {
+            Ok(0) if self.end.is_some() => self.stream = None,
+            Ok(0) => self.end = Some(End::Closed(self.received)),
+            Ok(length) => {
+                let after = self.received + length;
+                let is_right = peer.bytes.get(self.received..after) == Some(&space[..length]);
+                assert!(is_right, "bytes from {} on were changed", self.received);
+                self.received = after;
+                if let Some(End::Reset(received)) = &mut self.end {
+                    *received = after;
+                }
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return false,
+            Err(error) => {
+                assert!(is_reset(&error), "receiving: {error}");
+                self.end = Some(End::Reset(self.received));
+                self.stream = None;
+            }
+        }
+        true
+    }
+
+    /// Whether it neither sends nor receives any more.
+    fn is_over(&self) -> bool {
+        let has_sent = self.has_ended && self.habit == Habit::Ends || self.is_cut;
+        self.stream.is_none() || has_sent && matches!(self.end, Some(End::Closed(_)))
+    }
+
+    /// Asserts it to have heard how `peer` ended, after all of its bytes.
+    fn expect_whole(&self, peer: &Self) {
+        if self.reset_after.is_some() {
+            return;
+        }
+        match self.end {
+            Some(End::Closed(received)) => {
+                assert!(peer.has_ended, "a part of {received} looks whole");
+                assert_eq!(received, peer.sent, "of an end in order");
+            }
+            Some(End::Reset(received)) => {
+                let acknowledged = peer.reset_after;
+                let is_whole = acknowledged.is_some_and(|bytes| received >= bytes);
+                assert!(is_whole, "{received} of {acknowledged:?} and a reset");
+            }
+            None => panic!("it heard of no end"),
+        }
+    }
+}
+
+fn is_reset(error: &std::io::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ConnectionReset | ErrorKind::BrokenPipe
+    )
+}
+
+/// Lets every party act in turn until all are over.
+fn play(pairs: &mut [[Party; 2]], dice: &mut Dice) {
+    let mut moved = Instant::now();
+    while !pairs.iter().flatten().all(Party::is_over) {
+        let mut has_moved = false;
+        for [client, server] in &mut *pairs {
+            has_moved |= client.send(dice) | client.receive(server, dice);
+            has_moved |= server.send(dice) | server.receive(client, dice);
+        }
+        if has_moved {
+            moved = Instant::now();
+        } else {
+            assert!(moved.elapsed() < SOON, "nothing moves any more");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+#[test]
+fn random_bytes_and_ends_change_and_lose_nothing() {
+    const ROUNDS: u64 = 3;
+    const CONNECTIONS: u16 = 120;
+    let proxy = Proxy::start(|_| {});
+    let listeners: Vec<_> = (0..4).map(|index| proxy.listener(index)).collect();
+    let (mut bytes, mut resets) = (0, 0);
+    for round in 0..ROUNDS {
+        let mut dice = Dice::new(0x5eed + 1000 * round);
+        let mut pairs = Vec::new();
+        for number in 0..CONNECTIONS {
+            let index = number % 4;
+            let client = proxy.connect(index);
+            let (server, _) = listeners[usize::from(index)].accept().unwrap();
+            pairs.push([client, server].map(|stream| Party::new(stream, &mut dice)));
+        }
+        play(&mut pairs, &mut dice);
+        for [client, server] in &pairs {
+            client.expect_whole(server);
+            server.expect_whole(client);
+            bytes += client.received + server.received;
+            resets += usize::from(client.reset_after.is_some() | server.reset_after.is_some());
+        }
+    }
+    println!("{bytes} bytes arrived, {resets} connections were reset");
+    assert!(resets > 0 && bytes > LONGEST, "not much was under way");
+    drop(listeners);
+    proxy.expect_clean();
+}
