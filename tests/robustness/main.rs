@@ -11,6 +11,7 @@
     reason = "a test stops at what it does not expect"
 )]
 
+mod changes;
 mod endings;
 mod limits;
 mod namespace;
