@@ -396,7 +396,6 @@ fn datagrams_from_all_its_own_ports_reach_nobody() {
 }
 
 #[test]
-#[ignore = "fails: a thread knows its own ports only, and neighbours are another thread's"]
 fn a_datagram_from_a_port_of_another_thread_starts_no_loop() {
     only_for!(Portpool; "it has one thread here");
     if !is_inside(here!()) {
@@ -414,7 +413,6 @@ fn a_datagram_from_a_port_of_another_thread_starts_no_loop() {
 }
 
 #[test]
-#[ignore = "fails: only the address that a datagram came to counts as its own"]
 fn a_datagram_from_its_own_port_at_another_address_starts_no_loop() {
     only_for!(Portpool, Nginx; WHY_NOT);
     if !is_inside(here!()) {
@@ -434,7 +432,6 @@ fn a_datagram_from_its_own_port_at_another_address_starts_no_loop() {
 }
 
 #[test]
-#[ignore = "fails: a server may be its own client"]
 fn a_datagram_from_a_servers_own_port_starts_no_loop() {
     only_for!(Portpool, Nginx; WHY_NOT);
     if !is_inside(here!()) {

@@ -31,6 +31,13 @@ impl Routes {
         self.0.store(former);
     }
 
+    /// Whether datagrams are taken on `port`.
+    pub(super) fn has_udp(&self, port: ListenPort) -> bool {
+        let index = self.0.load();
+        let found = index.as_ref().and_then(|index| index.find(port));
+        found.is_some_and(|(_, range)| range.protocol.has_udp())
+    }
+
     /// `None` when the table does not have the port, or not yet the address of
     /// its server.
     pub(super) fn get(&self, port: ListenPort) -> Option<Route> {

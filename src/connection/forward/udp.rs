@@ -220,6 +220,17 @@ impl Port {
         }
     }
 
+    /// Whether connection ports are open at `address`, as far as is known:
+    /// `local` is where a datagram came in.
+    pub(super) fn is_at(&self, address: IpAddr, local: Option<IpAddr>) -> bool {
+        match self.address {
+            Some(own) => own.to_canonical() == address,
+            None => {
+                address.is_loopback() || local.is_some_and(|local| local.to_canonical() == address)
+            }
+        }
+    }
+
     pub(super) fn into_listener(self) -> Listener {
         Listener::Udp(self.socket, self.state)
     }

@@ -148,11 +148,7 @@ impl Worker {
         if port.is_draining {
             return count(&self.counters.no_session);
         }
-        // Two connection ports that answer each other would never stop.
-        let is_local =
-            local.is_some_and(|local| local.to_canonical() == client.ip().to_canonical());
-        let own = ListenPort::new(client.port());
-        if is_local && own.is_some_and(|own| self.udp_ports.contains_key(&own)) {
+        if self.leads_back(port, number, run) {
             return count(&self.counters.loops);
         }
         let source = admission::Source::of(client.ip());
@@ -179,6 +175,19 @@ impl Worker {
                 self.park_flow(parked);
             }
         }
+    }
+
+    /// Whether a datagram's sender would answer for ever: a connection port, or
+    /// the server that it would go to.
+    fn leads_back(&self, port: &udp::Port, number: ListenPort, run: Run<'_>) -> bool {
+        let sender = SocketAddr::new(run.sender.ip().to_canonical(), run.sender.port());
+        let route = self.routes.get(number);
+        if route.is_some_and(|route| route.target == sender) {
+            return true;
+        }
+        let is_open =
+            |own: ListenPort| self.routes.has_udp(own) || self.udp_ports.contains_key(&own);
+        port.is_at(sender.ip(), run.local) && ListenPort::new(sender.port()).is_some_and(is_open)
     }
 
     pub(super) fn park_flow(&mut self, parked: udp::Parked) {
