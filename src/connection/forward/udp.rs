@@ -238,13 +238,13 @@ impl Port {
     /// Receives datagrams of clients into `batch`.
     pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<(usize, bool)> {
         let socket = UdpSockRef::from(&self.socket);
-        let received = batch.receive(&self.state, socket, &mut self.appetite)?;
+        let (received, is_more) = batch.receive(&self.state, socket, &mut self.appetite)?;
         if let Some(address) = self.address {
-            for meta in &mut batch.metas[..received.0] {
+            for meta in &mut batch.metas[..received] {
                 meta.dst_ip = Some(address);
             }
         }
-        Ok(received)
+        Ok((received, is_more))
     }
 
     /// Receives datagrams of a flow's server into `batch`.
@@ -264,9 +264,10 @@ impl Port {
     /// Sends a client's datagrams to its server.
     pub(super) fn send_upstream(&self, flow: &mut Flow, run: Run<'_>) -> Sent {
         let socket = flow.server.as_fd();
-        let plain = |datagram: &[u8]| match net::send(&flow.server, datagram, SendFlags::empty()) {
-            Ok(_) => Ok(()),
-            Err(errno) => Err(errno.into()),
+        let plain = |datagram: &[u8]| {
+            net::send(&flow.server, datagram, SendFlags::empty())
+                .map(drop)
+                .map_err(io::Error::from)
         };
         let sent = self.send(run, socket, flow.target, None, plain);
         flow.traffic.upstream_bytes += sent.bytes;
@@ -277,10 +278,9 @@ impl Port {
     pub(super) fn reply(&self, flow: &Flow, run: Run<'_>) -> Sent {
         let socket = self.socket.as_fd();
         let plain = |datagram: &[u8]| match self.address {
-            Some(_) => match net::sendto(socket, datagram, SendFlags::empty(), &flow.client) {
-                Ok(_) => Ok(()),
-                Err(errno) => Err(errno.into()),
-            },
+            Some(_) => net::sendto(socket, datagram, SendFlags::empty(), &flow.client)
+                .map(drop)
+                .map_err(io::Error::from),
             None => {
                 let transmit = transmit(flow.client, flow.local, datagram, None);
                 self.state.try_send(UdpSockRef::from(&socket), &transmit)

@@ -1,6 +1,8 @@
 //! What becomes of sessions: the arrows of the book's diagram. Each keeps a
 //! session's state, its deadline and its port in step, and says who is told.
 
+use std::collections::BTreeMap;
+
 use super::ports::Occupancy;
 use super::session::{Session, State};
 use super::{Book, MAX_ID_BYTES, Notice, Now, To};
@@ -45,11 +47,7 @@ impl Book {
     /// Changes a live session, keeps its deadline in step, and tells everyone
     /// when its state changed.
     fn update(&mut self, id: &str, notices: &mut Vec<Notice>, change: impl FnOnce(&mut Session)) {
-        let Some(session) = self
-            .sessions
-            .get_mut(id)
-            .filter(|session| session.is_live())
-        else {
+        let Some(session) = live(&mut self.sessions, id) else {
             return;
         };
         let (state, deadline) = (session.state.clone(), session.deadline());
@@ -77,11 +75,7 @@ impl Book {
     /// Ends a live session: everyone is told, and its port waits for all who
     /// may have connections on it.
     pub(super) fn end(&mut self, id: &str, cause: end::Cause, notices: &mut Vec<Notice>) {
-        let Some(session) = self
-            .sessions
-            .get_mut(id)
-            .filter(|session| session.is_live())
-        else {
+        let Some(session) = live(&mut self.sessions, id) else {
             return;
         };
         if let Some(deadline) = session.deadline() {
@@ -167,6 +161,11 @@ impl Book {
             open_here: false,
         }
     }
+}
+
+/// The session `id`, unless it is ending or unknown.
+fn live<'a>(sessions: &'a mut BTreeMap<String, Session>, id: &str) -> Option<&'a mut Session> {
+    sessions.get_mut(id).filter(|session| session.is_live())
 }
 
 pub(super) fn end_notice(to: To, id: &str, cause: end::Cause) -> Notice {

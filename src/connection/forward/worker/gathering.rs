@@ -107,6 +107,7 @@ impl Worker {
         };
         let sources = [Side::Client, Side::Server]
             .map(|source| connection.take_up_as_busy(source).then_some(source));
+        let mut is_new = false;
         for source in sources.into_iter().flatten() {
             self.gathering.busy.push(Busy {
                 key,
@@ -116,10 +117,12 @@ impl Worker {
                 seen: 0,
             });
             self.next_look = self.now + INTERVAL;
-            self.watch_busy();
+            is_new = true;
         }
+        // A lone one may wait for its destination now, or no longer.
         let lone = self.gathering.busy.first();
-        if self.gathering.is_lone() && lone.is_some_and(|lone| lone.key == key) {
+        let is_lone = self.gathering.is_lone() && lone.is_some_and(|lone| lone.key == key);
+        if is_new || is_lone {
             self.watch_busy();
         }
     }
