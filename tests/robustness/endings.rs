@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::namespace::{ip, is_inside};
 use crate::target::Proxy;
-use crate::{End, SOON, echoes, end_of, here, only_for, pattern, reset, unacknowledged, until};
+use crate::{End, SOON, echoes, end_of, here, only_for, pattern, reset, socket, until};
 
 #[test]
 fn a_clients_reset_reaches_the_server() {
@@ -47,7 +47,7 @@ fn bytes_before_a_reset(mut from: TcpStream, mut to: TcpStream) -> (usize, End) 
     // Until it takes no more: the receiver does not read.
     let (mut last, mut same) = (usize::MAX, 0);
     until("the proxy takes no more", || {
-        let now = unacknowledged(&from).unwrap();
+        let now = socket(&from).unwrap().unacknowledged;
         same = if now == last { same + 1 } else { 0 };
         last = now;
         same >= 20

@@ -70,9 +70,17 @@ pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
     std::iter::repeat_with(step).take(length).collect()
 }
 
-/// Bytes of `stream` that its peer's kernel has not acknowledged; `None` of one
-/// that is no longer connected.
-pub fn unacknowledged(stream: &TcpStream) -> Option<usize> {
+/// What the kernel knows of one end of a connection.
+pub struct Socket {
+    /// It has been told that both sides end, and its own end was not
+    /// acknowledged yet. Linux resets a connection no more then: it forgets it.
+    pub is_ending: bool,
+    /// Bytes that the peer's kernel has not acknowledged. An end counts as one.
+    pub unacknowledged: usize,
+}
+
+/// The kernel's view of `stream`; `None` of one that is no longer connected.
+pub fn socket(stream: &TcpStream) -> Option<Socket> {
     let hexadecimal = |address: SocketAddr| {
         let IpAddr::V4(ip) = address.ip() else {
             panic!("{address} is not IPv4");
@@ -83,12 +91,19 @@ pub fn unacknowledged(stream: &TcpStream) -> Option<usize> {
     let local = hexadecimal(stream.local_addr().ok()?);
     let peer = hexadecimal(stream.peer_addr().ok()?);
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
-    let queues = table.lines().skip(1).find_map(|line| {
+    table.lines().skip(1).find_map(|line| {
         let mut fields = line.split_whitespace().skip(1);
-        let is_it = fields.next()? == local && fields.next()? == peer;
-        is_it.then(|| fields.nth(1)).flatten()
-    });
-    usize::from_str_radix(queues?.split_once(':')?.0, 16).ok()
+        if fields.next()? != local || fields.next()? != peer {
+            return None;
+        }
+        // LAST_ACK and CLOSING.
+        let is_ending = matches!(fields.next()?, "09" | "0B");
+        let (unacknowledged, _) = fields.next()?.split_once(':')?;
+        Some(Socket {
+            is_ending,
+            unacknowledged: usize::from_str_radix(unacknowledged, 16).ok()?,
+        })
+    })
 }
 
 /// Closes the connection with a reset.

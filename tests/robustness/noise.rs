@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use crate::target::Proxy;
-use crate::{Dice, End, SOON, pattern, reset, unacknowledged};
+use crate::{Dice, End, SOON, pattern, reset, socket};
 
 /// Longest message of one side: more than the sockets on the way hold.
 const LONGEST: usize = 2 << 20;
@@ -99,8 +99,12 @@ impl Party {
         if self.has_ended && dice.below(20) > 0 {
             return false;
         }
-        // Counts the end as well.
-        let waiting = unacknowledged(stream).unwrap_or(self.sent);
+        let socket = socket(stream);
+        if socket.as_ref().is_some_and(|socket| socket.is_ending) {
+            // An end lost on the way now would leave the proxy without a word.
+            return false;
+        }
+        let waiting = socket.map_or(self.sent, |socket| socket.unacknowledged);
         self.reset_after = Some(self.sent.saturating_sub(waiting));
         self.stream.take().map(reset).is_some()
     }
