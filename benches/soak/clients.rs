@@ -5,6 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use portpool::client::Client;
 use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionRequest};
@@ -84,7 +85,11 @@ pub fn run(
                     (true, _) => &counts.exhausted,
                     (false, true) => &counts.excused,
                     (false, false) => {
-                        eprintln!("lost: a request, after {:?}: {error}", asked.elapsed());
+                        eprintln!(
+                            "{} lost: a request, after {:?}: {error}",
+                            Timestamp::now(),
+                            asked.elapsed()
+                        );
                         &counts.lost
                     }
                 };
@@ -107,16 +112,20 @@ pub fn run(
                 .and_then(|slot| slot.parse().ok());
             let scopes = [connection_server, Scope::Server(slot.unwrap_or(u32::MAX))];
             let what = format!(
-                "a session on {} at {}:{}",
-                session.server, session.address, session.port
+                "session {} on {} at {}:{}",
+                session.id, session.server, session.address, session.port
             );
             if is_corruption(&error) {
-                eprintln!("corrupted: {what}");
+                eprintln!("{} corrupted: {what}", Timestamp::now());
                 counts.corrupted.fetch_add(1, Ordering::Relaxed);
             } else if announced.excuse(asked, &scopes) {
                 counts.excused.fetch_add(1, Ordering::Relaxed);
             } else {
-                eprintln!("lost: {what}, after {:?}: {error}", asked.elapsed());
+                eprintln!(
+                    "{} lost: {what}, after {:?}: {error}",
+                    Timestamp::now(),
+                    asked.elapsed()
+                );
                 counts.lost.fetch_add(1, Ordering::Relaxed);
             }
         }

@@ -76,6 +76,7 @@ pub fn next(
     let slot = 1 + random.below(SERVERS as usize - 1) as u32;
     let what = match random.below(5) {
         0 => {
+            pool.note(&format!("workload {slot} killed"))?;
             announced.announce(Scope::Server(slot), WORKLOAD);
             pool.workloads[slot as usize] = None;
             std::thread::sleep(Duration::from_millis(200));
@@ -83,6 +84,7 @@ pub fn next(
             "workload killed"
         }
         1 => {
+            pool.note(&format!("agent {slot} killed"))?;
             announced.announce(Scope::Server(slot), AGENT);
             pool.agents[slot as usize] = None;
             std::thread::sleep(Duration::from_millis(500));
@@ -91,6 +93,7 @@ pub fn next(
         }
         2 => {
             let index = CONNECTION_SERVERS - 1;
+            pool.note(&format!("connection server {index} killed"))?;
             announced.announce(Scope::ConnectionServer(index), AGENT);
             pool.connection_servers[index as usize] = None;
             std::thread::sleep(Duration::from_millis(500));

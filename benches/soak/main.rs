@@ -50,6 +50,11 @@ struct Options {
     /// The build of portpool to test
     #[arg(long, default_value = "target/release/portpool")]
     portpool: PathBuf,
+
+    /// What the processes log, to files that are kept when the run fails:
+    /// `info` says every session's end, about 25 MB a minute
+    #[arg(long, default_value = "warn")]
+    log: String,
 }
 
 fn main() -> ExitCode {
@@ -72,7 +77,7 @@ fn run(options: &Options) -> io::Result<bool> {
         .worker_threads(2)
         .enable_all()
         .build()?;
-    let mut pool = Pool::start(&options.portpool)?;
+    let mut pool = Pool::start(&options.portpool, &options.log)?;
     let load_sharing: Vec<String> = (0..CONNECTION_SERVERS)
         .map(|index| pool.load_sharing(index))
         .collect();
@@ -125,7 +130,11 @@ fn run(options: &Options) -> io::Result<bool> {
             settled = false;
         }
     }
-    Ok(verdict(&watched, &at_rest, &counts, settled))
+    let passed = verdict(&watched, &at_rest, &counts, settled);
+    if !passed {
+        println!("logs are in {}", pool.keep_logs().display());
+    }
+    Ok(passed)
 }
 
 /// Faults and looks until the time is over.

@@ -1,7 +1,7 @@
 //! A pool of real processes on loopback addresses of its own.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -37,6 +37,8 @@ impl Drop for Process {
 /// The table and every process. Slot `SERVERS` comes and goes.
 pub struct Pool {
     program: PathBuf,
+    /// What the processes log.
+    log: String,
     folder: tempfile::TempDir,
     network: u8,
     pub table: Table,
@@ -46,9 +48,10 @@ pub struct Pool {
 }
 
 impl Pool {
-    pub fn start(program: &Path) -> io::Result<Self> {
+    pub fn start(program: &Path, log: &str) -> io::Result<Self> {
         let mut pool = Self {
             program: program.to_owned(),
+            log: log.to_owned(),
             folder: tempfile::Builder::new()
                 .prefix("portpool-soak-")
                 .tempdir()?,
@@ -141,47 +144,73 @@ impl Pool {
     pub fn start_workload(&mut self, slot: u32) -> io::Result<()> {
         let ports = format!("--ports={SERVER_PORT}-{}", SERVER_PORT + PORTS - 1);
         let listen = format!("--listen={}", self.server_address(slot));
-        self.workloads[slot as usize] = Some(self.spawn(&["echo".to_owned(), listen, ports])?);
+        let process = self.spawn(
+            &format!("workload-{slot}"),
+            &["echo".to_owned(), listen, ports],
+        )?;
+        self.workloads[slot as usize] = Some(process);
         Ok(())
     }
 
     pub fn start_agent(&mut self, slot: u32) -> io::Result<()> {
         let address = self.server_address(slot);
-        let state = self.folder.path().join(format!("agent-{slot}"));
-        let process = self.spawn(&[
-            "processing-server".to_owned(),
-            format!("--table={}", self.table_file().display()),
-            format!("--slot={slot}"),
-            format!("--address={address}"),
-            "--listen-scope=address".to_owned(),
-            format!("--admin={address}:7071"),
-            format!("--state-file={}", state.display()),
-        ])?;
+        let name = format!("agent-{slot}");
+        let state = self.folder.path().join(format!("{name}.state"));
+        let process = self.spawn(
+            &name,
+            &[
+                "processing-server".to_owned(),
+                format!("--table={}", self.table_file().display()),
+                format!("--slot={slot}"),
+                format!("--address={address}"),
+                "--listen-scope=address".to_owned(),
+                format!("--admin={address}:7071"),
+                format!("--state-file={}", state.display()),
+            ],
+        )?;
         self.agents[slot as usize] = Some(process);
         Ok(())
     }
 
     pub fn start_connection_server(&mut self, index: u32) -> io::Result<()> {
         let address = self.address(1 + index);
-        let process = self.spawn(&[
-            "connection-server".to_owned(),
-            format!("--table={}", self.table_file().display()),
-            format!("--listen={address}"),
-            format!("--admin={address}:7701"),
-        ])?;
+        let process = self.spawn(
+            &format!("connection-server-{index}"),
+            &[
+                "connection-server".to_owned(),
+                format!("--table={}", self.table_file().display()),
+                format!("--listen={address}"),
+                format!("--admin={address}:7701"),
+            ],
+        )?;
         self.connection_servers[index as usize] = Some(process);
         Ok(())
     }
 
-    fn spawn(&self, arguments: &[String]) -> io::Result<Process> {
-        let log = fs::OpenOptions::new();
-        let log = log
-            .clone()
+    /// Has the logs say what was done to the pool.
+    pub fn note(&self, what: &str) -> io::Result<()> {
+        let mut file = self.log_file("faults")?;
+        writeln!(file, "{} {what}", jiff::Timestamp::now())
+    }
+
+    /// Keeps the logs; where they are.
+    pub fn keep_logs(&mut self) -> &Path {
+        self.folder.disable_cleanup(true);
+        self.folder.path()
+    }
+
+    fn log_file(&self, name: &str) -> io::Result<fs::File> {
+        fs::OpenOptions::new()
             .create(true)
             .append(true)
-            .open(self.folder.path().join("log"))?;
+            .open(self.folder.path().join(format!("{name}.log")))
+    }
+
+    /// Further processes of the same `name` log to the same file.
+    fn spawn(&self, name: &str, arguments: &[String]) -> io::Result<Process> {
+        let log = self.log_file(name)?;
         let mut command = Command::new(&self.program);
-        command.args(arguments).env("PORTPOOL_LOG", "error");
+        command.args(arguments).env("PORTPOOL_LOG", &self.log);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
