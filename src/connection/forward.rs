@@ -12,6 +12,7 @@
 //!                     └ Ask → parked ←answer─ control
 //! ```
 //!
+//! - `gate`: what is asked of control and told to it;
 //! - `worker`: the event loop and its deadlines; `tcp`: one connection's state
 //!   and its two directions; `stream`: its sockets; `udp`: clients' flows;
 //! - `pipes`: what busy directions splice through;
@@ -25,6 +26,7 @@
 
 mod admission;
 mod counters;
+mod gate;
 pub mod handover;
 mod limits;
 mod listeners;
@@ -53,76 +55,12 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use self::admission::{Admission, Bounds};
 pub use self::counters::{Counters, Snapshot};
+pub use self::gate::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 pub use self::limits::{Limits, OpenFilesError, check_open_files, ephemeral_overlap, make_room};
 use self::listeners::Listener;
 use self::routes::Routes;
 use self::worker::{Command, Worker};
 use crate::table::{ListenPort, Table};
-
-/// Names a session within this process. Never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SessionKey(pub u64);
-
-/// TCP or UDP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Transport {
-    /// A connection.
-    Tcp,
-    /// A client's datagrams.
-    Udp,
-}
-
-/// What the gate says to a client that arrives at a connection port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// Forward. The gate has counted one flow for the session; its end is
-    /// reported exactly once with [`Gate::closed`].
-    Admit(SessionKey),
-    /// Reset (TCP) or drop (UDP).
-    Refuse,
-    /// Not known yet. The client is parked and [`Gate::ask`] called with a
-    /// ticket; [`Forwarder::answer`] brings the verdict, or a deadline passes
-    /// and the client is refused.
-    Ask,
-}
-
-/// Names a parked client of a port until it is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ticket(pub u64);
-
-/// What a flow carried, reported at its end.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Bytes from the client to the server.
-    pub upstream_bytes: u64,
-    /// Bytes from the server to the client.
-    pub downstream_bytes: u64,
-}
-
-impl Traffic {
-    /// Bytes both ways.
-    #[must_use]
-    pub fn total(self) -> u64 {
-        self.upstream_bytes + self.downstream_bytes
-    }
-
-    /// Adds what has come to `before` until `now`.
-    fn add_since(&mut self, before: Self, now: Self) {
-        self.upstream_bytes += now.upstream_bytes - before.upstream_bytes;
-        self.downstream_bytes += now.downstream_bytes - before.downstream_bytes;
-    }
-}
-
-/// Decides who may use a connection port. Called on data threads: it must not
-/// block for longer than an uncontended lock takes.
-pub trait Gate: Send + Sync + 'static {
-    /// Whether `client` may use `port` now.
-    fn admit(&self, port: ListenPort, transport: Transport, client: SocketAddr) -> Verdict;
-    /// Starts to find out about a parked client.
-    fn ask(&self, ticket: Ticket, port: ListenPort, transport: Transport, client: SocketAddr);
-    /// A flow admitted under `session` is over.
-    fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
-}
 
 /// How long applying a table waits for ports to be watched or closed: 60,000
 /// take a data thread about 0.1 s, a turn of its loop milliseconds.

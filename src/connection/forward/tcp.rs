@@ -1,14 +1,11 @@
 //! One TCP connection through a connection port: two sockets and two
 //! directions.
 //!
-//! A direction holds no buffer. It reads into its thread's scratch space and
-//! writes at once; only what the receiver does not take now is kept, and then
-//! nothing more is read until that is gone. So a slow reader costs at most one
-//! scratch space, and the sender feels it through TCP's own window.
-//!
-//! A direction that keeps filling the scratch space is lent a pipe, through
-//! which the kernel moves pages instead of copying bytes twice.
+//! - `direction`: how bytes move from one to the other;
+//! - `remains`: what is left to do when one of the two is gone;
+//! - this file: what a connection does at an event.
 
+mod direction;
 mod remains;
 
 use std::net::SocketAddr;
@@ -18,30 +15,17 @@ use std::time::Instant;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
+use self::direction::{Direction, Fault, Progress};
 pub(super) use self::remains::{Delivery, Remains};
 use super::admission::Permit;
-use super::handover::{HandedConnection, HandedDirection};
-use super::pipes::{Pipe, Pipes};
+use super::handover::HandedConnection;
+use super::pipes::Pipes;
 use super::stream::Stream;
 use super::{SessionKey, Traffic};
 use crate::table::ListenPort;
 
 /// Bytes a thread reads at once, and most bytes that a direction keeps.
 pub(super) const SCRATCH_BYTES: usize = 64 * 1024;
-
-/// Reads of one direction before the others of its thread get their turn.
-const READS_PER_TURN: usize = 8;
-
-/// Scratch spaces that a direction fills one after the other before it is lent
-/// a pipe: two, so that a message of a usual size never is.
-const FULL_READS: u8 = 2;
-
-/// Bytes between two looks at deadlines below which a direction needs no pipe.
-const BUSY_BYTES: usize = 1024 * 1024;
-
-/// Bytes between two looks at deadlines from which it is worth a delay that
-/// more of them gather.
-const MUCH_BYTES: usize = 4 * 1024 * 1024;
 
 /// What a thread lends to the direction that has its turn.
 #[derive(Debug)]
@@ -50,224 +34,6 @@ pub(super) struct Means {
     pub(super) pipes: Pipes,
     /// What was carried since that was last counted.
     pub(super) carried: Traffic,
-}
-
-/// What the destination did not take yet.
-#[derive(Debug)]
-enum Held {
-    /// Bytes, from an offset on.
-    Bytes(Box<[u8]>, usize),
-    /// A pipe, and how many bytes are in it: lent until the direction is quiet.
-    Pipe(Pipe, usize),
-}
-
-/// A direction: from a source to a destination socket.
-#[derive(Debug, Default)]
-struct Direction {
-    /// In a box: most directions hold nothing.
-    held: Option<Box<Held>>,
-    bytes: u64,
-    /// Reads in a row that have filled the scratch space.
-    full_reads: u8,
-    /// The source has ended its side.
-    is_read: bool,
-    /// The destination was told of the end: nothing will follow.
-    is_done: bool,
-}
-
-/// How far a direction got.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    /// Waits for the source or the destination.
-    Blocked,
-    /// Had its turn; there may be more.
-    Yielded,
-    /// The source has ended and the destination has everything.
-    Done,
-    /// A socket broke: both are to be reset.
-    Broken(Fault),
-}
-
-/// Which socket of a direction broke.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    Source(Errno),
-    Destination(Errno),
-}
-
-impl Direction {
-    /// Moves bytes until something blocks or the turn is over. `at_end` says
-    /// that the source's end has been signalled, so that a short read is not
-    /// taken for the last one.
-    fn pump<S: Stream>(
-        &mut self,
-        source: &S,
-        destination: &S,
-        at_end: bool,
-        means: &mut Means,
-    ) -> Progress {
-        if self.is_done {
-            return Progress::Done;
-        }
-        for _ in 0..READS_PER_TURN {
-            match self.flush(destination) {
-                Ok(true) => {}
-                Ok(false) => return Progress::Blocked,
-                Err(errno) => return Progress::Broken(Fault::Destination(errno)),
-            }
-            if self.is_read {
-                self.give_back(&mut means.pipes);
-                self.is_done = true;
-                return Progress::Done;
-            }
-            match self.fill(source, destination, means) {
-                Ok(0) => self.is_read = true,
-                // The source has nothing more; the next event tells.
-                Ok(length) if length < SCRATCH_BYTES && !at_end && self.held.is_none() => {
-                    return Progress::Blocked;
-                }
-                Ok(_) | Err(Fault::Source(Errno::INTR)) => {}
-                Err(Fault::Source(Errno::AGAIN)) => return Progress::Blocked,
-                Err(fault) => return Progress::Broken(fault),
-            }
-        }
-        Progress::Yielded
-    }
-
-    /// Takes in what the source has, and passes on what the destination takes
-    /// at once. The number of bytes taken in; 0 at the source's end.
-    fn fill<S: Stream>(
-        &mut self,
-        source: &S,
-        destination: &S,
-        means: &mut Means,
-    ) -> Result<usize, Fault> {
-        if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
-            let length = source.fill_pipe(pipe).map_err(Fault::Source)?;
-            *inside += length;
-            pipe.moved += length;
-            self.bytes += length as u64;
-            return Ok(length);
-        }
-        let space = &mut means.scratch[..SCRATCH_BYTES];
-        let length = source.read(space).map_err(Fault::Source)?;
-        self.bytes += length as u64;
-        let sent = match length {
-            0 => 0,
-            _ => send(destination, &space[..length]).map_err(Fault::Destination)?,
-        };
-        if sent < length {
-            let kept = means.scratch[sent..length].into();
-            self.held = Some(Box::new(Held::Bytes(kept, 0)));
-        }
-        self.full_reads = match length {
-            SCRATCH_BYTES => self.full_reads.saturating_add(1),
-            _ => 0,
-        };
-        if self.full_reads >= FULL_READS && self.held.is_none() {
-            let pipe = means.pipes.lend();
-            self.held = pipe.map(|pipe| Box::new(Held::Pipe(pipe, 0)));
-        }
-        Ok(length)
-    }
-
-    /// Sends what is held. Whether all of it is gone.
-    fn flush<S: Stream>(&mut self, destination: &S) -> Result<bool, Errno> {
-        match self.held.as_deref_mut() {
-            None => return Ok(true),
-            Some(Held::Bytes(kept, offset)) => {
-                while *offset < kept.len() {
-                    match send(destination, &kept[*offset..])? {
-                        0 => return Ok(false),
-                        sent => *offset += sent,
-                    }
-                }
-            }
-            Some(Held::Pipe(pipe, inside)) => {
-                while *inside > 0 {
-                    match destination.drain_pipe(pipe, *inside) {
-                        Ok(sent) => *inside -= sent,
-                        Err(Errno::AGAIN) => return Ok(false),
-                        Err(Errno::INTR) => {}
-                        Err(errno) => return Err(errno),
-                    }
-                }
-                return Ok(true);
-            }
-        }
-        self.held = None;
-        Ok(true)
-    }
-
-    /// Whether bytes wait for the destination.
-    fn is_holding(&self) -> bool {
-        match self.held.as_deref() {
-            None => false,
-            Some(Held::Bytes(..)) => true,
-            Some(Held::Pipe(_, inside)) => *inside > 0,
-        }
-    }
-
-    /// The direction as another thread or process goes on with it; a lent pipe
-    /// is emptied and given back.
-    fn hand_over(mut self, pipes: &mut Pipes) -> HandedDirection {
-        let kept = match self.held.take().map(|held| *held) {
-            None => Vec::new(),
-            Some(Held::Bytes(kept, offset)) => kept[offset..].to_vec(),
-            Some(Held::Pipe(pipe, inside)) => {
-                let kept = pipe.read(inside);
-                pipes.take_back(pipe, inside - kept.len());
-                kept
-            }
-        };
-        HandedDirection {
-            kept,
-            is_read: self.is_read,
-            is_done: self.is_done,
-            bytes: self.bytes,
-        }
-    }
-
-    fn take_over(handed: HandedDirection) -> Self {
-        let held = Held::Bytes(handed.kept.into_boxed_slice(), 0);
-        let is_holding = !matches!(&held, Held::Bytes(kept, _) if kept.is_empty());
-        Self {
-            held: is_holding.then(|| Box::new(held)),
-            is_read: handed.is_read,
-            is_done: handed.is_done,
-            bytes: handed.bytes,
-            full_reads: 0,
-        }
-    }
-
-    /// Gives a lent pipe back, with what is in it.
-    fn give_back(&mut self, pipes: &mut Pipes) {
-        let held = self.held.take_if(|held| matches!(**held, Held::Pipe(..)));
-        if let Some(Held::Pipe(pipe, inside)) = held.map(|held| *held) {
-            self.full_reads = 0;
-            pipes.take_back(pipe, inside);
-        }
-    }
-
-    fn give_back_if_idle(&mut self, pipes: &mut Pipes) {
-        if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
-            let moved = std::mem::take(&mut pipe.moved);
-            if *inside == 0 && moved < BUSY_BYTES {
-                self.give_back(pipes);
-            }
-        }
-    }
-}
-
-/// Sends what the socket takes; 0 when its buffer is full.
-fn send<S: Stream>(socket: &S, bytes: &[u8]) -> Result<usize, Errno> {
-    loop {
-        match socket.send(bytes) {
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(0),
-            result => return result,
-        }
-    }
 }
 
 /// Which of the two sockets.
@@ -361,7 +127,6 @@ impl<S: Stream> Connection<S> {
         header: Option<Vec<u8>>,
         now: Instant,
     ) -> Self {
-        let held = header.map(|header| Box::new(Held::Bytes(header.into_boxed_slice(), 0)));
         Self {
             port,
             session,
@@ -372,10 +137,7 @@ impl<S: Stream> Connection<S> {
             client_ended: false,
             server_ended: false,
             is_busy: [false; 2],
-            upstream: Direction {
-                held,
-                ..Direction::default()
-            },
+            upstream: Direction::beginning_with(header),
             downstream: Direction::default(),
             permit: None,
         }
@@ -492,29 +254,22 @@ impl<S: Stream> Connection<S> {
 
     /// Whether what `source` sends goes through a pipe.
     pub(super) fn has_pipe(&self, source: Side) -> bool {
-        matches!(
-            self.direction_from(source).held.as_deref(),
-            Some(Held::Pipe(..))
-        )
+        self.direction_from(source).has_pipe()
     }
 
     /// Whether `source` has begun to send much. True once, until it is no
     /// longer busy.
     pub(super) fn take_up_as_busy(&mut self, source: Side) -> bool {
-        let held = self.direction_from(source).held.as_deref();
-        let sends_much = matches!(held, Some(Held::Pipe(pipe, _)) if pipe.moved >= MUCH_BYTES);
+        let sends_much = self.direction_from(source).carries_much();
         sends_much && !std::mem::replace(&mut self.is_busy[source as usize], true)
     }
 
     /// What follows counts anew: the next few bytes after a burst are not much.
     pub(super) fn is_no_longer_busy(&mut self, source: Side) {
         self.is_busy[source as usize] = false;
-        let direction = match source {
-            Side::Client => &mut self.upstream,
-            Side::Server => &mut self.downstream,
-        };
-        if let Some(Held::Pipe(pipe, _)) = direction.held.as_deref_mut() {
-            pipe.moved = 0;
+        match source {
+            Side::Client => self.upstream.count_anew(),
+            Side::Server => self.downstream.count_anew(),
         }
     }
 

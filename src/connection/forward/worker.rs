@@ -10,11 +10,12 @@ mod datagrams;
 mod eviction;
 mod gathering;
 mod handover;
+mod parking;
 mod streams;
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
@@ -26,7 +27,8 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use self::closing::Closing;
 use self::eviction::Random;
 use self::gathering::Gathering;
-use super::admission::{Admission, Permit};
+use self::parking::Parked;
+use super::admission::Admission;
 use super::counters::{self, Counters, count};
 use super::handover::{Handed, Share};
 use super::listeners::Listener;
@@ -34,7 +36,6 @@ use super::pipes::Pipes;
 use super::routes::Routes;
 use super::send_queue::SendQueues;
 use super::slab::{Key, Slab};
-use super::stream::Stream;
 use super::tcp::{Connection, Means, SCRATCH_BYTES, Side, Signals};
 use super::udp;
 use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Traffic, Transport, Verdict};
@@ -42,13 +43,6 @@ use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
 const EVENTS: usize = 256;
-
-/// How long a parked client waits for its verdict.
-const PARKED_DEADLINE: Duration = Duration::from_secs(2);
-
-/// Most parked clients of a thread; further ones are refused. Bounds what
-/// scanning for ports costs.
-const MAX_PARKED: usize = 1024;
 
 /// How long accepting pauses when descriptors or memory ran out: often enough
 /// to go on soon, seldom enough not to spin.
@@ -123,18 +117,6 @@ impl Source {
             .find(|source| u64::from(*source as u8) == bits >> 56)?;
         Some((source, bits & !(0xff << 56)))
     }
-}
-
-/// A parked client.
-#[derive(Debug)]
-enum Parked {
-    Tcp {
-        port: ListenPort,
-        client: OwnedFd,
-        address: SocketAddr,
-        permit: Permit,
-    },
-    Udp(udp::Parked),
 }
 
 /// What all data threads share with control.
@@ -391,67 +373,6 @@ impl Worker {
         }
     }
 
-    /// Parks a client and asks for its verdict.
-    fn park(
-        &mut self,
-        parked: Parked,
-        port: ListenPort,
-        transport: Transport,
-        client: SocketAddr,
-    ) -> Option<Ticket> {
-        if self.parked.len() >= MAX_PARKED {
-            count(&self.counters.too_many);
-            self.turn_away(parked);
-            return None;
-        }
-        self.next_ticket += 1;
-        let ticket = Ticket(self.next_ticket);
-        self.parked.insert(ticket, (self.now, parked));
-        self.gate.ask(ticket, port, transport, client);
-        Some(ticket)
-    }
-
-    fn answer(&mut self, number: ListenPort, ticket: Ticket, verdict: Verdict) {
-        let Some((_, parked)) = self.parked.remove(&ticket) else {
-            // Too late: what the gate has counted is over.
-            if let Verdict::Admit(session) = verdict {
-                self.gate.closed(number, session, Traffic::default());
-            }
-            return;
-        };
-        match (verdict, parked) {
-            (
-                Verdict::Admit(session),
-                Parked::Tcp {
-                    port,
-                    client,
-                    address,
-                    permit,
-                },
-            ) => {
-                self.start(port, client, address, session, permit);
-            }
-            (Verdict::Admit(session), Parked::Udp(parked)) => {
-                self.unpark_flow(parked, session);
-            }
-            (Verdict::Refuse | Verdict::Ask, parked) => {
-                count(&self.counters.no_session);
-                self.turn_away(parked);
-            }
-        }
-    }
-
-    fn turn_away(&mut self, parked: Parked) {
-        match parked {
-            Parked::Tcp { client, .. } => client.reset_on_close(),
-            Parked::Udp(parked) => {
-                if let Some(port) = self.udp_ports.get_mut(&parked.port) {
-                    port.parked.remove(&parked.client);
-                }
-            }
-        }
-    }
-
     fn cut(&mut self, session: SessionKey) {
         for (transport, key) in self.sessions.remove(&session).unwrap_or_default() {
             count(&self.counters.cut);
@@ -493,19 +414,7 @@ impl Worker {
         self.next_tick = self.now + TICK;
         self.count_carried();
         self.resume_accepting();
-        let late = |since: &Instant| self.now.duration_since(*since) >= PARKED_DEADLINE;
-        let parked: Vec<Ticket> = self
-            .parked
-            .iter()
-            .filter(|(_, (since, _))| late(since))
-            .map(|(ticket, _)| *ticket)
-            .collect();
-        for ticket in parked {
-            if let Some((_, parked)) = self.parked.remove(&ticket) {
-                count(&self.counters.parked_too_long);
-                self.turn_away(parked);
-            }
-        }
+        self.tick_parked();
         self.tick_connections();
         self.tick_closing();
         self.tick_flows();

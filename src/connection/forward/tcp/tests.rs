@@ -7,7 +7,9 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
+use super::direction::BUSY_BYTES;
 use super::*;
+use crate::connection::forward::pipes::Pipe;
 
 /// A socket whose peer is the test.
 #[derive(Debug, Default)]
