@@ -128,6 +128,13 @@ impl Bench {
         (client, server)
     }
 
+    /// Cuts the session on the first port, which is reported like a flow.
+    fn cut(&self) {
+        self.gate.admitted.fetch_add(1, Ordering::Relaxed);
+        let port = ListenPort::new(FIRST).unwrap();
+        self.forwarder.cut(port, SESSION);
+    }
+
     /// Waits until every admitted flow is reported as closed.
     fn all_closed(&self) -> Vec<Traffic> {
         let admitted = self.gate.admitted.load(Ordering::Relaxed);
@@ -454,12 +461,38 @@ fn cutting_a_session_resets_its_connections_only() {
     let (mut cut, _server) = bench.pair();
     *bench.gate.verdict.lock().unwrap() = Verdict::Admit(SessionKey(8));
     let (mut other, mut server) = bench.pair();
-    bench
-        .forwarder
-        .cut(ListenPort::new(FIRST).unwrap(), SESSION);
+    bench.cut();
     assert!(was_reset(&mut cut));
     other.write_all(b"x").unwrap();
     server.read_exact(&mut [0]).unwrap();
+}
+
+/// The next session on the port is another client's.
+#[test]
+fn a_client_that_came_before_a_cut_is_not_met_after_it() {
+    let bench = Bench::new(Verdict::Ask);
+    let listener = bench.serve();
+    // The gate holds the port's thread up with the first client, and the others
+    // wait behind it.
+    let verdict = bench.gate.verdict.lock().unwrap();
+    let mut early: Vec<TcpStream> = (0..4).map(|_| bench.connect()).collect();
+    let stranger = udp_client(&bench);
+    stranger.send(b"too early").unwrap();
+    bench.cut();
+    drop(verdict);
+    bench.all_closed();
+    // What the gate hears of the cut, it hears when all is done.
+    assert_eq!(bench.forwarder.counters().no_session, 5);
+    *bench.gate.verdict.lock().unwrap() = Verdict::Admit(SessionKey(8));
+    for client in &mut early {
+        assert!(was_reset(client));
+    }
+    let admitted = bench.gate.admitted.load(Ordering::Relaxed);
+    let mut late = bench.connect();
+    late.write_all(b"x").unwrap();
+    until(|| bench.gate.admitted.load(Ordering::Relaxed) == admitted + 1);
+    drop((late, listener));
+    bench.all_closed();
 }
 
 #[test]
@@ -634,9 +667,7 @@ fn removing_a_udp_port_keeps_its_flows_until_they_end() {
     bench.lead(1, away);
     echo(b"removed again");
     assert_eq!(bench.forwarder.counters().udp_opened, 1);
-    bench
-        .forwarder
-        .cut(ListenPort::new(FIRST).unwrap(), SESSION);
+    bench.cut();
     bench.all_closed();
     until(|| UdpSocket::bind((bench.listen, FIRST)).is_ok());
     bench.lead(4, |_| {});

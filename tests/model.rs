@@ -61,9 +61,13 @@ enum Event {
     /// A client gets a session through a connection server that is attached,
     /// with all messages between the two, and connects to every port it can.
     Client(usize, usize),
+    /// A client connects to a port that has a session, and waits to be accepted.
+    Wait(usize, usize, u16),
+    /// The client that has waited for longest is accepted.
+    Accept,
     /// The oldest connection closes.
     Close,
-    /// The oldest connection that is to be cut is.
+    /// The data plane does the oldest cut it was told of.
     Cut,
     /// The client gives the session on a port back.
     Release(usize, usize, u16),
@@ -118,7 +122,24 @@ struct Connection {
     port: ListenPort,
     key: SessionKey,
     session: String,
-    is_to_be_cut: bool,
+}
+
+/// A client that has connected in a session's time.
+#[derive(Clone, Debug)]
+struct Waiting {
+    server: usize,
+    port: ListenPort,
+    session: String,
+}
+
+/// A client whose session is asked for.
+#[derive(Clone, Debug)]
+struct Parked {
+    server: usize,
+    port: ListenPort,
+    until: Duration,
+    /// Of one that has waited to be accepted: the session that it is of.
+    session: Option<String>,
 }
 
 struct World {
@@ -129,9 +150,11 @@ struct World {
     connections: Vec<Connection>,
     /// Those of processes that have died, until the kernel has closed them.
     closing: Vec<(Duration, Connection)>,
-    /// Clients whose session is asked for, by ticket: through which server, and
-    /// until when.
-    parked: HashMap<Ticket, (usize, Duration)>,
+    /// Clients that the kernel has connected, until the data plane accepts them.
+    waiting: Vec<Waiting>,
+    parked: HashMap<Ticket, Parked>,
+    /// What data planes are told to cut: of which server, and what.
+    cuts: Vec<(usize, ListenPort, SessionKey)>,
     /// When agents notice that a connection server is not there any more.
     unnoticed: Vec<(Duration, usize, String)>,
     /// Connection servers, by name, and sessions that they knew and that are over
@@ -162,7 +185,9 @@ impl World {
             servers: Vec::new(),
             connections: Vec::new(),
             closing: Vec::new(),
+            waiting: Vec::new(),
             parked: HashMap::new(),
+            cuts: Vec::new(),
             unnoticed: Vec::new(),
             over: HashSet::new(),
             ended: vec![HashSet::new(); agents],
@@ -249,19 +274,25 @@ impl World {
                 self.deliver_from_agent(server % SERVERS, agent % agents)
             }
             Event::Connect(server, agent, offset) => {
+                self.meet(server % SERVERS, port(agent % agents, offset), None);
+            }
+            Event::Wait(server, agent, offset) => {
                 let (server, port) = (server % SERVERS, port(agent % agents, offset));
-                let client = SocketAddr::from(([127, 0, 0, 1], 1));
-                let sessions = &self.servers[server].sessions;
-                match sessions.admit(port, Transport::Tcp, client) {
-                    Verdict::Admit(key) => self.admitted(server, port, key),
-                    Verdict::Refuse => {}
-                    Verdict::Ask => {
-                        self.names += 1;
-                        let ticket = Ticket(self.names as u64);
-                        let until = self.now.monotonic + PARKED;
-                        self.parked.insert(ticket, (server, until));
-                        sessions.ask(ticket, port, Transport::Tcp, client);
-                    }
+                let session = self.servers[server].sessions.session_on(port);
+                self.waiting.extend(session.map(|session| Waiting {
+                    server,
+                    port,
+                    session,
+                }));
+            }
+            Event::Accept => {
+                if !self.waiting.is_empty() {
+                    let Waiting {
+                        server,
+                        port,
+                        session,
+                    } = self.waiting.remove(0);
+                    self.meet(server, port, Some(session));
                 }
             }
             Event::Deliver(server, agent) => self.deliver(server % SERVERS, agent % agents),
@@ -273,10 +304,9 @@ impl World {
                 }
             }
             Event::Cut => {
-                let cut = self.connections.iter().position(|open| open.is_to_be_cut);
-                if let Some(cut) = cut {
-                    let connection = self.connections.remove(cut);
-                    self.closed(&connection);
+                if !self.cuts.is_empty() {
+                    let (server, port, key) = self.cuts.remove(0);
+                    self.cut(server, port, key);
                 }
             }
             Event::Release(server, agent, offset) => {
@@ -322,7 +352,9 @@ impl World {
                 let closed_at = self.now.monotonic + CLOSED_AFTER - Duration::from_millis(1);
                 self.closing
                     .extend(died.into_iter().map(|died| (closed_at, died)));
-                self.parked.retain(|_, (through, _)| *through != server);
+                self.parked.retain(|_, parked| parked.server != server);
+                self.waiting.retain(|waiting| waiting.server != server);
+                self.cuts.retain(|(of, ..)| *of != server);
                 self.servers[server] = self.connection_server(server);
             }
             Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
@@ -353,20 +385,72 @@ impl World {
             port,
             key,
             session,
-            is_to_be_cut: false,
         });
     }
 
-    fn hand_over(&mut self, server: usize) {
-        // The data plane does what it was told before it pauses.
-        let is_cut = |open: &Connection| open.is_to_be_cut && open.server == server;
+    /// The data plane meets a client. One that has waited since the time of
+    /// `session` is admitted to no other.
+    fn meet(&mut self, server: usize, port: ListenPort, session: Option<String>) {
+        let client = SocketAddr::from(([127, 0, 0, 1], 1));
+        let sessions = &self.servers[server].sessions;
+        match sessions.admit(port, Transport::Tcp, client) {
+            Verdict::Admit(key) => {
+                self.expect_own(server, port, session.as_deref());
+                self.admitted(server, port, key);
+            }
+            Verdict::Refuse => {}
+            Verdict::Ask => {
+                self.names += 1;
+                let ticket = Ticket(self.names as u64);
+                let parked = Parked {
+                    server,
+                    port,
+                    until: self.now.monotonic + PARKED,
+                    session,
+                };
+                self.parked.insert(ticket, parked);
+                sessions.ask(ticket, port, Transport::Tcp, client);
+            }
+        }
+    }
+
+    fn expect_own(&self, server: usize, port: ListenPort, session: Option<&str>) {
+        let live = self.servers[server].sessions.session_on(port);
+        assert!(
+            session.is_none() || session == live.as_deref(),
+            "a client of {session:?} is admitted to {live:?}"
+        );
+    }
+
+    /// What the data plane does to cut a session.
+    fn cut(&mut self, server: usize, port: ListenPort, key: SessionKey) {
+        let is_here = |waiting: &Waiting| waiting.server == server && waiting.port == port;
+        while let Some(here) = self.waiting.iter().position(is_here) {
+            let Waiting { session, .. } = self.waiting.remove(here);
+            self.meet(server, port, Some(session));
+        }
+        self.parked
+            .retain(|_, parked| parked.server != server || parked.port != port);
+        let is_cut = |open: &Connection| open.server == server && open.key == key;
         while let Some(cut) = self.connections.iter().position(is_cut) {
             let connection = self.connections.remove(cut);
             self.closed(&connection);
         }
+        self.servers[server]
+            .sessions
+            .closed(port, key, Traffic::default());
+    }
+
+    fn hand_over(&mut self, server: usize) {
+        // The data plane does what it was told before it pauses.
+        let is_of_server = |(of, ..): &(usize, ListenPort, SessionKey)| *of == server;
+        while let Some(cut) = self.cuts.iter().position(is_of_server) {
+            let (_, port, key) = self.cuts.remove(cut);
+            self.cut(server, port, key);
+        }
         self.collect();
         // Clients that wait for their session give up here.
-        self.parked.retain(|_, (through, _)| *through != server);
+        self.parked.retain(|_, parked| parked.server != server);
         let former = &mut self.servers[server];
         let sessions = Sessions::default();
         let flows = self.connections.iter();
@@ -404,18 +488,15 @@ impl World {
     fn carry_out(&mut self, server: usize, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
             match action {
-                Action::Cut(port, key) => {
-                    for connection in &mut self.connections {
-                        connection.is_to_be_cut |= connection.server == server
-                            && connection.port == port
-                            && connection.key == key;
-                    }
-                }
+                Action::Cut(port, key) => self.cuts.push((server, port, key)),
                 Action::Answer(port, ticket, Verdict::Admit(key)) => {
                     self.admitted(server, port, key);
-                    if self.parked.remove(&ticket).is_none() {
-                        let gone = self.connections.pop().expect("was added");
-                        self.closed(&gone);
+                    match self.parked.remove(&ticket) {
+                        Some(parked) => self.expect_own(server, port, parked.session.as_deref()),
+                        None => {
+                            let gone = self.connections.pop().expect("was added");
+                            self.closed(&gone);
+                        }
                     }
                 }
                 Action::Answer(_, ticket, _) => {
@@ -619,7 +700,7 @@ impl World {
         loop {
             self.collect();
             let mut is_quiet = true;
-            while self.connections.iter().any(|open| open.is_to_be_cut) {
+            while !self.cuts.is_empty() {
                 self.happen(Event::Cut);
                 is_quiet = false;
             }
@@ -652,7 +733,7 @@ impl World {
             let passed = now - self.now.monotonic;
             self.now.monotonic = now;
             self.now.unix_ms += u64::try_from(passed.as_millis()).unwrap();
-            self.parked.retain(|_, (_, until)| *until > now);
+            self.parked.retain(|_, parked| parked.until > now);
             self.closing.retain(|(until, _)| *until > now);
             if due.is_none() {
                 return;
@@ -815,6 +896,7 @@ fn every_short_order_of_events_keeps_the_rules() {
         Event::Deliver(1, 0),
         Event::Connect(0, 0, 0),
         Event::Client(1, 0),
+        Event::Accept,
         Event::Close,
         Event::Cut,
         Event::Release(0, 0, 0),
@@ -835,6 +917,7 @@ fn every_short_order_of_events_keeps_the_rules() {
     ];
     let being_cut = [
         Event::Client(0, 0),
+        Event::Wait(0, 0, 0),
         Event::Release(0, 0, 0),
         Event::Deliver(1, 0),
     ];
@@ -855,7 +938,7 @@ fn every_short_order_of_events_keeps_the_rules() {
     for begin in [&on_its_way[..], &in_use, &being_cut] {
         explore(&mut begin.to_vec(), 4, &events, &mut played);
     }
-    assert_eq!(played, 3 * 15u32.pow(4));
+    assert_eq!(played, 3 * 16u32.pow(4));
 }
 
 /// A session is given back to an agent that has restarted and does not know it
@@ -941,6 +1024,8 @@ fn event() -> impl Strategy<Value = Event> {
         3 => pair().prop_map(|(s, a)| Event::Client(s, a)),
         3 => Just(Event::Close),
         2 => Just(Event::Cut),
+        2 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Wait(s, a, o)),
+        2 => Just(Event::Accept),
         1 => (server.clone(), agent.clone(), offset).prop_map(|(s, a, o)| Event::Release(s, a, o)),
         1 => (server.clone(), agent.clone(), noticing).prop_map(|(s, a, n)| Event::Break(s, a, n)),
         2 => pair().prop_map(|(s, a)| Event::Attach(s, a)),

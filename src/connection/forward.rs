@@ -345,9 +345,12 @@ impl Forwarder {
             .send(Command::Answer(port, ticket, verdict));
     }
 
-    /// Cuts the session's connections (reset) and flows on `port`.
+    /// Cuts the session's connections (reset) and flows on `port`. Clients that
+    /// came to `port` before and wait to be accepted or for a verdict are
+    /// refused, unless the gate admits them at once. When all is done, the cut
+    /// itself is reported with [`Gate::closed`].
     pub fn cut(&self, port: ListenPort, session: SessionKey) {
-        self.owner(port).send(Command::Cut(session));
+        self.owner(port).send(Command::Cut(port, session));
     }
 
     /// What was forwarded and refused so far.

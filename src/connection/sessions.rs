@@ -11,9 +11,9 @@
 //!   agent gives no port to others that a connection server out of reach may
 //!   have, and sessions here are forgotten before it stops to wait.
 //! - `End` is final: the session goes from the gate, its connections are cut,
-//!   and `Ended` is sent when the last is closed. The agent frees the port
-//!   only then. An agent that was restarted and tells of the session again is
-//!   told that it was given back.
+//!   clients that wait to be accepted are refused, and only then `Ended` is
+//!   sent. The agent frees the port only then. An agent that was restarted and
+//!   tells of the session again is told that it was given back.
 //!
 //! ```text
 //! data plane ─admit/closed→ Sessions ─Opened/Closed/Ended→ agents
@@ -53,7 +53,8 @@ const NO_SESSION: SessionKey = SessionKey(0);
 /// What the data plane must do after a change, outside the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Cut the session's connections.
+    /// Cut the session's connections, and refuse who waits on its port; then
+    /// report the cut itself as a closed flow.
     Cut(ListenPort, SessionKey),
     /// Look at the parked client again.
     Answer(ListenPort, Ticket, Verdict),
@@ -120,7 +121,7 @@ impl Flows {
     }
 }
 
-/// A session that is over but has connections that are still being cut.
+/// A session that is over and whose connections are being cut.
 #[derive(Debug)]
 struct Ending {
     id: String,
@@ -158,9 +159,8 @@ impl Inner {
         self.live.insert(port, live);
     }
 
-    /// Takes a session out of the gate, for the log's `cause`. Its connections
-    /// must be cut if the result says so; with none left its agent hears `Ended`
-    /// at once.
+    /// Takes a session out of the gate, for the log's `cause`. Its agent hears
+    /// `Ended` when the data plane has done what the result says.
     fn end(&mut self, id: &str, cause: &'static str) -> Option<Action> {
         let port = self.port_by_id.remove(id)?;
         let live = self.live.remove(&port)?;
@@ -173,11 +173,11 @@ impl Inner {
         {
             self.id_by_idempotency_key.remove(idempotency_key);
         }
-        let flows = live.flows.into_inner();
-        if flows.open == 0 {
-            live.trace.ended(cause, &flows.carried);
-            return None;
-        }
+        let mut flows = live.flows.into_inner();
+        // The cut itself, which is reported like a flow: a client that connected
+        // in time may still wait to be accepted, and must not be taken for one
+        // of the next session.
+        flows.open += 1;
         let ending = Ending {
             id: id.to_owned(),
             slot: live.slot,

@@ -131,8 +131,8 @@ pub struct Release {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
 }
-/// Answer to End: no connection of the session is left here and none will be
-/// admitted.
+/// Answer to End: no connection of the session is left here, none will be
+/// admitted, and none that was made in its time waits to be accepted.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Ended {
     #[prost(string, tag = "1")]

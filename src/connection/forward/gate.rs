@@ -66,6 +66,6 @@ pub trait Gate: Send + Sync + 'static {
     fn admit(&self, port: ListenPort, transport: Transport, client: SocketAddr) -> Verdict;
     /// Starts to find out about a parked client.
     fn ask(&self, ticket: Ticket, port: ListenPort, transport: Transport, client: SocketAddr);
-    /// A flow admitted under `session` is over.
+    /// A flow admitted under `session` is over, or the session's cut is done.
     fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
 }

@@ -118,6 +118,11 @@ impl Pipes {
         self.lent
     }
 
+    /// Whether there are pipes that nobody uses.
+    pub(super) fn has_unused(&self) -> bool {
+        !self.free.is_empty()
+    }
+
     /// Closes the pipes, unless one is in use: then others may be soon.
     pub(super) fn close_unused(&mut self) {
         if self.lent == 0 {

@@ -6,6 +6,7 @@
 //! once, so a session costs no epoll call while it runs.
 
 mod closing;
+mod cutting;
 mod datagrams;
 mod eviction;
 mod gathering;
@@ -68,7 +69,7 @@ pub(super) enum Command {
     Reopen(ListenPort),
     Close(ListenPort, Transport),
     Answer(ListenPort, Ticket, Verdict),
-    Cut(SessionKey),
+    Cut(ListenPort, SessionKey),
     /// Say when everything before is done, and which port could not be watched.
     Settle(mpsc::Sender<Option<Unwatched>>),
     /// Give everything away.
@@ -274,7 +275,8 @@ impl Worker {
             return Some(until(self.next_look));
         }
         let waiting = self.parked.len() + self.draining.len() + self.closing.len();
-        let has_deadlines = self.connections.len() + self.flows.len() + waiting > 0;
+        let live = self.connections.len() + self.flows.len();
+        let has_deadlines = live + waiting > 0 || self.means.pipes.has_unused();
         (has_deadlines || self.paused.is_some())
             .then(|| until(self.next_tick).max(Duration::from_millis(1)))
     }
@@ -295,8 +297,12 @@ impl Worker {
         match source {
             Source::Wake => self.take_commands(),
             // Of a port that was closed meanwhile nothing is found.
-            Source::TcpPort => port.map_or((), |port| self.accept(port)),
-            Source::UdpPort => port.map_or((), |port| self.receive_from_clients(port)),
+            Source::TcpPort => {
+                port.map(|port| self.accept(port));
+            }
+            Source::UdpPort => {
+                port.map(|port| self.receive_from_clients(port));
+            }
             Source::Client => self.connection_event(key, Side::Client, signals),
             Source::Server => self.connection_event(key, Side::Server, signals),
             Source::Flow => self.receive_from_server(key),
@@ -318,7 +324,7 @@ impl Worker {
                 Command::Reopen(port) => self.reopen(port),
                 Command::Close(port, transport) => self.close_port(port, transport),
                 Command::Answer(port, ticket, verdict) => self.answer(port, ticket, verdict),
-                Command::Cut(session) => self.cut(session),
+                Command::Cut(port, session) => self.cut(port, session),
                 Command::Settle(done) => {
                     // Whoever asked may have given up.
                     let _ = done.send(self.unwatched.take());
@@ -371,17 +377,6 @@ impl Worker {
             }
             Transport::Udp => self.drain_udp_port(port),
         }
-    }
-
-    fn cut(&mut self, session: SessionKey) {
-        for (transport, key) in self.sessions.remove(&session).unwrap_or_default() {
-            count(&self.counters.cut);
-            match transport {
-                Transport::Tcp => self.end_connection(key, true),
-                Transport::Udp => self.end_flow(key),
-            }
-        }
-        self.cut_closing(session);
     }
 
     /// A connection or flow of `session` is over.

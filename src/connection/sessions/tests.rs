@@ -80,6 +80,20 @@ fn admit(sessions: &Sessions, number: u16, last: u8) -> Verdict {
     sessions.admit(port(number), Transport::Tcp, client(last))
 }
 
+/// The data plane does the one thing that it is to do, a cut.
+fn cut(sessions: &Sessions, action: Option<Action>) {
+    let Some(Action::Cut(port, key)) = action else {
+        panic!("not to be cut but {action:?}");
+    };
+    sessions.closed(port, key, Traffic::default());
+}
+
+/// A client gives a session back, which is cut.
+fn release(sessions: &Sessions, id: &str) {
+    let action = sessions.release(id).expect("known").expect("in reach");
+    cut(sessions, action);
+}
+
 fn opened(id: &str) -> Option<Message> {
     Some(Message::Opened(v1::Opened {
         session_id: id.to_owned(),
@@ -138,17 +152,21 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
         None,
         "asked again while cutting"
     );
-    assert_eq!(next(&mut sent), None, "not over yet");
+    sessions.closed(port(PORT), key, Traffic::default());
+    assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
+    assert!(sessions.is_cutting(0));
     sessions.closed(port(PORT), key, Traffic::default());
     assert_eq!(next(&mut sent), ended("a"));
     assert!(!sessions.is_cutting(0));
 }
 
 #[test]
-fn an_unused_or_unknown_session_is_acknowledged_at_once() {
+fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
     let (sessions, _outbox, mut sent) = attached();
     sessions.learn(0, session("a", PORT));
-    assert_eq!(sessions.end(0, "a", end::Cause::Finished), None);
+    let action = sessions.end(0, "a", end::Cause::Finished);
+    assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
+    cut(&sessions, action);
     assert_eq!(next(&mut sent), ended("a"));
     assert_eq!(sessions.end(0, "never", end::Cause::Finished), None);
     assert_eq!(next(&mut sent), ended("never"));
@@ -274,11 +292,14 @@ fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
         },
     );
     assert!(sessions.get_by_idempotency_key("k").is_some());
-    assert_eq!(sessions.release("a"), Some(Ok(None)));
+    let action = sessions.release("a").expect("known").expect("in reach");
     let release = Message::Release(v1::Release {
         session_id: "a".to_owned(),
     });
     assert_eq!(next(&mut sent), Some(release));
+    assert_eq!(next(&mut sent), None);
+    cut(&sessions, action);
+    assert_eq!(next(&mut sent), ended("a"));
     assert!(sessions.get("a").is_none());
     assert!(sessions.get_by_idempotency_key("k").is_none());
     assert_eq!(sessions.release("a"), None);
@@ -309,7 +330,7 @@ fn a_removed_server_loses_its_sessions_only() {
 fn a_lost_release_is_told_again() {
     let (sessions, outbox, _lost) = attached();
     sessions.learn(0, session("a", PORT));
-    assert_eq!(sessions.release("a"), Some(Ok(None)));
+    release(&sessions, "a");
     sessions.detach(0, &outbox);
     let (again, mut sent) = unbounded_channel();
     sessions.attach(0, again, |_| ToAgent::default());
@@ -329,14 +350,16 @@ fn a_lost_release_is_told_again() {
 fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     type End = fn(&Sessions);
     fn end(sessions: &Sessions) {
-        assert_eq!(sessions.end(0, "a", end::Cause::Unclaimed), None);
+        if let action @ Some(_) = sessions.end(0, "a", end::Cause::Unclaimed) {
+            cut(sessions, action);
+        }
     }
     let cases: [(&str, End, bool); 5] = [
         ("ended by its agent", end, true),
         (
             "given back, and its agent has heard",
             |sessions| {
-                assert_eq!(sessions.release("a"), Some(Ok(None)));
+                release(sessions, "a");
                 end(sessions);
             },
             true,
@@ -346,13 +369,13 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             |sessions| {
                 end(sessions);
                 sessions.learn(0, session("b", PORT));
-                assert_eq!(sessions.end(0, "b", end::Cause::Unclaimed), None);
+                cut(sessions, sessions.end(0, "b", end::Cause::Unclaimed));
             },
             false,
         ),
         (
             "cut here, as its agent was out of reach",
-            |sessions| assert_eq!(sessions.forget_server(0), []),
+            |sessions| cut(sessions, sessions.forget_server(0).pop()),
             false,
         ),
         (
@@ -393,7 +416,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
 fn a_session_given_back_does_not_come_back_with_late_news() {
     let (sessions, _outbox, _sent) = attached();
     sessions.learn(0, session("a", PORT));
-    assert_eq!(sessions.release("a"), Some(Ok(None)));
+    release(&sessions, "a");
     sessions.learn(0, session("a", PORT));
     assert!(
         sessions.get("a").is_none(),

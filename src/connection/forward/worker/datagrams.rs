@@ -69,8 +69,11 @@ impl Worker {
         });
     }
 
-    pub(super) fn receive_from_clients(&mut self, number: ListenPort) {
+    /// Takes in datagrams of a port, a few batches at most. Whether there were
+    /// any.
+    pub(super) fn receive_from_clients(&mut self, number: ListenPort) -> bool {
         let mut batch = std::mem::take(&mut self.batch);
+        let mut has_received = false;
         for _ in 0..BATCHES_PER_TURN {
             let Some(port) = self.udp_ports.get_mut(&number) else {
                 break;
@@ -81,6 +84,7 @@ impl Worker {
                 // An ICMP error of a reply: that client's flow will expire.
                 Err(_) => continue,
             };
+            has_received = true;
             let mut next = 0;
             while next < received {
                 let (run, after) = batch.run(next, received);
@@ -92,6 +96,7 @@ impl Worker {
             }
         }
         self.batch = batch;
+        has_received
     }
 
     fn handle_run(&mut self, number: ListenPort, run: Run<'_>) {

@@ -31,6 +31,16 @@ pub(super) enum Parked {
     Udp(udp::Parked),
 }
 
+impl Parked {
+    /// The port that it came to.
+    pub(super) fn port(&self) -> ListenPort {
+        match self {
+            Self::Tcp { port, .. } => *port,
+            Self::Udp(parked) => parked.port,
+        }
+    }
+}
+
 impl Worker {
     /// Parks a client and asks for its verdict.
     pub(super) fn park(

@@ -32,10 +32,11 @@ const FIRST_SIGNALS: Signals = Signals {
 
 impl Worker {
     /// Accepts one connection. Where more wait the port is reported again, which
-    /// costs less than asking each port in vain for a second one.
-    pub(super) fn accept(&mut self, port: ListenPort) {
+    /// costs less than asking each port in vain for a second one. Whether there
+    /// was one.
+    pub(super) fn accept(&mut self, port: ListenPort) -> bool {
         let Some(listener) = self.tcp_ports.get(&port) else {
-            return;
+            return false;
         };
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         match net::acceptfrom_with(listener, flags) {
@@ -45,12 +46,15 @@ impl Worker {
                 {
                     self.meet(port, client, address);
                 }
+                true
             }
             Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
                 self.pause_accepting(port);
+                false
             }
+            Err(Errno::AGAIN) => false,
             // A client that is gone again.
-            Err(_) => {}
+            Err(_) => true,
         }
     }
 

@@ -1,0 +1,53 @@
+//! The end of a session, as the data plane sees it.
+
+use super::Worker;
+use super::parking::Parked;
+use crate::connection::forward::counters::count;
+use crate::connection::forward::{SessionKey, Ticket, Traffic, Transport};
+use crate::table::ListenPort;
+
+/// Most clients, and turns of datagrams, that are looked at when a session is
+/// cut: what a port's queue holds by default, so that whoever fills it
+/// meanwhile does not hold the thread.
+const MOST_WAITING: usize = 4096;
+
+impl Worker {
+    /// Cuts a session. After that, whoever is met on its port has come later.
+    pub(super) fn cut(&mut self, port: ListenPort, session: SessionKey) {
+        self.refuse_waiting(port);
+        for (transport, key) in self.sessions.remove(&session).unwrap_or_default() {
+            count(&self.counters.cut);
+            match transport {
+                Transport::Tcp => self.end_connection(key, true),
+                Transport::Udp => self.end_flow(key),
+            }
+        }
+        self.cut_closing(session);
+        self.gate.closed(port, session, Traffic::default());
+    }
+
+    /// Meets everyone who has come to `port` so far, and refuses whom the gate
+    /// does not admit at once: the next session on the port is not theirs.
+    fn refuse_waiting(&mut self, port: ListenPort) {
+        for _ in 0..MOST_WAITING {
+            if !self.accept(port) {
+                break;
+            }
+        }
+        for _ in 0..MOST_WAITING {
+            if !self.receive_from_clients(port) {
+                break;
+            }
+        }
+        let is_here = |parked: &Parked| parked.port() == port;
+        let parked = self.parked.iter();
+        let here = parked.filter(|(_, (_, parked))| is_here(parked));
+        let here: Vec<Ticket> = here.map(|(ticket, _)| *ticket).collect();
+        for ticket in here {
+            if let Some((_, parked)) = self.parked.remove(&ticket) {
+                count(&self.counters.no_session);
+                self.turn_away(parked);
+            }
+        }
+    }
+}
