@@ -41,7 +41,7 @@ mod tcp;
 mod udp;
 mod worker;
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
@@ -144,7 +144,7 @@ pub struct Forwarder {
     udp_admission: Arc<Admission>,
     flow_share: Arc<AtomicU32>,
     workers: Vec<Handle>,
-    open: Mutex<HashSet<(ListenPort, Transport)>>,
+    open: Mutex<BTreeSet<(ListenPort, Transport)>>,
     draining: DrainingPorts,
     routes: Arc<Routes>,
     idle: Arc<IdleTimes>,
@@ -323,7 +323,7 @@ impl Forwarder {
     }
 
     /// Shares the open files out anew, since listeners take some.
-    fn set_limits(&self, listeners: &HashSet<(ListenPort, Transport)>) {
+    fn set_limits(&self, listeners: &BTreeSet<(ListenPort, Transport)>) {
         let is_udp = |(_, transport): &&(ListenPort, Transport)| *transport == Transport::Udp;
         let udp = listeners.iter().filter(is_udp).count();
         let tcp = listeners.len() - udp;
@@ -427,18 +427,16 @@ impl Drop for Forwarder {
 }
 
 /// Every listener that `table` asks for.
-fn listeners_of(table: &Table) -> HashSet<(ListenPort, Transport)> {
-    let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
-    let count: usize = ranges().map(|range| usize::from(range.count)).sum();
-    let mut listeners = HashSet::with_capacity(count);
-    for range in ranges() {
+/// In their order: the kernel opens neighbours faster than ports at random.
+fn listeners_of(table: &Table) -> BTreeSet<(ListenPort, Transport)> {
+    let ranges = table.rows.iter().flat_map(|row| &row.ranges);
+    let listeners = ranges.flat_map(|range| {
         let tcp = range.protocol.has_tcp().then_some(Transport::Tcp);
         let udp = range.protocol.has_udp().then_some(Transport::Udp);
-        for transport in tcp.into_iter().chain(udp) {
-            listeners.extend(range.connection_ports().map(|port| (port, transport)));
-        }
-    }
-    listeners
+        let transports = tcp.into_iter().chain(udp);
+        transports.flat_map(|transport| range.connection_ports().map(move |port| (port, transport)))
+    });
+    listeners.collect()
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@
 //! whoever takes over, which reports all that is ready on them; so what epoll
 //! had told the former thread need not be known.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -231,7 +231,7 @@ impl Forwarder {
     /// refused, were there more than there may be.
     pub fn take_over(&self, handed: Handed, table: &Arc<Table>) {
         let mut shares: Vec<Share> = self.workers.iter().map(|_| Share::default()).collect();
-        let mut open = HashSet::new();
+        let mut open = BTreeSet::new();
         let mut draining = Vec::new();
         for port in handed.ports {
             if port.is_draining {
