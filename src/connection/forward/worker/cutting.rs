@@ -6,10 +6,13 @@ use crate::connection::forward::counters::count;
 use crate::connection::forward::{SessionKey, Ticket, Traffic, Transport};
 use crate::table::ListenPort;
 
-/// Most clients, and turns of datagrams, that are looked at when a session is
-/// cut: what a port's queue holds by default, so that whoever fills it
-/// meanwhile does not hold the thread.
+/// Most clients that are looked at when a session is cut: what a listener's
+/// queue holds by default. Who came before the cut is at its head, and whoever
+/// fills it meanwhile does not hold the thread.
 const MOST_WAITING: usize = 4096;
+/// Likewise of datagrams, in turns of 128: many times what a socket's buffer
+/// holds by default.
+const MOST_TURNS: usize = 64;
 
 impl Worker {
     /// Cuts a session. After that, whoever is met on its port has come later.
@@ -34,7 +37,7 @@ impl Worker {
                 break;
             }
         }
-        for _ in 0..MOST_WAITING {
+        for _ in 0..MOST_TURNS {
             if !self.receive_from_clients(port) {
                 break;
             }
