@@ -170,6 +170,40 @@ fn what_was_sent_before_the_end_is_flushed_to_a_slow_reader() {
     proxy.expect_clean();
 }
 
+/// A server sends a quarter of a megabyte and ends, the client has ended and
+/// reads nothing for `pause`; then it must find everything. Meanwhile the proxy
+/// holds the connection, so that a kernel without memory does not reset it, but
+/// not for more than 30 s.
+fn end_with_a_late_reader(pause: Duration, is_held: bool) {
+    let proxy = Proxy::start(|_| {});
+    let (mut client, mut server) = proxy.pair(0);
+    let sent = pattern(256 * 1024, 9);
+    server.write_all(&sent).unwrap();
+    server.shutdown(Shutdown::Write).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(end_of(&mut server), End::Closed(0));
+    std::thread::sleep(pause);
+    let live = proxy.metric("portpool_flows{transport=\"tcp\"}");
+    assert_eq!(live, f64::from(u8::from(is_held)), "connections are held");
+    let mut received = Vec::new();
+    client.read_to_end(&mut received).unwrap();
+    assert!(received == sent, "{} bytes", received.len());
+    drop((client, server));
+    proxy.expect_clean();
+}
+
+#[test]
+fn a_connection_that_has_ended_is_held_until_its_reader_has_all() {
+    only_for!(Portpool; "it leaves that to the kernel");
+    end_with_a_late_reader(Duration::from_secs(1), true);
+}
+
+#[test]
+fn a_connection_that_has_ended_is_not_held_for_ever() {
+    only_for!(Portpool; "it leaves that to the kernel");
+    end_with_a_late_reader(Duration::from_secs(31), false);
+}
+
 #[test]
 fn a_reader_that_takes_nothing_is_given_up() {
     let proxy = Proxy::start(|setup| setup.peer_timeout_seconds = 2);

@@ -27,6 +27,11 @@ use crate::table::ListenPort;
 /// Bytes a thread reads at once, and most bytes that a direction keeps.
 pub(super) const SCRATCH_BYTES: usize = 64 * 1024;
 
+/// Bytes of a direction that a closed socket delivers for certain. When TCP's
+/// memory runs out, Linux resets closed sockets that hold more than
+/// `SOCK_MIN_SNDBUF`, twice as much with what it adds to each packet.
+const SMALL_BYTES: u64 = 2048;
+
 /// What a thread lends to the direction that has its turn.
 #[derive(Debug)]
 pub(super) struct Means {
@@ -65,7 +70,7 @@ pub(super) enum Outcome {
     Waiting,
     /// Wants another turn without an event.
     Ready,
-    /// Both directions have ended.
+    /// Both directions have ended. Peers may not have everything yet.
     Finished,
     /// Reset both sockets.
     Broken,
@@ -297,17 +302,34 @@ impl<S: Stream> Connection<S> {
                 _ => {}
             }
         }
-        match (self.upstream.is_done, self.downstream.is_done) {
-            // Closing tells whoever was not told.
-            (true, true) => return Outcome::Finished,
-            (true, false) if !was_done.0 => self.server.end(),
-            (false, true) if !was_done.1 => self.client.end(),
-            _ => {}
+        let is_over = self.is_over();
+        // Closing tells whoever was not told, when that is next.
+        if !is_over || !self.is_small() {
+            if self.upstream.is_done && !was_done.0 {
+                self.server.end();
+            }
+            if self.downstream.is_done && !was_done.1 {
+                self.client.end();
+            }
+        }
+        if is_over {
+            return Outcome::Finished;
         }
         match progress.contains(&Progress::Yielded) {
             true => Outcome::Ready,
             false => Outcome::Waiting,
         }
+    }
+
+    /// Whether both directions have ended.
+    pub(super) fn is_over(&self) -> bool {
+        self.upstream.is_done && self.downstream.is_done
+    }
+
+    /// Whether a closed socket's kernel delivers what it carried, however short
+    /// of memory the machine is.
+    fn is_small(&self) -> bool {
+        self.upstream.bytes.max(self.downstream.bytes) <= SMALL_BYTES
     }
 
     /// Makes closing the sockets reset them.

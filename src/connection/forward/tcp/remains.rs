@@ -51,6 +51,12 @@ impl Connection {
         !self.is_connecting && is_gone(socket)
     }
 
+    /// Whether closing the sockets loses nothing once both directions have
+    /// ended: their peers have acknowledged everything, the end as well.
+    pub(in crate::connection::forward) fn is_delivered(&self) -> bool {
+        self.is_small() || is_gone(&self.client) && is_gone(&self.server)
+    }
+
     /// What is to be done for the side that lives when the other one is gone;
     /// `None` when there is nobody to do it for.
     pub(in crate::connection::forward) fn into_remains(

@@ -22,7 +22,7 @@ use crate::table::ListenPort;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a peer may take in all: a session's port should come back.
-const DEADLINE: Duration = Duration::from_secs(30);
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Most connections of a thread that wait for their reset; others are reset at
 /// once. Bounds what looking at them costs.

@@ -19,9 +19,13 @@ impl Worker {
     pub(super) fn cut(&mut self, port: ListenPort, session: SessionKey) {
         self.refuse_waiting(port);
         for (transport, key) in self.sessions.remove(&session).unwrap_or_default() {
-            count(&self.counters.cut);
+            // One that has ended in order and waits for its peers is not cut.
+            let is_over = transport == Transport::Tcp && self.has_finished(key);
+            if !is_over {
+                count(&self.counters.cut);
+            }
             match transport {
-                Transport::Tcp => self.end_connection(key, true),
+                Transport::Tcp => self.end_connection(key, !is_over),
                 Transport::Udp => self.end_flow(key),
             }
         }

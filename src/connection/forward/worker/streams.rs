@@ -9,7 +9,7 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{self, SocketFlags};
 
-use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker};
+use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker, closing};
 use crate::connection::forward::admission::{self, Permit};
 use crate::connection::forward::counters::count;
 use crate::connection::forward::slab::Key;
@@ -29,6 +29,14 @@ const FIRST_SIGNALS: Signals = Signals {
     gone: false,
     failed: false,
 };
+
+/// What a connection has done for too long.
+enum Late {
+    Connecting,
+    /// Waited for what its peers have not acknowledged.
+    Over,
+    Idle,
+}
 
 impl Worker {
     /// Accepts one connection. Where more wait the port is reported again, which
@@ -187,11 +195,14 @@ impl Worker {
         // A near server is connected by now, and the client's first bytes may
         // be there: one event less.
         let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut self.means);
-        if matches!(outcome, Outcome::Waiting | Outcome::Ready)
-            && epoll_pair(&self.epoll, connection, key).is_err()
-        {
+        let goes_on = match outcome {
+            Outcome::Waiting | Outcome::Ready => true,
+            Outcome::Finished => !connection.is_delivered(),
+            Outcome::Broken | Outcome::Unreachable(_) => false,
+        };
+        if goes_on && epoll_pair(&self.epoll, connection, key).is_err() {
             count(&self.counters.accept_failed);
-            return self.end_connection(key, true);
+            return self.end_connection(key, outcome != Outcome::Finished);
         }
         self.conclude(key, outcome);
     }
@@ -222,13 +233,29 @@ impl Worker {
         match outcome {
             Outcome::Waiting => {}
             Outcome::Ready => self.ready.push(key),
-            Outcome::Finished => self.end_connection(key, false),
+            Outcome::Finished => self.finish(key),
             Outcome::Broken => self.break_connection(key),
             Outcome::Unreachable(errno) => {
                 count(self.counters.unreachable(errno));
                 self.end_connection(key, true);
             }
         }
+    }
+
+    /// Closes a connection that has ended both ways, once both peers have
+    /// everything: of closed sockets Linux forgets what they hold when it runs
+    /// out of memory. Each peer that has shows by an event.
+    fn finish(&mut self, key: Key) {
+        let connection = self.connections.get_mut(key);
+        if connection.is_some_and(|connection| connection.is_delivered()) {
+            self.end_connection(key, false);
+        }
+    }
+
+    /// Whether a connection has ended both ways.
+    pub(super) fn has_finished(&mut self, key: Key) -> bool {
+        let connection = self.connections.get_mut(key);
+        connection.is_some_and(|connection| connection.is_over())
     }
 
     pub(super) fn end_connection(&mut self, key: Key, reset: bool) {
@@ -253,22 +280,27 @@ impl Worker {
         self.means.pipes.close_unused();
         self.guard_peers();
         let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
-        let late: Vec<(Key, bool)> = self
+        let late: Vec<(Key, Late)> = self
             .connections
             .iter()
             .filter_map(|(key, connection)| {
                 let silent = self.now.duration_since(connection.active);
-                let is_late = match connection.is_connecting {
-                    true => silent >= CONNECT_DEADLINE,
-                    false => !idle.is_zero() && silent >= idle,
+                let (is_late, late) = if connection.is_connecting {
+                    (silent >= CONNECT_DEADLINE, Late::Connecting)
+                } else if connection.is_over() {
+                    (silent >= closing::DEADLINE, Late::Over)
+                } else {
+                    (!idle.is_zero() && silent >= idle, Late::Idle)
                 };
-                is_late.then_some((key, connection.is_connecting))
+                is_late.then_some((key, late))
             })
             .collect();
-        for (key, is_connecting) in late {
-            match is_connecting {
-                true => self.conclude(key, Outcome::Unreachable(Errno::TIMEDOUT)),
-                false => {
+        for (key, late) in late {
+            match late {
+                Late::Connecting => self.conclude(key, Outcome::Unreachable(Errno::TIMEDOUT)),
+                // The kernel alone goes on with it.
+                Late::Over => self.end_connection(key, false),
+                Late::Idle => {
                     count(&self.counters.idle);
                     self.end_connection(key, true);
                 }
