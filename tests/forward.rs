@@ -467,6 +467,25 @@ fn cutting_a_session_resets_its_connections_only() {
     server.read_exact(&mut [0]).unwrap();
 }
 
+#[test]
+fn a_cut_takes_nothing_from_a_connection_that_has_ended() {
+    let bench = Bench::new(Verdict::Admit(SESSION));
+    let (mut client, mut server) = bench.pair();
+    let sent = pattern(256 * 1024, 3);
+    server.write_all(&sent).unwrap();
+    server.shutdown(Shutdown::Write).unwrap();
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(server.read(&mut [0; 16]).unwrap(), 0);
+    // Both ends are passed on by then, and wait for the client to read.
+    std::thread::sleep(Duration::from_millis(300));
+    bench.cut();
+    bench.all_closed();
+    assert_eq!(bench.forwarder.counters().cut, 0);
+    let mut received = Vec::new();
+    client.read_to_end(&mut received).unwrap();
+    assert!(received == sent, "{} bytes", received.len());
+}
+
 /// The next session on the port is another client's.
 #[test]
 fn a_client_that_came_before_a_cut_is_not_met_after_it() {
