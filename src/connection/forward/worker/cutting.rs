@@ -20,12 +20,11 @@ impl Worker {
         self.refuse_waiting(port);
         for (transport, key) in self.sessions.remove(&session).unwrap_or_default() {
             // One that has ended in order and waits for its peers is not cut.
-            let is_over = transport == Transport::Tcp && self.has_finished(key);
-            if !is_over {
+            if transport == Transport::Udp || !self.has_finished(key) {
                 count(&self.counters.cut);
             }
             match transport {
-                Transport::Tcp => self.end_connection(key, !is_over),
+                Transport::Tcp => self.end_connection(key),
                 Transport::Udp => self.end_flow(key),
             }
         }

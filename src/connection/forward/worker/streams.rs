@@ -202,7 +202,7 @@ impl Worker {
         };
         if goes_on && epoll_pair(&self.epoll, connection, key).is_err() {
             count(&self.counters.accept_failed);
-            return self.end_connection(key, outcome != Outcome::Finished);
+            return self.end_connection(key);
         }
         self.conclude(key, outcome);
     }
@@ -237,7 +237,7 @@ impl Worker {
             Outcome::Broken => self.break_connection(key),
             Outcome::Unreachable(errno) => {
                 count(self.counters.unreachable(errno));
-                self.end_connection(key, true);
+                self.end_connection(key);
             }
         }
     }
@@ -248,7 +248,7 @@ impl Worker {
     fn finish(&mut self, key: Key) {
         let connection = self.connections.get_mut(key);
         if connection.is_some_and(|connection| connection.is_delivered()) {
-            self.end_connection(key, false);
+            self.end_connection(key);
         }
     }
 
@@ -258,12 +258,13 @@ impl Worker {
         connection.is_some_and(|connection| connection.is_over())
     }
 
-    pub(super) fn end_connection(&mut self, key: Key, reset: bool) {
+    /// Closes a connection, by a reset unless it has ended both ways.
+    pub(super) fn end_connection(&mut self, key: Key) {
         let Some(mut connection) = self.connections.remove(key) else {
             return;
         };
         connection.give_back_pipes(&mut self.means.pipes);
-        if reset {
+        if !connection.is_over() {
             connection.reset();
         }
         let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
@@ -299,10 +300,10 @@ impl Worker {
             match late {
                 Late::Connecting => self.conclude(key, Outcome::Unreachable(Errno::TIMEDOUT)),
                 // The kernel alone goes on with it.
-                Late::Over => self.end_connection(key, false),
+                Late::Over => self.end_connection(key),
                 Late::Idle => {
                     count(&self.counters.idle);
-                    self.end_connection(key, true);
+                    self.end_connection(key);
                 }
             }
         }
