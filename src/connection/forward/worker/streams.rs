@@ -211,7 +211,10 @@ impl Worker {
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
-        connection.active = self.now;
+        // How long one that is over waits for its peers does not begin anew.
+        if !connection.is_over() {
+            connection.active = self.now;
+        }
         let outcome = connection.event(side, signals, &mut self.means);
         // The other side may take nothing, and so never show it.
         let is_waiting = matches!(outcome, Outcome::Waiting | Outcome::Ready);
