@@ -194,13 +194,13 @@ fn end_with_a_late_reader(pause: Duration, is_held: bool) {
 
 #[test]
 fn a_connection_that_has_ended_is_held_until_its_reader_has_all() {
-    only_for!(Portpool; "it leaves that to the kernel");
+    only_for!(Portpool; "the test asks portpool's metrics");
     end_with_a_late_reader(Duration::from_secs(1), true);
 }
 
 #[test]
 fn a_connection_that_has_ended_is_not_held_for_ever() {
-    only_for!(Portpool; "it leaves that to the kernel");
+    only_for!(Portpool; "the test asks portpool's metrics");
     end_with_a_late_reader(Duration::from_secs(31), false);
 }
 
