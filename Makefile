@@ -45,7 +45,7 @@ scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, 
 	cargo test --release --locked --test operator_scale -- --ignored --nocapture --test-threads=1
 
 bench: bench-tools  ## Beside HAProxy and nginx (MEASURES=bulk_1,message LANES=portpool,nginx ROUNDS=5 BASE=other/portpool)
-	cargo build --release --locked -p portpool -p portpool-benches
+	cargo build --release --locked -p portpool -p portpool-bench
 	target/release/portpool-bench $(if $(MEASURES),--measures $(MEASURES)) $(if $(LANES),--lanes $(LANES)) \
 	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(BOTH_CORES),--both-cores $(BOTH_CORES)) \
 	  $(if $(BASE),--base $(BASE)) $(if $(BUSY),--busy) --portpool $(or $(PORTPOOL),target/release/portpool)
@@ -54,7 +54,7 @@ bench-publish:  ## Put the last complete run of make bench into docs/bench
 	target/release/portpool-bench --publish docs/bench
 
 soak:  ## Churn and faults with every byte checked, memory watched (MINUTES=30)
-	cargo build --release --locked -p portpool -p portpool-benches
+	cargo build --release --locked -p portpool -p portpool-bench
 	target/release/portpool-soak --minutes $(or $(MINUTES),30) --portpool $(or $(PORTPOOL),target/release/portpool)
 
 generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml, chart README

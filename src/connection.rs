@@ -8,44 +8,28 @@
 //! client ─bytes→ forward ⇄ processing server       forward ─admit?→ sessions
 //! ```
 //!
-//! - `api`, `http`, `problem`: the load-sharing port; `allocation`: from request
-//!   to session;
-//! - `policy`, `load_sharing`: pure: who gets a request, who waits;
-//!   `reservations` shares them between requests;
+//! - `load_sharing`: the load-sharing port, from a request to a session;
 //! - `agents`: one stream of the selection protocol per processing server;
-//!   `place`: what tells them that a former process is no more;
-//! - `sessions`: what agents told, and the gate of the data plane; `trace`:
-//!   what is logged of a session;
-//! - `forward`: the data plane, on its own threads;
+//! - `sessions`: the sessions that agents reported, and the gate of the data
+//!   plane (`crate::forward`);
 //! - `server`: all of these, wired together, from start to stop;
 //! - `handover`: all of it to a new process, without cutting anything;
-//!   `successor`: starts one;
 //! - this file: what a connection server is told, and its life.
 
 pub mod agents;
-pub mod allocation;
-pub mod api;
-pub mod forward;
 pub mod handover;
-mod http;
 pub mod load_sharing;
 pub mod metrics;
-mod place;
-pub mod policy;
-pub mod problem;
-pub mod reservations;
 mod server;
 pub mod sessions;
-pub mod successor;
-pub mod trace;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use self::handover::successor::Starter;
 use self::server::Server;
-use self::successor::Starter;
-use crate::{admin, follow};
+use crate::{admin, follow, forward};
 
 /// Runs a connection server: gives clients connection ports and forwards them
 /// to the processing servers.

@@ -37,17 +37,17 @@
 //! manifest     → pool, plan                      YAML files
 //! follow       → table                           a file or ConfigMap as a watch
 //! admin        → table                           /livez, /readyz, /metrics
-//! connection   → pool, table, session, selection, follow, admin    a role
-//!   forward    → pool, table, sock_diag          the data plane: epoll, own threads
-//! processing   → pool, table, selection, follow, admin, sock_diag  a role
+//! forward      → pool, table, sock_diag          the data plane: epoll, own threads
+//! connection   → pool, table, session, selection, follow, admin, forward  a role
+//! agent        → pool, table, selection, follow, admin, sock_diag  a role
 //! client       → pool, session
 //! operator     → pool, table, session, plan, follow, client, admin a role
-//! local        → pool, table, session, plan, manifest, follow, client, connection
+//! local        → pool, table, session, plan, manifest, follow, client, forward
 //! echo, telemetry
 //! ```
 //!
-//! Decisions are functions of values: `plan`, `connection::policy`,
-//! `connection::load_sharing` and `processing::book` know no socket, clock or
+//! Decisions are functions of values: `plan`, `connection::load_sharing::policy`,
+//! `connection::load_sharing::servers` and `agent::book` know no socket, clock or
 //! lock. I/O is around them.
 //!
 //! # What may not happen
@@ -60,16 +60,17 @@
 //! `tests/model.rs` plays orders of events against these rules.
 
 pub mod admin;
+pub mod agent;
 pub mod client;
 pub mod connection;
 pub mod echo;
 pub mod follow;
+pub mod forward;
 pub mod local;
 pub mod manifest;
 pub mod operator;
 pub mod plan;
 pub mod pool;
-pub mod processing;
 pub mod selection;
 pub mod session;
 pub mod sock_diag;

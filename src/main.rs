@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use portpool::{client, connection, echo, local, manifest, operator, processing, telemetry};
+use portpool::{agent, client, connection, echo, forward, local, manifest, operator, telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Gives a client its own port on its own server for a while.
@@ -37,7 +37,7 @@ enum Command {
     /// Prints the custom resource definition of ProcessingPool (YAML), for kubectl apply -f -
     Crd,
     ConnectionServer(connection::Options),
-    ProcessingServer(processing::Options),
+    ProcessingServer(agent::Options),
     Echo(echo::Options),
     #[command(hide = true)]
     RunProgram(local::supervise::RunProgram),
@@ -57,7 +57,7 @@ fn main() -> ExitCode {
     }
     local::supervise::die_with_parent();
     if let Command::ConnectionServer(_) = &cli.command {
-        connection::forward::make_room();
+        forward::make_room();
     }
     let _logs = match telemetry::init(&cli.telemetry) {
         Ok(logs) => logs,
@@ -94,7 +94,7 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Controller(options) => operator::run(options, interrupted()?).await?,
         Command::Crd => print!("{}", manifest::crd_yaml()),
         Command::ConnectionServer(options) => connection::run(options, interrupted()?).await?,
-        Command::ProcessingServer(options) => processing::run(options, interrupted()?).await?,
+        Command::ProcessingServer(options) => agent::run(options, interrupted()?).await?,
         Command::Echo(options) => echo::run(options, interrupted()?).await?,
         Command::RunProgram(_) => unreachable!("handled before the runtime starts"),
     }

@@ -137,7 +137,9 @@ async fn requests_that_are_wrong_get_problem_details() {
 
 /// Whether the OpenAPI document has this answer.
 fn is_documented(path: &str, method: &str, status: u16) -> bool {
-    let document = portpool::connection::api::openapi().to_json().unwrap();
+    let document = portpool::connection::load_sharing::api::openapi()
+        .to_json()
+        .unwrap();
     let document: serde_json::Value = serde_json::from_str(&document).unwrap();
     document["paths"][path][method]["responses"]
         .get(status.to_string())

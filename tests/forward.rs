@@ -18,9 +18,7 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::socket::GetSockOpt;
-use portpool::connection::forward::{
-    Config, Forwarder, Gate, SessionKey, Ticket, Traffic, Transport, Verdict,
-};
+use portpool::forward::{Config, Forwarder, Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 use portpool::pool::{PortProtocol, ProxyProtocol, Sessions};
 use portpool::table::{ListenPort, PortRange, Table};
 
@@ -731,7 +729,7 @@ fn ipv6_is_forwarded() {
 #[test]
 fn ten_thousand_ports_open_and_answer() {
     let mut bench = Bench::new(Verdict::Admit(SESSION));
-    portpool::connection::forward::check_open_files(10_000).unwrap();
+    portpool::forward::check_open_files(10_000).unwrap();
     let started = Instant::now();
     bench.lead(10_000, |range| range.protocol = PortProtocol::TCP);
     println!("10,000 ports opened in {:?}", started.elapsed());

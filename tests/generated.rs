@@ -28,7 +28,7 @@ fn selection_protocol_code_is_generated_from_its_proto() {
 
 #[test]
 fn openapi_document_is_generated_from_the_handlers() {
-    let mut document = portpool::connection::api::openapi()
+    let mut document = portpool::connection::load_sharing::api::openapi()
         .to_pretty_json()
         .unwrap();
     document.push('\n');

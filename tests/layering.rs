@@ -22,10 +22,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("manifest", &["pool", "plan"]),
     ("follow", &["table", "pool"]),
     ("admin", &["table"]),
-    (
-        "connection/forward",
-        &["pool", "table", "sock_diag", "connection"],
-    ),
+    ("forward", &["pool", "table", "sock_diag"]),
     (
         "connection",
         &[
@@ -35,11 +32,11 @@ const ARROWS: &[(&str, &[&str])] = &[
             "selection",
             "follow",
             "admin",
-            "connection",
+            "forward",
         ],
     ),
     (
-        "processing",
+        "agent",
         &["pool", "table", "selection", "follow", "admin", "sock_diag"],
     ),
     ("client", &["pool", "session"]),
@@ -52,14 +49,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "local",
         &[
-            "pool",
-            "table",
-            "session",
-            "plan",
-            "manifest",
-            "follow",
-            "client",
-            "connection",
+            "pool", "table", "session", "plan", "manifest", "follow", "client", "forward",
         ],
     ),
     ("echo", &[]),
@@ -72,11 +62,11 @@ const PURE: &[&str] = &[
     "table",
     "plan",
     "sock_diag",
-    "connection/policy",
-    "connection/load_sharing",
+    "connection/load_sharing/policy",
+    "connection/load_sharing/servers",
     "connection/handover/values",
-    "connection/forward",
-    "processing/book",
+    "forward",
+    "agent/book",
     "local/container",
 ];
 
@@ -163,10 +153,7 @@ fn a_forbidden_line_is_found() {
         1
     );
     assert_eq!(violations("table", "use crate::{pool, admin};").len(), 1);
-    assert_eq!(
-        violations("processing/book", "use tokio::time::sleep;").len(),
-        1
-    );
+    assert_eq!(violations("agent/book", "use tokio::time::sleep;").len(), 1);
     assert_eq!(
         violations("client", "use crate::session::Session;").len(),
         0

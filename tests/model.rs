@@ -19,10 +19,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use portpool::connection::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use portpool::agent::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::connection::sessions::{Action, Outbox, Sessions};
+use portpool::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 use portpool::pool::PortProtocol;
-use portpool::processing::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
 use portpool::selection::{
     CLOSED_AFTER, CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,

@@ -77,7 +77,7 @@ async fn allocate(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_ports_and_five_thousand_sessions_at_once() {
-    portpool::connection::forward::check_open_files(10_000).unwrap();
+    portpool::forward::check_open_files(10_000).unwrap();
     let mut pool = Pool::new(2, |table| {
         for (row, first) in table.rows.iter_mut().zip([20_000, 20_000 + PORTS]) {
             row.ranges[0].connection_port = ListenPort::new(first).unwrap();

@@ -10,7 +10,8 @@
 //! agent ─counts→ load sharing     agent ─session, end→ sessions ─cut→ forwarder
 //! ```
 
-mod stream;
+pub(in crate::connection) mod host_identity;
+mod link;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -24,12 +25,12 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
-use self::stream::{Stream, Waiting};
-use super::forward::Forwarder;
+use self::link::{Stream, Waiting};
+use super::load_sharing::reservations::Reservations;
 use super::metrics::Metrics;
-use super::reservations::Reservations;
+use super::sessions::span::Trace;
 use super::sessions::{Action, Sessions};
-use super::trace::Trace;
+use crate::forward::Forwarder;
 use crate::selection::v1::{self, ToAgent, refused, to_agent::Message};
 use crate::table::{Row, RowState, Table};
 

@@ -31,6 +31,7 @@
 
 mod frames;
 mod socket;
+pub mod successor;
 mod values;
 mod wire;
 
@@ -47,10 +48,10 @@ use self::frames::{receive_state, send_state};
 pub use self::socket::Socket;
 use self::wire::{Content, Empty};
 use super::agents::HandedAgents;
-use super::forward::handover::Handed;
-use super::forward::{Forwarder, SessionKey};
 use super::sessions::Sessions;
-use super::sessions::handover::HandedSessions;
+use super::sessions::snapshot::HandedSessions;
+use crate::forward::handover::Handed;
+use crate::forward::{Forwarder, SessionKey};
 use crate::table::{Table, TableError};
 
 /// Of the protocol between predecessor and successor. Others are refused.

@@ -15,11 +15,11 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::agents::SelectError;
-use super::allocation::{Allocated, Refusal};
-use super::forward::{Forwarder, Snapshot};
-use super::load_sharing::LoadSharing;
-use super::reservations::Reservations;
+use super::load_sharing::allocation::{Allocated, Refusal};
+use super::load_sharing::reservations::Reservations;
+use super::load_sharing::servers::LoadSharing;
 use super::sessions::Sessions;
+use crate::forward::{Forwarder, Snapshot};
 use crate::selection::v1::end;
 
 /// Counters of one connection server.

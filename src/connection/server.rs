@@ -25,15 +25,17 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
+use super::agents::host_identity;
 use super::agents::{Agents, HandedAgents};
-use super::allocation::Allocation;
-use super::api::{self, Api};
-use super::forward::{self, Forwarder};
-use super::load_sharing::{self, LoadSharing};
+use super::load_sharing::allocation::Allocation;
+use super::load_sharing::api::{self, Api};
+use super::load_sharing::http;
+use super::load_sharing::reservations::Reservations;
+use super::load_sharing::servers::{LoadSharing, Server as ServerCounts};
 use super::metrics::{self, Metrics};
-use super::reservations::Reservations;
 use super::sessions::Sessions;
-use super::{Error, Options, http, place};
+use super::{Error, Options};
+use crate::forward::{self, Forwarder};
 use crate::table::Table;
 use crate::{admin, follow};
 
@@ -64,7 +66,7 @@ impl Beginning {
     async fn new(options: &Options, first: &Arc<Table>) -> Result<Self, Error> {
         let load_sharing = listen(options.listen, options.load_sharing_port)?;
         Ok(Self {
-            agents: HandedAgents::new(place::of(&load_sharing)),
+            agents: HandedAgents::new(host_identity::of(&load_sharing)),
             table: first.clone(),
             load_sharing,
             admin: admin::bind(options.admin).await?,
@@ -224,10 +226,7 @@ impl Server {
                     return Err("shutting down".to_owned());
                 }
                 let takes = |sharing: &LoadSharing| {
-                    sharing
-                        .servers()
-                        .values()
-                        .any(load_sharing::Server::takes_sessions)
+                    sharing.servers().values().any(ServerCounts::takes_sessions)
                 };
                 // Once ready it stays so: without processing servers clients
                 // should hear that, and live flows should keep their way here.

@@ -26,7 +26,8 @@
 //!   of it.
 
 mod gate;
-pub mod handover;
+pub mod snapshot;
+pub mod span;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -37,8 +38,8 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::gate::Parked;
-use super::forward::{SessionKey, Ticket, Traffic, Verdict};
-use super::trace::{Carried, Trace};
+use self::span::{Carried, Trace};
+use crate::forward::{SessionKey, Ticket, Traffic, Verdict};
 use crate::pool::Admission;
 use crate::selection::v1::{self, ToAgent, end, to_agent::Message};
 use crate::table::{ListenPort, PortIndex, Table};

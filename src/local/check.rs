@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
 use super::{connection_address, container, server_address};
-use crate::connection::forward::{check_open_files, ephemeral_overlap};
+use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{Problem, ValidPool};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT};
 use crate::table::{PortRange, Table};

@@ -17,9 +17,9 @@ use super::values::{
 use super::wire::{self, Content, Empty, MAX_DESCRIPTORS};
 use super::{Error, FRAME_DEADLINE, State, set_deadline};
 use crate::connection::agents::HandedAgents;
-use crate::connection::forward::Transport;
-use crate::connection::forward::handover::{Handed, HandedClient, HandedConnection, HandedPort};
-use crate::connection::sessions::handover::HandedSessions;
+use crate::connection::sessions::snapshot::HandedSessions;
+use crate::forward::Transport;
+use crate::forward::handover::{Handed, HandedClient, HandedConnection, HandedPort};
 use crate::table::Table;
 
 /// Bytes after which a frame of connections ends.

@@ -12,12 +12,12 @@ use tokio::time::Instant;
 use super::frames::{add, send_server};
 use super::values::{encode_client, encode_connection, encode_flow, encode_port};
 use super::*;
-use crate::connection::forward::handover::{
+use crate::connection::sessions::snapshot::HandedSession;
+use crate::connection::sessions::span::Carried;
+use crate::forward::handover::{
     HandedClient, HandedConnection, HandedDirection, HandedFlow, HandedPort,
 };
-use crate::connection::forward::{Traffic, Transport};
-use crate::connection::sessions::handover::HandedSession;
-use crate::connection::trace::Carried;
+use crate::forward::{Traffic, Transport};
 use crate::pool::{LoadSharing, Sessions as Settings};
 use crate::selection::v1;
 use crate::table::{FORMAT_VERSION, ListenPort, TargetPort};

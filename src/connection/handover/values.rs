@@ -7,12 +7,12 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::wire;
-use crate::connection::forward::handover::{
+use crate::connection::sessions::snapshot::HandedSession;
+use crate::connection::sessions::span::Carried;
+use crate::forward::handover::{
     HandedClient, HandedConnection, HandedDirection, HandedFlow, HandedPort,
 };
-use crate::connection::forward::{SessionKey, Traffic, Transport};
-use crate::connection::sessions::handover::HandedSession;
-use crate::connection::trace::Carried;
+use crate::forward::{SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
 pub(super) fn encode_port(port: &HandedPort) -> wire::Port {

@@ -11,9 +11,9 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{Beginning, Server};
-use crate::connection::forward::Forwarder;
 use crate::connection::sessions::Sessions;
 use crate::connection::{Error, Options, handover};
+use crate::forward::Forwarder;
 use crate::table::Table;
 
 /// How long a successor lets requests queue until its agents are attached.

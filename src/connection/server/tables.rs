@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::Parts;
-use crate::connection::forward;
+use crate::forward;
 use crate::table::Table;
 
 impl Parts {

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::{Action, Inner, NO_SESSION, Sessions, canonical};
-use crate::connection::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use crate::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
 use crate::pool::Admission;
 use crate::selection::v1::{self, to_agent::Message};
 use crate::table::ListenPort;

@@ -3,7 +3,7 @@ use std::net::SocketAddr;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
-use crate::connection::forward::{Gate, Transport};
+use crate::forward::{Gate, Transport};
 use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions as Settings};
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, TargetPort};
 

@@ -8,11 +8,11 @@ use std::time::Duration;
 use rustix::event::epoll::{self, EventFlags};
 
 use super::{Parked, Source, Worker};
-use crate::connection::forward::admission::{self, Permit};
-use crate::connection::forward::counters::{add, count};
-use crate::connection::forward::slab::Key;
-use crate::connection::forward::udp::{self, Appetite, Flow, Run};
-use crate::connection::forward::{SessionKey, Traffic, Transport, Verdict};
+use crate::forward::admission::{self, Permit};
+use crate::forward::counters::{add, count};
+use crate::forward::slab::Key;
+use crate::forward::udp::{self, Appetite, Flow, Run};
+use crate::forward::{SessionKey, Traffic, Transport, Verdict};
 use crate::table::ListenPort;
 
 /// Batches from one socket before others get their turn. All sockets here are

@@ -15,8 +15,8 @@ use tonic::transport::Endpoint;
 use tracing::{debug, info, warn};
 
 use super::{Agents, SelectError};
+use crate::connection::sessions::span::Trace;
 use crate::connection::sessions::{Outbox, Sessions};
-use crate::connection::trace::Trace;
 use crate::pool::PortProtocol;
 use crate::selection::v1::selection_client::SelectionClient;
 use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, to_agent::Message};

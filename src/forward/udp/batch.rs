@@ -27,7 +27,7 @@ const JOINED_BYTES: usize = 65_507;
 /// How many datagrams to ask a socket for: one while they come alone, else a
 /// few more than it had last time, so that one call gets all of a burst.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::connection::forward) struct Appetite {
+pub(in crate::forward) struct Appetite {
     most: u8,
     /// Lone datagrams since it was last asked for two.
     alone: u8,
@@ -37,7 +37,7 @@ impl Appetite {
     /// Lone datagrams before a socket is asked whether there are two.
     const ALONE: u8 = 16;
 
-    pub(in crate::connection::forward) fn new() -> Self {
+    pub(in crate::forward) fn new() -> Self {
         Self { most: 1, alone: 0 }
     }
 
@@ -71,7 +71,7 @@ impl Appetite {
 
 /// A thread's space for datagrams.
 #[derive(Debug, Default)]
-pub(in crate::connection::forward) struct Batch {
+pub(in crate::forward) struct Batch {
     space: Vec<u8>,
     metas: Vec<RecvMeta>,
     joined: Vec<u8>,
@@ -79,36 +79,36 @@ pub(in crate::connection::forward) struct Batch {
 
 /// Datagrams of one sender, one after the other.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::connection::forward) struct Run<'a> {
-    pub(in crate::connection::forward) sender: SocketAddr,
+pub(in crate::forward) struct Run<'a> {
+    pub(in crate::forward) sender: SocketAddr,
     /// The address that they were sent to, where the system tells.
-    pub(in crate::connection::forward) local: Option<IpAddr>,
-    pub(in crate::connection::forward) bytes: &'a [u8],
+    pub(in crate::forward) local: Option<IpAddr>,
+    pub(in crate::forward) bytes: &'a [u8],
     /// Length of each datagram but the last, which may be shorter.
-    pub(in crate::connection::forward) stride: usize,
+    pub(in crate::forward) stride: usize,
 }
 
 impl<'a> Run<'a> {
     /// Each datagram.
-    pub(in crate::connection::forward) fn datagrams(self) -> impl Iterator<Item = &'a [u8]> {
+    pub(in crate::forward) fn datagrams(self) -> impl Iterator<Item = &'a [u8]> {
         // An empty datagram has no chunks, but is one.
         let empty = self.bytes.is_empty().then_some(self.bytes);
         self.bytes.chunks(self.stride.max(1)).chain(empty)
     }
 
-    pub(in crate::connection::forward) fn is_one(self) -> bool {
+    pub(in crate::forward) fn is_one(self) -> bool {
         self.bytes.len() <= self.stride
     }
 
     /// How many there are.
-    pub(in crate::connection::forward) fn count(self) -> u64 {
+    pub(in crate::forward) fn count(self) -> u64 {
         self.datagrams().count() as u64
     }
 }
 
 impl Batch {
     /// Memory is taken up as it is used.
-    pub(in crate::connection::forward) fn new() -> Self {
+    pub(in crate::forward) fn new() -> Self {
         Self {
             space: vec![0; BATCH * SLOT_BYTES],
             metas: vec![RecvMeta::default(); BATCH],
@@ -118,7 +118,7 @@ impl Batch {
 
     /// Receives what is there, as far as `appetite` goes. Whether there may be
     /// more.
-    pub(in crate::connection::forward) fn receive(
+    pub(in crate::forward) fn receive(
         &mut self,
         state: &UdpSocketState,
         socket: UdpSockRef<'_>,
@@ -156,11 +156,7 @@ impl Batch {
 
     /// The run that begins with the datagram received as `first` of
     /// `received`, and the index behind it. Datagrams of one length are joined.
-    pub(in crate::connection::forward) fn run(
-        &mut self,
-        first: usize,
-        received: usize,
-    ) -> (Run<'_>, usize) {
+    pub(in crate::forward) fn run(&mut self, first: usize, received: usize) -> (Run<'_>, usize) {
         let meta = self.metas[first];
         let slot = |index: usize, length: usize| {
             &self.space[index * SLOT_BYTES..index * SLOT_BYTES + length]

@@ -4,13 +4,13 @@
 use std::io;
 
 use super::{Parked, Worker, new_epoll};
-use crate::connection::forward::admission::Permit;
-use crate::connection::forward::counters::count;
-use crate::connection::forward::handover::{Handed, HandedClient, HandedPort, Share};
-use crate::connection::forward::listeners::Listener;
-use crate::connection::forward::tcp::Connection;
-use crate::connection::forward::udp::{self, Flow};
-use crate::connection::forward::{Transport, Verdict};
+use crate::forward::admission::Permit;
+use crate::forward::counters::count;
+use crate::forward::handover::{Handed, HandedClient, HandedPort, Share};
+use crate::forward::listeners::Listener;
+use crate::forward::tcp::Connection;
+use crate::forward::udp::{self, Flow};
+use crate::forward::{Transport, Verdict};
 
 impl Worker {
     /// Gives everything away.

@@ -17,7 +17,7 @@ use tracing::debug;
 /// The place of the process that opened `load_sharing` in its own network
 /// namespace; empty where the kernel does not tell.
 #[must_use]
-pub(super) fn of(load_sharing: &TcpListener) -> String {
+pub(in crate::connection) fn of(load_sharing: &TcpListener) -> String {
     let place = || -> io::Result<String> {
         let read = |path| fs::read_to_string(path).map(|text| text.trim().to_owned());
         let boot = read("/proc/sys/kernel/random/boot_id")?;

@@ -11,8 +11,8 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{info, warn};
 
 use super::{Agent, Outbox, send};
+use crate::agent::book::{Notice, To};
 use crate::follow::Rejected;
-use crate::processing::book::{Notice, To};
 use crate::selection::PROTOCOL_VERSION;
 use crate::selection::v1::selection_server::Selection;
 use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, to_agent};

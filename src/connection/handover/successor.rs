@@ -25,7 +25,7 @@ const PARENT: &str = "PORTPOOL_PARENT";
 
 /// Starts successors of this process.
 #[derive(Debug)]
-pub(super) struct Starter {
+pub(in crate::connection) struct Starter {
     upgrades: tokio::signal::unix::Signal,
     /// Where this program was when it started; an upgrade replaces the file.
     program: PathBuf,
@@ -37,7 +37,7 @@ pub(super) struct Starter {
 
 impl Starter {
     /// From now on SIGUSR2 is for us.
-    pub(super) fn new() -> io::Result<Self> {
+    pub(in crate::connection) fn new() -> io::Result<Self> {
         Ok(Self {
             upgrades: signal(SignalKind::user_defined2())?,
             program: std::env::current_exe()?,
@@ -47,7 +47,7 @@ impl Starter {
     }
 
     /// Completes at SIGUSR2.
-    pub(super) async fn asked(&mut self) {
+    pub(in crate::connection) async fn asked(&mut self) {
         if self.upgrades.recv().await.is_none() {
             std::future::pending().await
         }
@@ -55,7 +55,7 @@ impl Starter {
 
     /// Starts a successor, which asks for a hand-over; not while there are
     /// `most` already.
-    pub(super) fn start(&mut self, most: usize) {
+    pub(in crate::connection) fn start(&mut self, most: usize) {
         if self.has_parent {
             return warn!("SIGUSR2 is for portpool local, which starts successors");
         }
@@ -80,7 +80,7 @@ impl Starter {
     /// Stands in for the successor that has taken over, until the last one has
     /// ended; its status. `None` when another one has taken over than we
     /// started.
-    pub(super) async fn stand_in(
+    pub(in crate::connection) async fn stand_in(
         mut self,
         mut shutdown: Pin<&mut impl Future<Output = ()>>,
     ) -> Option<ExitStatus> {

@@ -12,9 +12,9 @@
 use rustix::io::Errno;
 
 use super::{Means, SCRATCH_BYTES};
-use crate::connection::forward::handover::HandedDirection;
-use crate::connection::forward::pipes::{Pipe, Pipes};
-use crate::connection::forward::stream::Stream;
+use crate::forward::handover::HandedDirection;
+use crate::forward::pipes::{Pipe, Pipes};
+use crate::forward::stream::Stream;
 
 /// Reads of one direction before the others of its thread get their turn.
 const READS_PER_TURN: usize = 8;

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::direction::BUSY_BYTES;
 use super::*;
-use crate::connection::forward::pipes::Pipe;
+use crate::forward::pipes::Pipe;
 
 /// A socket whose peer is the test.
 #[derive(Debug, Default)]

@@ -10,14 +10,12 @@ use rustix::io::Errno;
 use rustix::net::{self, SocketFlags};
 
 use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker, closing};
-use crate::connection::forward::admission::{self, Permit};
-use crate::connection::forward::counters::count;
-use crate::connection::forward::slab::Key;
-use crate::connection::forward::stream::Stream;
-use crate::connection::forward::tcp::{Connection, Outcome, Side, Signals};
-use crate::connection::forward::{
-    SessionKey, Traffic, Transport, Verdict, liveness, proxy_protocol,
-};
+use crate::forward::admission::{self, Permit};
+use crate::forward::counters::count;
+use crate::forward::slab::Key;
+use crate::forward::stream::Stream;
+use crate::forward::tcp::{Connection, Outcome, Side, Signals};
+use crate::forward::{SessionKey, Traffic, Transport, Verdict, liveness, proxy_protocol};
 use crate::pool::ProxyProtocol;
 use crate::table::ListenPort;
 

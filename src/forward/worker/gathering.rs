@@ -22,8 +22,8 @@ use nix::sys::socket::sockopt::SetUsize;
 use rustix::event::epoll::{self, EventFlags};
 
 use super::{Source, WATCHED, Worker};
-use crate::connection::forward::slab::Key;
-use crate::connection::forward::tcp::Side;
+use crate::forward::slab::Key;
+use crate::forward::tcp::Side;
 
 /// Busy directions that are looked at only.
 const FEWEST: usize = 2;

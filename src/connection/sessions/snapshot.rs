@@ -10,8 +10,8 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::{Flows, Live, NO_SESSION, Sessions, canonical};
-use crate::connection::forward::SessionKey;
-use crate::connection::trace::{Carried, Trace};
+use crate::connection::sessions::span::{Carried, Trace};
+use crate::forward::SessionKey;
 use crate::selection::v1;
 use crate::table::{ListenPort, Table};
 

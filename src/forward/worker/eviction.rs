@@ -15,9 +15,9 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::Worker;
-use crate::connection::forward::counters::count;
-use crate::connection::forward::slab::{Key, Slab};
-use crate::connection::forward::udp::Flow;
+use crate::forward::counters::count;
+use crate::forward::slab::{Key, Slab};
+use crate::forward::udp::Flow;
 
 /// Flows looked at to find one that goes.
 const SAMPLE: usize = 32;

@@ -6,10 +6,10 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::Worker;
-use crate::connection::forward::admission::Permit;
-use crate::connection::forward::counters::count;
-use crate::connection::forward::stream::Stream;
-use crate::connection::forward::{Ticket, Traffic, Transport, Verdict, udp};
+use crate::forward::admission::Permit;
+use crate::forward::counters::count;
+use crate::forward::stream::Stream;
+use crate::forward::{Ticket, Traffic, Transport, Verdict, udp};
 use crate::table::ListenPort;
 
 /// How long a parked client waits for its verdict.

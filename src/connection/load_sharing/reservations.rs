@@ -8,7 +8,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::load_sharing::{Filter, LoadSharing, Place};
+use super::servers::{Filter, LoadSharing, Place};
 use crate::pool::Policy;
 use crate::session::PortState;
 

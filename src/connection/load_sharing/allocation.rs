@@ -11,12 +11,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, debug};
 
-use super::agents::{Agents, SelectError};
-use super::load_sharing::Filter;
-use super::metrics::Metrics;
 use super::reservations::{Reservation, Reservations};
-use super::sessions::Sessions;
-use super::trace::Trace;
+use super::servers::Filter;
+use crate::connection::agents::{Agents, SelectError};
+use crate::connection::metrics::Metrics;
+use crate::connection::sessions::Sessions;
+use crate::connection::sessions::span::Trace;
 use crate::pool::{ClientBinding, PortProtocol};
 use crate::selection::v1::{self, refused};
 use crate::session::SessionRequest;
@@ -268,14 +268,14 @@ impl Allocation {
     async fn wait(
         &self,
         wanted: &Wanted,
-        place: Option<super::load_sharing::Place>,
-    ) -> Result<(Reservation, super::load_sharing::Place), Refusal> {
+        place: Option<super::servers::Place>,
+    ) -> Result<(Reservation, super::servers::Place), Refusal> {
         let Some(patience) = wanted.patience else {
             let has_server = self.reservations.inspect(|sharing| {
                 sharing
                     .servers()
                     .values()
-                    .any(super::load_sharing::Server::takes_sessions)
+                    .any(super::servers::Server::takes_sessions)
             });
             return Err(if has_server {
                 Refusal::NoFreePort

@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll::{self, EventFlags};
 
 use super::{Source, Worker};
-use crate::connection::forward::counters::count;
-use crate::connection::forward::handover::{HandedConnection, HandedDirection};
-use crate::connection::forward::slab::Key;
-use crate::connection::forward::tcp::{Connection, Delivery, Remains, Side};
-use crate::connection::forward::{SessionKey, Traffic, Transport};
+use crate::forward::counters::count;
+use crate::forward::handover::{HandedConnection, HandedDirection};
+use crate::forward::slab::Key;
+use crate::forward::tcp::{Connection, Delivery, Remains, Side};
+use crate::forward::{SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
 /// How long a peer may take nothing before it is reset all the same.

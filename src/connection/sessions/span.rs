@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tracing::field::Empty;
 use tracing::{Span, debug, info, info_span, record_all};
 
-use super::forward::Traffic;
+use crate::forward::Traffic;
 use crate::selection::v1;
 
 /// A session's span. Cheap to clone.

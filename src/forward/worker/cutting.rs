@@ -2,8 +2,8 @@
 
 use super::Worker;
 use super::parking::Parked;
-use crate::connection::forward::counters::count;
-use crate::connection::forward::{SessionKey, Ticket, Traffic, Transport};
+use crate::forward::counters::count;
+use crate::forward::{SessionKey, Ticket, Traffic, Transport};
 use crate::table::ListenPort;
 
 /// Most clients that are looked at when a session is cut: what a listener's

@@ -7,17 +7,17 @@ use rustix::io::Errno;
 use rustix::net;
 
 use super::{Connection, Direction, Fault, Means, Side};
-use crate::connection::forward::admission::Permit;
-use crate::connection::forward::handover::HandedDirection;
-use crate::connection::forward::pipes::Pipes;
-use crate::connection::forward::stream::Stream;
+use crate::forward::admission::Permit;
+use crate::forward::handover::HandedDirection;
+use crate::forward::pipes::Pipes;
+use crate::forward::stream::Stream;
 
 /// The direction from the side that is gone to the one that lives.
 #[derive(Debug)]
-pub(in crate::connection::forward) struct Remains<S = OwnedFd> {
-    pub(in crate::connection::forward) destination: S,
+pub(in crate::forward) struct Remains<S = OwnedFd> {
+    pub(in crate::forward) destination: S,
     /// Which side lives.
-    pub(in crate::connection::forward) side: Side,
+    pub(in crate::forward) side: Side,
     source: S,
     direction: Direction,
     /// Kept until all is over.
@@ -26,7 +26,7 @@ pub(in crate::connection::forward) struct Remains<S = OwnedFd> {
 
 /// How far the delivery got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::connection::forward) enum Delivery {
+pub(in crate::forward) enum Delivery {
     /// The destination's kernel has everything.
     Done,
     /// It takes no more now.
@@ -43,7 +43,7 @@ fn is_gone(socket: &OwnedFd) -> bool {
 
 impl Connection {
     /// Whether a side that has met an error is gone: reset, or timed out.
-    pub(in crate::connection::forward) fn has_lost(&self, side: Side) -> bool {
+    pub(in crate::forward) fn has_lost(&self, side: Side) -> bool {
         let socket = match side {
             Side::Client => &self.client,
             Side::Server => &self.server,
@@ -53,16 +53,13 @@ impl Connection {
 
     /// Whether closing the sockets loses nothing once both directions have
     /// ended: their peers have acknowledged everything, the end as well.
-    pub(in crate::connection::forward) fn is_delivered(&self) -> bool {
+    pub(in crate::forward) fn is_delivered(&self) -> bool {
         self.is_small() || is_gone(&self.client) && is_gone(&self.server)
     }
 
     /// What is to be done for the side that lives when the other one is gone;
     /// `None` when there is nobody to do it for.
-    pub(in crate::connection::forward) fn into_remains(
-        mut self,
-        pipes: &mut Pipes,
-    ) -> Option<Remains> {
+    pub(in crate::forward) fn into_remains(mut self, pipes: &mut Pipes) -> Option<Remains> {
         let gone = (is_gone(&self.client), is_gone(&self.server));
         let (side, source, destination, direction) = match gone {
             (true, false) if !self.is_connecting => {
@@ -90,7 +87,7 @@ impl Connection {
 
 impl<S: Stream> Remains<S> {
     /// Passes on what is left.
-    pub(in crate::connection::forward) fn deliver(&mut self, means: &mut Means) -> Delivery {
+    pub(in crate::forward) fn deliver(&mut self, means: &mut Means) -> Delivery {
         loop {
             match self.direction.flush(&self.destination) {
                 Ok(true) => {}
@@ -110,16 +107,13 @@ impl<S: Stream> Remains<S> {
     }
 
     /// Bytes that went this way so far.
-    pub(in crate::connection::forward) fn bytes(&self) -> u64 {
+    pub(in crate::forward) fn bytes(&self) -> u64 {
         self.direction.bytes
     }
 
     /// Client, server, and what was not passed on, from the one that is gone to
     /// the other.
-    pub(in crate::connection::forward) fn hand_over(
-        self,
-        pipes: &mut Pipes,
-    ) -> (S, S, HandedDirection) {
+    pub(in crate::forward) fn hand_over(self, pipes: &mut Pipes) -> (S, S, HandedDirection) {
         let direction = self.direction.hand_over(pipes);
         match self.side {
             Side::Server => (self.source, self.destination, direction),
@@ -128,7 +122,7 @@ impl<S: Stream> Remains<S> {
     }
 
     /// Gives a lent pipe back: it is over.
-    pub(in crate::connection::forward) fn give_back_pipe(&mut self, pipes: &mut Pipes) {
+    pub(in crate::forward) fn give_back_pipe(&mut self, pipes: &mut Pipes) {
         self.direction.give_back(pipes);
     }
 }

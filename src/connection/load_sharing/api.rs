@@ -21,12 +21,12 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::agents::Agents;
 use super::allocation::Allocation;
-use super::metrics::Metrics;
 use super::problem::{ProblemName, Refused};
 use super::reservations::Reservations;
-use super::sessions::{Sessions, canonical};
+use crate::connection::agents::Agents;
+use crate::connection::metrics::Metrics;
+use crate::connection::sessions::{Sessions, canonical};
 use crate::pool::PortProtocol;
 use crate::selection::v1;
 use crate::session::{
