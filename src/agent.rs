@@ -238,7 +238,8 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
             counts if counts.draining => Err("draining".to_owned()),
             counts
                 if counts.ports.iter().all(|ports| {
-                    ports.silent > 0 && ports.free + ports.held + ports.busy + ports.lingering == 0
+                    ports.not_listening > 0
+                        && ports.free + ports.held + ports.busy + ports.lingering == 0
                 }) =>
             {
                 Err("the workload does not listen on any of its ports yet".to_owned())

@@ -10,12 +10,12 @@
 //! logged once and counted.
 //!
 //! - `file`, `cluster`: where texts come from;
-//! - `judge`: which of them count;
+//! - `acceptor`: which of them count;
 //! - this file: what a reader holds.
 
+mod acceptor;
 mod cluster;
 mod file;
-mod judge;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,9 +24,9 @@ use notify::RecommendedWatcher;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+pub use self::acceptor::{Rejected, RejectedTables, accept};
 pub use self::cluster::{WatchBackoff, cluster, follow_config_map};
 pub use self::file::{follow_file, write_table};
-pub use self::judge::{Rejected, RejectedTables, accept};
 use crate::table::Table;
 
 /// Why a file cannot be followed.

@@ -18,7 +18,7 @@
 //! - `pipes`: what busy directions splice through;
 //! - `listeners`: opening ports; `limits`: descriptors, port ranges, clients;
 //!   `admission`: counts of clients;
-//! - `handover`: to another process, and from one;
+//! - `snapshot`: the state of a stopped data plane, for another process;
 //! - `routes`: where a port leads, looked up once for each client;
 //! - `liveness`: peers that are gone; `send_queue`: what they have not
 //!   acknowledged;
@@ -27,7 +27,6 @@
 mod admission;
 mod counters;
 mod gate;
-pub mod handover;
 mod limits;
 mod listeners;
 mod liveness;
@@ -36,6 +35,7 @@ mod proxy_protocol;
 mod routes;
 mod send_queue;
 mod slab;
+pub mod snapshot;
 mod stream;
 mod tcp;
 mod udp;
@@ -54,8 +54,8 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
 use self::admission::{Admission, Bounds};
-pub use self::counters::{Counters, Snapshot};
-pub use self::gate::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+pub use self::counters::{CounterTotals, Counters};
+pub use self::gate::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 pub use self::limits::{Limits, OpenFilesError, check_open_files, ephemeral_overlap, make_room};
 use self::listeners::Listener;
 use self::routes::Routes;
@@ -338,9 +338,9 @@ impl Forwarder {
         self.udp_admission.set(Bounds { total, ..flows });
     }
 
-    /// Brings the verdict on a client parked at `port`; [`Verdict::Ask`] counts
+    /// Brings the verdict on a client parked at `port`; [`Decision::Ask`] counts
     /// as refused. The end of one that was admitted too late is reported at once.
-    pub fn answer(&self, port: ListenPort, ticket: Ticket, verdict: Verdict) {
+    pub fn answer(&self, port: ListenPort, ticket: PendingId, verdict: Decision) {
         self.owner(port)
             .send(Command::Answer(port, ticket, verdict));
     }
@@ -355,7 +355,7 @@ impl Forwarder {
 
     /// What was forwarded and refused so far.
     #[must_use]
-    pub fn counters(&self) -> Snapshot {
+    pub fn counters(&self) -> CounterTotals {
         self.counters.snapshot()
     }
 
@@ -449,10 +449,10 @@ mod tests {
     struct Nobody;
 
     impl Gate for Nobody {
-        fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Verdict {
-            Verdict::Refuse
+        fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Decision {
+            Decision::Refuse
         }
-        fn ask(&self, _: Ticket, _: ListenPort, _: Transport, _: SocketAddr) {}
+        fn ask(&self, _: PendingId, _: ListenPort, _: Transport, _: SocketAddr) {}
         fn closed(&self, _: ListenPort, _: SessionKey, _: Traffic) {}
     }
 

@@ -143,7 +143,7 @@ pub struct PortState {
     /// Between a client's connections, or being freed.
     pub lingering: u32,
     /// The workload does not listen on them.
-    pub silent: u32,
+    pub not_listening: u32,
 }
 
 /// A refusal as RFC 9457 problem details (`application/problem+json`).

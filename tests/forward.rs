@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::socket::GetSockOpt;
-use portpool::forward::{Config, Forwarder, Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use portpool::forward::{
+    Config, Decision, Forwarder, Gate, PendingId, SessionKey, Traffic, Transport,
+};
 use portpool::pool::{PortProtocol, ProxyProtocol, Sessions};
 use portpool::table::{ListenPort, PortRange, Table};
 
@@ -27,22 +29,22 @@ const FIRST: u16 = 20_000;
 
 /// A gate that says what it is told, and counts.
 struct TestGate {
-    verdict: Mutex<Verdict>,
+    verdict: Mutex<Decision>,
     admitted: AtomicU64,
     closed: Mutex<Vec<Traffic>>,
-    asked: Mutex<Vec<(Ticket, ListenPort)>>,
+    asked: Mutex<Vec<(PendingId, ListenPort)>>,
 }
 
 impl Gate for TestGate {
-    fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Verdict {
+    fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Decision {
         let verdict = *self.verdict.lock().unwrap();
-        if matches!(verdict, Verdict::Admit(_)) {
+        if matches!(verdict, Decision::Admit(_)) {
             self.admitted.fetch_add(1, Ordering::Relaxed);
         }
         verdict
     }
 
-    fn ask(&self, ticket: Ticket, port: ListenPort, _: Transport, _: SocketAddr) {
+    fn ask(&self, ticket: PendingId, port: ListenPort, _: Transport, _: SocketAddr) {
         self.asked.lock().unwrap().push((ticket, port));
     }
 
@@ -65,13 +67,13 @@ struct Bench {
 static NETWORK: AtomicU8 = AtomicU8::new(1);
 
 impl Bench {
-    fn new(verdict: Verdict) -> Self {
+    fn new(verdict: Decision) -> Self {
         let network = NETWORK.fetch_add(1, Ordering::Relaxed);
         let address = |host| IpAddr::V4(Ipv4Addr::new(127, 90, network, host));
         Self::on(address(1), address(2), verdict)
     }
 
-    fn on(listen: IpAddr, server: IpAddr, verdict: Verdict) -> Self {
+    fn on(listen: IpAddr, server: IpAddr, verdict: Decision) -> Self {
         let gate = Arc::new(TestGate {
             verdict: Mutex::new(verdict),
             admitted: AtomicU64::new(0),
@@ -169,7 +171,7 @@ fn was_reset(stream: &mut TcpStream) -> bool {
 
 #[test]
 fn bytes_arrive_exactly_through_random_chunks_and_half_closes() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (client, server) = bench.pair();
     let transfer = |mut from: TcpStream, mut to: TcpStream, seed: u64| {
         let sent = pattern(8 << 20, seed);
@@ -211,7 +213,7 @@ fn bytes_arrive_exactly_through_random_chunks_and_half_closes() {
 
 #[test]
 fn after_one_side_has_ended_the_other_goes_on() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     client.write_all(b"question").unwrap();
     client.shutdown(Shutdown::Write).unwrap();
@@ -228,7 +230,7 @@ fn after_one_side_has_ended_the_other_goes_on() {
 
 #[test]
 fn a_reset_is_passed_on_both_ways() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let reset = |stream: TcpStream| {
         socket2::SockRef::from(&stream)
             .set_linger(Some(Duration::ZERO))
@@ -248,7 +250,7 @@ fn a_reset_is_passed_on_both_ways() {
 #[test]
 fn the_end_of_a_burst_does_not_wait_for_more() {
     const BURST: usize = 48 * 1024 * 1024;
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     for stream in [&client, &server] {
         stream.set_nodelay(true).unwrap();
@@ -315,7 +317,7 @@ struct LowWater;
 
 #[test]
 fn a_stream_that_is_handed_over_holds_nothing_back() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     let is_enough = Arc::new(AtomicBool::new(false));
     let enough = is_enough.clone();
@@ -343,7 +345,7 @@ fn a_stream_that_is_handed_over_holds_nothing_back() {
 
 #[test]
 fn what_a_connection_carries_is_counted_while_it_lives_and_once() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     let counted = || {
         let counters = bench.forwarder.counters();
@@ -364,7 +366,7 @@ fn what_a_connection_carries_is_counted_while_it_lives_and_once() {
 
 #[test]
 fn a_slow_reader_stops_its_sender() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     client
         .set_write_timeout(Some(Duration::from_millis(500)))
@@ -383,7 +385,7 @@ fn a_slow_reader_stops_its_sender() {
 
 #[test]
 fn a_server_that_refuses_or_has_no_address_resets_the_client() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     assert!(was_reset(&mut bench.connect()));
     until(|| bench.forwarder.counters().connect_refused == 1);
     bench.table.rows[0].address = None;
@@ -398,7 +400,7 @@ fn a_server_that_refuses_or_has_no_address_resets_the_client() {
 
 #[test]
 fn a_server_that_does_not_answer_is_given_up() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     // A full backlog: the kernel drops what comes.
     let listener =
         socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
@@ -424,7 +426,7 @@ fn a_server_that_does_not_answer_is_given_up() {
 
 #[test]
 fn a_parked_client_is_served_refused_or_given_up() {
-    let bench = Bench::new(Verdict::Ask);
+    let bench = Bench::new(Decision::Ask);
     let listener = bench.serve();
     let mut clients: Vec<TcpStream> = (0..3).map(|_| bench.connect()).collect();
     until(|| bench.gate.asked.lock().unwrap().len() == 3);
@@ -433,10 +435,10 @@ fn a_parked_client_is_served_refused_or_given_up() {
     clients[0].write_all(b"early").unwrap();
     bench
         .forwarder
-        .answer(asked[0].1, asked[0].0, Verdict::Admit(SESSION));
+        .answer(asked[0].1, asked[0].0, Decision::Admit(SESSION));
     bench
         .forwarder
-        .answer(asked[1].1, asked[1].0, Verdict::Refuse);
+        .answer(asked[1].1, asked[1].0, Decision::Refuse);
     let (mut server, _) = listener.accept().unwrap();
     let mut early = [0; 5];
     server.read_exact(&mut early).unwrap();
@@ -448,16 +450,16 @@ fn a_parked_client_is_served_refused_or_given_up() {
     bench.gate.admitted.fetch_add(1, Ordering::Relaxed);
     bench
         .forwarder
-        .answer(asked[2].1, asked[2].0, Verdict::Admit(SESSION));
+        .answer(asked[2].1, asked[2].0, Decision::Admit(SESSION));
     drop((server, clients));
     bench.all_closed();
 }
 
 #[test]
 fn cutting_a_session_resets_its_connections_only() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut cut, _server) = bench.pair();
-    *bench.gate.verdict.lock().unwrap() = Verdict::Admit(SessionKey(8));
+    *bench.gate.verdict.lock().unwrap() = Decision::Admit(SessionKey(8));
     let (mut other, mut server) = bench.pair();
     bench.cut();
     assert!(was_reset(&mut cut));
@@ -467,7 +469,7 @@ fn cutting_a_session_resets_its_connections_only() {
 
 #[test]
 fn a_cut_takes_nothing_from_a_connection_that_has_ended() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     let sent = pattern(256 * 1024, 3);
     server.write_all(&sent).unwrap();
@@ -487,7 +489,7 @@ fn a_cut_takes_nothing_from_a_connection_that_has_ended() {
 /// The next session on the port is another client's.
 #[test]
 fn a_client_that_came_before_a_cut_is_not_met_after_it() {
-    let bench = Bench::new(Verdict::Ask);
+    let bench = Bench::new(Decision::Ask);
     let listener = bench.serve();
     // The gate holds the port's thread up with the first client, and the others
     // wait behind it.
@@ -500,7 +502,7 @@ fn a_client_that_came_before_a_cut_is_not_met_after_it() {
     bench.all_closed();
     // What the gate hears of the cut, it hears when all is done.
     assert_eq!(bench.forwarder.counters().no_session, 5);
-    *bench.gate.verdict.lock().unwrap() = Verdict::Admit(SessionKey(8));
+    *bench.gate.verdict.lock().unwrap() = Decision::Admit(SessionKey(8));
     for client in &mut early {
         assert!(was_reset(client));
     }
@@ -514,7 +516,7 @@ fn a_client_that_came_before_a_cut_is_not_met_after_it() {
 
 #[test]
 fn a_silent_connection_is_reset_after_its_idle_time() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     bench.table.sessions.idle_timeout_seconds = 1;
     bench
         .forwarder
@@ -529,7 +531,7 @@ fn a_silent_connection_is_reset_after_its_idle_time() {
 
 #[test]
 fn removing_a_port_keeps_its_connections_and_closes_the_port() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     bench.lead(1, |range| {
         range.connection_port = ListenPort::new(FIRST + 50).unwrap()
@@ -542,7 +544,7 @@ fn removing_a_port_keeps_its_connections_and_closes_the_port() {
 
 #[test]
 fn a_port_that_was_removed_can_be_added_at_once() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     for _ in 0..200 {
         bench.lead(1, |range| {
             range.connection_port = ListenPort::new(FIRST + 50).unwrap()
@@ -555,7 +557,7 @@ fn a_port_that_was_removed_can_be_added_at_once() {
 
 #[test]
 fn a_port_in_use_is_named_and_nothing_is_changed() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     let _other = TcpListener::bind((bench.listen, FIRST + 5)).unwrap();
     bench.table.rows[0].ranges[0].count = 8;
     let error = bench
@@ -580,7 +582,7 @@ fn a_port_in_use_is_named_and_nothing_is_changed() {
 
 #[test]
 fn the_server_is_told_the_clients_address_first() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     bench.lead(4, |range| {
         range.protocol = PortProtocol::TCP;
         range.proxy_protocol = ProxyProtocol::V2;
@@ -627,7 +629,7 @@ fn udp_client(bench: &Bench) -> UdpSocket {
 
 #[test]
 fn datagrams_of_every_size_come_back_to_their_own_client() {
-    let bench = Bench::new(Verdict::Admit(SESSION));
+    let bench = Bench::new(Decision::Admit(SESSION));
     let _clients = udp_echo(bench.server);
     let (one, other) = (udp_client(&bench), udp_client(&bench));
     for length in [0, 1, 1472, 9000, 65_507] {
@@ -645,7 +647,7 @@ fn datagrams_of_every_size_come_back_to_their_own_client() {
 
 #[test]
 fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     udp_client(&bench).send(b"nobody listens").unwrap();
     until(|| bench.gate.closed.lock().unwrap().len() == 1);
     bench.table.sessions.udp_idle_timeout_seconds = 1;
@@ -663,7 +665,7 @@ fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
 
 #[test]
 fn removing_a_udp_port_keeps_its_flows_until_they_end() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     let _clients = udp_echo(bench.server);
     let (living, stranger) = (udp_client(&bench), udp_client(&bench));
     let echo = |text: &[u8]| {
@@ -693,7 +695,7 @@ fn removing_a_udp_port_keeps_its_flows_until_they_end() {
 
 #[test]
 fn a_parked_flow_keeps_its_first_datagrams() {
-    let bench = Bench::new(Verdict::Ask);
+    let bench = Bench::new(Decision::Ask);
     let _clients = udp_echo(bench.server);
     let client = udp_client(&bench);
     client.send(b"one").unwrap();
@@ -703,7 +705,7 @@ fn a_parked_flow_keeps_its_first_datagrams() {
     assert_eq!(asked.len(), 1, "one question");
     bench
         .forwarder
-        .answer(asked[0].1, asked[0].0, Verdict::Admit(SESSION));
+        .answer(asked[0].1, asked[0].0, Decision::Admit(SESSION));
     let mut answers = HashMap::new();
     for _ in 0..2 {
         let mut answer = [0; 8];
@@ -716,7 +718,7 @@ fn a_parked_flow_keeps_its_first_datagrams() {
 #[test]
 fn ipv6_is_forwarded() {
     let loopback = IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1]);
-    let bench = Bench::on(loopback, loopback, Verdict::Admit(SESSION));
+    let bench = Bench::on(loopback, loopback, Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     client.write_all(b"six").unwrap();
     server.read_exact(&mut [0; 3]).unwrap();
@@ -728,7 +730,7 @@ fn ipv6_is_forwarded() {
 
 #[test]
 fn ten_thousand_ports_open_and_answer() {
-    let mut bench = Bench::new(Verdict::Admit(SESSION));
+    let mut bench = Bench::new(Decision::Admit(SESSION));
     portpool::forward::check_open_files(10_000).unwrap();
     let started = Instant::now();
     bench.lead(10_000, |range| range.protocol = PortProtocol::TCP);

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use portpool::agent::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::connection::sessions::{Action, Outbox, Sessions};
-use portpool::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use portpool::pool::PortProtocol;
 use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
 use portpool::selection::{
@@ -152,7 +152,7 @@ struct World {
     closing: Vec<(Duration, Connection)>,
     /// Clients that the kernel has connected, until the data plane accepts them.
     waiting: Vec<Waiting>,
-    parked: HashMap<Ticket, Parked>,
+    parked: HashMap<PendingId, Parked>,
     /// What data planes are told to cut: of which server, and what.
     cuts: Vec<(usize, ListenPort, SessionKey)>,
     /// When agents notice that a connection server is not there any more.
@@ -394,14 +394,14 @@ impl World {
         let client = SocketAddr::from(([127, 0, 0, 1], 1));
         let sessions = &self.servers[server].sessions;
         match sessions.admit(port, Transport::Tcp, client) {
-            Verdict::Admit(key) => {
+            Decision::Admit(key) => {
                 self.expect_own(server, port, session.as_deref());
                 self.admitted(server, port, key);
             }
-            Verdict::Refuse => {}
-            Verdict::Ask => {
+            Decision::Refuse => {}
+            Decision::Ask => {
                 self.names += 1;
-                let ticket = Ticket(self.names as u64);
+                let ticket = PendingId(self.names as u64);
                 let parked = Parked {
                     server,
                     port,
@@ -489,7 +489,7 @@ impl World {
         for action in actions {
             match action {
                 Action::Cut(port, key) => self.cuts.push((server, port, key)),
-                Action::Answer(port, ticket, Verdict::Admit(key)) => {
+                Action::Answer(port, ticket, Decision::Admit(key)) => {
                     self.admitted(server, port, key);
                     match self.parked.remove(&ticket) {
                         Some(parked) => self.expect_own(server, port, parked.session.as_deref()),
@@ -789,7 +789,8 @@ impl World {
     fn check(&self) {
         for (agent, book) in self.agents.iter().enumerate() {
             let counts = book.counts(self.now).ports[0].clone();
-            let sum = counts.free + counts.held + counts.busy + counts.lingering + counts.silent;
+            let sum =
+                counts.free + counts.held + counts.busy + counts.lingering + counts.not_listening;
             assert_eq!(
                 sum,
                 u32::from(PORTS),
@@ -807,7 +808,7 @@ impl World {
                     here.map(|connection| connection.session.as_str()).collect();
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
-                let is_recovering = counts.free == 0 && counts.silent > 0;
+                let is_recovering = counts.free == 0 && counts.not_listening > 0;
                 let live = book.look_up(port).map(|live| live.session_id);
                 assert!(
                     !live

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A port is offered only while the workload listens on its server port;
-//! otherwise it is silent. A session that ends keeps its port until every
+//! otherwise it is not listening. A session that ends keeps its port until every
 //! connection server that may know it has acknowledged the end, or is no more,
 //! or is gone for good: so a free port has no session and no connection
 //! anywhere.
@@ -350,7 +350,7 @@ impl Book {
         let mut ports = self.ports.counts();
         if self.is_recovering(now) {
             for counts in &mut ports {
-                counts.silent += std::mem::take(&mut counts.free);
+                counts.not_listening += std::mem::take(&mut counts.free);
             }
         }
         v1::Counts {

@@ -94,7 +94,7 @@ impl Collector for Live {
             ("held", sum(|ports| ports.held)),
             ("busy", sum(|ports| ports.busy)),
             ("lingering", sum(|ports| ports.lingering)),
-            ("silent", sum(|ports| ports.silent)),
+            ("notListening", sum(|ports| ports.not_listening)),
         ];
         for (state, count) in states {
             ConstGauge::new(count).encode(family.encode_family(&[("state", state)])?)?;

@@ -28,7 +28,7 @@ use tracing::warn;
 use self::link::{Stream, Waiting};
 use super::load_sharing::reservations::Reservations;
 use super::metrics::Metrics;
-use super::sessions::span::Trace;
+use super::sessions::span::SessionSpan;
 use super::sessions::{Action, Sessions};
 use crate::forward::Forwarder;
 use crate::selection::v1::{self, ToAgent, refused, to_agent::Message};
@@ -54,7 +54,7 @@ pub enum SelectError {
 
 /// What a connection server begins with; from a predecessor, if there was one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HandedAgents {
+pub struct AgentsSnapshot {
     /// What agents know it by.
     pub id: String,
     /// Where it listens, as agents are told.
@@ -64,7 +64,7 @@ pub struct HandedAgents {
     pub reached: HashMap<u32, Instant>,
 }
 
-impl HandedAgents {
+impl AgentsSnapshot {
     /// Of a connection server that nobody knows yet.
     #[must_use]
     pub fn new(place: String) -> Self {
@@ -116,7 +116,7 @@ impl Agents {
     /// No streams yet; [`Agents::set_table`] starts them.
     #[must_use]
     pub fn new(
-        handed: HandedAgents,
+        handed: AgentsSnapshot,
         sessions: Arc<Sessions>,
         reservations: Arc<Reservations>,
         forwarder: Arc<Forwarder>,
@@ -139,7 +139,7 @@ impl Agents {
 
     /// What a successor has to know. Nothing changes here.
     #[must_use]
-    pub fn hand_over(&self) -> HandedAgents {
+    pub fn hand_over(&self) -> AgentsSnapshot {
         let links = self.links.lock();
         let reached = links.iter().filter_map(|(slot, link)| {
             let since = match link.stream.lock().is_some() {
@@ -148,7 +148,7 @@ impl Agents {
             };
             Some((*slot, since))
         });
-        HandedAgents {
+        AgentsSnapshot {
             id: self.id.clone(),
             place: self.place.clone(),
             reached: reached.collect(),
@@ -238,7 +238,7 @@ impl Agents {
         &self,
         slot: u32,
         request: v1::Select,
-        trace: Trace,
+        trace: SessionSpan,
     ) -> Result<v1::Session, SelectError> {
         let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answered) = oneshot::channel();

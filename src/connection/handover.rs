@@ -47,10 +47,10 @@ use rustix::process::geteuid;
 use self::frames::{receive_state, send_state};
 pub use self::socket::Socket;
 use self::wire::{Content, Empty};
-use super::agents::HandedAgents;
+use super::agents::AgentsSnapshot;
 use super::sessions::Sessions;
-use super::sessions::snapshot::HandedSessions;
-use crate::forward::handover::Handed;
+use super::sessions::snapshot::SessionsSnapshot;
+use crate::forward::snapshot::ForwarderSnapshot;
 use crate::forward::{Forwarder, SessionKey};
 use crate::table::{Table, TableError};
 
@@ -80,7 +80,7 @@ pub enum Error {
     #[error(
         "the process at the other end of the hand-over socket runs as uid {found}, not as {ours}"
     )]
-    Stranger {
+    WrongUser {
         /// Its user.
         found: u32,
         /// This process's user.
@@ -113,7 +113,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct State {
     /// Of the streams to agents.
-    pub agents: HandedAgents,
+    pub agents: AgentsSnapshot,
     /// The table in use.
     pub table: Arc<Table>,
     /// The listener of the load-sharing port.
@@ -121,9 +121,9 @@ pub struct State {
     /// The listener of the admin port.
     pub admin: OwnedFd,
     /// What is known of sessions.
-    pub sessions: HandedSessions,
+    pub sessions: SessionsSnapshot,
     /// What the data plane has.
-    pub handed: Handed,
+    pub handed: ForwarderSnapshot,
 }
 
 impl State {
@@ -322,7 +322,7 @@ fn check_peer(stream: &UnixStream) -> Result<(), Error> {
     let (found, ours) = (peer.uid, geteuid());
     match found == ours {
         true => Ok(()),
-        false => Err(Error::Stranger {
+        false => Err(Error::WrongUser {
             found: found.as_raw(),
             ours: ours.as_raw(),
         }),

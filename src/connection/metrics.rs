@@ -19,7 +19,7 @@ use super::load_sharing::allocation::{Allocated, Refusal};
 use super::load_sharing::reservations::Reservations;
 use super::load_sharing::servers::LoadSharing;
 use super::sessions::Sessions;
-use crate::forward::{Forwarder, Snapshot};
+use crate::forward::{CounterTotals, Forwarder};
 use crate::selection::v1::end;
 
 /// Counters of one connection server.
@@ -172,7 +172,7 @@ impl Collector for Live {
             ("held", 0),
             ("busy", 0),
             ("lingering", 0),
-            ("silent", 0),
+            ("notListening", 0),
         ];
         let waiting = reservations.inspect(|sharing: &LoadSharing| {
             for ports in sharing.servers().values().flat_map(|server| &server.ports) {
@@ -181,7 +181,7 @@ impl Collector for Live {
                     ports.held,
                     ports.busy,
                     ports.lingering,
-                    ports.silent,
+                    ports.not_listening,
                 ];
                 for (state, count) in states.iter_mut().zip(counts) {
                     state.1 += i64::from(count);
@@ -259,7 +259,7 @@ fn encode_live(
 
 fn encode_forwarding(
     encoder: &mut DescriptorEncoder<'_>,
-    counted: &Snapshot,
+    counted: &CounterTotals,
 ) -> Result<(), std::fmt::Error> {
     let bytes = [
         ("upstream", counted.upstream_bytes),

@@ -26,7 +26,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::agents::host_identity;
-use super::agents::{Agents, HandedAgents};
+use super::agents::{Agents, AgentsSnapshot};
 use super::load_sharing::allocation::Allocation;
 use super::load_sharing::api::{self, Api};
 use super::load_sharing::http;
@@ -55,18 +55,18 @@ struct Parts {
 }
 
 /// What is there before the parts begin, a predecessor's or new.
-struct Beginning {
-    agents: HandedAgents,
+struct InitialState {
+    agents: AgentsSnapshot,
     table: Arc<Table>,
     load_sharing: std::net::TcpListener,
     admin: TcpListener,
 }
 
-impl Beginning {
+impl InitialState {
     async fn new(options: &Options, first: &Arc<Table>) -> Result<Self, Error> {
         let load_sharing = listen(options.listen, options.load_sharing_port)?;
         Ok(Self {
-            agents: HandedAgents::new(host_identity::of(&load_sharing)),
+            agents: AgentsSnapshot::new(host_identity::of(&load_sharing)),
             table: first.clone(),
             load_sharing,
             admin: admin::bind(options.admin).await?,
@@ -122,9 +122,9 @@ impl Server {
             Some(inherited) => {
                 // A newer table than the predecessor's is applied next.
                 followed.mark_changed();
-                Beginning::inherited(inherited, &sessions, &forwarder)?
+                InitialState::inherited(inherited, &sessions, &forwarder)?
             }
-            None => Beginning::new(options, first).await?,
+            None => InitialState::new(options, first).await?,
         };
         let agents = Arc::new(Agents::new(
             beginning.agents,

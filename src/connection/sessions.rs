@@ -37,9 +37,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
-use self::gate::Parked;
-use self::span::{Carried, Trace};
-use crate::forward::{SessionKey, Ticket, Traffic, Verdict};
+use self::gate::PendingLookup;
+use self::span::{Carried, SessionSpan};
+use crate::forward::{Decision, PendingId, SessionKey, Traffic};
 use crate::pool::Admission;
 use crate::selection::v1::{self, ToAgent, end, to_agent::Message};
 use crate::table::{ListenPort, PortIndex, Table};
@@ -58,7 +58,7 @@ pub enum Action {
     /// report the cut itself as a closed flow.
     Cut(ListenPort, SessionKey),
     /// Look at the parked client again.
-    Answer(ListenPort, Ticket, Verdict),
+    Answer(ListenPort, PendingId, Decision),
 }
 
 /// The sessions of all processing servers, as far as known here.
@@ -86,7 +86,7 @@ struct Inner {
     /// from one that has not. No need to know the ones before: their ports were
     /// free, so all had heard.
     over: HashMap<ListenPort, String>,
-    asked: HashMap<ListenPort, Vec<Parked>>,
+    asked: HashMap<ListenPort, Vec<PendingLookup>>,
 }
 
 #[derive(Debug)]
@@ -98,7 +98,7 @@ struct Live {
     // in which the count leaves and reaches zero.
     flows: Mutex<Flows>,
     session: v1::Session,
-    trace: Trace,
+    trace: SessionSpan,
 }
 
 /// Connections and UDP flows of a session.
@@ -129,7 +129,7 @@ struct Ending {
     slot: u32,
     flows: Flows,
     cause: &'static str,
-    trace: Trace,
+    trace: SessionSpan,
 }
 
 impl Inner {
@@ -281,15 +281,15 @@ impl Sessions {
 
     /// An agent tells of a session, new or changed.
     pub fn learn(&self, slot: u32, session: v1::Session) -> Vec<Action> {
-        self.learn_traced(slot, session, Trace::learned)
+        self.learn_with_span(slot, session, SessionSpan::learned)
     }
 
     /// The same; a new session is logged under the trace that `trace` gives.
-    pub fn learn_traced(
+    pub fn learn_with_span(
         &self,
         slot: u32,
         session: v1::Session,
-        trace: impl FnOnce() -> Trace,
+        trace: impl FnOnce() -> SessionSpan,
     ) -> Vec<Action> {
         let number = u16::try_from(session.connection_port).unwrap_or(0);
         let Some(port) = ListenPort::new(number) else {

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::Follower;
-use super::judge::{Judge, RejectedTables};
+use super::acceptor::{RejectedTables, TableAcceptor};
 use crate::table::TABLE_KEY;
 
 /// The cluster that this process is in, or that the kubeconfig names.
@@ -63,9 +63,9 @@ impl Backoff for WatchBackoff {
 pub fn follow_config_map(client: Client, namespace: &str, name: &str, copy: &Path) -> Follower {
     let (sender, current) = watch::channel(None);
     let rejected = RejectedTables::default();
-    let mut judge = Judge::new(sender, rejected.clone());
+    let mut acceptor = TableAcceptor::new(sender, rejected.clone());
     match std::fs::read_to_string(copy) {
-        Ok(text) => judge.take(text),
+        Ok(text) => acceptor.take(text),
         Err(error) => {
             debug!(path = %copy.display(), %error, "no copy of the port-relationship table")
         }
@@ -79,7 +79,7 @@ pub fn follow_config_map(client: Client, namespace: &str, name: &str, copy: &Pat
         match change {
             Ok(ConfigMap { data: Some(mut data), .. }) => {
                 if let Some(text) = data.remove(TABLE_KEY) {
-                    judge.take(text);
+                    acceptor.take(text);
                 }
             }
             Ok(_) => warn!("the ConfigMap has no port-relationship table"),

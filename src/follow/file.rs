@@ -1,6 +1,6 @@
 //! The table in a file: watched by events of its folder, looked at every few
 //! seconds besides, and written so that readers never see a part. What a text is
-//! worth is `judge`'s.
+//! worth is `acceptor`'s.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::{Notify, watch};
 use tracing::info;
 
-use super::judge::{Judge, RejectedTables};
+use super::acceptor::{RejectedTables, TableAcceptor};
 use super::{FollowError, Follower};
 use crate::table::Table;
 
@@ -37,7 +37,7 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
     let rejected = RejectedTables::default();
     let file = File {
         path: path.to_owned(),
-        judge: Judge::new(sender, rejected.clone()),
+        acceptor: TableAcceptor::new(sender, rejected.clone()),
     };
     let task = tokio::spawn(file.follow(changed)).abort_handle();
     Ok(Follower {
@@ -64,7 +64,7 @@ fn watch_folder(folder: &Path, changed: Arc<Notify>) -> notify::Result<Recommend
 
 struct File {
     path: PathBuf,
-    judge: Judge,
+    acceptor: TableAcceptor,
 }
 
 impl File {
@@ -77,10 +77,10 @@ impl File {
 
     fn look(&mut self) {
         match std::fs::read_to_string(&self.path) {
-            Ok(text) => self.judge.take(text),
+            Ok(text) => self.acceptor.take(text),
             // Said once, until the file is back.
             Err(error) => {
-                if self.judge.lose() {
+                if self.acceptor.lose() {
                     info!(path = %self.path.display(), %error, "port-relationship table cannot be read now");
                 }
             }

@@ -16,13 +16,13 @@ macro_rules! counters {
 
         /// The counters at one time.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-        pub struct Snapshot {
+        pub struct CounterTotals {
             $($(#[$doc])* pub $name: u64,)*
         }
 
         impl Counters {
-            pub(super) fn snapshot(&self) -> Snapshot {
-                Snapshot { $($name: self.$name.load(Ordering::Relaxed),)* }
+            pub(super) fn snapshot(&self) -> CounterTotals {
+                CounterTotals { $($name: self.$name.load(Ordering::Relaxed),)* }
             }
         }
     };

@@ -20,7 +20,7 @@ pub enum Transport {
 
 /// What the gate says to a client that arrives at a connection port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Decision {
     /// Forward. The gate has counted one flow for the session; its end is
     /// reported exactly once with [`Gate::closed`].
     Admit(SessionKey),
@@ -34,7 +34,7 @@ pub enum Verdict {
 
 /// Names a parked client of a port until it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Ticket(pub u64);
+pub struct PendingId(pub u64);
 
 /// What a flow carried, reported at its end.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -63,9 +63,9 @@ impl Traffic {
 /// block for longer than an uncontended lock takes.
 pub trait Gate: Send + Sync + 'static {
     /// Whether `client` may use `port` now.
-    fn admit(&self, port: ListenPort, transport: Transport, client: SocketAddr) -> Verdict;
+    fn admit(&self, port: ListenPort, transport: Transport, client: SocketAddr) -> Decision;
     /// Starts to find out about a parked client.
-    fn ask(&self, ticket: Ticket, port: ListenPort, transport: Transport, client: SocketAddr);
+    fn ask(&self, ticket: PendingId, port: ListenPort, transport: Transport, client: SocketAddr);
     /// A flow admitted under `session` is over, or the session's cut is done.
     fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
 }

@@ -2,11 +2,11 @@
 //! directions.
 //!
 //! - `direction`: how bytes move from one to the other;
-//! - `remains`: what is left to do when one of the two is gone;
+//! - `final_flush`: what is left to do when one of the two is gone;
 //! - this file: what a connection does at an event.
 
 mod direction;
-mod remains;
+mod final_flush;
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -16,10 +16,10 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
 use self::direction::{Direction, Fault, Progress};
-pub(super) use self::remains::{Delivery, Remains};
+pub(super) use self::final_flush::{Delivery, FinalFlush};
 use super::admission::Permit;
-use super::handover::HandedConnection;
 use super::pipes::Pipes;
+use super::snapshot::ConnectionSnapshot;
 use super::stream::Stream;
 use super::{SessionKey, Traffic};
 use crate::table::ListenPort;
@@ -34,7 +34,7 @@ const SMALL_BYTES: u64 = 2048;
 
 /// What a thread lends to the direction that has its turn.
 #[derive(Debug)]
-pub(super) struct Means {
+pub(super) struct Scratch {
     pub(super) scratch: Vec<u8>,
     pub(super) pipes: Pipes,
     /// What was carried since that was last counted.
@@ -149,8 +149,8 @@ impl<S: Stream> Connection<S> {
     }
 
     /// The connection as another thread or process goes on with it.
-    pub(super) fn hand_over(self, now: Instant, pipes: &mut Pipes) -> HandedConnection<S> {
-        HandedConnection {
+    pub(super) fn hand_over(self, now: Instant, pipes: &mut Pipes) -> ConnectionSnapshot<S> {
+        ConnectionSnapshot {
             port: self.port,
             session: self.session,
             client: self.client,
@@ -166,7 +166,7 @@ impl<S: Stream> Connection<S> {
     /// Goes on with a connection. Which sides have ended, and who sends much,
     /// is found out again when the sockets are registered.
     pub(super) fn take_over(
-        handed: HandedConnection<S>,
+        handed: ConnectionSnapshot<S>,
         permit: Option<Permit>,
         now: Instant,
     ) -> Self {
@@ -187,7 +187,7 @@ impl<S: Stream> Connection<S> {
     }
 
     /// Handles what epoll says about one side.
-    pub(super) fn event(&mut self, side: Side, signals: Signals, means: &mut Means) -> Outcome {
+    pub(super) fn event(&mut self, side: Side, signals: Signals, scratch: &mut Scratch) -> Outcome {
         let Signals {
             readable,
             writable,
@@ -227,22 +227,22 @@ impl<S: Stream> Connection<S> {
         let reads = (readable || ended || gone) && !is_stuck;
         let writes = writable && is_holding;
         match side {
-            Side::Client => self.move_bytes(reads, writes, means),
-            Side::Server => self.move_bytes(writes, reads, means),
+            Side::Client => self.move_bytes(reads, writes, scratch),
+            Side::Server => self.move_bytes(writes, reads, scratch),
         }
     }
 
     /// Moves what can be moved, both ways.
-    pub(super) fn pump(&mut self, means: &mut Means) -> Outcome {
-        self.move_bytes(true, true, means)
+    pub(super) fn pump(&mut self, scratch: &mut Scratch) -> Outcome {
+        self.move_bytes(true, true, scratch)
     }
 
     /// Moves what `source` has sent, unless bytes wait for the destination.
-    pub(super) fn pump_from(&mut self, source: Side, means: &mut Means) -> Outcome {
+    pub(super) fn pump_from(&mut self, source: Side, scratch: &mut Scratch) -> Outcome {
         if self.is_stuck(source) {
             return Outcome::Waiting;
         }
-        self.move_bytes(source == Side::Client, source == Side::Server, means)
+        self.move_bytes(source == Side::Client, source == Side::Server, scratch)
     }
 
     fn direction_from(&self, source: Side) -> &Direction {
@@ -278,21 +278,21 @@ impl<S: Stream> Connection<S> {
         }
     }
 
-    fn move_bytes(&mut self, upstream: bool, downstream: bool, means: &mut Means) -> Outcome {
+    fn move_bytes(&mut self, upstream: bool, downstream: bool, scratch: &mut Scratch) -> Outcome {
         let was_done = (self.upstream.is_done, self.downstream.is_done);
         let before = self.traffic();
         let mut progress = [Progress::Blocked; 2];
         if upstream {
-            progress[0] = self
-                .upstream
-                .pump(&self.client, &self.server, self.client_ended, means);
+            progress[0] =
+                self.upstream
+                    .pump(&self.client, &self.server, self.client_ended, scratch);
         }
         if downstream {
             progress[1] =
                 self.downstream
-                    .pump(&self.server, &self.client, self.server_ended, means);
+                    .pump(&self.server, &self.client, self.server_ended, scratch);
         }
-        means.carried.add_since(before, self.traffic());
+        scratch.carried.add_since(before, self.traffic());
         for progress in progress {
             match progress {
                 Progress::Broken(Fault::Destination(errno)) if self.is_connecting => {

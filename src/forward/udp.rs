@@ -15,12 +15,12 @@ use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
 
 use self::batch::MOST_JOINED;
-pub(super) use self::batch::{Appetite, Batch, Run};
+pub(super) use self::batch::{Batch, ReceiveBatchSize, Run};
 use super::admission::Permit;
-use super::handover::{HandedClient, HandedFlow};
 use super::listeners::Listener;
 use super::slab::Key;
-use super::{SessionKey, Ticket, Traffic};
+use super::snapshot::{ClientSnapshot, FlowSnapshot};
+use super::{PendingId, SessionKey, Traffic};
 use crate::table::ListenPort;
 
 /// Datagrams of one parked client that are kept.
@@ -30,10 +30,10 @@ const PARKED_DATAGRAMS: usize = 8;
 #[derive(Debug)]
 pub(super) struct Port {
     pub(super) flows: HashMap<SocketAddr, Key>,
-    pub(super) parked: HashMap<SocketAddr, Ticket>,
+    pub(super) parked: HashMap<SocketAddr, PendingId>,
     /// The table no longer has it: no new flows.
     pub(super) is_draining: bool,
-    appetite: Appetite,
+    receive_batch_size: ReceiveBatchSize,
     socket: UdpSocket,
     /// The one that it is bound to, and that its replies come from.
     address: Option<IpAddr>,
@@ -47,7 +47,7 @@ impl Port {
             flows: HashMap::new(),
             parked: HashMap::new(),
             is_draining: false,
-            appetite: Appetite::new(),
+            receive_batch_size: ReceiveBatchSize::new(),
             address: address.filter(|address| !address.is_unspecified()),
             socket,
             state,
@@ -72,7 +72,8 @@ impl Port {
     /// Receives datagrams of clients into `batch`.
     pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<(usize, bool)> {
         let socket = UdpSockRef::from(&self.socket);
-        let (received, is_more) = batch.receive(&self.state, socket, &mut self.appetite)?;
+        let (received, is_more) =
+            batch.receive(&self.state, socket, &mut self.receive_batch_size)?;
         if let Some(address) = self.address {
             batch.came_in_at(address, received);
         }
@@ -85,11 +86,15 @@ impl Port {
         flow: &mut Flow,
         batch: &mut Batch,
     ) -> io::Result<(usize, bool)> {
-        if flow.appetite.is_for_one() {
-            return batch.receive_one(flow.server.as_fd(), flow.target, &mut flow.appetite);
+        if flow.receive_batch_size.is_for_one() {
+            return batch.receive_one(
+                flow.server.as_fd(),
+                flow.target,
+                &mut flow.receive_batch_size,
+            );
         }
         let socket = UdpSockRef::from(&flow.server);
-        batch.receive(&self.state, socket, &mut flow.appetite)
+        batch.receive(&self.state, socket, &mut flow.receive_batch_size)
     }
 
     /// Sends a client's datagrams to its server.
@@ -164,7 +169,7 @@ pub(super) struct Flow {
     pub(super) session: SessionKey,
     pub(super) server: OwnedFd,
     pub(super) target: SocketAddr,
-    pub(super) appetite: Appetite,
+    pub(super) receive_batch_size: ReceiveBatchSize,
     pub(super) active: Instant,
     pub(super) traffic: Traffic,
     /// The client has sent again after a reply: its address is not a forged one.
@@ -175,8 +180,8 @@ pub(super) struct Flow {
 
 impl Flow {
     /// The flow as another thread or process goes on with it.
-    pub(super) fn hand_over(self, now: Instant) -> HandedFlow {
-        HandedFlow {
+    pub(super) fn hand_over(self, now: Instant) -> FlowSnapshot {
+        FlowSnapshot {
             port: self.port,
             session: self.session,
             client: self.client,
@@ -189,7 +194,7 @@ impl Flow {
     }
 
     /// Goes on with a flow; `None` when its socket is not connected.
-    pub(super) fn take_over(handed: HandedFlow, permit: Permit, now: Instant) -> Option<Self> {
+    pub(super) fn take_over(handed: FlowSnapshot, permit: Permit, now: Instant) -> Option<Self> {
         let target = net::getpeername(&handed.server).ok().flatten()?;
         Some(Self {
             port: handed.port,
@@ -197,7 +202,7 @@ impl Flow {
             local: handed.local,
             session: handed.session,
             target: target.try_into().ok()?,
-            appetite: Appetite::new(),
+            receive_batch_size: ReceiveBatchSize::new(),
             server: handed.server,
             active: now.checked_sub(handed.idle).unwrap_or(now),
             traffic: handed.traffic,
@@ -271,7 +276,7 @@ pub(super) fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
 
 /// A client whose session is not known yet, with its first datagrams.
 #[derive(Debug)]
-pub(super) struct Parked {
+pub(super) struct Pending {
     pub(super) port: ListenPort,
     pub(super) client: SocketAddr,
     pub(super) local: Option<IpAddr>,
@@ -279,9 +284,9 @@ pub(super) struct Parked {
     pub(super) permit: Permit,
 }
 
-impl Parked {
-    pub(super) fn hand_over(self) -> HandedClient {
-        HandedClient::Udp {
+impl Pending {
+    pub(super) fn hand_over(self) -> ClientSnapshot {
+        ClientSnapshot::Udp {
             port: self.port,
             address: self.client,
             local: self.local,

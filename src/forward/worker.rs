@@ -10,8 +10,8 @@ mod cutting;
 mod datagrams;
 mod eviction;
 mod gathering;
-mod handover;
 mod parking;
+mod snapshot;
 mod streams;
 
 use std::collections::HashMap;
@@ -28,18 +28,18 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use self::closing::Closing;
 use self::eviction::Random;
 use self::gathering::Gathering;
-use self::parking::Parked;
+use self::parking::Pending;
 use super::admission::Admission;
 use super::counters::{self, Counters, count};
-use super::handover::{Handed, Share};
 use super::listeners::Listener;
 use super::pipes::Pipes;
 use super::routes::Routes;
 use super::send_queue::SendQueues;
 use super::slab::{Key, Slab};
-use super::tcp::{Connection, Means, SCRATCH_BYTES, Side, Signals};
+use super::snapshot::{ForwarderSnapshot, WorkerSnapshot};
+use super::tcp::{Connection, SCRATCH_BYTES, Scratch, Side, Signals};
 use super::udp;
-use super::{DrainingPorts, Gate, IdleTimes, SessionKey, Ticket, Traffic, Transport, Verdict};
+use super::{Decision, DrainingPorts, Gate, IdleTimes, PendingId, SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
@@ -68,14 +68,14 @@ pub(super) enum Command {
     /// A UDP port that is draining is wanted again.
     Reopen(ListenPort),
     Close(ListenPort, Transport),
-    Answer(ListenPort, Ticket, Verdict),
+    Answer(ListenPort, PendingId, Decision),
     Cut(ListenPort, SessionKey),
     /// Say when everything before is done, and which port could not be watched.
     Settle(mpsc::Sender<Option<Unwatched>>),
     /// Give everything away.
-    HandOver(mpsc::Sender<io::Result<Handed>>),
+    HandOver(mpsc::Sender<io::Result<ForwarderSnapshot>>),
     /// Go on with this.
-    TakeOver(Box<Share>),
+    TakeOver(Box<WorkerSnapshot>),
     Stop,
 }
 
@@ -159,7 +159,7 @@ pub(super) struct Worker {
     flows: Slab<udp::Flow>,
     random: Random,
     sessions: HashMap<SessionKey, Vec<(Transport, Key)>>,
-    parked: HashMap<Ticket, (Instant, Parked)>,
+    parked: HashMap<PendingId, (Instant, Pending)>,
     next_ticket: u64,
     /// Connections that want another turn.
     ready: Vec<Key>,
@@ -173,7 +173,7 @@ pub(super) struct Worker {
     unwatched: Option<Unwatched>,
     next_tick: Instant,
     now: Instant,
-    means: Means,
+    scratch: Scratch,
     batch: udp::Batch,
     is_stopping: bool,
 }
@@ -218,7 +218,7 @@ impl Worker {
             unwatched: None,
             next_tick: now,
             now,
-            means: Means {
+            scratch: Scratch {
                 scratch: vec![0; SCRATCH_BYTES],
                 pipes: Pipes::new(shared.threads),
                 carried: Traffic::default(),
@@ -276,7 +276,7 @@ impl Worker {
         }
         let waiting = self.parked.len() + self.draining.len() + self.closing.len();
         let live = self.connections.len() + self.flows.len();
-        let has_deadlines = live + waiting > 0 || self.means.pipes.has_unused();
+        let has_deadlines = live + waiting > 0 || self.scratch.pipes.has_unused();
         (has_deadlines || self.paused.is_some())
             .then(|| until(self.next_tick).max(Duration::from_millis(1)))
     }
@@ -398,7 +398,7 @@ impl Worker {
 
     /// Counts what was carried meanwhile: not at once, as threads share counters.
     fn count_carried(&mut self) {
-        let carried = std::mem::take(&mut self.means.carried);
+        let carried = std::mem::take(&mut self.scratch.carried);
         counters::add(&self.counters.upstream_bytes, carried.upstream_bytes);
         counters::add(&self.counters.downstream_bytes, carried.downstream_bytes);
     }

@@ -114,7 +114,7 @@ fn table(state: &PoolState) -> String {
             sum(|ports| ports.free),
             sum(|ports| ports.held),
             sum(|ports| ports.busy),
-            sum(|ports| ports.silent),
+            sum(|ports| ports.not_listening),
         ));
     }
     text

@@ -189,7 +189,7 @@ pub struct PortCounts {
     pub lingering: u32,
     /// Ports the workload does not listen on.
     #[prost(uint32, tag = "7")]
-    pub silent: u32,
+    pub not_listening: u32,
 }
 /// The processing server selected a connection port: the port position
 /// information. Counts as of this selection are sent just before it.

@@ -52,7 +52,7 @@ struct Group {
     protocol: PortProtocol,
     /// Free ports, by the order in which they became free.
     free: BTreeSet<(u64, ListenPort)>,
-    silent: u32,
+    not_listening: u32,
     held: u32,
     busy: u32,
     lingering: u32,
@@ -238,7 +238,7 @@ impl Ports {
             held: group.held,
             busy: group.busy,
             lingering: group.lingering,
-            silent: group.silent,
+            not_listening: group.not_listening,
         });
         counts.collect()
     }
@@ -283,7 +283,7 @@ impl Ports {
                 name,
                 protocol,
                 free,
-                silent: 0,
+                not_listening: 0,
                 held: 0,
                 busy: 0,
                 lingering: 0,
@@ -307,7 +307,7 @@ impl Ports {
         self.ports.remove(&number);
     }
 
-    /// Counts a port without session as free or silent.
+    /// Counts a port without session as free or not listening.
     fn list(&mut self, number: ListenPort) {
         if let Some(port) = self
             .ports
@@ -318,7 +318,7 @@ impl Ports {
             if port.is_listening {
                 group.free.insert((port.freed, number));
             } else {
-                group.silent += 1;
+                group.not_listening += 1;
             }
         }
     }
@@ -334,7 +334,7 @@ impl Ports {
             if port.is_listening {
                 group.free.remove(&(port.freed, number));
             } else {
-                group.silent -= 1;
+                group.not_listening -= 1;
             }
         }
     }

@@ -88,7 +88,7 @@ fn released(id: &str) -> v1::to_agent::Message {
     })
 }
 
-/// Free, held, busy, lingering and silent ports of the first name.
+/// Free, held, busy, lingering and not listening ports of the first name.
 fn counts(book: &Book) -> [u32; 5] {
     let counts = &book.counts(at(0)).ports[0];
     [
@@ -96,7 +96,7 @@ fn counts(book: &Book) -> [u32; 5] {
         counts.held,
         counts.busy,
         counts.lingering,
-        counts.silent,
+        counts.not_listening,
     ]
 }
 
@@ -183,7 +183,7 @@ fn the_port_that_has_been_free_for_the_longest_time_is_next() {
 #[test]
 fn only_ports_that_the_workload_listens_on_are_offered() {
     let mut book = book(vec![range("main", 20_000, 7003, 2)]);
-    assert_eq!(counts(&book), [1, 0, 0, 0, 1], "7004 is silent");
+    assert_eq!(counts(&book), [1, 0, 0, 0, 1], "nothing listens on 7004");
     select(&mut book, "s", at(0)).unwrap();
     book.set_listening(Listening::default());
     assert_eq!(counts(&book), [0, 1, 0, 0, 1], "the session stays");

@@ -15,7 +15,7 @@ use tonic::transport::Endpoint;
 use tracing::{debug, info, warn};
 
 use super::{Agents, SelectError};
-use crate::connection::sessions::span::Trace;
+use crate::connection::sessions::span::SessionSpan;
 use crate::connection::sessions::{Outbox, Sessions};
 use crate::pool::PortProtocol;
 use crate::selection::v1::selection_client::SelectionClient;
@@ -42,7 +42,7 @@ pub(super) struct Stream {
 /// A request that waits for its answer.
 pub(super) struct Waiting {
     pub(super) answer: oneshot::Sender<Result<v1::Session, SelectError>>,
-    pub(super) trace: Trace,
+    pub(super) trace: SessionSpan,
 }
 
 impl Agents {
@@ -209,9 +209,9 @@ impl Agents {
                 let waiting = waiting(request_id);
                 let trace = || match &waiting {
                     Some(waiting) => waiting.trace.clone(),
-                    None => Trace::learned(),
+                    None => SessionSpan::learned(),
                 };
-                let actions = self.sessions.learn_traced(slot, session.clone(), trace);
+                let actions = self.sessions.learn_with_span(slot, session.clone(), trace);
                 self.carry_out(actions);
                 let session_id = session.session_id.clone();
                 // Nobody waits any more, and nobody was told the port.
@@ -296,7 +296,7 @@ fn port_states(ports: Vec<v1::PortCounts>) -> Vec<PortState> {
             held: ports.held,
             busy: ports.busy,
             lingering: ports.lingering,
-            silent: ports.silent,
+            not_listening: ports.not_listening,
         })
     });
     states.collect()

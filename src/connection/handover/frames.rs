@@ -16,10 +16,12 @@ use super::values::{
 };
 use super::wire::{self, Content, Empty, MAX_DESCRIPTORS};
 use super::{Error, FRAME_DEADLINE, State, set_deadline};
-use crate::connection::agents::HandedAgents;
-use crate::connection::sessions::snapshot::HandedSessions;
+use crate::connection::agents::AgentsSnapshot;
+use crate::connection::sessions::snapshot::SessionsSnapshot;
 use crate::forward::Transport;
-use crate::forward::handover::{Handed, HandedClient, HandedConnection, HandedPort};
+use crate::forward::snapshot::{
+    ClientSnapshot, ConnectionSnapshot, ForwarderSnapshot, PortSnapshot,
+};
 use crate::table::Table;
 
 /// Bytes after which a frame of connections ends.
@@ -27,7 +29,7 @@ const FRAME_BYTES: usize = 1024 * 1024;
 
 /// Sends the first frame.
 pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Error> {
-    let HandedAgents { id, place, reached } = &state.agents;
+    let AgentsSnapshot { id, place, reached } = &state.agents;
     let reached = reached.iter().map(|(slot, at)| wire::Reached {
         slot: *slot,
         ago_ms: millis(at.elapsed()),
@@ -47,7 +49,7 @@ pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Erro
 pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error> {
     send_server(stream, state)?;
     for ports in state.handed.ports.chunks(MAX_DESCRIPTORS) {
-        let sockets: Vec<BorrowedFd<'_>> = ports.iter().map(HandedPort::as_fd).collect();
+        let sockets: Vec<BorrowedFd<'_>> = ports.iter().map(PortSnapshot::as_fd).collect();
         let ports = ports.iter().map(encode_port).collect();
         wire::send(stream, Content::Ports(wire::Ports { ports }), &sockets)?;
     }
@@ -70,8 +72,8 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
     }
     for clients in state.handed.clients.chunks(MAX_DESCRIPTORS) {
         let sockets = clients.iter().filter_map(|client| match client {
-            HandedClient::Tcp { socket, .. } => Some(socket.as_fd()),
-            HandedClient::Udp { .. } => None,
+            ClientSnapshot::Tcp { socket, .. } => Some(socket.as_fd()),
+            ClientSnapshot::Udp { .. } => None,
         });
         let sockets: Vec<BorrowedFd<'_>> = sockets.collect();
         let clients = clients.iter().map(encode_client).collect();
@@ -81,7 +83,7 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
             &sockets,
         )?;
     }
-    let HandedSessions {
+    let SessionsSnapshot {
         live,
         released,
         over,
@@ -106,9 +108,9 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
 }
 
 /// How many of `connections` go into the next frame: at least one.
-fn frame_length(connections: &[HandedConnection]) -> usize {
+fn frame_length(connections: &[ConnectionSnapshot]) -> usize {
     let mut bytes = 0;
-    let fits = |connection: &&HandedConnection| {
+    let fits = |connection: &&ConnectionSnapshot| {
         let before = bytes;
         bytes += connection.upstream.kept.len() + connection.downstream.kept.len();
         before < FRAME_BYTES
@@ -135,7 +137,7 @@ pub(super) fn receive_state(stream: &UnixStream) -> Result<State, Error> {
         (reached.slot, now.checked_sub(ago).unwrap_or(now))
     });
     let mut state = State {
-        agents: HandedAgents {
+        agents: AgentsSnapshot {
             id: server.id,
             place: server.place,
             reached: reached.collect(),
@@ -143,11 +145,11 @@ pub(super) fn receive_state(stream: &UnixStream) -> Result<State, Error> {
         table: Arc::new(Table::decode(&server.table)?),
         load_sharing,
         admin,
-        sessions: HandedSessions {
+        sessions: SessionsSnapshot {
             last_key: server.last_key,
-            ..HandedSessions::default()
+            ..SessionsSnapshot::default()
         },
-        handed: Handed::default(),
+        handed: ForwarderSnapshot::default(),
     };
     loop {
         let (content, sockets) = wire::receive(stream)?;
@@ -163,7 +165,11 @@ pub(super) fn receive_state(stream: &UnixStream) -> Result<State, Error> {
 
 /// Adds a frame's ports. All that may fail about them is done here, while the
 /// predecessor sends the others and can still go on.
-fn adopt(handed: &mut Handed, ports: &wire::Ports, sockets: Vec<OwnedFd>) -> Result<(), Error> {
+fn adopt(
+    handed: &mut ForwarderSnapshot,
+    ports: &wire::Ports,
+    sockets: Vec<OwnedFd>,
+) -> Result<(), Error> {
     if ports.ports.len() != sockets.len() {
         return Err(Error::Malformed("a connection port has one socket"));
     }
@@ -173,7 +179,7 @@ fn adopt(handed: &mut Handed, ports: &wire::Ports, sockets: Vec<OwnedFd>) -> Res
             true => Transport::Udp,
             false => Transport::Tcp,
         };
-        let adopted = HandedPort::adopt(number, transport, port.is_draining, socket)?;
+        let adopted = PortSnapshot::adopt(number, transport, port.is_draining, socket)?;
         handed.ports.push(adopted);
     }
     Ok(())

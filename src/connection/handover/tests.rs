@@ -12,10 +12,10 @@ use tokio::time::Instant;
 use super::frames::{add, send_server};
 use super::values::{encode_client, encode_connection, encode_flow, encode_port};
 use super::*;
-use crate::connection::sessions::snapshot::HandedSession;
+use crate::connection::sessions::snapshot::SessionSnapshot;
 use crate::connection::sessions::span::Carried;
-use crate::forward::handover::{
-    HandedClient, HandedConnection, HandedDirection, HandedFlow, HandedPort,
+use crate::forward::snapshot::{
+    ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, PortSnapshot,
 };
 use crate::forward::{Traffic, Transport};
 use crate::pool::{LoadSharing, Sessions as Settings};
@@ -31,9 +31,9 @@ fn inode(descriptor: impl AsFd) -> u64 {
     fstat(descriptor).unwrap().st_ino
 }
 
-fn state(handed: Handed, sessions: HandedSessions) -> State {
+fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
     State {
-        agents: HandedAgents {
+        agents: AgentsSnapshot {
             id: "connection-server".to_owned(),
             place: "somewhere".to_owned(),
             reached: HashMap::from([(3, Instant::now())]),
@@ -69,8 +69,8 @@ fn describe(state: &State) -> String {
     let flows: Vec<_> = flows.map(|f| (encode_flow(f), inode(&f.server))).collect();
     let clients = handed.clients.iter().map(|client| {
         let inode = match client {
-            HandedClient::Tcp { socket, .. } => inode(socket),
-            HandedClient::Udp { .. } => 0,
+            ClientSnapshot::Tcp { socket, .. } => inode(socket),
+            ClientSnapshot::Udp { .. } => 0,
         };
         (encode_client(client), inode)
     });
@@ -91,10 +91,10 @@ fn idle() -> impl Strategy<Value = Duration> {
     (0..100_000_000u64).prop_map(Duration::from_millis)
 }
 
-fn direction() -> impl Strategy<Value = HandedDirection> {
+fn direction() -> impl Strategy<Value = DirectionSnapshot> {
     let kept = vec(any::<u8>(), 0..2000);
     (kept, any::<bool>(), any::<bool>(), any::<u64>()).prop_map(
-        |(kept, is_read, is_done, bytes)| HandedDirection {
+        |(kept, is_read, is_done, bytes)| DirectionSnapshot {
             kept,
             is_read,
             is_done,
@@ -103,7 +103,7 @@ fn direction() -> impl Strategy<Value = HandedDirection> {
     )
 }
 
-fn handed() -> impl Strategy<Value = Handed> {
+fn handed() -> impl Strategy<Value = ForwarderSnapshot> {
     let ports = (port(), any::<bool>(), any::<bool>()).prop_map(|(port, is_udp, is_draining)| {
         let (transport, socket) = match is_udp {
             true => (
@@ -112,7 +112,7 @@ fn handed() -> impl Strategy<Value = Handed> {
             ),
             false => (Transport::Tcp, descriptor()),
         };
-        HandedPort::adopt(port, transport, is_draining, socket).unwrap()
+        PortSnapshot::adopt(port, transport, is_draining, socket).unwrap()
     });
     let connections = (
         port(),
@@ -124,7 +124,7 @@ fn handed() -> impl Strategy<Value = Handed> {
     );
     let connections = connections.prop_map(
         |(port, session, (is_connecting, is_broken), idle, upstream, downstream)| {
-            HandedConnection {
+            ConnectionSnapshot {
                 port,
                 session: SessionKey(session),
                 client: descriptor(),
@@ -144,7 +144,7 @@ fn handed() -> impl Strategy<Value = Handed> {
         any::<Option<IpAddr>>(),
         idle(),
     );
-    let flows = flows.prop_map(|(port, session, client, local, idle)| HandedFlow {
+    let flows = flows.prop_map(|(port, session, client, local, idle)| FlowSnapshot {
         port,
         session: SessionKey(session),
         client,
@@ -166,13 +166,13 @@ fn handed() -> impl Strategy<Value = Handed> {
         any::<bool>(),
     );
     let clients = clients.prop_map(|(port, address, local, datagrams, is_udp)| match is_udp {
-        true => HandedClient::Udp {
+        true => ClientSnapshot::Udp {
             port,
             address,
             local,
             datagrams,
         },
-        false => HandedClient::Tcp {
+        false => ClientSnapshot::Tcp {
             port,
             socket: descriptor(),
             address,
@@ -184,7 +184,7 @@ fn handed() -> impl Strategy<Value = Handed> {
         vec(flows, 0..20),
         vec(clients, 0..9),
     );
-    parts.prop_map(|(ports, connections, flows, clients)| Handed {
+    parts.prop_map(|(ports, connections, flows, clients)| ForwarderSnapshot {
         ports,
         connections,
         flows,
@@ -192,7 +192,7 @@ fn handed() -> impl Strategy<Value = Handed> {
     })
 }
 
-fn sessions() -> impl Strategy<Value = HandedSessions> {
+fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
     let live = (
         any::<u32>(),
         any::<u64>(),
@@ -201,7 +201,7 @@ fn sessions() -> impl Strategy<Value = HandedSessions> {
         any::<Option<IpAddr>>(),
         idle(),
     );
-    let live = live.prop_map(|(slot, key, id, port, client, age)| HandedSession {
+    let live = live.prop_map(|(slot, key, id, port, client, age)| SessionSnapshot {
         slot,
         key: SessionKey(key),
         session: v1::Session {
@@ -222,7 +222,7 @@ fn sessions() -> impl Strategy<Value = HandedSessions> {
     let released = ("\\PC{0,20}", any::<u32>());
     let over = (port(), "\\PC{0,20}");
     let lists = (vec(live, 0..20), vec(released, 0..5), vec(over, 0..5));
-    (any::<u64>(), lists).prop_map(|(last_key, (live, released, over))| HandedSessions {
+    (any::<u64>(), lists).prop_map(|(last_key, (live, released, over))| SessionsSnapshot {
         last_key,
         live,
         released,
@@ -267,7 +267,7 @@ proptest! {
     #[test]
     fn a_successor_that_says_anything_else_gets_nothing(bytes in vec(any::<u8>(), 0..64)) {
         use std::io::Write;
-        let (mut stream, thread) = predecessor(state(Handed::default(), HandedSessions::default()));
+        let (mut stream, thread) = predecessor(state(ForwarderSnapshot::default(), SessionsSnapshot::default()));
         // The end of the stream cuts short what promised to be longer.
         let _ = stream.write_all(&bytes);
         stream.shutdown(std::net::Shutdown::Write).unwrap();
@@ -276,7 +276,7 @@ proptest! {
 
     #[test]
     fn no_bytes_make_the_decoder_panic(bytes in vec(any::<u8>(), 0..200)) {
-        let mut state = state(Handed::default(), HandedSessions::default());
+        let mut state = state(ForwarderSnapshot::default(), SessionsSnapshot::default());
         if let Some(content) = wire::decode(&bytes) {
             add(&mut state, content, Vec::new());
         }
@@ -286,7 +286,7 @@ proptest! {
 #[test]
 fn a_port_that_cannot_be_used_is_found_out_before_anything_is_taken() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let state = state(Handed::default(), HandedSessions::default());
+    let state = state(ForwarderSnapshot::default(), SessionsSnapshot::default());
     send_server(&theirs, &state).unwrap();
     let port = wire::Port {
         port: 20_000,
@@ -306,7 +306,7 @@ fn read_all(stream: &UnixStream) {
 }
 
 fn some_state() -> State {
-    let connection = |port| HandedConnection {
+    let connection = |port| ConnectionSnapshot {
         port: ListenPort::new(port).unwrap(),
         session: SessionKey(1),
         client: descriptor(),
@@ -314,17 +314,17 @@ fn some_state() -> State {
         is_connecting: false,
         is_broken: false,
         idle: Duration::ZERO,
-        upstream: HandedDirection {
+        upstream: DirectionSnapshot {
             kept: vec![1; 70_000],
-            ..HandedDirection::default()
+            ..DirectionSnapshot::default()
         },
-        downstream: HandedDirection::default(),
+        downstream: DirectionSnapshot::default(),
     };
-    let handed = Handed {
+    let handed = ForwarderSnapshot {
         connections: (1..500).map(connection).collect(),
-        ..Handed::default()
+        ..ForwarderSnapshot::default()
     };
-    state(handed, HandedSessions::default())
+    state(handed, SessionsSnapshot::default())
 }
 
 #[test]
@@ -368,7 +368,7 @@ fn a_predecessor_that_dies_leaves_everything_to_a_successor_that_is_ready() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         send_state(
             &theirs,
-            &state(Handed::default(), HandedSessions::default()),
+            &state(ForwarderSnapshot::default(), SessionsSnapshot::default()),
         )
         .unwrap();
         let inheritance = Inheritance {
@@ -386,7 +386,7 @@ fn a_predecessor_that_dies_leaves_everything_to_a_successor_that_is_ready() {
 #[test]
 fn a_predecessor_that_gives_up_keeps_everything() {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let small = || state(Handed::default(), HandedSessions::default());
+    let small = || state(ForwarderSnapshot::default(), SessionsSnapshot::default());
     send_state(&theirs, &small()).unwrap();
     let inheritance = Inheritance {
         state: receive_state(&ours).unwrap(),

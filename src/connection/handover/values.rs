@@ -7,15 +7,15 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use super::wire;
-use crate::connection::sessions::snapshot::HandedSession;
+use crate::connection::sessions::snapshot::SessionSnapshot;
 use crate::connection::sessions::span::Carried;
-use crate::forward::handover::{
-    HandedClient, HandedConnection, HandedDirection, HandedFlow, HandedPort,
+use crate::forward::snapshot::{
+    ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, PortSnapshot,
 };
 use crate::forward::{SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
-pub(super) fn encode_port(port: &HandedPort) -> wire::Port {
+pub(super) fn encode_port(port: &PortSnapshot) -> wire::Port {
     wire::Port {
         port: port.port.get().into(),
         is_udp: port.transport() == Transport::Udp,
@@ -23,7 +23,7 @@ pub(super) fn encode_port(port: &HandedPort) -> wire::Port {
     }
 }
 
-pub(super) fn encode_session(session: &HandedSession) -> wire::Session {
+pub(super) fn encode_session(session: &SessionSnapshot) -> wire::Session {
     wire::Session {
         slot: session.slot,
         key: session.key.0,
@@ -36,8 +36,8 @@ pub(super) fn encode_session(session: &HandedSession) -> wire::Session {
     }
 }
 
-pub(super) fn decode_session(session: wire::Session) -> Option<HandedSession> {
-    Some(HandedSession {
+pub(super) fn decode_session(session: wire::Session) -> Option<SessionSnapshot> {
+    Some(SessionSnapshot {
         slot: session.slot,
         key: SessionKey(session.key),
         session: session.session,
@@ -53,8 +53,8 @@ pub(super) fn decode_session(session: wire::Session) -> Option<HandedSession> {
     })
 }
 
-pub(super) fn encode_connection(connection: &HandedConnection) -> wire::Connection {
-    let direction = |direction: &HandedDirection| wire::Direction {
+pub(super) fn encode_connection(connection: &ConnectionSnapshot) -> wire::Connection {
+    let direction = |direction: &DirectionSnapshot| wire::Direction {
         kept: direction.kept.clone(),
         is_read: direction.is_read,
         is_done: direction.is_done,
@@ -74,14 +74,14 @@ pub(super) fn encode_connection(connection: &HandedConnection) -> wire::Connecti
 pub(super) fn decode_connection(
     connection: wire::Connection,
     (client, server): (OwnedFd, OwnedFd),
-) -> Option<HandedConnection> {
-    let direction = |direction: wire::Direction| HandedDirection {
+) -> Option<ConnectionSnapshot> {
+    let direction = |direction: wire::Direction| DirectionSnapshot {
         kept: direction.kept,
         is_read: direction.is_read,
         is_done: direction.is_done,
         bytes: direction.bytes,
     };
-    Some(HandedConnection {
+    Some(ConnectionSnapshot {
         port: decode_number(connection.port)?,
         session: SessionKey(connection.session),
         client,
@@ -94,7 +94,7 @@ pub(super) fn decode_connection(
     })
 }
 
-pub(super) fn encode_flow(flow: &HandedFlow) -> wire::Flow {
+pub(super) fn encode_flow(flow: &FlowSnapshot) -> wire::Flow {
     wire::Flow {
         port: flow.port.get().into(),
         session: flow.session.0,
@@ -107,8 +107,8 @@ pub(super) fn encode_flow(flow: &HandedFlow) -> wire::Flow {
     }
 }
 
-pub(super) fn decode_flow(flow: &wire::Flow, server: OwnedFd) -> Option<HandedFlow> {
-    Some(HandedFlow {
+pub(super) fn decode_flow(flow: &wire::Flow, server: OwnedFd) -> Option<FlowSnapshot> {
+    Some(FlowSnapshot {
         port: decode_number(flow.port)?,
         session: SessionKey(flow.session),
         client: flow.client.parse().ok()?,
@@ -123,14 +123,14 @@ pub(super) fn decode_flow(flow: &wire::Flow, server: OwnedFd) -> Option<HandedFl
     })
 }
 
-pub(super) fn encode_client(client: &HandedClient) -> wire::Client {
+pub(super) fn encode_client(client: &ClientSnapshot) -> wire::Client {
     match client {
-        HandedClient::Tcp { port, address, .. } => wire::Client {
+        ClientSnapshot::Tcp { port, address, .. } => wire::Client {
             port: port.get().into(),
             address: address.to_string(),
             ..wire::Client::default()
         },
-        HandedClient::Udp {
+        ClientSnapshot::Udp {
             port,
             address,
             local,
@@ -148,16 +148,16 @@ pub(super) fn encode_client(client: &HandedClient) -> wire::Client {
 pub(super) fn decode_client(
     client: wire::Client,
     sockets: &mut impl Iterator<Item = OwnedFd>,
-) -> Option<HandedClient> {
+) -> Option<ClientSnapshot> {
     let port = decode_number(client.port)?;
     let address: SocketAddr = client.address.parse().ok()?;
     Some(match client.is_udp {
-        false => HandedClient::Tcp {
+        false => ClientSnapshot::Tcp {
             port,
             socket: sockets.next()?,
             address,
         },
-        true => HandedClient::Udp {
+        true => ClientSnapshot::Udp {
             port,
             address,
             local: decode_address(&client.local)?,

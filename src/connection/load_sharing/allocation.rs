@@ -16,7 +16,7 @@ use super::servers::Filter;
 use crate::connection::agents::{Agents, SelectError};
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
-use crate::connection::sessions::span::Trace;
+use crate::connection::sessions::span::SessionSpan;
 use crate::pool::{ClientBinding, PortProtocol};
 use crate::selection::v1::{self, refused};
 use crate::session::SessionRequest;
@@ -89,7 +89,7 @@ struct Wanted {
     /// Until when it waits for a free port; `None` when it does not.
     patience: Option<Instant>,
     give_up: Instant,
-    trace: Trace,
+    trace: SessionSpan,
 }
 
 impl Allocation {
@@ -177,7 +177,7 @@ impl Allocation {
             bound_client: is_bound.then_some(client),
             patience: (!wait.is_zero()).then(|| now + wait),
             give_up: now + wait + ASK_LIMIT,
-            trace: Trace::request(client),
+            trace: SessionSpan::request(client),
         })
     }
 

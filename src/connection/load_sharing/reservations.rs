@@ -207,7 +207,7 @@ mod tests {
             held: 0,
             busy: 0,
             lingering: 0,
-            silent: 0,
+            not_listening: 0,
         }]
     }
 

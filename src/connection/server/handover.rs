@@ -10,7 +10,7 @@ use tokio::net::TcpListener;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Beginning, Server};
+use super::{InitialState, Server};
 use crate::connection::sessions::Sessions;
 use crate::connection::{Error, Options, handover};
 use crate::forward::Forwarder;
@@ -46,7 +46,7 @@ pub(super) async fn inherit(
     Ok(inherited)
 }
 
-impl Beginning {
+impl InitialState {
     /// Has `sessions` and `forwarder` go on with what a predecessor had.
     pub(super) fn inherited(
         mut state: handover::State,

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::{Action, Inner, NO_SESSION, Sessions, canonical};
-use crate::forward::{Gate, SessionKey, Ticket, Traffic, Transport, Verdict};
+use crate::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use crate::pool::Admission;
 use crate::selection::v1::{self, to_agent::Message};
 use crate::table::ListenPort;
@@ -19,22 +19,22 @@ const ASK_LIFETIME: Duration = Duration::from_secs(2);
 
 /// A client that waits for its session to be found.
 #[derive(Debug)]
-pub(super) struct Parked {
-    ticket: Ticket,
+pub(super) struct PendingLookup {
+    ticket: PendingId,
     client: IpAddr,
     since: Instant,
 }
 
 impl Inner {
-    fn admit(&self, port: ListenPort, client: IpAddr) -> Verdict {
+    fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(live) = self.live.get(&port) else {
             return match self.admission {
-                Admission::Open => Verdict::Admit(NO_SESSION),
-                Admission::Reserved => Verdict::Ask,
+                Admission::Open => Decision::Admit(NO_SESSION),
+                Admission::Reserved => Decision::Ask,
             };
         };
         if live.bound_client.is_some_and(|bound| bound != client) {
-            return Verdict::Refuse;
+            return Decision::Refuse;
         }
         let mut flows = live.flows.lock();
         flows.open();
@@ -42,7 +42,7 @@ impl Inner {
             let session_id = live.session.session_id.clone();
             self.send(live.slot, Message::Opened(v1::Opened { session_id }));
         }
-        Verdict::Admit(live.key)
+        Decision::Admit(live.key)
     }
 
     /// Asks for the session on `port`. The port is the request's id: there is
@@ -87,7 +87,7 @@ impl Sessions {
         let mut actions = session.map_or_else(Vec::new, |session| self.learn(slot, session));
         let mut inner = self.inner.write();
         let parked = inner.asked.remove(&port).unwrap_or_default();
-        for Parked {
+        for PendingLookup {
             ticket,
             client,
             since,
@@ -97,7 +97,7 @@ impl Sessions {
                 continue;
             }
             let verdict = match inner.admit(port, client) {
-                Verdict::Ask => Verdict::Refuse,
+                Decision::Ask => Decision::Refuse,
                 verdict => verdict,
             };
             actions.push(Action::Answer(port, ticket, verdict));
@@ -107,11 +107,11 @@ impl Sessions {
 }
 
 impl Gate for Sessions {
-    fn admit(&self, port: ListenPort, _transport: Transport, client: SocketAddr) -> Verdict {
+    fn admit(&self, port: ListenPort, _transport: Transport, client: SocketAddr) -> Decision {
         self.inner.read().admit(port, canonical(client.ip()))
     }
 
-    fn ask(&self, ticket: Ticket, port: ListenPort, _transport: Transport, client: SocketAddr) {
+    fn ask(&self, ticket: PendingId, port: ListenPort, _transport: Transport, client: SocketAddr) {
         let now = Instant::now();
         let mut inner = self.inner.write();
         let Some(slot) = inner.slot(port) else {
@@ -121,7 +121,7 @@ impl Gate for Sessions {
         parked.retain(|parked| now.duration_since(parked.since) <= ASK_LIFETIME);
         // One question at a time and port, however many clients wait on it.
         let is_first = parked.is_empty();
-        parked.push(Parked {
+        parked.push(PendingLookup {
             ticket,
             client: canonical(client.ip()),
             since: now,

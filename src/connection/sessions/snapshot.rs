@@ -10,14 +10,14 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use super::{Flows, Live, NO_SESSION, Sessions, canonical};
-use crate::connection::sessions::span::{Carried, Trace};
+use crate::connection::sessions::span::{Carried, SessionSpan};
 use crate::forward::SessionKey;
 use crate::selection::v1;
 use crate::table::{ListenPort, Table};
 
 /// A session as it is handed over.
 #[derive(Clone, Debug, PartialEq)]
-pub struct HandedSession {
+pub struct SessionSnapshot {
     /// The slot of its processing server.
     pub slot: u32,
     /// What its connections know it by.
@@ -34,11 +34,11 @@ pub struct HandedSession {
 
 /// All that a connection server knows of sessions.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct HandedSessions {
+pub struct SessionsSnapshot {
     /// The highest key given so far.
     pub last_key: u64,
     /// Live sessions.
-    pub live: Vec<HandedSession>,
+    pub live: Vec<SessionSnapshot>,
     /// Ids of sessions that clients have given back, with their slots: their
     /// agents may not have heard of it yet.
     pub released: Vec<(String, u32)>,
@@ -52,10 +52,10 @@ impl Sessions {
     /// Sessions that have ended and whose connections are being cut are not
     /// part of it: the data plane is paused, so there are none.
     #[must_use]
-    pub fn hand_over(&self) -> HandedSessions {
+    pub fn hand_over(&self) -> SessionsSnapshot {
         let inner = self.inner.read();
         debug_assert!(inner.ending.is_empty(), "the data plane is paused");
-        let live = inner.live.values().map(|live| HandedSession {
+        let live = inner.live.values().map(|live| SessionSnapshot {
             slot: live.slot,
             key: live.key,
             session: live.session.clone(),
@@ -63,7 +63,7 @@ impl Sessions {
             client: live.trace.client(),
             age: live.trace.age(),
         });
-        HandedSessions {
+        SessionsSnapshot {
             last_key: self.next_key.load(Ordering::Relaxed),
             live: live.collect(),
             released: inner
@@ -86,7 +86,7 @@ impl Sessions {
     /// Returns keys of flows that belong to no session: they are to be cut.
     pub fn take_over(
         &self,
-        handed: HandedSessions,
+        handed: SessionsSnapshot,
         table: &Arc<Table>,
         flows: impl Iterator<Item = SessionKey>,
     ) -> HashSet<SessionKey> {
@@ -98,7 +98,7 @@ impl Sessions {
         open.remove(&NO_SESSION);
         self.next_key.store(handed.last_key, Ordering::Relaxed);
         let mut inner = self.inner.write();
-        for HandedSession {
+        for SessionSnapshot {
             slot,
             key,
             session,
@@ -111,7 +111,7 @@ impl Sessions {
             let Some(port) = ListenPort::new(number) else {
                 continue;
             };
-            let trace = Trace::taken_over(client, age);
+            let trace = SessionSpan::taken_over(client, age);
             let row = inner.table.as_ref().and_then(|table| table.find(port));
             trace.selected(&session, row.map_or("", |(row, _)| &row.server));
             inner.insert(

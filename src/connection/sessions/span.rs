@@ -15,14 +15,14 @@ use crate::selection::v1;
 
 /// A session's span. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Trace {
+pub struct SessionSpan {
     span: Span,
     since: Instant,
     /// Who asked for the session, if that was here.
     client: Option<IpAddr>,
 }
 
-impl Trace {
+impl SessionSpan {
     /// Begins with a request from `client`.
     #[must_use]
     pub fn request(client: IpAddr) -> Self {

@@ -76,7 +76,7 @@ fn next(sent: &mut UnboundedReceiver<ToAgent>) -> Option<Message> {
     sent.try_recv().ok()?.message
 }
 
-fn admit(sessions: &Sessions, number: u16, last: u8) -> Verdict {
+fn admit(sessions: &Sessions, number: u16, last: u8) -> Decision {
     sessions.admit(port(number), Transport::Tcp, client(last))
 }
 
@@ -116,10 +116,10 @@ fn ended(id: &str) -> Option<Message> {
 fn only_the_first_and_the_last_connection_are_told() {
     let (sessions, _outbox, mut sent) = attached();
     sessions.learn(0, session("a", PORT));
-    let Verdict::Admit(key) = admit(&sessions, PORT, 1) else {
+    let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
-    assert_eq!(admit(&sessions, PORT, 1), Verdict::Admit(key));
+    assert_eq!(admit(&sessions, PORT, 1), Decision::Admit(key));
     assert_eq!(next(&mut sent), opened("a"));
     assert_eq!(next(&mut sent), None);
     sessions.closed(port(PORT), key, Traffic::default());
@@ -133,7 +133,7 @@ fn only_the_first_and_the_last_connection_are_told() {
 fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     let (sessions, _outbox, mut sent) = attached();
     sessions.learn(0, session("a", PORT));
-    let Verdict::Admit(key) = admit(&sessions, PORT, 1) else {
+    let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(next(&mut sent), opened("a"));
@@ -144,7 +144,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     assert!(sessions.is_cutting(0));
     assert_eq!(
         admit(&sessions, PORT, 1),
-        Verdict::Ask,
+        Decision::Ask,
         "nothing more is admitted"
     );
     assert_eq!(
@@ -176,14 +176,14 @@ fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
 fn a_successor_on_the_port_ends_the_former() {
     let (sessions, _outbox, _sent) = attached();
     sessions.learn(0, session("a", PORT));
-    let Verdict::Admit(former) = admit(&sessions, PORT, 1) else {
+    let Decision::Admit(former) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(
         sessions.learn(0, session("b", PORT)),
         [Action::Cut(port(PORT), former)]
     );
-    let Verdict::Admit(key) = admit(&sessions, PORT, 1) else {
+    let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_ne!(former, key);
@@ -195,12 +195,12 @@ fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     let (sessions, outbox, _sent) = attached();
     sessions.learn(0, session("a", PORT));
     sessions.detach(0, &outbox);
-    let Verdict::Admit(key) = admit(&sessions, PORT, 1) else {
+    let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(sessions.release("a"), Some(Err(())));
     assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);
-    assert_eq!(admit(&sessions, PORT, 1), Verdict::Ask);
+    assert_eq!(admit(&sessions, PORT, 1), Decision::Ask);
 }
 
 #[test]
@@ -250,34 +250,38 @@ fn only_the_bound_client_is_admitted() {
         ..session("a", PORT)
     };
     sessions.learn(0, bound);
-    assert_eq!(admit(&sessions, PORT, 2), Verdict::Refuse);
-    assert!(matches!(admit(&sessions, PORT, 1), Verdict::Admit(_)));
+    assert_eq!(admit(&sessions, PORT, 2), Decision::Refuse);
+    assert!(matches!(admit(&sessions, PORT, 1), Decision::Admit(_)));
     let wrapped: SocketAddr = "[::ffff:127.0.0.1]:9".parse().unwrap();
     assert!(matches!(
         sessions.admit(port(PORT), Transport::Tcp, wrapped),
-        Verdict::Admit(_)
+        Decision::Admit(_)
     ));
 }
 
 #[test]
 fn one_question_answers_every_parked_client() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.ask(Ticket(1), port(PORT), Transport::Tcp, client(1));
-    sessions.ask(Ticket(2), port(PORT), Transport::Tcp, client(2));
+    sessions.ask(PendingId(1), port(PORT), Transport::Tcp, client(1));
+    sessions.ask(PendingId(2), port(PORT), Transport::Tcp, client(2));
     let Some(Message::Lookup(question)) = next(&mut sent) else {
         panic!("no question")
     };
     assert_eq!(question.connection_port, u32::from(PORT));
     assert_eq!(next(&mut sent), None);
     let actions = sessions.looked_up(0, question.request_id, Some(session("a", PORT)));
-    let admitted = |action: &Action| matches!(action, Action::Answer(_, _, Verdict::Admit(_)));
+    let admitted = |action: &Action| matches!(action, Action::Answer(_, _, Decision::Admit(_)));
     assert_eq!(actions.len(), 2);
     assert!(actions.iter().all(admitted), "{actions:?}");
-    sessions.ask(Ticket(3), port(PORT + 1), Transport::Tcp, client(1));
+    sessions.ask(PendingId(3), port(PORT + 1), Transport::Tcp, client(1));
     let actions = sessions.looked_up(0, u64::from(PORT) + 1, None);
     assert_eq!(
         actions,
-        [Action::Answer(port(PORT + 1), Ticket(3), Verdict::Refuse)]
+        [Action::Answer(
+            port(PORT + 1),
+            PendingId(3),
+            Decision::Refuse
+        )]
     );
 }
 
@@ -309,7 +313,7 @@ fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
 fn open_admission_needs_no_session() {
     let sessions = Sessions::default();
     sessions.set_table(&Arc::new(table(Admission::Open)));
-    assert_eq!(admit(&sessions, PORT, 1), Verdict::Admit(NO_SESSION));
+    assert_eq!(admit(&sessions, PORT, 1), Decision::Admit(NO_SESSION));
     sessions.closed(port(PORT), NO_SESSION, Traffic::default());
 }
 
@@ -318,7 +322,7 @@ fn a_removed_server_loses_its_sessions_only() {
     let (sessions, _outbox, _sent) = attached();
     sessions.learn(0, session("a", PORT));
     sessions.learn(1, session("b", PORT + 10));
-    let Verdict::Admit(key) = admit(&sessions, PORT, 1) else {
+    let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);

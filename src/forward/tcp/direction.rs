@@ -11,9 +11,9 @@
 
 use rustix::io::Errno;
 
-use super::{Means, SCRATCH_BYTES};
-use crate::forward::handover::HandedDirection;
+use super::{SCRATCH_BYTES, Scratch};
 use crate::forward::pipes::{Pipe, Pipes};
+use crate::forward::snapshot::DirectionSnapshot;
 use crate::forward::stream::Stream;
 
 /// Reads of one direction before the others of its thread get their turn.
@@ -92,7 +92,7 @@ impl Direction {
         source: &S,
         destination: &S,
         at_end: bool,
-        means: &mut Means,
+        scratch: &mut Scratch,
     ) -> Progress {
         if self.is_done {
             return Progress::Done;
@@ -104,11 +104,11 @@ impl Direction {
                 Err(errno) => return Progress::Broken(Fault::Destination(errno)),
             }
             if self.is_read {
-                self.give_back(&mut means.pipes);
+                self.give_back(&mut scratch.pipes);
                 self.is_done = true;
                 return Progress::Done;
             }
-            match self.fill(source, destination, means) {
+            match self.fill(source, destination, scratch) {
                 Ok(0) => self.is_read = true,
                 // The source has nothing more; the next event tells.
                 Ok(length) if length < SCRATCH_BYTES && !at_end && self.held.is_none() => {
@@ -128,7 +128,7 @@ impl Direction {
         &mut self,
         source: &S,
         destination: &S,
-        means: &mut Means,
+        scratch: &mut Scratch,
     ) -> Result<usize, Fault> {
         if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
             let length = source.fill_pipe(pipe).map_err(Fault::Source)?;
@@ -137,7 +137,7 @@ impl Direction {
             self.bytes += length as u64;
             return Ok(length);
         }
-        let space = &mut means.scratch[..SCRATCH_BYTES];
+        let space = &mut scratch.scratch[..SCRATCH_BYTES];
         let length = source.read(space).map_err(Fault::Source)?;
         self.bytes += length as u64;
         let sent = match length {
@@ -145,7 +145,7 @@ impl Direction {
             _ => send(destination, &space[..length]).map_err(Fault::Destination)?,
         };
         if sent < length {
-            let kept = means.scratch[sent..length].into();
+            let kept = scratch.scratch[sent..length].into();
             self.held = Some(Box::new(Held::Bytes(kept, 0)));
         }
         self.full_reads = match length {
@@ -153,7 +153,7 @@ impl Direction {
             _ => 0,
         };
         if self.full_reads >= FULL_READS && self.held.is_none() {
-            let pipe = means.pipes.lend();
+            let pipe = scratch.pipes.lend();
             self.held = pipe.map(|pipe| Box::new(Held::Pipe(pipe, 0)));
         }
         Ok(length)
@@ -216,7 +216,7 @@ impl Direction {
 
     /// The direction as another thread or process goes on with it; a lent pipe
     /// is emptied and given back.
-    pub(super) fn hand_over(mut self, pipes: &mut Pipes) -> HandedDirection {
+    pub(super) fn hand_over(mut self, pipes: &mut Pipes) -> DirectionSnapshot {
         let kept = match self.held.take().map(|held| *held) {
             None => Vec::new(),
             Some(Held::Bytes(kept, offset)) => kept[offset..].to_vec(),
@@ -226,7 +226,7 @@ impl Direction {
                 kept
             }
         };
-        HandedDirection {
+        DirectionSnapshot {
             kept,
             is_read: self.is_read,
             is_done: self.is_done,
@@ -235,7 +235,7 @@ impl Direction {
     }
 
     /// Goes on with a direction.
-    pub(super) fn take_over(handed: HandedDirection) -> Self {
+    pub(super) fn take_over(handed: DirectionSnapshot) -> Self {
         let held = Held::Bytes(handed.kept.into_boxed_slice(), 0);
         let is_holding = !matches!(&held, Held::Bytes(kept, _) if kept.is_empty());
         Self {

@@ -112,7 +112,7 @@ const ENDED: Signals = Signals {
 /// A connection between models, and what its peers have sent.
 struct Bench {
     connection: Connection<Model>,
-    means: Means,
+    scratch: Scratch,
     sent: [Vec<u8>; 2],
     is_finished: bool,
 }
@@ -128,7 +128,7 @@ impl Bench {
                 None,
                 Instant::now(),
             ),
-            means: Means {
+            scratch: Scratch {
                 scratch: vec![0; SCRATCH_BYTES],
                 pipes: Pipes::new(1),
                 carried: Traffic::default(),
@@ -152,9 +152,9 @@ impl Bench {
         if self.is_finished {
             return;
         }
-        let mut outcome = self.connection.event(side, signals, &mut self.means);
+        let mut outcome = self.connection.event(side, signals, &mut self.scratch);
         while outcome == Outcome::Ready {
-            outcome = self.connection.pump(&mut self.means);
+            outcome = self.connection.pump(&mut self.scratch);
         }
         self.is_finished = outcome == Outcome::Finished;
         assert!(matches!(outcome, Outcome::Waiting | Outcome::Finished));
@@ -237,7 +237,7 @@ proptest! {
                 Step::MakeRoom(side, length) => bench.make_room(side, length),
                 Step::End(side) => bench.end(side),
                 Step::GiveBackIdlePipes => {
-                    bench.connection.give_back_idle_pipes(&mut bench.means.pipes);
+                    bench.connection.give_back_idle_pipes(&mut bench.scratch.pipes);
                 }
             }
             bench.check();
@@ -248,8 +248,8 @@ proptest! {
         }
         bench.check();
         prop_assert!(bench.is_finished);
-        bench.connection.give_back_pipes(&mut bench.means.pipes);
-        prop_assert_eq!(bench.means.pipes.lent(), 0);
+        bench.connection.give_back_pipes(&mut bench.scratch.pipes);
+        prop_assert_eq!(bench.scratch.pipes.lent(), 0);
     }
 }
 
@@ -258,18 +258,18 @@ fn a_direction_that_carries_much_has_a_pipe_until_it_is_quiet() {
     let mut bench = Bench::new();
     bench.make_room(Side::Server, usize::MAX / 4);
     bench.send(Side::Client, SCRATCH_BYTES);
-    assert_eq!(bench.means.pipes.lent(), 0, "one message is no stream");
+    assert_eq!(bench.scratch.pipes.lent(), 0, "one message is no stream");
     bench.send(Side::Client, 4 * SCRATCH_BYTES);
-    assert_eq!(bench.means.pipes.lent(), 1);
+    assert_eq!(bench.scratch.pipes.lent(), 1);
     bench.send(Side::Client, BUSY_BYTES);
     bench
         .connection
-        .give_back_idle_pipes(&mut bench.means.pipes);
-    assert_eq!(bench.means.pipes.lent(), 1);
+        .give_back_idle_pipes(&mut bench.scratch.pipes);
+    assert_eq!(bench.scratch.pipes.lent(), 1);
     bench
         .connection
-        .give_back_idle_pipes(&mut bench.means.pipes);
-    assert_eq!(bench.means.pipes.lent(), 0);
+        .give_back_idle_pipes(&mut bench.scratch.pipes);
+    assert_eq!(bench.scratch.pipes.lent(), 0);
     bench.check();
 }
 
@@ -287,10 +287,14 @@ fn a_server_that_refuses_is_told_from_a_client_that_goes() {
     };
     let mut bench = start();
     bench.connection.server.error.set(Some(Errno::CONNREFUSED));
-    let outcome = bench.connection.event(Side::Server, gone, &mut bench.means);
+    let outcome = bench
+        .connection
+        .event(Side::Server, gone, &mut bench.scratch);
     assert_eq!(outcome, Outcome::Unreachable(Errno::CONNREFUSED));
     let mut bench = start();
     bench.connection.client.error.set(Some(Errno::CONNRESET));
-    let outcome = bench.connection.event(Side::Client, gone, &mut bench.means);
+    let outcome = bench
+        .connection
+        .event(Side::Client, gone, &mut bench.scratch);
     assert_eq!(outcome, Outcome::Broken);
 }

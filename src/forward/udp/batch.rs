@@ -27,13 +27,13 @@ const JOINED_BYTES: usize = 65_507;
 /// How many datagrams to ask a socket for: one while they come alone, else a
 /// few more than it had last time, so that one call gets all of a burst.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::forward) struct Appetite {
+pub(in crate::forward) struct ReceiveBatchSize {
     most: u8,
     /// Lone datagrams since it was last asked for two.
     alone: u8,
 }
 
-impl Appetite {
+impl ReceiveBatchSize {
     /// Lone datagrams before a socket is asked whether there are two.
     const ALONE: u8 = 16;
 
@@ -116,20 +116,20 @@ impl Batch {
         }
     }
 
-    /// Receives what is there, as far as `appetite` goes. Whether there may be
+    /// Receives what is there, as far as `receive_batch_size` goes. Whether there may be
     /// more.
     pub(in crate::forward) fn receive(
         &mut self,
         state: &UdpSocketState,
         socket: UdpSockRef<'_>,
-        appetite: &mut Appetite,
+        receive_batch_size: &mut ReceiveBatchSize,
     ) -> io::Result<(usize, bool)> {
-        let most = appetite.most();
+        let most = receive_batch_size.most();
         let mut slots = self.space.chunks_mut(SLOT_BYTES).map(IoSliceMut::new);
         let mut slices: [IoSliceMut<'_>; BATCH] =
             std::array::from_fn(|_| slots.next().expect("there are as many slots"));
         let received = state.recv(socket, &mut slices[..most], &mut self.metas[..most])?;
-        Ok((received, appetite.learn(received)))
+        Ok((received, receive_batch_size.learn(received)))
     }
 
     /// The same of a connected socket that joins none, for one datagram.
@@ -137,13 +137,13 @@ impl Batch {
         &mut self,
         socket: BorrowedFd<'_>,
         peer: SocketAddr,
-        appetite: &mut Appetite,
+        receive_batch_size: &mut ReceiveBatchSize,
     ) -> io::Result<(usize, bool)> {
         let (length, _) = net::recv(socket, &mut self.space[..SLOT_BYTES], RecvFlags::empty())?;
         let meta = &mut self.metas[0];
         (meta.addr, meta.dst_ip) = (peer, None);
         (meta.len, meta.stride) = (length, length);
-        Ok((1, appetite.learn(1)))
+        Ok((1, receive_batch_size.learn(1)))
     }
 
     /// What was received came in at `address`: the system need not tell where

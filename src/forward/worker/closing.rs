@@ -12,9 +12,9 @@ use rustix::event::epoll::{self, EventFlags};
 
 use super::{Source, Worker};
 use crate::forward::counters::count;
-use crate::forward::handover::{HandedConnection, HandedDirection};
 use crate::forward::slab::Key;
-use crate::forward::tcp::{Connection, Delivery, Remains, Side};
+use crate::forward::snapshot::{ConnectionSnapshot, DirectionSnapshot};
+use crate::forward::tcp::{Connection, Delivery, FinalFlush, Side};
 use crate::forward::{SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
@@ -34,7 +34,7 @@ pub(super) struct Closing {
     port: ListenPort,
     session: SessionKey,
     traffic: Traffic,
-    remains: Remains,
+    final_flush: FinalFlush,
     /// What had been passed on and not acknowledged when it was last looked at.
     seen: (u64, u32),
     since: Instant,
@@ -57,21 +57,21 @@ impl Worker {
     pub(super) fn close_broken(&mut self, connection: Connection) {
         let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
         connection.reset();
-        let remains = connection.into_remains(&mut self.means.pipes);
-        let Some(mut remains) = remains else {
+        let final_flush = connection.into_final_flush(&mut self.scratch.pipes);
+        let Some(mut final_flush) = final_flush else {
             return self.report(port, session, traffic);
         };
         if self.closing.len() >= MAX_CLOSING {
             count(&self.counters.undelivered);
-            remains.give_back_pipe(&mut self.means.pipes);
-            drop(remains);
+            final_flush.give_back_pipe(&mut self.scratch.pipes);
+            drop(final_flush);
             return self.report(port, session, traffic);
         }
         let key = self.closing.insert(Closing {
             port,
             session,
             traffic,
-            remains,
+            final_flush,
             seen: (0, 0),
             since: self.now,
             moved: self.now,
@@ -81,7 +81,7 @@ impl Worker {
         let is_watched = self.closing.get_mut(key).is_none_or(|closing| {
             let flags = EventFlags::OUT | EventFlags::ET;
             let data = Source::Closing.data(key.to_bits());
-            let destination = &closing.remains.destination;
+            let destination = &closing.final_flush.destination;
             let changed = epoll::modify(epoll, destination, data, flags);
             // One that was handed over is not registered yet.
             let watched = changed.or_else(|_| epoll::add(epoll, destination, data, flags));
@@ -99,13 +99,13 @@ impl Worker {
             return;
         };
         let before = closing.traffic;
-        let delivery = closing.remains.deliver(&mut self.means);
-        match closing.remains.side {
-            Side::Server => closing.traffic.upstream_bytes = closing.remains.bytes(),
-            Side::Client => closing.traffic.downstream_bytes = closing.remains.bytes(),
+        let delivery = closing.final_flush.deliver(&mut self.scratch);
+        match closing.final_flush.side {
+            Side::Server => closing.traffic.upstream_bytes = closing.final_flush.bytes(),
+            Side::Client => closing.traffic.downstream_bytes = closing.final_flush.bytes(),
         }
-        self.means.carried.add_since(before, closing.traffic);
-        let destination = &closing.remains.destination;
+        self.scratch.carried.add_since(before, closing.traffic);
+        let destination = &closing.final_flush.destination;
         let left = match delivery {
             Delivery::Gone => return self.end_closing(key, false),
             // Gone as well, or not to be found out.
@@ -127,7 +127,7 @@ impl Worker {
         let Some(mut closing) = self.closing.remove(key) else {
             return;
         };
-        closing.remains.give_back_pipe(&mut self.means.pipes);
+        closing.final_flush.give_back_pipe(&mut self.scratch.pipes);
         if !is_delivered {
             count(&self.counters.undelivered);
         }
@@ -139,20 +139,20 @@ impl Worker {
 
     /// Gives away connections that wait for their reset. Whoever takes them over
     /// begins to wait anew.
-    pub(super) fn hand_over_closing(&mut self) -> Vec<HandedConnection> {
-        let (now, pipes) = (self.now, &mut self.means.pipes);
+    pub(super) fn hand_over_closing(&mut self) -> Vec<ConnectionSnapshot> {
+        let (now, pipes) = (self.now, &mut self.scratch.pipes);
         let handed = self.closing.drain().map(|closing| {
-            let side = closing.remains.side;
-            let (client, server, rest) = closing.remains.hand_over(pipes);
-            let other = |bytes| HandedDirection {
+            let side = closing.final_flush.side;
+            let (client, server, rest) = closing.final_flush.hand_over(pipes);
+            let other = |bytes| DirectionSnapshot {
                 bytes,
-                ..HandedDirection::default()
+                ..DirectionSnapshot::default()
             };
             let (upstream, downstream) = match side {
                 Side::Server => (rest, other(closing.traffic.downstream_bytes)),
                 Side::Client => (other(closing.traffic.upstream_bytes), rest),
             };
-            HandedConnection {
+            ConnectionSnapshot {
                 port: closing.port,
                 session: closing.session,
                 client,

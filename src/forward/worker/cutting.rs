@@ -1,9 +1,9 @@
 //! The end of a session, as the data plane sees it.
 
 use super::Worker;
-use super::parking::Parked;
+use super::parking::Pending;
 use crate::forward::counters::count;
-use crate::forward::{SessionKey, Ticket, Traffic, Transport};
+use crate::forward::{PendingId, SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
 /// Most clients that are looked at when a session is cut: what a listener's
@@ -45,10 +45,10 @@ impl Worker {
                 break;
             }
         }
-        let is_here = |parked: &Parked| parked.port() == port;
+        let is_here = |parked: &Pending| parked.port() == port;
         let parked = self.parked.iter();
         let here = parked.filter(|(_, (_, parked))| is_here(parked));
-        let here: Vec<Ticket> = here.map(|(ticket, _)| *ticket).collect();
+        let here: Vec<PendingId> = here.map(|(ticket, _)| *ticket).collect();
         for ticket in here {
             if let Some((_, parked)) = self.parked.remove(&ticket) {
                 count(&self.counters.no_session);

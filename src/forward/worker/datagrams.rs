@@ -7,12 +7,12 @@ use std::time::Duration;
 
 use rustix::event::epoll::{self, EventFlags};
 
-use super::{Parked, Source, Worker};
+use super::{Pending, Source, Worker};
 use crate::forward::admission::{self, Permit};
 use crate::forward::counters::{add, count};
 use crate::forward::slab::Key;
-use crate::forward::udp::{self, Appetite, Flow, Run};
-use crate::forward::{SessionKey, Traffic, Transport, Verdict};
+use crate::forward::udp::{self, Flow, ReceiveBatchSize, Run};
+use crate::forward::{Decision, SessionKey, Traffic, Transport};
 use crate::table::ListenPort;
 
 /// Batches from one socket before others get their turn. All sockets here are
@@ -130,7 +130,7 @@ impl Worker {
         flow.active = self.now;
         flow.is_assured |= flow.traffic.downstream_bytes > 0;
         let sent = port.send_upstream(flow, run);
-        self.means.carried.upstream_bytes += sent.bytes;
+        self.scratch.carried.upstream_bytes += sent.bytes;
         add(&self.counters.datagrams_dropped, sent.dropped);
         if sent.is_gone {
             count(&self.counters.connect_refused);
@@ -145,7 +145,7 @@ impl Worker {
             return;
         };
         if let Some(ticket) = port.parked.get(&client) {
-            if let Some((_, Parked::Udp(parked))) = self.parked.get_mut(ticket) {
+            if let Some((_, Pending::Udp(parked))) = self.parked.get_mut(ticket) {
                 parked.keep(datagram);
             }
             return;
@@ -162,14 +162,14 @@ impl Worker {
             Err(refused) => return count(self.counters.refused(refused)),
         };
         match self.gate.admit(number, Transport::Udp, client) {
-            Verdict::Admit(session) => {
+            Decision::Admit(session) => {
                 if let Some(flow) = self.open_flow(number, client, local, session, permit) {
                     self.send_upstream(flow, run);
                 }
             }
-            Verdict::Refuse => count(&self.counters.no_session),
-            Verdict::Ask => {
-                let mut parked = udp::Parked {
+            Decision::Refuse => count(&self.counters.no_session),
+            Decision::Ask => {
+                let mut parked = udp::Pending {
                     port: number,
                     client,
                     local,
@@ -195,17 +195,17 @@ impl Worker {
         port.is_at(sender.ip(), run.local) && ListenPort::new(sender.port()).is_some_and(is_open)
     }
 
-    pub(super) fn park_flow(&mut self, parked: udp::Parked) {
+    pub(super) fn park_flow(&mut self, parked: udp::Pending) {
         let (number, client) = (parked.port, parked.client);
-        let ticket = self.park(Parked::Udp(parked), number, Transport::Udp, client);
+        let ticket = self.park(Pending::Udp(parked), number, Transport::Udp, client);
         if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(&number)) {
             port.parked.insert(client, ticket);
         }
         self.schedule();
     }
 
-    pub(super) fn unpark_flow(&mut self, parked: udp::Parked, session: SessionKey) {
-        let udp::Parked {
+    pub(super) fn unpark_flow(&mut self, parked: udp::Pending, session: SessionKey) {
+        let udp::Pending {
             port: number,
             client,
             local,
@@ -259,7 +259,7 @@ impl Worker {
             session,
             server,
             target,
-            appetite: Appetite::new(),
+            receive_batch_size: ReceiveBatchSize::new(),
             active: self.now,
             traffic: Traffic::default(),
             is_assured: false,
@@ -319,7 +319,7 @@ impl Worker {
                 let (run, after) = batch.run(next, received);
                 let length = run.bytes.len() as u64;
                 flow.traffic.downstream_bytes += length;
-                self.means.carried.downstream_bytes += length;
+                self.scratch.carried.downstream_bytes += length;
                 add(
                     &self.counters.datagrams_dropped,
                     port.reply(flow, run).dropped,

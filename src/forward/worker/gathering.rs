@@ -193,7 +193,7 @@ impl Worker {
             let Some(connection) = self.connections.get_mut(key) else {
                 continue;
             };
-            let outcome = connection.pump_from(source, &mut self.means);
+            let outcome = connection.pump_from(source, &mut self.scratch);
             let total = connection.traffic().total();
             let bytes = total - std::mem::replace(&mut direction.seen, total);
             if bytes > 0 {

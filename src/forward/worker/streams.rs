@@ -9,13 +9,13 @@ use rustix::event::epoll;
 use rustix::io::Errno;
 use rustix::net::{self, SocketFlags};
 
-use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Parked, Source, Worker, closing};
+use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Pending, Source, Worker, closing};
 use crate::forward::admission::{self, Permit};
 use crate::forward::counters::count;
 use crate::forward::slab::Key;
 use crate::forward::stream::Stream;
 use crate::forward::tcp::{Connection, Outcome, Side, Signals};
-use crate::forward::{SessionKey, Traffic, Transport, Verdict, liveness, proxy_protocol};
+use crate::forward::{Decision, SessionKey, Traffic, Transport, liveness, proxy_protocol};
 use crate::pool::ProxyProtocol;
 use crate::table::ListenPort;
 
@@ -116,17 +116,17 @@ impl Worker {
         port: ListenPort,
         client: OwnedFd,
         address: SocketAddr,
-        verdict: Verdict,
+        verdict: Decision,
         permit: Permit,
     ) {
         match verdict {
-            Verdict::Admit(session) => self.start(port, client, address, session, permit),
-            Verdict::Refuse => {
+            Decision::Admit(session) => self.start(port, client, address, session, permit),
+            Decision::Refuse => {
                 count(&self.counters.no_session);
                 client.reset_on_close();
             }
-            Verdict::Ask => {
-                let parked = Parked::Tcp {
+            Decision::Ask => {
+                let parked = Pending::Tcp {
                     port,
                     client,
                     address,
@@ -192,7 +192,7 @@ impl Worker {
         };
         // A near server is connected by now, and the client's first bytes may
         // be there: one event less.
-        let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut self.means);
+        let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut self.scratch);
         let goes_on = match outcome {
             Outcome::Waiting | Outcome::Ready => true,
             Outcome::Finished => !connection.is_delivered(),
@@ -213,7 +213,7 @@ impl Worker {
         if !connection.is_over() {
             connection.active = self.now;
         }
-        let outcome = connection.event(side, signals, &mut self.means);
+        let outcome = connection.event(side, signals, &mut self.scratch);
         // The other side may take nothing, and so never show it.
         let is_waiting = matches!(outcome, Outcome::Waiting | Outcome::Ready);
         if signals.failed && is_waiting && connection.has_lost(side) {
@@ -225,7 +225,7 @@ impl Worker {
 
     pub(super) fn pump(&mut self, key: Key) {
         if let Some(connection) = self.connections.get_mut(key) {
-            let outcome = connection.pump(&mut self.means);
+            let outcome = connection.pump(&mut self.scratch);
             self.conclude(key, outcome);
         }
     }
@@ -264,7 +264,7 @@ impl Worker {
         let Some(mut connection) = self.connections.remove(key) else {
             return;
         };
-        connection.give_back_pipes(&mut self.means.pipes);
+        connection.give_back_pipes(&mut self.scratch.pipes);
         if !connection.is_over() {
             connection.reset();
         }
@@ -277,9 +277,9 @@ impl Worker {
 
     pub(super) fn tick_connections(&mut self) {
         for connection in self.connections.iter_mut() {
-            connection.give_back_idle_pipes(&mut self.means.pipes);
+            connection.give_back_idle_pipes(&mut self.scratch.pipes);
         }
-        self.means.pipes.close_unused();
+        self.scratch.pipes.close_unused();
         self.guard_peers();
         let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
         let late: Vec<(Key, Late)> = self

@@ -8,7 +8,7 @@ fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState 
         held: 0,
         busy,
         lingering: 0,
-        silent: 0,
+        not_listening: 0,
     }
 }
 

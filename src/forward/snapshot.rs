@@ -2,12 +2,12 @@
 //! thread has, as plain data with its descriptors.
 //!
 //! ```text
-//! Worker ─hand_over→ Handed ─another process→ Handed ─take_over→ Worker
+//! Worker ─hand_over→ ForwarderSnapshot ─another process→ ForwarderSnapshot ─take_over→ Worker
 //!                       └──── or back, when that failed ────────↗
 //! ```
 //!
 //! A thread hands over between two events, so nothing is half done: a byte is
-//! in a socket, or kept and part of [`Handed`]. Sockets are registered anew by
+//! in a socket, or kept and part of [`ForwarderSnapshot`]. Sockets are registered anew by
 //! whoever takes over, which reports all that is ready on them; so what epoll
 //! had told the former thread need not be known.
 
@@ -28,7 +28,7 @@ use crate::table::{ListenPort, Table};
 
 /// An open connection port.
 #[derive(Debug)]
-pub struct HandedPort {
+pub struct PortSnapshot {
     /// Its number.
     pub port: ListenPort,
     /// A UDP port that the table no longer has and whose flows go on.
@@ -37,7 +37,7 @@ pub struct HandedPort {
     pub(super) listener: Listener,
 }
 
-impl HandedPort {
+impl PortSnapshot {
     /// A port that another process has opened.
     ///
     /// # Errors
@@ -62,7 +62,7 @@ impl HandedPort {
     }
 }
 
-impl AsFd for HandedPort {
+impl AsFd for PortSnapshot {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.listener.socket()
     }
@@ -70,7 +70,7 @@ impl AsFd for HandedPort {
 
 /// One direction of a TCP connection.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HandedDirection {
+pub struct DirectionSnapshot {
     /// What was read from the source and not taken by the destination yet.
     pub kept: Vec<u8>,
     /// The source has ended its side.
@@ -83,7 +83,7 @@ pub struct HandedDirection {
 
 /// A live TCP connection.
 #[derive(Debug)]
-pub struct HandedConnection<S = OwnedFd> {
+pub struct ConnectionSnapshot<S = OwnedFd> {
     /// The connection port that it came in on.
     pub port: ListenPort,
     /// The session that it was admitted under.
@@ -94,20 +94,20 @@ pub struct HandedConnection<S = OwnedFd> {
     pub server: S,
     /// The server's socket is not connected yet.
     pub is_connecting: bool,
-    /// One side is gone; the other one is reset when it has everything. Handed
+    /// One side is gone; the other one is reset when it has everything. ForwarderSnapshot
     /// over like others, so that no byte is lost and its session ends only then.
     pub is_broken: bool,
     /// For how long nothing has happened.
     pub idle: Duration,
     /// From the client to the server.
-    pub upstream: HandedDirection,
+    pub upstream: DirectionSnapshot,
     /// From the server to the client.
-    pub downstream: HandedDirection,
+    pub downstream: DirectionSnapshot,
 }
 
 /// A live UDP flow.
 #[derive(Debug)]
-pub struct HandedFlow {
+pub struct FlowSnapshot {
     /// The connection port that it came in on.
     pub port: ListenPort,
     /// The session that it was admitted under.
@@ -128,7 +128,7 @@ pub struct HandedFlow {
 
 /// A client whose session is not known yet; it is asked for anew.
 #[derive(Debug)]
-pub enum HandedClient {
+pub enum ClientSnapshot {
     /// A connection that nothing was read from.
     Tcp {
         /// Where it came in.
@@ -153,29 +153,29 @@ pub enum HandedClient {
 
 /// All that a data plane has.
 #[derive(Debug, Default)]
-pub struct Handed {
+pub struct ForwarderSnapshot {
     /// Open connection ports.
-    pub ports: Vec<HandedPort>,
+    pub ports: Vec<PortSnapshot>,
     /// Live TCP connections.
-    pub connections: Vec<HandedConnection>,
+    pub connections: Vec<ConnectionSnapshot>,
     /// Live UDP flows; their ports are among `ports`.
-    pub flows: Vec<HandedFlow>,
+    pub flows: Vec<FlowSnapshot>,
     /// Clients that wait for their session to be found.
-    pub clients: Vec<HandedClient>,
+    pub clients: Vec<ClientSnapshot>,
 }
 
 /// What one thread takes over. Clients have their places among the others
 /// already: no thread admits new ones before all are counted.
 #[derive(Debug, Default)]
-pub(super) struct Share {
-    pub(super) ports: Vec<HandedPort>,
+pub(super) struct WorkerSnapshot {
+    pub(super) ports: Vec<PortSnapshot>,
     /// Without a place where the client is gone, and its address with it.
-    pub(super) connections: Vec<(HandedConnection, Option<Permit>)>,
-    pub(super) flows: Vec<(HandedFlow, Permit)>,
-    pub(super) clients: Vec<(HandedClient, Permit)>,
+    pub(super) connections: Vec<(ConnectionSnapshot, Option<Permit>)>,
+    pub(super) flows: Vec<(FlowSnapshot, Permit)>,
+    pub(super) clients: Vec<(ClientSnapshot, Permit)>,
 }
 
-impl Handed {
+impl ForwarderSnapshot {
     /// Live connections and flows, by session.
     pub fn sessions(&self) -> impl Iterator<Item = SessionKey> {
         let connections = self.connections.iter().map(|connection| connection.session);
@@ -200,13 +200,13 @@ impl Forwarder {
     ///
     /// # Errors
     /// When a thread cannot; what others had given is theirs again.
-    pub fn hand_over(&self, table: &Arc<Table>) -> io::Result<Handed> {
+    pub fn hand_over(&self, table: &Arc<Table>) -> io::Result<ForwarderSnapshot> {
         let (sender, replies) = mpsc::channel();
         for worker in &self.workers {
             worker.send(Command::HandOver(sender.clone()));
         }
         drop(sender);
-        let mut handed = Handed::default();
+        let mut handed = ForwarderSnapshot::default();
         let mut failure = None;
         for _ in &self.workers {
             // A thread answers within a turn of its loop; one that has stopped
@@ -229,8 +229,12 @@ impl Forwarder {
     /// Goes on with what another process, or this one, has handed over. Ports
     /// lead where `table` says. Clients count towards the limits and none is
     /// refused, were there more than there may be.
-    pub fn take_over(&self, handed: Handed, table: &Arc<Table>) {
-        let mut shares: Vec<Share> = self.workers.iter().map(|_| Share::default()).collect();
+    pub fn take_over(&self, handed: ForwarderSnapshot, table: &Arc<Table>) {
+        let mut shares: Vec<WorkerSnapshot> = self
+            .workers
+            .iter()
+            .map(|_| WorkerSnapshot::default())
+            .collect();
         let mut open = BTreeSet::new();
         let mut draining = Vec::new();
         for port in handed.ports {
@@ -257,8 +261,8 @@ impl Forwarder {
         }
         for client in handed.clients {
             let (admission, port, address) = match &client {
-                HandedClient::Tcp { port, address, .. } => (tcp, *port, *address),
-                HandedClient::Udp { port, address, .. } => (udp, *port, *address),
+                ClientSnapshot::Tcp { port, address, .. } => (tcp, *port, *address),
+                ClientSnapshot::Udp { port, address, .. } => (udp, *port, *address),
             };
             let permit = admission.take_over(Source::of(address.ip()), port);
             shares[self.owner_index(port)]

@@ -6,15 +6,15 @@ use std::os::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net;
 
-use super::{Connection, Direction, Fault, Means, Side};
+use super::{Connection, Direction, Fault, Scratch, Side};
 use crate::forward::admission::Permit;
-use crate::forward::handover::HandedDirection;
 use crate::forward::pipes::Pipes;
+use crate::forward::snapshot::DirectionSnapshot;
 use crate::forward::stream::Stream;
 
 /// The direction from the side that is gone to the one that lives.
 #[derive(Debug)]
-pub(in crate::forward) struct Remains<S = OwnedFd> {
+pub(in crate::forward) struct FinalFlush<S = OwnedFd> {
     pub(in crate::forward) destination: S,
     /// Which side lives.
     pub(in crate::forward) side: Side,
@@ -59,7 +59,7 @@ impl Connection {
 
     /// What is to be done for the side that lives when the other one is gone;
     /// `None` when there is nobody to do it for.
-    pub(in crate::forward) fn into_remains(mut self, pipes: &mut Pipes) -> Option<Remains> {
+    pub(in crate::forward) fn into_final_flush(mut self, pipes: &mut Pipes) -> Option<FinalFlush> {
         let gone = (is_gone(&self.client), is_gone(&self.server));
         let (side, source, destination, direction) = match gone {
             (true, false) if !self.is_connecting => {
@@ -75,7 +75,7 @@ impl Connection {
                 return None;
             }
         };
-        Some(Remains {
+        Some(FinalFlush {
             destination,
             side,
             source,
@@ -85,9 +85,9 @@ impl Connection {
     }
 }
 
-impl<S: Stream> Remains<S> {
+impl<S: Stream> FinalFlush<S> {
     /// Passes on what is left.
-    pub(in crate::forward) fn deliver(&mut self, means: &mut Means) -> Delivery {
+    pub(in crate::forward) fn deliver(&mut self, scratch: &mut Scratch) -> Delivery {
         loop {
             match self.direction.flush(&self.destination) {
                 Ok(true) => {}
@@ -97,7 +97,10 @@ impl<S: Stream> Remains<S> {
             if self.direction.is_read {
                 return Delivery::Done;
             }
-            match self.direction.fill(&self.source, &self.destination, means) {
+            match self
+                .direction
+                .fill(&self.source, &self.destination, scratch)
+            {
                 Err(Fault::Destination(_)) => return Delivery::Gone,
                 Err(Fault::Source(Errno::INTR)) | Ok(1..) => {}
                 // Its end, or the reset.
@@ -113,7 +116,7 @@ impl<S: Stream> Remains<S> {
 
     /// Client, server, and what was not passed on, from the one that is gone to
     /// the other.
-    pub(in crate::forward) fn hand_over(self, pipes: &mut Pipes) -> (S, S, HandedDirection) {
+    pub(in crate::forward) fn hand_over(self, pipes: &mut Pipes) -> (S, S, DirectionSnapshot) {
         let direction = self.direction.hand_over(pipes);
         match self.side {
             Side::Server => (self.source, self.destination, direction),

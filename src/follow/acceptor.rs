@@ -107,13 +107,13 @@ impl RejectedTables {
 }
 
 /// Decides on texts, and publishes the tables among them.
-pub(super) struct Judge {
+pub(super) struct TableAcceptor {
     last_text: Option<String>,
     sender: watch::Sender<Option<Arc<Table>>>,
     rejected: RejectedTables,
 }
 
-impl Judge {
+impl TableAcceptor {
     /// Publishes by `sender`, and counts what it turns down in `rejected`.
     pub(super) fn new(sender: watch::Sender<Option<Arc<Table>>>, rejected: RejectedTables) -> Self {
         Self {

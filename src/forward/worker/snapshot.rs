@@ -3,55 +3,55 @@
 
 use std::io;
 
-use super::{Parked, Worker, new_epoll};
+use super::{Pending, Worker, new_epoll};
 use crate::forward::admission::Permit;
 use crate::forward::counters::count;
-use crate::forward::handover::{Handed, HandedClient, HandedPort, Share};
 use crate::forward::listeners::Listener;
+use crate::forward::snapshot::{ClientSnapshot, ForwarderSnapshot, PortSnapshot, WorkerSnapshot};
 use crate::forward::tcp::Connection;
 use crate::forward::udp::{self, Flow};
-use crate::forward::{Transport, Verdict};
+use crate::forward::{Decision, Transport};
 
 impl Worker {
     /// Gives everything away.
     ///
     /// # Errors
     /// When there is no descriptor for a new epoll; nothing has changed then.
-    pub(super) fn hand_over(&mut self) -> io::Result<Handed> {
+    pub(super) fn hand_over(&mut self) -> io::Result<ForwarderSnapshot> {
         self.stop_gathering();
         // In the old one sockets stay registered for as long as anybody has
         // them open, and would be refused when they come back.
         self.epoll = new_epoll(&self.wake)?;
         let clients = self.parked.drain().map(|(_, (_, parked))| match parked {
-            Parked::Tcp {
+            Pending::Tcp {
                 port,
                 client,
                 address,
                 ..
-            } => HandedClient::Tcp {
+            } => ClientSnapshot::Tcp {
                 port,
                 socket: client,
                 address,
             },
-            Parked::Udp(parked) => parked.hand_over(),
+            Pending::Udp(parked) => parked.hand_over(),
         });
         let clients = clients.collect();
         let mut connections = self.hand_over_closing();
-        let (now, pipes) = (self.now, &mut self.means.pipes);
+        let (now, pipes) = (self.now, &mut self.scratch.pipes);
         let live = self.connections.drain();
         connections.extend(live.map(|connection| connection.hand_over(now, pipes)));
         let flows = self.flows.drain().map(|flow| flow.hand_over(now));
-        let tcp = self.tcp_ports.drain().map(|(port, listener)| HandedPort {
+        let tcp = self.tcp_ports.drain().map(|(port, listener)| PortSnapshot {
             port,
             is_draining: false,
             listener: Listener::Tcp(listener),
         });
-        let udp = self.udp_ports.drain().map(|(number, port)| HandedPort {
+        let udp = self.udp_ports.drain().map(|(number, port)| PortSnapshot {
             port: number,
             is_draining: port.is_draining,
             listener: port.into_listener(),
         });
-        let handed = Handed {
+        let handed = ForwarderSnapshot {
             connections,
             flows: flows.collect(),
             ports: tcp.chain(udp).collect(),
@@ -66,7 +66,7 @@ impl Worker {
     }
 
     /// Goes on with a share of what was handed over.
-    pub(super) fn take_over(&mut self, share: Share) {
+    pub(super) fn take_over(&mut self, share: WorkerSnapshot) {
         for port in share.ports {
             let (number, is_draining) = (port.port, port.is_draining);
             self.listen(number, port.listener);
@@ -99,9 +99,9 @@ impl Worker {
     }
 
     /// A client that waited is met as if it had just come.
-    fn meet_again(&mut self, client: HandedClient, permit: Permit) {
+    fn meet_again(&mut self, client: ClientSnapshot, permit: Permit) {
         match client {
-            HandedClient::Tcp {
+            ClientSnapshot::Tcp {
                 port,
                 socket,
                 address,
@@ -109,13 +109,13 @@ impl Worker {
                 let verdict = self.gate.admit(port, Transport::Tcp, address);
                 self.admit(port, socket, address, verdict, permit);
             }
-            HandedClient::Udp {
+            ClientSnapshot::Udp {
                 port,
                 address,
                 local,
                 datagrams,
             } => {
-                let parked = udp::Parked {
+                let parked = udp::Pending {
                     port,
                     client: address,
                     local,
@@ -123,9 +123,9 @@ impl Worker {
                     permit,
                 };
                 match self.gate.admit(port, Transport::Udp, address) {
-                    Verdict::Admit(session) => self.unpark_flow(parked, session),
-                    Verdict::Refuse => count(&self.counters.no_session),
-                    Verdict::Ask => self.park_flow(parked),
+                    Decision::Admit(session) => self.unpark_flow(parked, session),
+                    Decision::Refuse => count(&self.counters.no_session),
+                    Decision::Ask => self.park_flow(parked),
                 }
             }
         }
