@@ -29,7 +29,7 @@ use self::server::Agent;
 use self::sockets::ListenScope;
 use crate::selection::v1::selection_server::SelectionServer;
 use crate::selection::{GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
-use crate::table::Table;
+use crate::table::{Slot, Table};
 use crate::{admin, follow};
 
 /// How often the listening ports are read. A port that the workload opens is
@@ -58,7 +58,7 @@ pub struct Options {
 
     /// This server's slot in the table
     #[arg(long, value_name = "N")]
-    pub slot: u32,
+    pub slot: Slot,
 
     /// This server's address: the agent listens here, and so does the workload
     #[arg(long, value_name = "IP", env = "POD_IP")]
@@ -178,7 +178,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
         .add_service(SelectionServer::new(agent.clone()))
         .serve_with_incoming(incoming);
-    info!(%address, slot = options.slot, "agent ready");
+    info!(%address, slot = %options.slot, "agent ready");
     tokio::select! {
         served = serving => served?,
         () = async { shutdown.await; drain(&agent, Duration::from_secs(options.drain_seconds)).await } => {}

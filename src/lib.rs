@@ -30,7 +30,7 @@
 //! ```text
 //! pool         the ProcessingPool resource
 //! table        → pool
-//! session      → pool
+//! session      → pool, table
 //! selection    the protocol between connection servers and agents
 //! sock_diag    questions to the kernel about sockets
 //! plan         → pool, table                     pure

@@ -32,6 +32,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use self::running::{Running, plan_first};
 use crate::manifest::{self, ManifestError};
+use crate::table::Slot;
 
 /// How often the world is observed and the plan carried on.
 const STEP: Duration = Duration::from_millis(250);
@@ -122,8 +123,8 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
 }
 
 /// Address of the processing server in `slot`: 127.0.0.2 and up.
-fn server_address(slot: u32) -> IpAddr {
-    Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST) + 1 + slot).into()
+fn server_address(slot: Slot) -> IpAddr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST) + 1 + slot.0).into()
 }
 
 /// Address of a connection server: 127.0.0.1, then 127.0.255.1 and up.

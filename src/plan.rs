@@ -31,7 +31,7 @@ use jiff::Timestamp;
 
 pub use self::validate::{Problem, ValidPool};
 use crate::pool::AGENT_PORT;
-use crate::table::{FORMAT_VERSION, Row, RowState, Table, TargetPort};
+use crate::table::{FORMAT_VERSION, Row, RowState, Slot, Table, TargetPort};
 
 /// How long a row is `Draining` before its server counts as empty: readers
 /// must have seen it, and requests on their way must have arrived.
@@ -59,7 +59,7 @@ pub struct Observed<'a> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedServer {
     /// Its slot.
-    pub slot: u32,
+    pub slot: Slot,
     /// Tells it from a predecessor in the slot.
     pub uid: String,
     /// Where it answers, once known.
@@ -84,12 +84,12 @@ pub struct Plan {
     /// To be published before anything is started or stopped.
     pub table: Table,
     /// Slots that need a server.
-    pub start: Vec<u32>,
+    pub start: Vec<Slot>,
     /// Slots whose server is to be stopped.
-    pub stop: Vec<u32>,
+    pub stop: Vec<Slot>,
 }
 
-type Servers<'a> = BTreeMap<u32, &'a ObservedServer>;
+type Servers<'a> = BTreeMap<Slot, &'a ObservedServer>;
 
 /// Plans the next step for `pool`. `drain_limit`: how long live sessions may
 /// keep a server that is to go.
@@ -234,7 +234,7 @@ fn grow(rows: &mut Vec<Row>, pool: &ValidPool, servers: &Servers<'_>) {
         missing -= 1;
     }
     rows.retain(|row| row.state == RowState::Active || servers.contains_key(&row.slot));
-    for slot in 0.. {
+    for slot in (0..).map(Slot) {
         if missing == 0 {
             break;
         }
@@ -256,7 +256,7 @@ fn grow(rows: &mut Vec<Row>, pool: &ValidPool, servers: &Servers<'_>) {
 
 /// Name of the processing server in `slot`.
 #[must_use]
-pub fn server_name(pool: &str, slot: u32) -> String {
+pub fn server_name(pool: &str, slot: Slot) -> String {
     format!("{pool}-{slot}")
 }
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::pool::{ClientBinding, Policy, PortProtocol};
+use crate::table::Slot;
 
 /// Longest idempotency or affinity key, in bytes.
 pub const MAX_KEY_BYTES: usize = 128;
@@ -110,7 +111,8 @@ pub struct PoolState {
 #[serde(rename_all = "camelCase")]
 pub struct ServerState {
     /// Slot in the pool.
-    pub slot: u32,
+    #[schema(value_type = u32)]
+    pub slot: Slot,
     /// Name of the pod or process.
     pub server: String,
     /// Its address, once known.

@@ -15,7 +15,8 @@ mod index;
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, ParseIntError};
+use std::str::FromStr;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -70,6 +71,28 @@ macro_rules! port_number {
 port_number!(ListenPort);
 port_number!(TargetPort);
 
+/// The number of a processing server's place in its pool, from 0. A server that
+/// replaces another one in its slot keeps the slot's connection ports.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct Slot(pub u32);
+
+impl fmt::Display for Slot {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(formatter)
+    }
+}
+
+impl FromStr for Slot {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        text.parse().map(Self)
+    }
+}
+
 /// The whole relationship between connection ports and processing servers at
 /// one generation, with the settings that readers apply at run time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -101,7 +124,7 @@ pub struct Table {
 #[serde(rename_all = "camelCase")]
 pub struct Row {
     /// The slot's number, from 0. A replaced server keeps its slot's ports.
-    pub slot: u32,
+    pub slot: Slot,
     /// Name of the pod (or process) in the slot.
     pub server: String,
     /// Its uid, once it exists: tells a replacement from its predecessor.
@@ -233,13 +256,13 @@ pub enum TableError {
     #[error("slot {slot} is out of order or occurs twice in the port-relationship table")]
     Slot {
         /// The offending slot.
-        slot: u32,
+        slot: Slot,
     },
     /// A run with no ports, or past 65535.
     #[error("slot {slot}, port {name:?}: a run must have 1 or more ports, none above 65535")]
     Range {
         /// The offending row.
-        slot: u32,
+        slot: Slot,
         /// The offending port entry.
         name: String,
     },
@@ -249,9 +272,9 @@ pub enum TableError {
         /// The connection port.
         port: u32,
         /// Row that has it first.
-        first: u32,
+        first: Slot,
         /// Row that has it again.
-        second: u32,
+        second: Slot,
     },
 }
 
@@ -301,7 +324,7 @@ impl Table {
 
     /// The same table with only `slot`'s row (or none): what an agent needs.
     #[must_use]
-    pub fn slice(&self, slot: u32) -> Self {
+    pub fn slice(&self, slot: Slot) -> Self {
         Self {
             rows: self.row(slot).cloned().into_iter().collect(),
             pool: self.pool.clone(),
@@ -315,7 +338,7 @@ impl Table {
 
     /// The row of `slot`.
     #[must_use]
-    pub fn row(&self, slot: u32) -> Option<&Row> {
+    pub fn row(&self, slot: Slot) -> Option<&Row> {
         let index = self.rows.binary_search_by_key(&slot, |row| row.slot).ok()?;
         self.rows.get(index)
     }
@@ -339,7 +362,7 @@ impl Table {
                 return Err(TableError::Slot { slot: pair[1].slot });
             }
         }
-        let mut runs: Vec<(&PortRange, u32)> = Vec::new();
+        let mut runs: Vec<(&PortRange, Slot)> = Vec::new();
         for row in &self.rows {
             for range in &row.ranges {
                 if range.count == 0
@@ -388,7 +411,7 @@ mod tests {
         }
     }
 
-    pub(super) fn row(slot: u32, ranges: Vec<PortRange>) -> Row {
+    pub(super) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
         Row {
             slot,
             server: format!("a-pool-with-a-long-name-{slot}"),
@@ -418,7 +441,7 @@ mod tests {
     fn sixty_four_thousand_ports_stay_far_below_a_config_map() {
         let rows = (0..1000).map(|slot| {
             row(
-                slot,
+                Slot(slot),
                 vec![range(1024 + 64 * u16::try_from(slot).unwrap(), 64)],
             )
         });
@@ -433,7 +456,7 @@ mod tests {
     fn the_encoding_is_as_committed() {
         let golden = r#"{"formatVersion":1,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Reserved","clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"}]}]}"#;
         assert_eq!(
-            table(vec![row(0, vec![range(20_000, 4)])])
+            table(vec![row(Slot(0), vec![range(20_000, 4)])])
                 .encode()
                 .unwrap(),
             golden
@@ -443,8 +466,8 @@ mod tests {
     #[test]
     fn what_is_no_table_is_named() {
         let good = table(vec![
-            row(0, vec![range(20_000, 4)]),
-            row(1, vec![range(20_010, 4)]),
+            row(Slot(0), vec![range(20_000, 4)]),
+            row(Slot(1), vec![range(20_010, 4)]),
         ]);
         type Change = fn(&mut Table);
         let cases: [(Change, &str); 6] = [
@@ -503,7 +526,7 @@ mod tests {
             let mut next = 1024;
             let rows = rows.into_iter().map(|(slot, (count, shared))| {
                 next += count;
-                row(slot, vec![PortRange { shared, ..range(next - count, count) }])
+                row(Slot(slot), vec![PortRange { shared, ..range(next - count, count) }])
             });
             let table = Table { generation, ..table(rows.collect()) };
             prop_assert_eq!(Table::decode(&table.encode().unwrap()).unwrap(), table);

@@ -15,7 +15,7 @@ use regex::Regex;
 const ARROWS: &[(&str, &[&str])] = &[
     ("pool", &[]),
     ("table", &["pool"]),
-    ("session", &["pool"]),
+    ("session", &["pool", "table"]),
     ("selection", &[]),
     ("sock_diag", &[]),
     ("plan", &["pool", "table"]),

@@ -27,7 +27,7 @@ use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
 use portpool::selection::{
     CLOSED_AFTER, CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,
 };
-use portpool::table::{ListenPort, PortRange, Table};
+use portpool::table::{ListenPort, PortRange, Slot, Table};
 use proptest::prelude::*;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -210,7 +210,7 @@ impl World {
 
     fn book(&self, agent: usize, recovering: Option<Duration>) -> Book {
         let mut book = Book::new(TIMES, recovering);
-        book.set_row(self.table.row(u32::try_from(agent).unwrap()), TIMES);
+        book.set_row(self.table.row(Slot(u32::try_from(agent).unwrap())), TIMES);
         book.set_listening(Listening {
             tcp: (7000..7000 + PORTS).collect(),
             ..Listening::default()
@@ -512,13 +512,13 @@ impl World {
             sessions, streams, ..
         } = &self.servers[server];
         let current = streams[agent].as_ref().filter(|stream| !stream.is_former);
-        if current.is_some() || sessions.is_cutting(slot) {
+        if current.is_some() || sessions.is_cutting(Slot(slot)) {
             return;
         }
         let (outbox, sent) = unbounded_channel();
         let name = self.servers[server].name.clone();
         let mut known = Vec::new();
-        sessions.attach(slot, outbox.clone(), |sessions| {
+        sessions.attach(Slot(slot), outbox.clone(), |sessions| {
             known.clone_from(&sessions);
             ToAgent::default()
         });
@@ -541,7 +541,7 @@ impl World {
         let place = self.servers[server].place.clone();
         let notices = self.agents[agent].attach(&name, &place, &known, self.now);
         self.send(agent, notices);
-        self.servers[server].sessions.welcomed(slot);
+        self.servers[server].sessions.welcomed(Slot(slot));
     }
 
     /// Ends a stream; those who do not notice now do so later.
@@ -586,7 +586,7 @@ impl World {
         let of = &mut self.servers[server];
         if let Some(stream) = of.streams[agent].take() {
             let slot = u32::try_from(agent).unwrap();
-            of.sessions.detach(slot, &stream.outbox);
+            of.sessions.detach(Slot(slot), &stream.outbox);
             of.cut_at[agent] = Some(self.now.monotonic + CUT_AFTER + CUT_SLACK);
         }
     }
@@ -660,13 +660,13 @@ impl World {
         let slot = u32::try_from(agent).unwrap();
         match message {
             from_agent::Message::Session(session) => {
-                let actions = self.servers[server].sessions.learn(slot, session);
+                let actions = self.servers[server].sessions.learn(Slot(slot), session);
                 self.carry_out(server, actions);
             }
             from_agent::Message::End(end) => {
                 let ConnectionServer { name, sessions, .. } = &self.servers[server];
                 let is_known = sessions.get(&end.session_id).is_some();
-                let action = sessions.end(slot, &end.session_id, end.cause());
+                let action = sessions.end(Slot(slot), &end.session_id, end.cause());
                 if is_known {
                     self.over.insert((name.clone(), end.session_id));
                 }
@@ -674,7 +674,7 @@ impl World {
             }
             from_agent::Message::LookedUp(found) => {
                 let sessions = &self.servers[server].sessions;
-                let actions = sessions.looked_up(slot, found.request_id, found.session);
+                let actions = sessions.looked_up(Slot(slot), found.request_id, found.session);
                 self.carry_out(server, actions);
             }
             _ => {}
@@ -778,7 +778,7 @@ impl World {
                 if self.servers[server].cut_at[agent].is_some_and(|at| at <= now) {
                     self.servers[server].cut_at[agent] = None;
                     let slot = u32::try_from(agent).unwrap();
-                    let actions = self.servers[server].sessions.forget_server(slot);
+                    let actions = self.servers[server].sessions.forget_server(Slot(slot));
                     self.carry_out(server, actions);
                 }
             }

@@ -8,6 +8,7 @@
 
 mod common;
 
+use portpool::table::Slot;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -74,7 +75,7 @@ fn pod_spec() -> serde_json::Value {
         image_pull_policy: "IfNotPresent".to_owned(),
         image_pull_secrets: Vec::new(),
     };
-    pod(owner, &settings, 0)["spec"].clone()
+    pod(owner, &settings, Slot(0))["spec"].clone()
 }
 
 fn memory(process: u32) -> u64 {

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 
 use portpool::follow::write_table;
 use portpool::pool::{Admission, LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::table::{
+    FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
+};
 use rustix::process::Signal;
 
 use crate::probe;
@@ -362,7 +364,7 @@ fn table(setup: Setup, generation: u64) -> Table {
             ..Sessions::default()
         },
         rows: vec![Row {
-            slot: 0,
+            slot: Slot(0),
             server: "sink".to_owned(),
             server_uid: None,
             address: Some(sink::ADDRESS.into()),

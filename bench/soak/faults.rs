@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use portpool::table::RowState;
+use portpool::table::{RowState, Slot};
 
 use crate::pool::{CONNECTION_SERVERS, Pool, SERVERS};
 use crate::random::Random;
@@ -113,7 +113,7 @@ pub fn next(
 /// The guest server's life goes on by a step: it comes, drains, and goes once
 /// it has been given time to be empty. No session may notice.
 fn guest(pool: &mut Pool) -> io::Result<&'static str> {
-    match pool.table.row(SERVERS).map(|row| row.state) {
+    match pool.table.row(Slot(SERVERS)).map(|row| row.state) {
         None => {
             let row = pool.row(SERVERS);
             pool.change(|table| table.rows.push(row))?;

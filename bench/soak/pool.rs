@@ -9,7 +9,9 @@ use std::process::{Child, Command, Stdio};
 
 use portpool::follow::write_table;
 use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::table::{
+    FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
+};
 
 /// Servers that are there from start to end.
 pub const SERVERS: u32 = 4;
@@ -95,7 +97,7 @@ impl Pool {
     pub fn row(&self, slot: u32) -> Row {
         let first = 20_000 + slot as u16 * PORTS;
         Row {
-            slot,
+            slot: Slot(slot),
             server: format!("soak-{slot}"),
             server_uid: None,
             draining_since: None,

@@ -21,7 +21,7 @@ use super::book::{Book, Listening, Notice, Now, Times, To};
 use super::metrics::Metrics;
 use crate::follow::{Rejected, accept};
 use crate::selection::v1::{self, FromAgent, from_agent};
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// Unbounded: every message answers a request or tells of a session, and both
 /// are bounded where they begin.
@@ -30,7 +30,7 @@ type Outbox = mpsc::UnboundedSender<Result<FromAgent, Status>>;
 /// The agent of one processing server. Cheap to clone.
 #[derive(Clone)]
 pub struct Agent {
-    slot: u32,
+    slot: Slot,
     /// Names this process to connection servers.
     id: Arc<str>,
     started: Instant,
@@ -51,7 +51,7 @@ impl Agent {
     /// An agent for `slot` that has no table yet. `recovering` is how long it
     /// adopts sessions before it offers ports: after a restart.
     #[must_use]
-    pub fn new(slot: u32, recovering: Option<Duration>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(slot: Slot, recovering: Option<Duration>, metrics: Arc<Metrics>) -> Self {
         let times = Times::from(&crate::pool::Sessions::default());
         let inner = Inner {
             book: Book::new(times, recovering),

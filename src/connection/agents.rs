@@ -32,7 +32,7 @@ use super::sessions::span::SessionSpan;
 use super::sessions::{Action, Sessions};
 use crate::forward::Forwarder;
 use crate::selection::v1::{self, ToAgent, refused, to_agent::Message};
-use crate::table::{Row, RowState, Table};
+use crate::table::{Row, RowState, Slot, Table};
 
 /// How long a server may take to select a port before the next one is asked.
 /// A selection takes well under a millisecond; a second is a server in trouble.
@@ -61,7 +61,7 @@ pub struct AgentsSnapshot {
     pub place: String,
     /// When a slot's agent was last in reach: its sessions are to be cut as
     /// early as if nothing had been handed over. Not of those that are cut.
-    pub reached: HashMap<u32, Instant>,
+    pub reached: HashMap<Slot, Instant>,
 }
 
 impl AgentsSnapshot {
@@ -83,14 +83,14 @@ pub struct Agents {
     /// Where it listens; a successor goes on with the same socket.
     place: String,
     /// When a predecessor last reached agents that no stream was opened to yet.
-    reached: Mutex<HashMap<u32, Instant>>,
+    reached: Mutex<HashMap<Slot, Instant>>,
     /// Held for reading while sessions change, for writing by a hand-over.
     steps: Arc<RwLock<()>>,
     sessions: Arc<Sessions>,
     reservations: Arc<Reservations>,
     forwarder: Arc<Forwarder>,
     metrics: Arc<Metrics>,
-    links: Mutex<HashMap<u32, Link>>,
+    links: Mutex<HashMap<Slot, Link>>,
     next_request: AtomicU64,
     leaving: AtomicBool,
 }
@@ -171,7 +171,7 @@ impl Agents {
     /// row to the others. Sessions of removed and replaced servers end.
     pub fn set_table(self: &Arc<Self>, table: &Arc<Table>) {
         let mut links = self.links.lock();
-        let gone: Vec<u32> = links
+        let gone: Vec<Slot> = links
             .iter()
             .filter(|(slot, link)| {
                 !table
@@ -236,7 +236,7 @@ impl Agents {
     /// [`SelectError`]; a selection that arrives after that is released.
     pub async fn select(
         &self,
-        slot: u32,
+        slot: Slot,
         request: v1::Select,
         trace: SessionSpan,
     ) -> Result<v1::Session, SelectError> {
@@ -320,7 +320,7 @@ impl Link {
         !is_replaced && row.socket_address(table.agent_port) == Some(self.address)
     }
 
-    fn update(&self, slot: u32, table: &Arc<Table>) {
+    fn update(&self, slot: Slot, table: &Arc<Table>) {
         self.row.send_if_modified(|current| {
             let changed = current.row(slot) != table.row(slot)
                 || current.sessions != table.sessions

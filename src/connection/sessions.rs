@@ -42,7 +42,7 @@ use self::span::{Carried, SessionSpan};
 use crate::forward::{Decision, PendingId, SessionKey, Traffic};
 use crate::pool::Admission;
 use crate::selection::v1::{self, ToAgent, end, to_agent::Message};
-use crate::table::{ListenPort, PortIndex, Table};
+use crate::table::{ListenPort, PortIndex, Slot, Table};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
 /// request, a connection or a session, and those are bounded where they begin.
@@ -72,7 +72,7 @@ pub struct Sessions {
 struct Inner {
     admission: Admission,
     table: Option<PortIndex>,
-    outboxes: HashMap<u32, Outbox>,
+    outboxes: HashMap<Slot, Outbox>,
     live: HashMap<ListenPort, Live>,
     port_by_id: HashMap<String, ListenPort>,
     id_by_idempotency_key: HashMap<String, String>,
@@ -80,7 +80,7 @@ struct Inner {
     /// Sessions that a client has given back, with their slot, until the agent
     /// says the end: what it told before it heard of that comes late, and what
     /// we told may be lost with a stream.
-    released: HashMap<String, u32>,
+    released: HashMap<String, Slot>,
     /// The session that was over last on each port, until another one is there:
     /// its agent may be restarted before all have heard the end, and adopt it
     /// from one that has not. No need to know the ones before: their ports were
@@ -92,7 +92,7 @@ struct Inner {
 #[derive(Debug)]
 struct Live {
     key: SessionKey,
-    slot: u32,
+    slot: Slot,
     bound_client: Option<IpAddr>,
     // A lock, not an atomic: the agent must hear Opened and Closed in the order
     // in which the count leaves and reaches zero.
@@ -126,7 +126,7 @@ impl Flows {
 #[derive(Debug)]
 struct Ending {
     id: String,
-    slot: u32,
+    slot: Slot,
     flows: Flows,
     cause: &'static str,
     trace: SessionSpan,
@@ -134,11 +134,11 @@ struct Ending {
 
 impl Inner {
     /// The slot that `port` leads to.
-    fn slot(&self, port: ListenPort) -> Option<u32> {
+    fn slot(&self, port: ListenPort) -> Option<Slot> {
         Some(self.table.as_ref()?.find(port)?.0.slot)
     }
 
-    fn send(&self, slot: u32, message: Message) {
+    fn send(&self, slot: Slot, message: Message) {
         if let Some(outbox) = self.outboxes.get(&slot) {
             // A closed outbox is a stream that just broke; the next greeting
             // tells the agent all it missed.
@@ -216,7 +216,7 @@ impl Sessions {
     /// greeting first. `greet` makes it from the sessions known on this server.
     pub fn attach(
         &self,
-        slot: u32,
+        slot: Slot,
         outbox: Outbox,
         greet: impl FnOnce(Vec<v1::Session>) -> ToAgent,
     ) {
@@ -241,7 +241,7 @@ impl Sessions {
 
     /// An agent's stream is gone; it is told nothing. Does nothing when a newer
     /// stream than `outbox` is up.
-    pub fn detach(&self, slot: u32, outbox: &Outbox) {
+    pub fn detach(&self, slot: Slot, outbox: &Outbox) {
         let mut inner = self.inner.write();
         if inner
             .outboxes
@@ -255,7 +255,7 @@ impl Sessions {
     /// Forgets every session of `slot` and has its connections cut: the server
     /// is gone, or was out of reach for too long.
     #[must_use]
-    pub fn forget_server(&self, slot: u32) -> Vec<Action> {
+    pub fn forget_server(&self, slot: Slot) -> Vec<Action> {
         let mut inner = self.inner.write();
         let ids: Vec<String> = inner
             .live
@@ -271,7 +271,7 @@ impl Sessions {
     /// Whether connections of ended sessions of `slot` are still being cut: a
     /// greeting would not list them.
     #[must_use]
-    pub fn is_cutting(&self, slot: u32) -> bool {
+    pub fn is_cutting(&self, slot: Slot) -> bool {
         self.inner
             .read()
             .ending
@@ -280,14 +280,14 @@ impl Sessions {
     }
 
     /// An agent tells of a session, new or changed.
-    pub fn learn(&self, slot: u32, session: v1::Session) -> Vec<Action> {
+    pub fn learn(&self, slot: Slot, session: v1::Session) -> Vec<Action> {
         self.learn_with_span(slot, session, SessionSpan::learned)
     }
 
     /// The same; a new session is logged under the trace that `trace` gives.
     pub fn learn_with_span(
         &self,
-        slot: u32,
+        slot: Slot,
         session: v1::Session,
         trace: impl FnOnce() -> SessionSpan,
     ) -> Vec<Action> {
@@ -341,7 +341,7 @@ impl Sessions {
 
     /// An agent ends a session. Answers `Ended` when no connection is left.
     #[must_use]
-    pub fn end(&self, slot: u32, id: &str, cause: end::Cause) -> Option<Action> {
+    pub fn end(&self, slot: Slot, id: &str, cause: end::Cause) -> Option<Action> {
         let mut inner = self.inner.write();
         inner.released.remove(id);
         if let Some(port) = inner.port_by_id.get(id).copied() {
@@ -373,7 +373,7 @@ impl Sessions {
 
     /// The live session `id`, with the slot of its server.
     #[must_use]
-    pub fn get(&self, id: &str) -> Option<(u32, v1::Session)> {
+    pub fn get(&self, id: &str) -> Option<(Slot, v1::Session)> {
         let inner = self.inner.read();
         let live = inner.live.get(inner.port_by_id.get(id)?)?;
         Some((live.slot, live.session.clone()))
@@ -388,7 +388,7 @@ impl Sessions {
 
     /// The live session made under an idempotency key.
     #[must_use]
-    pub fn get_by_idempotency_key(&self, key: &str) -> Option<(u32, v1::Session)> {
+    pub fn get_by_idempotency_key(&self, key: &str) -> Option<(Slot, v1::Session)> {
         let id = self.inner.read().id_by_idempotency_key.get(key).cloned()?;
         self.get(&id)
     }

@@ -9,6 +9,7 @@ use super::{connection_address, container, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{Problem, ValidPool};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT};
+use crate::table::Slot;
 use crate::table::{PortRange, Table};
 
 /// Most ports in use that are named: one program may have a whole range.
@@ -79,7 +80,7 @@ fn programs(pool: &ValidPool) -> Vec<Problem> {
     let pod = container::Pod {
         name: format!("{}-0", pool.name),
         uid: String::new(),
-        address: server_address(0),
+        address: server_address(Slot(0)),
     };
     let processes = match container::processes(&pool.template, &pod) {
         Ok(processes) => processes,

@@ -19,7 +19,7 @@ use crate::manifest;
 use crate::plan::{Observed, ObservedServer, Plan, Problem, ValidPool, plan, server_name};
 use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// Stands for the uid that a cluster gives a pool.
 const UID: &str = "local";
@@ -33,7 +33,7 @@ pub(super) struct Running {
     modified: Option<SystemTime>,
     pool: ValidPool,
     table: Option<Table>,
-    servers: BTreeMap<u32, Server>,
+    servers: BTreeMap<Slot, Server>,
     connection_servers: Vec<Supervised>,
     client: Client,
     events: Events,
@@ -244,7 +244,7 @@ impl Running {
         Ok(())
     }
 
-    fn start_server(&mut self, slot: u32) {
+    fn start_server(&mut self, slot: Slot) {
         let name = server_name(&self.pool.name, slot);
         let address = server_address(slot);
         match Server::start(&self.context(), slot, name.clone(), address) {

@@ -12,6 +12,7 @@ use super::container::{self, Pod};
 use super::events::Events;
 use crate::plan::Problem;
 use crate::pool::AGENT_ADMIN_PORT;
+use crate::table::Slot;
 
 /// How long a container may take to end after SIGTERM, with what it started.
 const CONTAINER_GRACE: Duration = Duration::from_secs(7);
@@ -43,7 +44,7 @@ impl Server {
     /// Starts the containers and the agent.
     pub(super) fn start(
         context: &Context<'_>,
-        slot: u32,
+        slot: Slot,
         name: String,
         address: IpAddr,
     ) -> Result<Self, Vec<Problem>> {

@@ -9,7 +9,7 @@ use super::reconcile::Context;
 use super::write::{Error, Writer};
 use crate::plan::objects::{self, Owner};
 use crate::plan::{Plan, server_name};
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// Asks the API server about a template of which no pod exists yet, before
 /// anything is given up for it.
@@ -31,7 +31,7 @@ pub(super) async fn check_template(
         return Ok(());
     }
     writer
-        .check_pod(objects::pod(owner, &context.settings, 0))
+        .check_pod(objects::pod(owner, &context.settings, Slot(0)))
         .await?;
     context.memory.with(owner.uid, |memory| {
         memory.checked_template = Some(hash.to_owned())
@@ -65,7 +65,7 @@ pub(super) async fn apply(
         // What was observed of it is about a former one.
         observation.deployment.is_current = false;
     }
-    let uid_of = |slot: &u32| {
+    let uid_of = |slot: &Slot| {
         let mut servers = observation.servers.iter();
         let server = servers.find(|server| server.slot == *slot)?;
         Some((server_name(&owner.pool.name, *slot), server.uid.clone()))

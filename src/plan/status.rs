@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use super::objects::{COMPONENT_LABEL, POOL_LABEL, PROCESSING_SERVER};
 use super::{ObservedServer, Problem, ValidPool};
 use crate::pool::{Exposure, ProcessingPoolStatus};
-use crate::table::{RowState, Table};
+use crate::table::{RowState, Slot, Table};
 
 /// Something that keeps a pool from being as its spec says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,7 +174,7 @@ pub fn status(
 fn missing(facts: &Facts<'_>) -> Option<Blocker> {
     let (pool, table) = (facts.pool?, facts.table?);
     let of = |state: RowState| table.rows.iter().filter(move |row| row.state == state);
-    let server = |slot: u32| facts.servers.iter().find(|server| server.slot == slot);
+    let server = |slot: Slot| facts.servers.iter().find(|server| server.slot == slot);
     let wanted = pool.replicas as usize;
     let up = of(RowState::Active).filter(|row| {
         server(row.slot).is_some_and(|server| {

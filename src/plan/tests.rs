@@ -2,7 +2,7 @@ use super::*;
 use crate::pool::{
     ConnectionPorts, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol,
 };
-use crate::table::MAX_ENCODED_BYTES;
+use crate::table::{MAX_ENCODED_BYTES, Slot};
 use proptest::prelude::*;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -48,7 +48,7 @@ fn pool(replicas: i32, count: i32) -> ValidPool {
 #[derive(Clone, Default)]
 struct World {
     table: Option<Table>,
-    servers: BTreeMap<u32, ObservedServer>,
+    servers: BTreeMap<Slot, ObservedServer>,
     next_uid: u32,
     elapsed: Duration,
     /// Servers that start are not ready.
@@ -98,7 +98,7 @@ impl World {
         panic!("does not converge");
     }
 
-    fn ports(&self, slot: u32) -> Vec<PortRange> {
+    fn ports(&self, slot: Slot) -> Vec<PortRange> {
         self.table
             .as_ref()
             .and_then(|table| table.row(slot))
@@ -108,7 +108,7 @@ impl World {
 
     fn states(&self) -> Vec<(u32, RowState)> {
         let rows = self.table.iter().flat_map(|table| &table.rows);
-        rows.map(|row| (row.slot, row.state)).collect()
+        rows.map(|row| (row.slot.0, row.state)).collect()
     }
 }
 
@@ -118,10 +118,10 @@ use crate::table::PortRange;
 fn a_growing_pool_has_its_row_before_its_server_and_its_address_after() {
     let mut world = World::default();
     let first = world.step(&pool(2, 4));
-    assert_eq!(first.start, [0, 1]);
+    assert_eq!(first.start, [Slot(0), Slot(1)]);
     assert!(first.table.rows.iter().all(|row| row.address.is_none()));
     let second = world.step(&pool(2, 4));
-    assert_eq!(second.start, [0; 0]);
+    assert_eq!(second.start, []);
     assert!(second.table.rows.iter().all(|row| row.address.is_some()));
     assert_eq!(second.table.generation, 2);
     assert_eq!(
@@ -138,9 +138,9 @@ fn a_growing_pool_has_its_row_before_its_server_and_its_address_after() {
 fn a_shrinking_pool_drains_then_stops_then_drops_the_row() {
     let mut world = World::default();
     world.settle(&pool(3, 4));
-    world.servers.get_mut(&2).unwrap().sessions = Some(1);
+    world.servers.get_mut(&Slot(2)).unwrap().sessions = Some(1);
     let plan = world.step(&pool(1, 4));
-    assert_eq!(plan.stop, [0; 0]);
+    assert_eq!(plan.stop, []);
     assert_eq!(
         world.states(),
         [
@@ -150,7 +150,7 @@ fn a_shrinking_pool_drains_then_stops_then_drops_the_row() {
         ]
     );
     let plan = world.step(&pool(1, 4));
-    assert_eq!(plan.stop, [0, 1], "both are empty");
+    assert_eq!(plan.stop, [Slot(0), Slot(1)], "both are empty");
     world.step(&pool(1, 4));
     assert_eq!(
         world.states(),
@@ -163,19 +163,19 @@ fn a_shrinking_pool_drains_then_stops_then_drops_the_row() {
 fn a_server_with_sessions_is_kept_until_the_limit() {
     let mut world = World::default();
     world.settle(&pool(1, 4));
-    world.servers.get_mut(&0).unwrap().sessions = Some(3);
+    world.servers.get_mut(&Slot(0)).unwrap().sessions = Some(3);
     for _ in 0..100 {
-        assert_eq!(world.step(&pool(0, 4)).stop, [0; 0]);
+        assert_eq!(world.step(&pool(0, 4)).stop, []);
     }
     world.elapsed += LIMIT;
-    assert_eq!(world.step(&pool(0, 4)).stop, [0]);
+    assert_eq!(world.step(&pool(0, 4)).stop, [Slot(0)]);
 }
 
 #[test]
 fn not_ready_servers_go_first() {
     let mut world = World::default();
     world.settle(&pool(3, 4));
-    world.servers.get_mut(&0).unwrap().is_ready = false;
+    world.servers.get_mut(&Slot(0)).unwrap().is_ready = false;
     world.step(&pool(2, 4));
     assert_eq!(world.states()[0], (0, RowState::Draining));
 }
@@ -185,7 +185,7 @@ fn servers_of_the_lowest_deletion_cost_go_first() {
     let mut world = World::default();
     world.settle(&pool(3, 4));
     for (slot, cost) in [(0, 5), (1, -5), (2, 0)] {
-        let server = world.servers.get_mut(&slot).unwrap();
+        let server = world.servers.get_mut(&Slot(slot)).unwrap();
         (server.deletion_cost, server.sessions) = (cost, Some(9 - slot));
     }
     world.step(&pool(2, 4));
@@ -196,7 +196,7 @@ fn servers_of_the_lowest_deletion_cost_go_first() {
 fn a_new_template_replaces_a_quarter_at_a_time_in_place() {
     let mut world = World::default();
     world.settle(&pool(8, 4));
-    let before: Vec<_> = (0..8).map(|slot| world.ports(slot)).collect();
+    let before: Vec<_> = (0..8).map(|slot| world.ports(Slot(slot))).collect();
     let former: Vec<String> = world
         .servers
         .values()
@@ -221,7 +221,9 @@ fn a_new_template_replaces_a_quarter_at_a_time_in_place() {
             .all(|server| !former.contains(&server.uid))
     );
     assert_eq!(
-        (0..8).map(|slot| world.ports(slot)).collect::<Vec<_>>(),
+        (0..8)
+            .map(|slot| world.ports(Slot(slot)))
+            .collect::<Vec<_>>(),
         before
     );
 }
@@ -262,9 +264,9 @@ fn a_template_that_does_not_work_takes_a_quarter_and_can_be_mended() {
 fn a_failed_server_is_stopped_and_a_stopping_one_is_waited_for() {
     let mut world = World::default();
     world.settle(&pool(2, 4));
-    world.servers.get_mut(&0).unwrap().has_failed = true;
-    assert_eq!(world.clone().step(&pool(2, 4)).stop, [0]);
-    world.servers.get_mut(&0).unwrap().is_stopping = true;
+    world.servers.get_mut(&Slot(0)).unwrap().has_failed = true;
+    assert_eq!(world.clone().step(&pool(2, 4)).stop, [Slot(0)]);
+    world.servers.get_mut(&Slot(0)).unwrap().is_stopping = true;
     let plan = world.step(&pool(2, 4));
     assert_eq!((plan.stop.len(), plan.start.len()), (0, 0));
 }
@@ -285,8 +287,8 @@ fn a_lost_table_goes_on_above_its_generation() {
 fn a_draining_server_comes_back_when_the_pool_grows_again() {
     let mut world = World::default();
     world.settle(&pool(2, 4));
-    world.servers.get_mut(&1).unwrap().sessions = Some(1);
-    world.servers.get_mut(&0).unwrap().sessions = Some(2);
+    world.servers.get_mut(&Slot(1)).unwrap().sessions = Some(1);
+    world.servers.get_mut(&Slot(0)).unwrap().sessions = Some(2);
     world.step(&pool(1, 4));
     assert_eq!(
         world.states(),
@@ -303,13 +305,13 @@ fn a_draining_server_comes_back_when_the_pool_grows_again() {
 fn a_replaced_server_keeps_its_slot_and_ports() {
     let mut world = World::default();
     world.settle(&pool(2, 4));
-    let (before, uid) = (world.ports(1), world.servers[&1].uid.clone());
-    world.servers.remove(&1);
+    let (before, uid) = (world.ports(Slot(1)), world.servers[&Slot(1)].uid.clone());
+    world.servers.remove(&Slot(1));
     let plan = world.step(&pool(2, 4));
-    assert_eq!(plan.start, [1]);
+    assert_eq!(plan.start, [Slot(1)]);
     world.settle(&pool(2, 4));
-    assert_eq!(world.ports(1), before);
-    assert_ne!(world.servers[&1].uid, uid);
+    assert_eq!(world.ports(Slot(1)), before);
+    assert_ne!(world.servers[&Slot(1)].uid, uid);
 }
 
 #[test]
@@ -322,7 +324,7 @@ fn a_changed_entry_moves_only_its_own_ports() {
     world.settle(&two(2));
     let a = |world: &World| {
         world
-            .ports(0)
+            .ports(Slot(0))
             .into_iter()
             .filter(|range| range.name == "a")
             .collect::<Vec<_>>()
@@ -331,7 +333,11 @@ fn a_changed_entry_moves_only_its_own_ports() {
     world.settle(&two(5));
     assert_eq!(a(&world), before);
     assert_eq!(
-        world.ports(0).iter().map(|range| range.count).sum::<u16>(),
+        world
+            .ports(Slot(0))
+            .iter()
+            .map(|range| range.count)
+            .sum::<u16>(),
         9
     );
 }
@@ -344,10 +350,10 @@ fn fragments_are_used_when_no_run_is_long_enough() {
     };
     world.settle(&with(4, 2, 20_007));
     for slot in [0, 2] {
-        world.servers.get_mut(&slot).unwrap().sessions = Some(0);
+        world.servers.get_mut(&Slot(slot)).unwrap().sessions = Some(0);
     }
     for slot in [1, 3] {
-        world.servers.get_mut(&slot).unwrap().sessions = Some(1);
+        world.servers.get_mut(&Slot(slot)).unwrap().sessions = Some(1);
     }
     world.settle(&with(2, 2, 20_007));
     // Slots 1 and 3 hold 20002-20003 and 20006-20007; the rest is in two pieces.
@@ -358,7 +364,7 @@ fn fragments_are_used_when_no_run_is_long_enough() {
         ..grown.entries[0].clone()
     });
     world.settle(&grown);
-    assert!(world.ports(1).len() >= 2);
+    assert!(world.ports(Slot(1)).len() >= 2);
 }
 
 #[test]
@@ -443,9 +449,9 @@ proptest! {
         for change in changes {
             match change {
                 Change::Scale(to) => replicas = to,
-                Change::Crash(slot) => { world.servers.remove(&slot); }
+                Change::Crash(slot) => { world.servers.remove(&Slot(slot)); }
                 Change::Sessions(slot, sessions) => {
-                    if let Some(server) = world.servers.get_mut(&slot) {
+                    if let Some(server) = world.servers.get_mut(&Slot(slot)) {
                         server.sessions = Some(sessions);
                     }
                 }
@@ -489,7 +495,7 @@ fn the_largest_table_fits_into_a_config_map() {
     let pool = ValidPool::new(&resource).unwrap();
     let servers: Vec<ObservedServer> = (0..750)
         .map(|slot| ObservedServer {
-            slot,
+            slot: Slot(slot),
             uid: "6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10".to_owned(),
             address: Some("2001:db8:1234:5678:9abc:def0:1234:5678".parse().unwrap()),
             is_ready: true,

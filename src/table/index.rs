@@ -45,13 +45,14 @@ impl PortIndex {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::Slot;
     use crate::table::tests::{range, row, table};
 
     #[test]
     fn finds_what_the_rows_say() {
         let rows = vec![
-            row(0, vec![range(30_000, 10), range(20_000, 4)]),
-            row(7, vec![range(20_004, 1)]),
+            row(Slot(0), vec![range(30_000, 10), range(20_000, 4)]),
+            row(Slot(7), vec![range(20_004, 1)]),
         ];
         let table = Arc::new(table(rows));
         let index = PortIndex::new(table.clone());

@@ -7,7 +7,9 @@
 use std::net::IpAddr;
 
 use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Table, TargetPort};
+use portpool::table::{
+    FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
+};
 
 /// The first table of pool `test`.
 pub fn table(sessions: Sessions, rows: Vec<Row>) -> Table {
@@ -27,7 +29,7 @@ pub fn table(sessions: Sessions, rows: Vec<Row>) -> Table {
 /// Server `test-SLOT` of that pool.
 pub fn row(slot: u32, address: Option<IpAddr>, range: PortRange) -> Row {
     Row {
-        slot,
+        slot: Slot(slot),
         server: format!("test-{slot}"),
         server_uid: None,
         draining_since: None,

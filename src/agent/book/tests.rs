@@ -1,6 +1,6 @@
 use super::*;
 use crate::pool::ProxyProtocol;
-use crate::table::{PortRange, TargetPort};
+use crate::table::{PortRange, Slot, TargetPort};
 
 const TIMES: Times = Times {
     claim: Duration::from_secs(30),
@@ -26,7 +26,7 @@ fn range(name: &str, first: u16, server_port: u16, count: u16) -> PortRange {
 
 fn row(ranges: Vec<PortRange>) -> Row {
     Row {
-        slot: 0,
+        slot: Slot(0),
         server: "pool-0".to_owned(),
         server_uid: None,
         draining_since: None,

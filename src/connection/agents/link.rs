@@ -24,7 +24,7 @@ use crate::selection::{
     CUT_AFTER, CUT_SLACK, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, PROTOCOL_VERSION,
 };
 use crate::session::PortState;
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// How long a connection and its greeting may take.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
@@ -49,7 +49,7 @@ impl Agents {
     /// Keeps one stream up for as long as the task runs.
     pub(super) async fn keep_attached(
         self: Arc<Self>,
-        slot: u32,
+        slot: Slot,
         address: SocketAddr,
         mut table: watch::Receiver<Arc<Table>>,
         stream: Arc<Mutex<Option<Stream>>>,
@@ -73,10 +73,10 @@ impl Agents {
             match attached {
                 Ok(()) => {
                     pause = FIRST_PAUSE;
-                    info!(slot, %address, "stream to processing server ended");
+                    info!(%slot, %address, "stream to processing server ended");
                 }
                 Err(error) => {
-                    debug!(slot, %address, %error, "failed to attach to processing server")
+                    debug!(%slot, %address, %error, "failed to attach to processing server")
                 }
             }
             let since = *detached_since.lock();
@@ -85,7 +85,7 @@ impl Agents {
                 *detached_since.lock() = None;
                 let actions = self.sessions.forget_server(slot);
                 if !actions.is_empty() {
-                    warn!(slot, %address, sessions = actions.len(), "processing server out of reach; its sessions are cut");
+                    warn!(%slot, %address, sessions = actions.len(), "processing server out of reach; its sessions are cut");
                 }
                 self.carry_out(actions);
             }
@@ -97,7 +97,7 @@ impl Agents {
     /// Attaches once and serves the stream until it ends.
     async fn attach(
         &self,
-        slot: u32,
+        slot: Slot,
         address: SocketAddr,
         table: &mut watch::Receiver<Arc<Table>>,
         stream: &Arc<Mutex<Option<Stream>>>,
@@ -139,7 +139,7 @@ impl Agents {
             }
         };
         let (mut incoming, welcome) = timeout(ATTACH_DEADLINE, welcome).await??;
-        info!(slot, %address, agent = welcome.agent, generation = welcome.generation, "attached to processing server");
+        info!(%slot, %address, agent = welcome.agent, generation = welcome.generation, "attached to processing server");
         *stream.lock() = Some(Stream {
             outbox: outbox.clone(),
             pending: HashMap::new(),
@@ -158,7 +158,7 @@ impl Agents {
                     }
                     Ok(None) => return Ok(()),
                     Err(error) => {
-                        debug!(slot, %error, "stream to processing server broke");
+                        debug!(%slot, %error, "stream to processing server broke");
                         return Ok(());
                     }
                 },
@@ -174,7 +174,7 @@ impl Agents {
         }
     }
 
-    fn greeting(&self, slot: u32, table: &Table) -> Result<v1::Hello, AttachError> {
+    fn greeting(&self, slot: Slot, table: &Table) -> Result<v1::Hello, AttachError> {
         Ok(v1::Hello {
             protocol_version: PROTOCOL_VERSION,
             pool_uid: table.pool_uid.clone(),
@@ -187,7 +187,7 @@ impl Agents {
 
     fn receive(
         &self,
-        slot: u32,
+        slot: Slot,
         message: from_agent::Message,
         stream: &Mutex<Option<Stream>>,
         outbox: &Outbox,
@@ -261,7 +261,7 @@ async fn overdue(since: Option<Instant>, stream: &Mutex<Option<Stream>>) {
 /// aborted.
 struct Detach<'a> {
     sessions: &'a Sessions,
-    slot: u32,
+    slot: Slot,
     outbox: &'a Outbox,
 }
 

@@ -22,7 +22,7 @@ use crate::forward::Transport;
 use crate::forward::snapshot::{
     ClientSnapshot, ConnectionSnapshot, ForwarderSnapshot, PortSnapshot,
 };
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// Bytes after which a frame of connections ends.
 const FRAME_BYTES: usize = 1024 * 1024;
@@ -31,7 +31,7 @@ const FRAME_BYTES: usize = 1024 * 1024;
 pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Error> {
     let AgentsSnapshot { id, place, reached } = &state.agents;
     let reached = reached.iter().map(|(slot, at)| wire::Reached {
-        slot: *slot,
+        slot: slot.0,
         ago_ms: millis(at.elapsed()),
     });
     let server = wire::Server {
@@ -92,7 +92,7 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
     let live = live.iter().map(encode_session);
     let released = released.iter().map(|(id, slot)| wire::Released {
         id: id.clone(),
-        slot: *slot,
+        slot: slot.0,
     });
     let over = over.iter().map(|(port, id)| wire::Over {
         port: port.get().into(),
@@ -134,7 +134,7 @@ pub(super) fn receive_state(stream: &UnixStream) -> Result<State, Error> {
     let now = Instant::now();
     let reached = server.reached.iter().map(|reached| {
         let ago = Duration::from_millis(reached.ago_ms);
-        (reached.slot, now.checked_sub(ago).unwrap_or(now))
+        (Slot(reached.slot), now.checked_sub(ago).unwrap_or(now))
     });
     let mut state = State {
         agents: AgentsSnapshot {
@@ -218,7 +218,7 @@ pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) ->
             }
             let released = released
                 .into_iter()
-                .map(|released| (released.id, released.slot));
+                .map(|released| (released.id, Slot(released.slot)));
             state.sessions.released.extend(released);
             for wire::Over { port, id } in over {
                 state.sessions.over.push((decode_number(port)?, id));

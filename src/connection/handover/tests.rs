@@ -20,7 +20,7 @@ use crate::forward::snapshot::{
 use crate::forward::{Traffic, Transport};
 use crate::pool::{LoadSharing, Sessions as Settings};
 use crate::selection::v1;
-use crate::table::{FORMAT_VERSION, ListenPort, TargetPort};
+use crate::table::{FORMAT_VERSION, ListenPort, Slot, TargetPort};
 
 /// Something that a descriptor can be told by.
 fn descriptor() -> OwnedFd {
@@ -36,7 +36,7 @@ fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
         agents: AgentsSnapshot {
             id: "connection-server".to_owned(),
             place: "somewhere".to_owned(),
-            reached: HashMap::from([(3, Instant::now())]),
+            reached: HashMap::from([(Slot(3), Instant::now())]),
         },
         table: Arc::new(Table {
             format_version: FORMAT_VERSION,
@@ -202,7 +202,7 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
         idle(),
     );
     let live = live.prop_map(|(slot, key, id, port, client, age)| SessionSnapshot {
-        slot,
+        slot: Slot(slot),
         key: SessionKey(key),
         session: v1::Session {
             session_id: id,
@@ -219,7 +219,7 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
         client,
         age,
     });
-    let released = ("\\PC{0,20}", any::<u32>());
+    let released = ("\\PC{0,20}", any::<u32>().prop_map(Slot));
     let over = (port(), "\\PC{0,20}");
     let lists = (vec(live, 0..20), vec(released, 0..5), vec(over, 0..5));
     (any::<u64>(), lists).prop_map(|(last_key, (live, released, over))| SessionsSnapshot {

@@ -13,7 +13,7 @@ use crate::forward::snapshot::{
     ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, PortSnapshot,
 };
 use crate::forward::{SessionKey, Traffic, Transport};
-use crate::table::ListenPort;
+use crate::table::{ListenPort, Slot};
 
 pub(super) fn encode_port(port: &PortSnapshot) -> wire::Port {
     wire::Port {
@@ -25,7 +25,7 @@ pub(super) fn encode_port(port: &PortSnapshot) -> wire::Port {
 
 pub(super) fn encode_session(session: &SessionSnapshot) -> wire::Session {
     wire::Session {
-        slot: session.slot,
+        slot: session.slot.0,
         key: session.key.0,
         session: session.session.clone(),
         connections: session.carried.connections,
@@ -38,7 +38,7 @@ pub(super) fn encode_session(session: &SessionSnapshot) -> wire::Session {
 
 pub(super) fn decode_session(session: wire::Session) -> Option<SessionSnapshot> {
     Some(SessionSnapshot {
-        slot: session.slot,
+        slot: Slot(session.slot),
         key: SessionKey(session.key),
         session: session.session,
         carried: Carried {

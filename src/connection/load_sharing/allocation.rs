@@ -20,7 +20,7 @@ use crate::connection::sessions::span::SessionSpan;
 use crate::pool::{ClientBinding, PortProtocol};
 use crate::selection::v1::{self, refused};
 use crate::session::SessionRequest;
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// How long a request may take besides its own `waitSeconds`: a few servers
 /// that miss their deadline of one second each.
@@ -65,7 +65,7 @@ impl Refusal {
 }
 
 /// A session and the slot of its server.
-pub type Allocated = (u32, v1::Session);
+pub type Allocated = (Slot, v1::Session);
 
 /// Allocates sessions.
 pub struct Allocation {
@@ -226,7 +226,7 @@ impl Allocation {
                 }
                 Err(error) => {
                     debug!(
-                        slot = reservation.slot,
+                        slot = %reservation.slot,
                         ?error,
                         "processing server did not select a port"
                     );

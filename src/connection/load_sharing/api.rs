@@ -33,7 +33,7 @@ use crate::session::{
     MAX_KEY_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session, SessionRequest,
     SessionState,
 };
-use crate::table::Table;
+use crate::table::{Slot, Table};
 
 /// Largest request body in bytes: keys of 128 bytes and names, with room for
 /// escapes.
@@ -258,7 +258,7 @@ impl Api {
         })
     }
 
-    fn describe(&self, slot: u32, session: &v1::Session, reached_by: &str) -> Session {
+    fn describe(&self, slot: Slot, session: &v1::Session, reached_by: &str) -> Session {
         let table = self.table.borrow();
         let state = match session.state() {
             v1::session::State::Busy => SessionState::Busy,

@@ -5,12 +5,13 @@
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::pool::Policy;
+use crate::table::Slot;
 
 /// A processing server that could take the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate {
     /// Its slot.
-    pub slot: u32,
+    pub slot: Slot,
     /// Its live sessions and the requests on their way to it.
     pub sessions: u32,
 }
@@ -24,8 +25,8 @@ pub fn choose(
     policy: Policy,
     candidates: impl Iterator<Item = Candidate>,
     affinity_key: Option<&str>,
-    last: Option<u32>,
-) -> Option<u32> {
+    last: Option<Slot>,
+) -> Option<Slot> {
     let chosen = match (policy, affinity_key) {
         (Policy::RoundRobin, _) => {
             // Slots after the last one come first, then the others.
@@ -49,8 +50,8 @@ pub fn choose(
 ///
 /// Source: Thaler and Ravishankar, "Using name-based mappings to increase hit
 /// rates", 1998.
-fn weight(key: &str, slot: u32) -> u64 {
-    xxh3_64_with_seed(key.as_bytes(), u64::from(slot))
+fn weight(key: &str, slot: Slot) -> u64 {
+    xxh3_64_with_seed(key.as_bytes(), u64::from(slot.0))
 }
 
 #[cfg(test)]
@@ -64,10 +65,11 @@ mod tests {
         key: Option<&str>,
         last: Option<u32>,
     ) -> Option<u32> {
-        let candidates = sessions
-            .iter()
-            .map(|&(slot, sessions)| Candidate { slot, sessions });
-        choose(policy, candidates, key, last)
+        let candidates = sessions.iter().map(|&(slot, sessions)| Candidate {
+            slot: Slot(slot),
+            sessions,
+        });
+        choose(policy, candidates, key, last.map(Slot)).map(|slot| slot.0)
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use super::servers::{Filter, LoadSharing, Place};
 use crate::pool::Policy;
 use crate::session::PortState;
+use crate::table::Slot;
 
 /// Counts of all processing servers, and who waits for them.
 #[derive(Debug, Default)]
@@ -28,7 +29,7 @@ struct Inner {
 #[derive(Debug)]
 pub struct Reservation {
     /// The server's slot.
-    pub slot: u32,
+    pub slot: Slot,
     filter: Filter,
     reservations: Arc<Reservations>,
 }
@@ -105,12 +106,12 @@ impl Reservations {
     }
 
     /// An agent's stream is up; it counts from its first counts on.
-    pub fn attach(self: &Arc<Self>, slot: u32) {
+    pub fn attach(self: &Arc<Self>, slot: Slot) {
         self.change(|sharing| sharing.server(slot).attached = true);
     }
 
     /// An agent's stream is down: the server gets nothing.
-    pub fn detach(self: &Arc<Self>, slot: u32) {
+    pub fn detach(self: &Arc<Self>, slot: Slot) {
         self.change(|sharing| {
             let server = sharing.server(slot);
             server.attached = false;
@@ -119,12 +120,12 @@ impl Reservations {
     }
 
     /// The server's row became, or is no longer, `Draining`.
-    pub fn set_draining(self: &Arc<Self>, slot: u32, is_draining: bool) {
+    pub fn set_draining(self: &Arc<Self>, slot: Slot, is_draining: bool) {
         self.change(|sharing| sharing.server(slot).row_draining = is_draining);
     }
 
     /// An agent reported its ports.
-    pub fn counted(self: &Arc<Self>, slot: u32, ports: Vec<PortState>, is_draining: bool) {
+    pub fn counted(self: &Arc<Self>, slot: Slot, ports: Vec<PortState>, is_draining: bool) {
         self.change(|sharing| {
             let server = sharing.server(slot);
             server.ports = ports;
@@ -133,7 +134,7 @@ impl Reservations {
     }
 
     /// Forgets slots that `keep` does not name.
-    pub fn retain(self: &Arc<Self>, keep: impl Fn(u32) -> bool) {
+    pub fn retain(self: &Arc<Self>, keep: impl Fn(Slot) -> bool) {
         self.change(|sharing| sharing.retain(keep));
     }
 
@@ -143,7 +144,7 @@ impl Reservations {
         self: &Arc<Self>,
         filter: &Filter,
         affinity_key: Option<&str>,
-        excluded: &[u32],
+        excluded: &[Slot],
     ) -> Option<Reservation> {
         let slot = self
             .inner
@@ -214,29 +215,29 @@ mod tests {
     #[tokio::test]
     async fn a_waiting_request_gets_the_port_that_becomes_free() {
         let reservations = Arc::new(Reservations::default());
-        reservations.attach(0);
+        reservations.attach(Slot(0));
         let mut waiting = reservations.wait(&Filter::default(), None, None).unwrap();
-        reservations.counted(0, counts(1), false);
-        assert_eq!(waiting.turn().await.unwrap().slot, 0);
+        reservations.counted(Slot(0), counts(1), false);
+        assert_eq!(waiting.turn().await.unwrap().slot, Slot(0));
     }
 
     #[tokio::test]
     async fn a_turn_that_nobody_takes_goes_to_the_next() {
         let reservations = Arc::new(Reservations::default());
-        reservations.attach(0);
+        reservations.attach(Slot(0));
         let first = reservations.wait(&Filter::default(), None, None).unwrap();
         let mut second = reservations.wait(&Filter::default(), None, None).unwrap();
-        reservations.counted(0, counts(1), false);
+        reservations.counted(Slot(0), counts(1), false);
         drop(first);
-        assert_eq!(second.turn().await.unwrap().slot, 0);
+        assert_eq!(second.turn().await.unwrap().slot, Slot(0));
         assert_eq!(reservations.inspect(LoadSharing::waiting), 0);
     }
 
     #[test]
     fn a_dropped_reservation_is_settled() {
         let reservations = Arc::new(Reservations::default());
-        reservations.attach(0);
-        reservations.counted(0, counts(1), false);
+        reservations.attach(Slot(0));
+        reservations.counted(Slot(0), counts(1), false);
         let any = Filter::default();
         let reservation = reservations.reserve(&any, None, &[]);
         assert!(reservation.is_some());

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use super::policy::{Candidate, choose};
 use crate::pool::{Policy, PortProtocol};
 use crate::session::PortState;
+use crate::table::Slot;
 
 /// Most requests that wait at once; more are refused at once. At about 500
 /// bytes a request, 5 MB.
@@ -143,7 +144,7 @@ impl Server {
         reported.saturating_sub(reserved)
     }
 
-    fn candidate(&self, slot: u32, filter: &Filter) -> Option<Candidate> {
+    fn candidate(&self, slot: Slot, filter: &Filter) -> Option<Candidate> {
         let has_room = self.takes_sessions() && self.free(filter) > 0;
         has_room.then(|| Candidate {
             slot,
@@ -166,8 +167,8 @@ struct Waiting {
 #[derive(Clone, Debug, Default)]
 pub struct LoadSharing {
     policy: Policy,
-    servers: BTreeMap<u32, Server>,
-    last: Option<u32>,
+    servers: BTreeMap<Slot, Server>,
+    last: Option<Slot>,
     next_place: u64,
     // By filter first: a request that cannot be served must not make every
     // later one be looked at again and again.
@@ -182,17 +183,17 @@ impl LoadSharing {
 
     /// The servers by slot.
     #[must_use]
-    pub fn servers(&self) -> &BTreeMap<u32, Server> {
+    pub fn servers(&self) -> &BTreeMap<Slot, Server> {
         &self.servers
     }
 
     /// The server of `slot`, made when unknown.
-    pub fn server(&mut self, slot: u32) -> &mut Server {
+    pub fn server(&mut self, slot: Slot) -> &mut Server {
         self.servers.entry(slot).or_default()
     }
 
     /// Forgets slots that `keep` does not name.
-    pub fn retain(&mut self, keep: impl Fn(u32) -> bool) {
+    pub fn retain(&mut self, keep: impl Fn(Slot) -> bool) {
         self.servers.retain(|&slot, _| keep(slot));
     }
 
@@ -220,8 +221,8 @@ impl LoadSharing {
         &mut self,
         filter: &Filter,
         affinity_key: Option<&str>,
-        excluded: &[u32],
-    ) -> Option<u32> {
+        excluded: &[Slot],
+    ) -> Option<Slot> {
         let overtakes = self
             .waiting
             .iter()
@@ -236,8 +237,8 @@ impl LoadSharing {
         &mut self,
         filter: &Filter,
         affinity_key: Option<&str>,
-        excluded: &[u32],
-    ) -> Option<u32> {
+        excluded: &[Slot],
+    ) -> Option<Slot> {
         let candidates = self
             .servers
             .iter()
@@ -254,7 +255,7 @@ impl LoadSharing {
     }
 
     /// The server has answered a reservation, or will not any more.
-    pub fn settle(&mut self, slot: u32, filter: &Filter) {
+    pub fn settle(&mut self, slot: Slot, filter: &Filter) {
         let Some(server) = self.servers.get_mut(&slot) else {
             return;
         };
@@ -302,7 +303,7 @@ impl LoadSharing {
     /// Reserves servers for requests that wait, earliest first, as far as free
     /// ports go: place, slot and filter of each. To be called after every change for the better.
     #[must_use]
-    pub fn wake(&mut self) -> Vec<(Place, u32, Filter)> {
+    pub fn wake(&mut self) -> Vec<(Place, Slot, Filter)> {
         let mut woken = Vec::new();
         let mut stuck: Vec<Filter> = Vec::new();
         loop {

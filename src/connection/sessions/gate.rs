@@ -11,7 +11,7 @@ use super::{Action, Inner, NO_SESSION, Sessions, canonical};
 use crate::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use crate::pool::Admission;
 use crate::selection::v1::{self, to_agent::Message};
-use crate::table::ListenPort;
+use crate::table::{ListenPort, Slot};
 
 /// How long the data plane keeps a client whose session is asked for; answers
 /// that come later find nobody.
@@ -47,7 +47,7 @@ impl Inner {
 
     /// Asks for the session on `port`. The port is the request's id: there is
     /// one unanswered question per port.
-    fn look_up(&self, slot: u32, port: ListenPort) {
+    fn look_up(&self, slot: Slot, port: ListenPort) {
         let connection_port = u32::from(port.get());
         let request_id = u64::from(connection_port);
         self.send(
@@ -62,7 +62,7 @@ impl Inner {
 
 impl Sessions {
     /// The agent has welcomed us: parked clients of its ports are asked for.
-    pub fn welcomed(&self, slot: u32) {
+    pub fn welcomed(&self, slot: Slot) {
         let inner = self.inner.read();
         let ports = inner
             .asked
@@ -77,7 +77,7 @@ impl Sessions {
     /// be decided.
     pub fn looked_up(
         &self,
-        slot: u32,
+        slot: Slot,
         request_id: u64,
         session: Option<v1::Session>,
     ) -> Vec<Action> {

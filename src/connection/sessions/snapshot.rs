@@ -13,13 +13,13 @@ use super::{Flows, Live, NO_SESSION, Sessions, canonical};
 use crate::connection::sessions::span::{Carried, SessionSpan};
 use crate::forward::SessionKey;
 use crate::selection::v1;
-use crate::table::{ListenPort, Table};
+use crate::table::{ListenPort, Slot, Table};
 
 /// A session as it is handed over.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SessionSnapshot {
     /// The slot of its processing server.
-    pub slot: u32,
+    pub slot: Slot,
     /// What its connections know it by.
     pub key: SessionKey,
     /// The session as its agent told it.
@@ -41,7 +41,7 @@ pub struct SessionsSnapshot {
     pub live: Vec<SessionSnapshot>,
     /// Ids of sessions that clients have given back, with their slots: their
     /// agents may not have heard of it yet.
-    pub released: Vec<(String, u32)>,
+    pub released: Vec<(String, Slot)>,
     /// The session that was over last on each port.
     pub over: Vec<(ListenPort, String)>,
 }

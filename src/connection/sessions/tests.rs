@@ -20,7 +20,7 @@ fn table(admission: Admission) -> Table {
         proxy_protocol: ProxyProtocol::None,
     };
     let row = |slot: u16| Row {
-        slot: slot.into(),
+        slot: Slot(slot.into()),
         server: format!("pool-{slot}"),
         server_uid: None,
         draining_since: None,
@@ -67,7 +67,7 @@ fn attached() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
     let sessions = Sessions::default();
     sessions.set_table(&Arc::new(table(Admission::Reserved)));
     let (outbox, mut sent) = unbounded_channel();
-    sessions.attach(0, outbox.clone(), |_| ToAgent::default());
+    sessions.attach(Slot(0), outbox.clone(), |_| ToAgent::default());
     sent.try_recv().expect("the greeting");
     (sessions, outbox, sent)
 }
@@ -115,7 +115,7 @@ fn ended(id: &str) -> Option<Message> {
 #[test]
 fn only_the_first_and_the_last_connection_are_told() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
@@ -132,55 +132,55 @@ fn only_the_first_and_the_last_connection_are_told() {
 #[test]
 fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(next(&mut sent), opened("a"));
     assert_eq!(
-        sessions.end(0, "a", end::Cause::Finished),
+        sessions.end(Slot(0), "a", end::Cause::Finished),
         Some(Action::Cut(port(PORT), key))
     );
-    assert!(sessions.is_cutting(0));
+    assert!(sessions.is_cutting(Slot(0)));
     assert_eq!(
         admit(&sessions, PORT, 1),
         Decision::Ask,
         "nothing more is admitted"
     );
     assert_eq!(
-        sessions.end(0, "a", end::Cause::Finished),
+        sessions.end(Slot(0), "a", end::Cause::Finished),
         None,
         "asked again while cutting"
     );
     sessions.closed(port(PORT), key, Traffic::default());
     assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
-    assert!(sessions.is_cutting(0));
+    assert!(sessions.is_cutting(Slot(0)));
     sessions.closed(port(PORT), key, Traffic::default());
     assert_eq!(next(&mut sent), ended("a"));
-    assert!(!sessions.is_cutting(0));
+    assert!(!sessions.is_cutting(Slot(0)));
 }
 
 #[test]
 fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(0, session("a", PORT));
-    let action = sessions.end(0, "a", end::Cause::Finished);
+    sessions.learn(Slot(0), session("a", PORT));
+    let action = sessions.end(Slot(0), "a", end::Cause::Finished);
     assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
     cut(&sessions, action);
     assert_eq!(next(&mut sent), ended("a"));
-    assert_eq!(sessions.end(0, "never", end::Cause::Finished), None);
+    assert_eq!(sessions.end(Slot(0), "never", end::Cause::Finished), None);
     assert_eq!(next(&mut sent), ended("never"));
 }
 
 #[test]
 fn a_successor_on_the_port_ends_the_former() {
     let (sessions, _outbox, _sent) = attached();
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     let Decision::Admit(former) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(
-        sessions.learn(0, session("b", PORT)),
+        sessions.learn(Slot(0), session("b", PORT)),
         [Action::Cut(port(PORT), former)]
     );
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
@@ -193,26 +193,29 @@ fn a_successor_on_the_port_ends_the_former() {
 #[test]
 fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     let (sessions, outbox, _sent) = attached();
-    sessions.learn(0, session("a", PORT));
-    sessions.detach(0, &outbox);
+    sessions.learn(Slot(0), session("a", PORT));
+    sessions.detach(Slot(0), &outbox);
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(sessions.release("a"), Some(Err(())));
-    assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);
+    assert_eq!(
+        sessions.forget_server(Slot(0)),
+        [Action::Cut(port(PORT), key)]
+    );
     assert_eq!(admit(&sessions, PORT, 1), Decision::Ask);
 }
 
 #[test]
 fn a_greeting_lists_the_sessions_of_its_server() {
     let (sessions, outbox, _sent) = attached();
-    sessions.learn(0, session("open", PORT));
-    sessions.learn(0, session("held", PORT + 1));
+    sessions.learn(Slot(0), session("open", PORT));
+    sessions.learn(Slot(0), session("held", PORT + 1));
     admit(&sessions, PORT, 1);
-    sessions.detach(0, &outbox);
+    sessions.detach(Slot(0), &outbox);
     let (again, _receiver) = unbounded_channel();
     let mut listed = Vec::new();
-    sessions.attach(0, again, |known| {
+    sessions.attach(Slot(0), again, |known| {
         listed = known;
         ToAgent::default()
     });
@@ -227,12 +230,12 @@ fn a_greeting_lists_the_sessions_of_its_server() {
 #[test]
 fn a_server_cannot_speak_for_the_port_of_another() {
     let (sessions, _outbox, _sent) = attached();
-    assert_eq!(sessions.learn(1, session("a", PORT)), []);
+    assert_eq!(sessions.learn(Slot(1), session("a", PORT)), []);
     assert!(sessions.get("a").is_none());
-    assert_eq!(sessions.learn(0, session("b", 9)), []);
+    assert_eq!(sessions.learn(Slot(0), session("b", 9)), []);
     assert_eq!(
         sessions.learn(
-            0,
+            Slot(0),
             v1::Session {
                 connection_port: 70_000,
                 ..session("c", 1)
@@ -249,7 +252,7 @@ fn only_the_bound_client_is_admitted() {
         bound_client: "127.0.0.1".to_owned(),
         ..session("a", PORT)
     };
-    sessions.learn(0, bound);
+    sessions.learn(Slot(0), bound);
     assert_eq!(admit(&sessions, PORT, 2), Decision::Refuse);
     assert!(matches!(admit(&sessions, PORT, 1), Decision::Admit(_)));
     let wrapped: SocketAddr = "[::ffff:127.0.0.1]:9".parse().unwrap();
@@ -269,12 +272,12 @@ fn one_question_answers_every_parked_client() {
     };
     assert_eq!(question.connection_port, u32::from(PORT));
     assert_eq!(next(&mut sent), None);
-    let actions = sessions.looked_up(0, question.request_id, Some(session("a", PORT)));
+    let actions = sessions.looked_up(Slot(0), question.request_id, Some(session("a", PORT)));
     let admitted = |action: &Action| matches!(action, Action::Answer(_, _, Decision::Admit(_)));
     assert_eq!(actions.len(), 2);
     assert!(actions.iter().all(admitted), "{actions:?}");
     sessions.ask(PendingId(3), port(PORT + 1), Transport::Tcp, client(1));
-    let actions = sessions.looked_up(0, u64::from(PORT) + 1, None);
+    let actions = sessions.looked_up(Slot(0), u64::from(PORT) + 1, None);
     assert_eq!(
         actions,
         [Action::Answer(
@@ -289,7 +292,7 @@ fn one_question_answers_every_parked_client() {
 fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
     let (sessions, _outbox, mut sent) = attached();
     sessions.learn(
-        0,
+        Slot(0),
         v1::Session {
             idempotency_key: "k".to_owned(),
             ..session("a", PORT)
@@ -320,12 +323,15 @@ fn open_admission_needs_no_session() {
 #[test]
 fn a_removed_server_loses_its_sessions_only() {
     let (sessions, _outbox, _sent) = attached();
-    sessions.learn(0, session("a", PORT));
-    sessions.learn(1, session("b", PORT + 10));
+    sessions.learn(Slot(0), session("a", PORT));
+    sessions.learn(Slot(1), session("b", PORT + 10));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
-    assert_eq!(sessions.forget_server(0), [Action::Cut(port(PORT), key)]);
+    assert_eq!(
+        sessions.forget_server(Slot(0)),
+        [Action::Cut(port(PORT), key)]
+    );
     assert!(sessions.get("a").is_none());
     assert!(sessions.get("b").is_some());
 }
@@ -333,19 +339,19 @@ fn a_removed_server_loses_its_sessions_only() {
 #[test]
 fn a_lost_release_is_told_again() {
     let (sessions, outbox, _lost) = attached();
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     release(&sessions, "a");
-    sessions.detach(0, &outbox);
+    sessions.detach(Slot(0), &outbox);
     let (again, mut sent) = unbounded_channel();
-    sessions.attach(0, again, |_| ToAgent::default());
+    sessions.attach(Slot(0), again, |_| ToAgent::default());
     assert_eq!(next(&mut sent), None, "the greeting");
     let release = v1::Release {
         session_id: "a".to_owned(),
     };
     assert_eq!(next(&mut sent), Some(Message::Release(release)));
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     assert!(sessions.get("a").is_none(), "the agent knew it still");
-    assert_eq!(sessions.end(0, "a", end::Cause::Released), None);
+    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Released), None);
 }
 
 /// Its agent was restarted before all had heard the end, and one of those brought
@@ -354,7 +360,7 @@ fn a_lost_release_is_told_again() {
 fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     type End = fn(&Sessions);
     fn end(sessions: &Sessions) {
-        if let action @ Some(_) = sessions.end(0, "a", end::Cause::Unclaimed) {
+        if let action @ Some(_) = sessions.end(Slot(0), "a", end::Cause::Unclaimed) {
             cut(sessions, action);
         }
     }
@@ -372,14 +378,14 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             "ended before its port was another session's",
             |sessions| {
                 end(sessions);
-                sessions.learn(0, session("b", PORT));
-                cut(sessions, sessions.end(0, "b", end::Cause::Unclaimed));
+                sessions.learn(Slot(0), session("b", PORT));
+                cut(sessions, sessions.end(Slot(0), "b", end::Cause::Unclaimed));
             },
             false,
         ),
         (
             "cut here, as its agent was out of reach",
-            |sessions| cut(sessions, sessions.forget_server(0).pop()),
+            |sessions| cut(sessions, sessions.forget_server(Slot(0)).pop()),
             false,
         ),
         (
@@ -396,17 +402,17 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     ];
     for (what, play, is_over) in cases {
         let (sessions, outbox, _lost) = attached();
-        sessions.learn(0, session("a", PORT));
+        sessions.learn(Slot(0), session("a", PORT));
         play(&sessions);
-        sessions.detach(0, &outbox);
+        sessions.detach(Slot(0), &outbox);
         let successor = Sessions::default();
         let table = Arc::new(table(Admission::Reserved));
         successor.take_over(sessions.hand_over(), &table, std::iter::empty());
         for (who, sessions) in [("it", sessions), ("its successor", successor)] {
             let (again, mut sent) = unbounded_channel();
-            sessions.attach(0, again, |_| ToAgent::default());
+            sessions.attach(Slot(0), again, |_| ToAgent::default());
             assert_eq!(next(&mut sent), None, "the greeting");
-            assert_eq!(sessions.learn(0, session("a", PORT)), []);
+            assert_eq!(sessions.learn(Slot(0), session("a", PORT)), []);
             assert_eq!(sessions.get("a").is_none(), is_over, "{what}: {who}");
             let release = Message::Release(v1::Release {
                 session_id: "a".to_owned(),
@@ -419,14 +425,14 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
 #[test]
 fn a_session_given_back_does_not_come_back_with_late_news() {
     let (sessions, _outbox, _sent) = attached();
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     release(&sessions, "a");
-    sessions.learn(0, session("a", PORT));
+    sessions.learn(Slot(0), session("a", PORT));
     assert!(
         sessions.get("a").is_none(),
         "told before the agent heard of it"
     );
-    assert_eq!(sessions.end(0, "a", end::Cause::Finished), None);
-    sessions.learn(0, session("b", PORT));
+    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Finished), None);
+    sessions.learn(Slot(0), session("b", PORT));
     assert!(sessions.get("b").is_some());
 }

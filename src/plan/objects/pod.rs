@@ -9,7 +9,7 @@ use super::{
 };
 use crate::plan::server_name;
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
-use crate::table::TABLE_KEY;
+use crate::table::{Slot, TABLE_KEY};
 
 /// Name of the agent's container.
 const AGENT: &str = "portpool-agent";
@@ -19,7 +19,7 @@ const AGENT: &str = "portpool-agent";
 pub fn pods(
     owner: Owner<'_>,
     settings: &Settings,
-    slots: impl Iterator<Item = u32>,
+    slots: impl Iterator<Item = Slot>,
 ) -> impl Iterator<Item = Value> {
     let hash = template_hash(owner, settings);
     slots.map(move |slot| {
@@ -31,7 +31,7 @@ pub fn pods(
 
 /// The pod of the processing server in `slot`.
 #[must_use]
-pub fn pod(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
+pub fn pod(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
     pods(owner, settings, std::iter::once(slot))
         .next()
         .expect("one slot makes one pod")
@@ -40,10 +40,10 @@ pub fn pod(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
 /// The hash of what all pods of the pool are made from.
 #[must_use]
 pub fn template_hash(owner: Owner<'_>, settings: &Settings) -> String {
-    hash(&for_slot(owner, settings, 0))
+    hash(&for_slot(owner, settings, Slot(0)))
 }
 
-fn for_slot(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
+fn for_slot(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
     let template = &owner.pool.raw_template.0;
     let from_template = |path: &str| {
         let found = template.pointer(path).and_then(Value::as_object);
@@ -87,7 +87,7 @@ fn for_slot(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
 }
 
 /// The agent: no token, no privilege, and a restart of its own.
-fn agent(owner: Owner<'_>, settings: &Settings, slot: u32) -> Value {
+fn agent(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
     let drain = owner.pool.drain_limit.as_secs();
     json!({
         "name": AGENT,

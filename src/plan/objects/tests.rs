@@ -1,6 +1,7 @@
 use super::*;
 use crate::plan::{Observed, plan};
 use crate::pool::ProcessingPool;
+use crate::table::Slot;
 use jiff::Timestamp;
 use std::time::Duration;
 
@@ -58,7 +59,7 @@ fn find<'a>(objects: &'a [Value], kind: &str) -> Vec<&'a Value> {
 #[test]
 fn the_template_stays_as_written_beside_the_agent() {
     let pool = pool(|_| {});
-    let pod = pod(owner(&pool), &settings(), 3);
+    let pod = pod(owner(&pool), &settings(), Slot(3));
     assert_eq!(pod["metadata"]["name"], "games-3");
     assert_eq!(pod["metadata"]["labels"]["team"], "red");
     assert_eq!(pod["metadata"]["labels"][SLOT_LABEL], "3");
@@ -82,7 +83,7 @@ fn secrets_to_pull_the_image_are_named_once_beside_the_templates_own() {
         let names = secrets.map(|secret| secret["name"].as_str().unwrap().to_owned());
         names.collect::<Vec<_>>()
     };
-    let pod = pod(owner(&pool), &settings, 0);
+    let pod = pod(owner(&pool), &settings, Slot(0));
     assert_eq!(named(&pod["spec"]), ["theirs", "both", "ours"]);
     let objects = objects(owner(&pool), &table(&pool), &settings);
     let deployment = find(&objects, "Deployment")[0];
@@ -101,12 +102,12 @@ fn pods_of_one_template_have_one_hash_and_others_another() {
     let hash_of = |pool: &ValidPool, slot| {
         pod(owner(pool), &settings(), slot)["metadata"]["annotations"][HASH_ANNOTATION].clone()
     };
-    assert_eq!(hash_of(&one, 0), hash_of(&one, 7));
-    assert_ne!(hash_of(&one, 0), hash_of(&other, 0));
+    assert_eq!(hash_of(&one, Slot(0)), hash_of(&one, Slot(7)));
+    assert_ne!(hash_of(&one, Slot(0)), hash_of(&other, Slot(0)));
     let scaled = pool(|value| value["spec"]["replicas"] = 9.into());
     assert_eq!(
-        hash_of(&one, 0),
-        hash_of(&scaled, 0),
+        hash_of(&one, Slot(0)),
+        hash_of(&scaled, Slot(0)),
         "scaling replaces no server"
     );
 }

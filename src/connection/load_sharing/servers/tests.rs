@@ -15,7 +15,7 @@ fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState 
 fn pool(servers: &[(u32, Vec<PortState>)]) -> LoadSharing {
     let mut sharing = LoadSharing::default();
     for (slot, ports) in servers {
-        let server = sharing.server(*slot);
+        let server = sharing.server(Slot(*slot));
         server.attached = true;
         server.ports.clone_from(ports);
     }
@@ -26,7 +26,7 @@ fn woken(sharing: &mut LoadSharing) -> Vec<(Place, u32)> {
     let woken = sharing.wake();
     woken
         .into_iter()
-        .map(|(place, slot, _)| (place, slot))
+        .map(|(place, slot, _)| (place, slot.0))
         .collect()
 }
 
@@ -41,20 +41,23 @@ fn named(name: &str) -> Filter {
 fn a_last_port_is_reserved_once() {
     let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 1, 0)])]);
     let any = Filter::default();
-    assert_eq!(sharing.reserve(&any, None, &[]), Some(0));
+    assert_eq!(sharing.reserve(&any, None, &[]), Some(Slot(0)));
     assert_eq!(sharing.reserve(&any, None, &[]), None);
-    sharing.settle(0, &any);
-    assert_eq!(sharing.reserve(&any, None, &[]), Some(0));
+    sharing.settle(Slot(0), &any);
+    assert_eq!(sharing.reserve(&any, None, &[]), Some(Slot(0)));
 }
 
 #[test]
 fn detached_draining_and_excluded_servers_get_nothing() {
     let one = vec![ports("main", PortProtocol::TCP, 9, 0)];
     let mut sharing = pool(&[(0, one.clone()), (1, one.clone()), (2, one)]);
-    sharing.server(0).attached = false;
-    sharing.server(1).row_draining = true;
-    assert_eq!(sharing.reserve(&Filter::default(), None, &[2]), None);
-    assert_eq!(sharing.reserve(&Filter::default(), None, &[]), Some(2));
+    sharing.server(Slot(0)).attached = false;
+    sharing.server(Slot(1)).row_draining = true;
+    assert_eq!(sharing.reserve(&Filter::default(), None, &[Slot(2)]), None);
+    assert_eq!(
+        sharing.reserve(&Filter::default(), None, &[]),
+        Some(Slot(2))
+    );
 }
 
 #[test]
@@ -64,9 +67,9 @@ fn reservations_of_another_port_name_do_not_count() {
         ports("b", PortProtocol::UDP, 1, 0),
     ];
     let mut sharing = pool(&[(0, both)]);
-    assert_eq!(sharing.reserve(&named("a"), None, &[]), Some(0));
+    assert_eq!(sharing.reserve(&named("a"), None, &[]), Some(Slot(0)));
     assert_eq!(sharing.reserve(&named("a"), None, &[]), None);
-    assert_eq!(sharing.reserve(&named("b"), None, &[]), Some(0));
+    assert_eq!(sharing.reserve(&named("b"), None, &[]), Some(Slot(0)));
 }
 
 #[test]
@@ -100,11 +103,11 @@ fn requests_are_woken_in_order_and_newcomers_do_not_overtake() {
     let first = sharing.wait(&any, None, None).unwrap();
     let second = sharing.wait(&named("main"), None, None).unwrap();
     let third = sharing.wait(&any, None, None).unwrap();
-    sharing.server(0).ports[0].free = 2;
+    sharing.server(Slot(0)).ports[0].free = 2;
     assert_eq!(sharing.reserve(&any, None, &[]), None, "others were first");
     assert_eq!(woken(&mut sharing), [(first, 0), (second, 0)]);
     assert_eq!(woken(&mut sharing), []);
-    sharing.settle(0, &any);
+    sharing.settle(Slot(0), &any);
     assert_eq!(woken(&mut sharing), [(third, 0)]);
     assert_eq!(sharing.waiting(), 0);
 }
@@ -120,7 +123,7 @@ fn a_stuck_name_does_not_block_another_one() {
     )]);
     sharing.wait(&named("a"), None, None).unwrap();
     let b = sharing.wait(&named("b"), None, None).unwrap();
-    sharing.server(0).ports[1].free = 1;
+    sharing.server(Slot(0)).ports[1].free = 1;
     assert_eq!(woken(&mut sharing), [(b, 0)]);
 }
 
@@ -132,7 +135,7 @@ fn a_request_that_waited_keeps_its_place() {
     let second = sharing.wait(&any, None, None).unwrap();
     sharing.leave(&any, first);
     assert_eq!(sharing.wait(&any, None, Some(first)), Some(first));
-    sharing.server(0).ports[0].free = 2;
+    sharing.server(Slot(0)).ports[0].free = 2;
     assert_eq!(woken(&mut sharing), [(first, 0), (second, 0)]);
 }
 
