@@ -42,7 +42,7 @@ lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is in
 
 scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, and 200 pools
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \
-	cargo test --release --locked --test operator_scale -- --ignored --nocapture --test-threads=1
+	cargo test --release --locked --test it operator::scale -- --ignored --nocapture --test-threads=1
 
 bench: bench-tools  ## Beside HAProxy and nginx (MEASURES=bulk_1,message LANES=portpool,nginx ROUNDS=5 BASE=other/portpool)
 	cargo build --release --locked -p portpool -p portpool-bench
@@ -58,8 +58,7 @@ soak:  ## Churn and faults with every byte checked, memory watched (MINUTES=30)
 	target/release/portpool-soak --minutes $(or $(MINUTES),30) --portpool $(or $(PORTPOOL),target/release/portpool)
 
 generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml, chart README
-	BLESS=1 cargo test --locked --test generated
-	BLESS=1 cargo test --locked --test chart generated
+	BLESS=1 cargo test --locked --test it generated
 
 image:  ## A static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
 	tools/image

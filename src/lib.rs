@@ -25,7 +25,7 @@
 //!
 //! # The modules
 //!
-//! An arrow means "uses"; `tests/layering.rs` allows no other.
+//! An arrow means "uses"; `tests/it/layering.rs` allows no other.
 //!
 //! ```text
 //! pool         the ProcessingPool resource
@@ -57,7 +57,7 @@
 //! or has been out of reach for longer than it keeps connections itself. A
 //! connection server that hands over to a new process (`connection::handover`)
 //! has said nothing of the kind: to agents it is the same one.
-//! `tests/model.rs` plays orders of events against these rules.
+//! `tests/it/model.rs` plays orders of events against these rules.
 
 pub mod admin;
 pub mod agent;

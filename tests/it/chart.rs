@@ -1,21 +1,16 @@
 //! The Helm chart as it is rendered: what it makes of values, and which it
-//! refuses. `BLESS=1 cargo test --test chart generated` (`make generate`)
+//! refuses. `BLESS=1 cargo test --test it generated` (`make generate`)
 //! rewrites the files that are generated from it.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
+mod cluster;
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
-use common::helm::{CHART, documents, helm, of_kind, render, template, the};
-use common::{Pool, agree};
+use crate::common::helm::{CHART, documents, helm, of_kind, render, template, the};
+use crate::common::{Pool, agree};
 use serde_json::{Value, json};
 
 /// How the committed `install.yaml` begins; the chart follows.

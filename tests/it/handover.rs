@@ -1,13 +1,6 @@
 //! A connection server's successor takes over: nothing is cut, refused or
 //! changed.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -20,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
-use common::{Pool, SERVER_PORT, SOON, connect, echo};
+use crate::common::{Pool, SERVER_PORT, SOON, connect, echo};
 use portpool::pool::PortProtocol;
 use portpool::session::Session;
 use rustix::process::{Signal, getpid, kill_process};
@@ -518,7 +511,7 @@ async fn a_successor_that_is_killed_on_the_way_changes_nothing() {
     ] {
         for _ in 0..2 {
             let status = Command::new(std::env::current_exe().unwrap())
-                .args(["--exact", "dying_successor", "--ignored"])
+                .args(["--exact", "handover::dying_successor", "--ignored"])
                 .env("HANDOVER_PATH", pool.handover_socket(0))
                 .env("DIES_AT", point)
                 .stdout(std::process::Stdio::null())
@@ -596,7 +589,7 @@ async fn another_user_is_refused() {
     open(socket.parent().unwrap()).unwrap();
     // Not by its path: the checkout may be where nobody else can look.
     let output = Command::new("/proc/self/exe")
-        .args(["--exact", "stranger", "--ignored", "--nocapture"])
+        .args(["--exact", "handover::stranger", "--ignored", "--nocapture"])
         .env("HANDOVER_PATH", &socket)
         .current_dir("/")
         .uid(NOBODY)

@@ -1,17 +1,10 @@
 //! The client's commands as a user runs them, against a running pool.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
-use common::{COUNT, Pool, SERVER_PORT};
+use crate::common::{COUNT, Pool, SERVER_PORT};
 use portpool::session::{Session, SessionState};
 
 fn portpool(arguments: &[&str], input: &[u8]) -> Output {

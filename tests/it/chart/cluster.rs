@@ -1,21 +1,16 @@
 //! The Helm chart with a real API server: whether that takes all of it, whether
 //! its rights are what the controller uses, and what Helm leaves.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
-use common::cluster::{ApiServer, Space, metric, metrics, quick, until, write_kubeconfig_with};
-use common::helm::{CHART, documents, helm, render, the};
-use common::{COUNT, Pool, Process};
+use crate::common::cluster::{
+    ApiServer, Space, metric, metrics, quick, until, write_kubeconfig_with,
+};
+use crate::common::helm::{CHART, documents, helm, render, the};
+use crate::common::{COUNT, Pool, Process};
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};

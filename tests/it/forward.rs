@@ -1,13 +1,5 @@
 //! The data plane on loopback: real bytes, real faults.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-#[path = "common/table.rs"]
-mod tables;
-
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -16,6 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::table;
 use nix::libc;
 use nix::sys::socket::GetSockOpt;
 use portpool::forward::{
@@ -81,7 +74,7 @@ impl Bench {
             asked: Mutex::default(),
         });
         let forwarder = Forwarder::start(&Config::new(listen, Some(2)), &gate).unwrap();
-        let table = tables::table(Sessions::default(), Vec::new());
+        let table = table::table(Sessions::default(), Vec::new());
         let mut bench = Self {
             forwarder,
             gate,
@@ -96,9 +89,9 @@ impl Bench {
     /// Leads `count` connection ports from 20000 on to as many server ports
     /// from 7000 on.
     fn lead(&mut self, count: u16, change: impl FnOnce(&mut PortRange)) {
-        let mut range = tables::range(FIRST, 7000, count);
+        let mut range = table::range(FIRST, 7000, count);
         change(&mut range);
-        self.table.rows = vec![tables::row(0, Some(self.server), range)];
+        self.table.rows = vec![table::row(0, Some(self.server), range)];
         self.forwarder.apply(&Arc::new(self.table.clone())).unwrap();
     }
 

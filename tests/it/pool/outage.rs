@@ -1,19 +1,12 @@
 //! Fast clients and few ports while a connection server dies: somebody is
 //! served all the time.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{COUNT, Pool, connect, echo};
+use crate::common::{COUNT, Pool, connect, echo};
 use parking_lot::Mutex;
 use portpool::client::Client;
 use portpool::session::{PoolState, SessionRequest};

@@ -6,19 +6,12 @@
 //! connection somewhere, a port that is lost, a session that is over and comes
 //! back.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-#[path = "common/table.rs"]
-mod tables;
-
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::common::table;
 use portpool::agent::book::{Book, Listening, Notice, Now, Times, To};
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
@@ -174,11 +167,11 @@ impl World {
         let row = |agent: usize| {
             let range = PortRange {
                 protocol: PortProtocol::TCP,
-                ..tables::range(port(agent, 0).get(), 7000, PORTS)
+                ..table::range(port(agent, 0).get(), 7000, PORTS)
             };
-            tables::row(u32::try_from(agent).unwrap(), None, range)
+            table::row(u32::try_from(agent).unwrap(), None, range)
         };
-        let table = tables::table(Default::default(), (0..agents).map(row).collect());
+        let table = table::table(Default::default(), (0..agents).map(row).collect());
         let mut world = Self {
             now: Now::default(),
             agents: Vec::new(),

@@ -1,16 +1,9 @@
 //! What dies, what lives on, and within how long capacity returns.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use common::{COUNT, Pool, connect, echo, is_cut};
+use crate::common::{COUNT, Pool, connect, echo, is_cut};
 use portpool::session::SessionRequest;
 use portpool::table::RowState;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
@@ -370,10 +363,12 @@ async fn faults_leave_no_descriptor_behind() {
     }
     let server = pool.request().await.unwrap();
     let mut stream = connect(&server);
-    pool.workloads.iter_mut().for_each(common::Process::kill);
+    pool.workloads
+        .iter_mut()
+        .for_each(crate::common::Process::kill);
     assert!(is_cut(&mut stream));
     drop(stream);
-    let deadline = Instant::now() + common::SOON;
+    let deadline = Instant::now() + crate::common::SOON;
     while open_files(process) > before {
         assert!(
             Instant::now() < deadline,

@@ -1,10 +1,5 @@
 //! Image archives, as `tools/pack-image` makes them.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
 use std::process::Command;
 
 /// The archive of a folder with a program and a `/tmp`, all of it made under

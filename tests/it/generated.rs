@@ -1,17 +1,10 @@
 //! Committed generated files agree with their sources. `BLESS=1 cargo test
-//! --test generated` (`make generate`) rewrites them.
-
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
+//! --test it generated` (`make generate`) rewrites them.
 
 use std::fs;
 use std::path::Path;
 
-use common::agree;
+use crate::common::agree;
 
 #[test]
 fn selection_protocol_code_is_generated_from_its_proto() {

@@ -1,19 +1,12 @@
 //! The load-sharing port and the admin port, as programs use them.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::io::Read;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::time::Instant;
 
+use crate::common::{Pool, SOON, connect, echo, get, until_metric};
 use bytes::Bytes;
-use common::{Pool, SOON, connect, echo, get, until_metric};
 use http::{Request, Version};
 use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client as HttpClient;
@@ -112,8 +105,10 @@ async fn a_lost_answer_costs_no_port() {
     let proxy = lose_first_answer((pool.connection_address(0), 7700).into());
     let client = Client::new(&proxy.to_string()).unwrap();
     let session = client.request(SessionRequest::default()).await.unwrap();
-    pool.until(|state| state.sessions == 1 && state.free_ports == u32::from(common::COUNT) - 1)
-        .await;
+    pool.until(|state| {
+        state.sessions == 1 && state.free_ports == u32::from(crate::common::COUNT) - 1
+    })
+    .await;
     let mut stream = TcpStream::connect((pool.connection_address(0), session.port)).unwrap();
     echo(&mut stream, "served");
 }

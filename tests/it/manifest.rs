@@ -1,10 +1,5 @@
 //! Manifests as users write them, right and wrong.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
 use std::path::Path;
 
 use portpool::manifest;

@@ -1,13 +1,6 @@
 //! `portpool local` as a user runs it. One test at a time: pools share the
 //! loopback addresses from 127.0.0.1 on.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -17,7 +10,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use common::{SOON, echo};
+use crate::common::{SOON, echo};
 
 const PORTPOOL: &str = env!("CARGO_BIN_EXE_portpool");
 const ASK: &str = "127.0.0.1:7700";

@@ -1,19 +1,12 @@
 //! US 8,544,018 B2, claim 1, element by element, against the running parts.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use common::{COUNT, Pool, SOON, connect, echo};
+use crate::common::{COUNT, Pool, SOON, connect, echo};
 use futures::{Stream, StreamExt};
 use portpool::selection::PROTOCOL_VERSION;
 use portpool::selection::v1::selection_client::SelectionClient;
@@ -108,7 +101,9 @@ async fn storage_part_holds_the_pre_determined_relationship() {
         })
         .unwrap();
     assert_eq!(session.server, row.server);
-    assert!((common::SERVER_PORT..common::SERVER_PORT + COUNT).contains(&target.get()));
+    assert!(
+        (crate::common::SERVER_PORT..crate::common::SERVER_PORT + COUNT).contains(&target.get())
+    );
 }
 
 /// A processing server of our own, which always selects the last connection

@@ -1,10 +1,5 @@
 //! Modules use only what the crate documentation's arrows allow.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
 use std::fs;
 use std::path::{Path, PathBuf};
 

@@ -1,18 +1,10 @@
 //! How long a large pool and many pools take, beside a ReplicaSet on the same
 //! API server. Run in release: `make scale-operator`.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
-use portpool::table::Slot;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::cluster::{ApiServer, Space, metric, spec};
+use crate::common::cluster::{ApiServer, Space, metric, spec};
 use futures::TryStreamExt;
 use k8s_openapi::api::apps::v1::ReplicaSet;
 use k8s_openapi::api::core::v1::Pod;
@@ -20,6 +12,7 @@ use kube::api::{ListParams, PostParams, WatchEvent, WatchParams};
 use kube::{Api, Client};
 use portpool::plan::ValidPool;
 use portpool::plan::objects::{Owner, Settings, pod};
+use portpool::table::Slot;
 use serde_json::json;
 
 const SERVERS: usize = 1000;

@@ -2,19 +2,12 @@
 //! fails. The oracle of every case: the desired state comes in the end and
 //! stays, and no more pods were made or deleted than without the fault.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::cluster::{KINDS, quick, until};
-use common::faulty::Faulty;
-use common::proxy::{Call, Fault};
+use crate::common::cluster::{KINDS, quick, until};
+use crate::common::faulty::Faulty;
+use crate::common::proxy::{Call, Fault};
 use futures::StreamExt;
 use http::Method;
 use kube::ResourceExt;

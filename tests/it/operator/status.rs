@@ -1,19 +1,12 @@
 //! What a pool tells, what a cluster's users see of it, and that nothing is
 //! written while nothing changes.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::cluster::{Space, quick, until};
-use common::faulty::Faulty;
+use crate::common::cluster::{Space, quick, until};
+use crate::common::faulty::Faulty;
 use futures::TryStreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
@@ -64,7 +57,7 @@ async fn an_idle_pool_causes_no_writes_also_after_a_restart() {
     start(&mut faulty);
     let port = faulty.space.admin_port;
     until("it leads", async || {
-        common::cluster::metric(port, "portpool_reconciles_total") > 0
+        crate::common::cluster::metric(port, "portpool_reconciles_total") > 0
     })
     .await;
     tokio::time::sleep(Duration::from_secs(2)).await;

@@ -5,16 +5,9 @@
 //! Source of the method: Acto (SOSP '23), which changes one field at a time and
 //! then takes the change back.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::collections::{BTreeMap, BTreeSet};
 
-use common::cluster::{KINDS, Space, quick, until};
+use crate::common::cluster::{KINDS, Space, quick, until};
 use futures::StreamExt;
 use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::{Map, Value, json};

@@ -1,18 +1,11 @@
 //! What clients and peers may send that they should not: refused with a
 //! reason, counted, and nothing breaks.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use common::{Pool, SOON, get, until_metric};
+use crate::common::{Pool, SOON, get, until_metric};
 use portpool::selection::PROTOCOL_VERSION;
 use portpool::selection::v1::refused::Cause;
 use portpool::selection::v1::selection_client::SelectionClient;

@@ -1,15 +1,14 @@
 //! The controller against a real API server.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
+mod faults;
+mod fields;
+mod scale;
+mod status;
+mod whole_path;
 
 use std::time::Duration;
 
-use common::cluster::{KINDS, Space, quick, spec, until};
+use crate::common::cluster::{KINDS, Space, quick, spec, until};
 use futures::StreamExt;
 use kube::api::{
     DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams,

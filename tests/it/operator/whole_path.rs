@@ -2,20 +2,13 @@
 //! connection server and agents; the pods' addresses are loopback addresses
 //! where the agents run.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::collections::BTreeMap;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::cluster::{ApiServer, Space, metric, quick, spec, until};
-use common::{Process, echo, is_cut};
+use crate::common::cluster::{ApiServer, Space, metric, quick, spec, until};
+use crate::common::{Process, echo, is_cut};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, PostParams, PropagationPolicy};
 use portpool::client::Client;
@@ -183,7 +176,7 @@ impl Node {
         };
         let session = self.client().request(request).await.unwrap();
         assert_eq!(session.address, CONNECTION_SERVER);
-        let stream = common::connect(&session);
+        let stream = crate::common::connect(&session);
         (session, stream)
     }
 }

@@ -1,17 +1,10 @@
 //! Many ports and sessions at once. Prints what it measures; figures to quote
-//! come from `cargo test --release --test scale -- --nocapture`.
-
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
+//! come from `cargo test --release --test it pool::scale -- --nocapture`.
 
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use common::{Pool, Process, connect, echo};
+use crate::common::{Pool, Process, connect, echo};
 use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionRequest};
 use portpool::table::{ListenPort, TargetPort};

@@ -1,16 +1,9 @@
 //! `portpool connect --send --expect`, as scripts and `helm test` use it.
 
-#![allow(
-    clippy::unwrap_used,
-    reason = "a test stops at what it does not expect"
-)]
-
-mod common;
-
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
-use common::Pool;
+use crate::common::Pool;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 fn connect(pool: &Pool, more: &[&str]) -> Child {
