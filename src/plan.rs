@@ -4,21 +4,24 @@
 //!
 //! ```text
 //! ProcessingPool ─validate→ ValidPool ┐
-//! previous table ─────────────────────┼─plan→ next table, slots to start, slots to stop
-//! observed slots ─────────────────────┘
+//! known tables ───────────────────────┼─plan→ next table, slots to start, slots to stop
+//! observed servers ───────────────────┘
 //! ```
 //!
 //! - `validate`: a spec becomes a pool that can be planned;
+//! - `previous`: which table the next one continues, also when it is lost;
 //! - `ports`: which connection ports a slot gets;
-//! - `objects`: the Kubernetes objects of a pool; `status`: what its resource tells;
+//! - `objects`: the Kubernetes objects of a pool; `status`: the status of its
+//!   resource;
 //! - this file: which slots there are.
 //!
-//! Order: a growing pool has its row first, then the server, then the address.
+//! Order: a growing pool gets its row first, then the server, then the address.
 //! A shrinking one drains a row, stops the server when it is empty, and drops
 //! the row when the server is gone.
 
 pub mod objects;
 mod ports;
+mod previous;
 pub mod status;
 mod validate;
 
@@ -29,92 +32,163 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use self::previous::Previous;
 pub use self::validate::{Problem, ValidPool};
 use crate::pool::AGENT_PORT;
-use crate::table::{FORMAT_VERSION, Row, RowState, Slot, Table, TargetPort};
+use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Slot, Table, TargetPort};
 
-/// How long a row is `Draining` before its server counts as empty: readers
-/// must have seen it, and requests on their way must have arrived.
+/// How long a row is at least `Draining` before its server counts as empty:
+/// readers must have seen the row, and requests under way must have arrived.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// One of how many servers may be away at once while a changed template is
-/// rolled out, as in a Deployment by default.
+/// A rollout of a changed template takes away one server in this many at once,
+/// as a Deployment does by default.
 const ROLLOUT_SHARE: usize = 4;
 
-/// What there is of a pool.
+/// What was observed of a pool.
 #[derive(Clone, Debug)]
 pub struct Observed<'a> {
-    /// The uid of the pool's resource.
+    /// The uid of the pool's resource. Tables of another uid are ignored.
     pub uid: &'a str,
-    /// The table that was published last.
-    pub table: Option<&'a Table>,
-    /// The highest generation that readers may have seen, where `table` is not
-    /// what they see: the next one goes above it, changed or not. Else 0.
-    pub generation: u64,
-    /// The processing servers, in any order.
+    /// The table that is published; `None` when there is none, or when what is
+    /// published was not written by portpool.
+    pub published: Option<&'a Table>,
+    /// The table that the planner's caller wrote last, if it knows. It is newer
+    /// than `published` when someone has removed, changed or set that back.
+    pub last_written: Option<&'a Table>,
+    /// The highest generation that readers may have seen, whichever table had
+    /// it; 0 when no table was ever published.
+    pub seen_generation: u64,
+    /// Whether new servers can be created. While they cannot, no server is
+    /// started, and none is replaced by one of a newer template.
+    pub may_start: bool,
+    /// The processing servers, in any order, at most one for each slot.
     pub servers: &'a [ObservedServer],
+}
+
+impl<'a> Observed<'a> {
+    /// What is observed of a pool with `uid` that was just created.
+    #[must_use]
+    pub fn nothing(uid: &'a str) -> Self {
+        Self {
+            uid,
+            published: None,
+            last_written: None,
+            seen_generation: 0,
+            may_start: true,
+            servers: &[],
+        }
+    }
 }
 
 /// A processing server as observed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedServer {
-    /// Its slot.
+    /// The slot of the server.
     pub slot: Slot,
-    /// Tells it from a predecessor in the slot.
+    /// The uid, which differs from that of a predecessor in the slot.
     pub uid: String,
-    /// Where it answers, once known.
+    /// The address at which the server answers, once known.
     pub address: Option<IpAddr>,
-    /// Whether it takes sessions.
+    /// Whether the server takes sessions.
     pub is_ready: bool,
-    /// Whether it is made from a former template.
+    /// Whether the server was created from a former template.
     pub is_outdated: bool,
-    /// Whether it is being stopped already.
+    /// Whether the server is being stopped already.
     pub is_stopping: bool,
-    /// Whether it has ended for good.
+    /// Whether the server has ended for good.
     pub has_failed: bool,
-    /// Servers of lower cost go first when a pool shrinks.
+    /// Rank when a pool shrinks: servers of lower cost are removed first.
     pub deletion_cost: i32,
-    /// Its live sessions, when known.
+    /// Number of live sessions, when known.
     pub sessions: Option<u32>,
+    /// The ports that the slot had when the server was created, when known.
+    /// They matter only when the table is lost.
+    pub ranges: Vec<PortRange>,
 }
 
 /// What to do next. Carrying it out and planning again converges.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
-    /// To be published before anything is started or stopped.
+    /// The table, which must be published before a server is started or stopped.
     pub table: Table,
     /// Slots that need a server.
     pub start: Vec<Slot>,
-    /// Slots whose server is to be stopped.
+    /// Slots whose server must be stopped.
     pub stop: Vec<Slot>,
 }
 
-type Servers<'a> = BTreeMap<Slot, &'a ObservedServer>;
+impl Plan {
+    /// Whether the plan takes a server or a port from sessions, compared with
+    /// the table that is `published`.
+    #[must_use]
+    pub fn takes_from_sessions(&self, published: Option<&Table>) -> bool {
+        let draining = |table: &Table| {
+            let rows = table.rows.iter();
+            rows.filter(|row| row.state == RowState::Draining).count()
+        };
+        let loses_ports = |former: &Row| {
+            let row = self.table.row(former.slot);
+            let mut ranges = former.ranges.iter();
+            row.is_none_or(|row| ranges.any(|range| !row.ranges.contains(range)))
+        };
+        !self.stop.is_empty()
+            || draining(&self.table) > published.map_or(0, draining)
+            || published.is_some_and(|former| former.rows.iter().any(loses_ports))
+    }
+}
 
-/// Plans the next step for `pool`. `drain_limit`: how long live sessions may
-/// keep a server that is to go.
+/// The observed servers by slot.
+struct Servers<'a> {
+    by_slot: BTreeMap<Slot, &'a ObservedServer>,
+    may_start: bool,
+}
+
+impl<'a> Servers<'a> {
+    fn new(observed: &Observed<'a>) -> Self {
+        let servers = observed.servers.iter();
+        Self {
+            by_slot: servers.map(|server| (server.slot, server)).collect(),
+            may_start: observed.may_start,
+        }
+    }
+
+    fn get(&self, slot: Slot) -> Option<&'a ObservedServer> {
+        self.by_slot.get(&slot).copied()
+    }
+
+    fn is_occupied(&self, slot: Slot) -> bool {
+        self.by_slot.contains_key(&slot)
+    }
+
+    fn is_ready(&self, slot: Slot) -> bool {
+        self.get(slot).is_some_and(|server| server.is_ready)
+    }
+
+    fn sessions(&self, slot: Slot) -> u32 {
+        let server = self.get(slot);
+        server.and_then(|server| server.sessions).unwrap_or(0)
+    }
+
+    /// Whether a server of the present template must replace the one in `slot`.
+    fn is_outdated(&self, slot: Slot) -> bool {
+        // A server that could not be replaced is better than none.
+        self.may_start && self.get(slot).is_some_and(|server| server.is_outdated)
+    }
+}
+
+/// Plans the next step for `pool` at the time `now`.
 #[must_use]
-pub fn plan(
-    pool: &ValidPool,
-    observed: &Observed<'_>,
-    now: Timestamp,
-    drain_limit: Duration,
-) -> Plan {
-    let servers: Servers<'_> = observed
-        .servers
-        .iter()
-        .map(|server| (server.slot, server))
-        .collect();
-    let previous = observed
-        .table
-        .filter(|table| table.pool_uid == observed.uid);
-    let mut rows: Vec<Row> = previous.map(|table| table.rows.clone()).unwrap_or_default();
+pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
+    let servers = Servers::new(observed);
+    let previous = Previous::new(observed);
+    let mut rows = previous.rows(pool, observed);
     shrink(&mut rows, pool.replicas, &servers);
     replace(&mut rows, pool.replicas, &servers);
     grow(&mut rows, pool, &servers);
     ports::lay_out(&mut rows, pool);
     for row in &mut rows {
-        let server = servers.get(&row.slot);
+        let server = servers.get(row.slot);
         row.server_uid = server.map(|server| server.uid.clone());
         row.address = server.and_then(|server| server.address);
         row.draining_since = match row.state {
@@ -122,18 +196,22 @@ pub fn plan(
             RowState::Draining => row.draining_since.or(Some(now)),
         };
     }
-    let is_missing = |row: &&Row| row.state == RowState::Active && !servers.contains_key(&row.slot);
-    let start = rows.iter().filter(is_missing).map(|row| row.slot).collect();
+    let start = rows
+        .iter()
+        .filter(|row| row.state == RowState::Active && !servers.is_occupied(row.slot))
+        .filter(|_| observed.may_start)
+        .map(|row| row.slot)
+        .collect();
     let is_done = |server: &&ObservedServer| {
         let row = rows.iter().find(|row| row.slot == server.slot);
-        // A server whose row is gone has nothing to wait for.
-        let is_drained = row.is_none_or(|row| is_drained(row, server, now, drain_limit));
+        // No port leads to a server without a row, so nothing keeps it.
+        let is_drained = row.is_none_or(|row| is_drained(row, server, now, pool.drain_limit));
         !server.is_stopping && (server.has_failed || is_drained)
     };
-    let stop = servers.values().copied().filter(is_done);
+    let stop = servers.by_slot.values().copied().filter(is_done);
     let stop = stop.map(|server| server.slot).collect();
     Plan {
-        table: next_table(pool, observed, previous, rows),
+        table: next_table(pool, observed.uid, &previous, rows),
         start,
         stop,
     }
@@ -143,7 +221,7 @@ fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: D
     let Some(since) = row.draining_since else {
         return false;
     };
-    // A clock that was set back makes it take longer, not shorter.
+    // A clock that was set back makes draining longer, not shorter.
     let draining_for = Duration::try_from(now.duration_since(since)).unwrap_or_default();
     let is_empty = match server.sessions {
         Some(sessions) => sessions == 0,
@@ -152,63 +230,57 @@ fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: D
     (is_empty && draining_for >= SETTLE) || draining_for >= drain_limit
 }
 
-/// Whether the row's server drains to come back from the new template.
+/// Whether the row's server drains so that one of the new template replaces it.
 fn is_replaced(row: &Row, servers: &Servers<'_>) -> bool {
-    let is_outdated = servers
-        .get(&row.slot)
-        .is_some_and(|server| server.is_outdated);
-    row.state == RowState::Draining && is_outdated
+    row.state == RowState::Draining && servers.is_outdated(row.slot)
 }
 
-/// How many rows stay: active ones, and those whose servers are replaced.
-fn staying(rows: &[Row], servers: &Servers<'_>) -> usize {
+/// Number of rows that stay: active ones, and those whose servers are replaced.
+fn count_staying(rows: &[Row], servers: &Servers<'_>) -> usize {
     let stays = |row: &&Row| row.state == RowState::Active || is_replaced(row, servers);
     rows.iter().filter(stays).count()
 }
 
-/// Drains rows that are too many: not-ready servers first, then those of the
-/// lowest deletion cost, then those with the fewest sessions, then the highest
-/// slots. Servers being replaced go before all: they just do not come back.
+/// Drains surplus rows: not-ready servers first, then those of the lowest
+/// deletion cost, then those with the fewest sessions, then the highest slots.
+/// Servers that are being replaced go before all others: no new server follows.
 fn shrink(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
-    let surplus = staying(rows, servers).saturating_sub(replicas as usize);
+    let surplus = count_staying(rows, servers).saturating_sub(replicas as usize);
     let replaced = rows.iter().filter(|row| is_replaced(row, servers)).count();
     let mut active: Vec<&mut Row> = rows
         .iter_mut()
         .filter(|row| row.state == RowState::Active)
         .collect();
     active.sort_by_key(|row| {
-        let server = servers.get(&row.slot);
-        let is_ready = server.is_some_and(|server| server.is_ready);
-        let cost = server.map_or(0, |server| server.deletion_cost);
-        let sessions = server.and_then(|server| server.sessions).unwrap_or(0);
-        (is_ready, cost, sessions, Reverse(row.slot))
+        let cost = servers
+            .get(row.slot)
+            .map_or(0, |server| server.deletion_cost);
+        let sessions = servers.sessions(row.slot);
+        (
+            servers.is_ready(row.slot),
+            cost,
+            sessions,
+            Reverse(row.slot),
+        )
     });
     for row in active.into_iter().take(surplus.saturating_sub(replaced)) {
         row.state = RowState::Draining;
     }
 }
 
-/// Drains servers of a former template: those that are not ready at once, so
-/// that a template that does not work can be mended; of the ready ones so
-/// many that [`ROLLOUT_SHARE`] of the pool is away, fewest sessions first.
+/// Drains servers of a former template. Those that are not ready drain at once,
+/// so that a template that does not work can be corrected. Ready ones drain,
+/// fewest sessions first, until one in [`ROLLOUT_SHARE`] of the pool is away.
 fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
-    let is_up = |row: &Row| {
-        let server = servers.get(&row.slot);
-        row.state == RowState::Active && server.is_some_and(|server| server.is_ready)
-    };
+    let is_up = |row: &Row| row.state == RowState::Active && servers.is_ready(row.slot);
     let up = rows.iter().filter(|row| is_up(row)).count();
     let most_away = (replicas as usize / ROLLOUT_SHARE).max(1);
     let mut may_go = (up + most_away).saturating_sub(replicas as usize);
     let mut outdated: Vec<&mut Row> = rows
         .iter_mut()
-        .filter(|row| row.state == RowState::Active)
-        .filter(|row| {
-            servers
-                .get(&row.slot)
-                .is_some_and(|server| server.is_outdated)
-        })
+        .filter(|row| row.state == RowState::Active && servers.is_outdated(row.slot))
         .collect();
-    outdated.sort_by_key(|row| (servers[&row.slot].sessions.unwrap_or(0), row.slot));
+    outdated.sort_by_key(|row| (servers.sessions(row.slot), row.slot));
     for row in outdated {
         let is_up = is_up(row);
         if is_up && may_go == 0 {
@@ -219,39 +291,44 @@ fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
     }
 }
 
-/// Adds rows that are missing: draining ones come back first, with their
-/// ports, then the lowest slots that are not in use. Drops the rows of servers
-/// that have drained and gone.
+/// Adds missing rows: draining ones become active again first, with their
+/// ports, then the lowest unused slots follow. Drops the rows of servers that
+/// have drained and are gone.
 fn grow(rows: &mut Vec<Row>, pool: &ValidPool, servers: &Servers<'_>) {
-    let mut missing = (pool.replicas as usize).saturating_sub(staying(rows, servers));
+    let mut missing = (pool.replicas as usize).saturating_sub(count_staying(rows, servers));
     let mut candidates: Vec<&mut Row> = rows
         .iter_mut()
         .filter(|row| row.state == RowState::Draining && !is_replaced(row, servers))
         .collect();
-    candidates.sort_by_key(|row| !servers.contains_key(&row.slot));
+    candidates.sort_by_key(|row| !servers.is_occupied(row.slot));
     for row in candidates.into_iter().take(missing) {
         row.state = RowState::Active;
         missing -= 1;
     }
-    rows.retain(|row| row.state == RowState::Active || servers.contains_key(&row.slot));
+    rows.retain(|row| row.state == RowState::Active || servers.is_occupied(row.slot));
     for slot in (0..).map(Slot) {
         if missing == 0 {
             break;
         }
         if rows.iter().all(|row| row.slot != slot) {
-            rows.push(Row {
-                slot,
-                server: server_name(&pool.name, slot),
-                server_uid: None,
-                address: None,
-                state: RowState::Active,
-                draining_since: None,
-                ranges: Vec::new(),
-            });
+            rows.push(empty_row(pool, slot));
             missing -= 1;
         }
     }
     rows.sort_by_key(|row| row.slot);
+}
+
+/// An active row of `slot` without ports.
+fn empty_row(pool: &ValidPool, slot: Slot) -> Row {
+    Row {
+        slot,
+        server: server_name(&pool.name, slot),
+        server_uid: None,
+        address: None,
+        state: RowState::Active,
+        draining_since: None,
+        ranges: Vec::new(),
+    }
 }
 
 /// Name of the processing server in `slot`.
@@ -260,25 +337,22 @@ pub fn server_name(pool: &str, slot: Slot) -> String {
     format!("{pool}-{slot}")
 }
 
-fn next_table(
-    pool: &ValidPool,
-    observed: &Observed<'_>,
-    previous: Option<&Table>,
-    rows: Vec<Row>,
-) -> Table {
+/// The table with `rows`. Its generation grows when the table differs from the
+/// previous one, or when readers do not see that one.
+fn next_table(pool: &ValidPool, uid: &str, previous: &Previous<'_>, rows: Vec<Row>) -> Table {
     let mut table = Table {
         format_version: FORMAT_VERSION,
         pool: pool.name.clone(),
-        pool_uid: observed.uid.to_owned(),
-        generation: previous.map_or(0, |table| table.generation),
+        pool_uid: uid.to_owned(),
+        generation: previous.table.map_or(0, |table| table.generation),
         advertised_address: pool.advertised_address.clone(),
         agent_port: TargetPort::new(AGENT_PORT).expect("the constant is not 0"),
         load_sharing: pool.load_sharing.clone(),
         sessions: pool.sessions.clone(),
         rows,
     };
-    if previous != Some(&table) || table.generation <= observed.generation {
-        table.generation = table.generation.max(observed.generation) + 1;
+    if previous.table != Some(&table) || !previous.is_published {
+        table.generation = previous.seen_generation + 1;
     }
     table
 }

@@ -195,6 +195,13 @@ impl PortRange {
         TargetPort::new(self.server_port.get().checked_add(step)?)
     }
 
+    /// Whether the run has 1 or more ports, none above 65535.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        let last = u32::from(u16::MAX);
+        self.count > 0 && self.last_connection_port() <= last && self.last_server_port() <= last
+    }
+
     /// The last connection port's number; above 65535 when the run is too long.
     fn last_connection_port(&self) -> u32 {
         u32::from(self.connection_port.get()) + u32::from(self.count) - 1
@@ -365,10 +372,7 @@ impl Table {
         let mut runs: Vec<(&PortRange, Slot)> = Vec::new();
         for row in &self.rows {
             for range in &row.ranges {
-                if range.count == 0
-                    || range.last_connection_port() > u32::from(u16::MAX)
-                    || range.last_server_port() > u32::from(u16::MAX)
-                {
+                if !range.is_valid() {
                     let name = range.name.clone();
                     return Err(TableError::Range {
                         slot: row.slot,

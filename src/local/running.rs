@@ -46,6 +46,7 @@ impl Running {
     /// sockets.
     pub(super) fn new(options: Options, pool: ValidPool, binary: PathBuf, folder: PathBuf) -> Self {
         let address = format!("127.0.0.1:{}", pool.load_sharing_port);
+        let pool = with_drain_limit(pool, &options);
         Self {
             modified: modified(&options.file),
             binary,
@@ -124,20 +125,15 @@ impl Running {
         }
         let servers = self.observe(state.as_ref());
         let observed = Observed {
-            uid: UID,
-            table: self.table.as_ref(),
-            generation: 0,
+            published: self.table.as_ref(),
             servers: &servers,
+            ..Observed::nothing(UID)
         };
-        let next = plan(&self.pool, &observed, Timestamp::now(), self.drain_limit());
+        let next = plan(&self.pool, &observed, Timestamp::now());
         if let Err(error) = self.apply(next) {
             self.events
                 .say(format!("failed to write the table: {error}; trying again"));
         }
-    }
-
-    fn drain_limit(&self) -> Duration {
-        Duration::from_secs(self.options.drain_seconds)
     }
 
     /// Takes up a changed manifest; a wrong one leaves the last in force.
@@ -152,7 +148,7 @@ impl Running {
             let table = self.table.as_ref().unwrap_or(&planned);
             check::can_become((&self.pool, table), (&manifest.pool, &planned))
                 .map_err(|problems| manifest.error(problems))?;
-            Ok(manifest.pool)
+            Ok(with_drain_limit(manifest.pool, &self.options))
         });
         match loaded {
             Ok(pool) if pool == self.pool => {}
@@ -294,15 +290,18 @@ impl Running {
     }
 }
 
+/// `pool` with the drain limit of the command line, which replaces that of the
+/// manifest.
+fn with_drain_limit(pool: ValidPool, options: &Options) -> ValidPool {
+    ValidPool {
+        drain_limit: Duration::from_secs(options.drain_seconds),
+        ..pool
+    }
+}
+
 /// The plan for a pool of which there is nothing yet.
 pub(super) fn plan_first(pool: &ValidPool) -> Plan {
-    let nothing = Observed {
-        uid: UID,
-        table: None,
-        generation: 0,
-        servers: &[],
-    };
-    plan(pool, &nothing, Timestamp::now(), Duration::ZERO)
+    plan(pool, &Observed::nothing(UID), Timestamp::now())
 }
 
 fn modified(file: &Path) -> Option<SystemTime> {

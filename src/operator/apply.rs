@@ -54,7 +54,8 @@ pub(super) async fn apply(
         return (observation.table.table.clone(), vec![error]);
     }
     let desired = objects::objects(owner, &table, &context.settings);
-    let pods = objects::pods(owner, &context.settings, start.clone().into_iter());
+    let starting = table.rows.iter().filter(|row| start.contains(&row.slot));
+    let pods = objects::pods(owner, &context.settings, starting);
     // Neither waits for the other: a pod needs its row only.
     let ((changed, mut errors), failed) = futures::join!(
         apply_objects(writer, owner, &desired),

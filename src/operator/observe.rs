@@ -11,8 +11,8 @@ use serde_json::Value;
 use super::stores::{DELETION_COST, Stores, is_owned};
 use crate::client;
 use crate::plan::objects::{
-    COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, PROCESSING_SERVER, connection_server_name,
-    hash, table_name,
+    COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, PROCESSING_SERVER, RANGES_ANNOTATION,
+    annotated_ranges, connection_server_name, hash, table_name,
 };
 use crate::plan::status::{Blocker, ObservedDeployment};
 use crate::plan::{ObservedServer, ValidPool};
@@ -163,6 +163,7 @@ fn server(
         sessions: reported
             .filter(|server| server.attached)
             .map(|server| server.sessions),
+        ranges: annotated_ranges(pod.annotations().get(RANGES_ANNOTATION)),
     })
 }
 

@@ -134,8 +134,9 @@ async fn step(
     let may_start = refusal.map_err(|error| trouble.add(error)).is_ok();
 
     // Plan.
-    let plan = next(resource, owner, &mut observation, may_start, context);
-    if takes_away(&plan, &observation) && !is_current(resource, context).await? {
+    let plan = next(resource, owner, &observation, may_start, context);
+    let published = observation.table.table.as_ref();
+    if plan.takes_from_sessions(published) && !is_current(resource, context).await? {
         return Ok((WATCH_PAUSE, false));
     }
 
@@ -272,69 +273,32 @@ fn pause(table: Option<&Table>, is_blocked: bool, observation: &Observation) -> 
     }
 }
 
-/// The plan. A table that somebody has changed, removed or set back is planned
-/// from the one that was written last, and goes above whatever readers have seen.
-/// Unless servers may start, the template replaces none either.
+/// The plan for what was observed.
 fn next(
     resource: &ProcessingPool,
     owner: Owner<'_>,
-    observation: &mut Observation,
+    observation: &Observation,
     may_start: bool,
     context: &Context,
 ) -> Plan {
-    let remembered = context
+    let last_written = context
         .memory
         .with(owner.uid, |memory| memory.table.clone());
-    let told = resource
+    let reported = resource
         .status
         .as_ref()
         .map_or(0, |status| status.table_generation);
-    let generation_of = |table: &Table| table.generation;
-    let seen = u64::try_from(told)
-        .unwrap_or(0)
-        .max(observation.table.generation)
-        .max(remembered.as_ref().map_or(0, generation_of));
-    let observed_table = observation.table.table.as_ref();
-    // Also when a late write of a former leader has put an old one back.
-    let is_lost = observed_table.is_none_or(|table| table.generation < seen);
-    let newest = observed_table
-        .into_iter()
-        .chain(&remembered)
-        .max_by_key(|table| table.generation)
-        .cloned();
-    if !may_start {
-        for server in &mut observation.servers {
-            server.is_outdated = false;
-        }
-    }
     let observed = Observed {
         uid: owner.uid,
-        table: newest.as_ref(),
-        generation: if is_lost { seen } else { 0 },
+        published: observation.table.table.as_ref(),
+        last_written: last_written.as_ref(),
+        seen_generation: u64::try_from(reported)
+            .unwrap_or(0)
+            .max(observation.table.generation),
+        may_start,
         servers: &observation.servers,
     };
-    let (now, drain_limit) = (Timestamp::now(), owner.pool.drain_limit);
-    let mut plan = plan(owner.pool, &observed, now, drain_limit);
-    plan.start.retain(|_| may_start);
-    plan
-}
-
-/// Whether carrying `plan` out takes something from sessions.
-fn takes_away(plan: &Plan, observation: &Observation) -> bool {
-    let draining = |table: &Table| {
-        let rows = table.rows.iter();
-        rows.filter(|row| row.state == RowState::Draining).count()
-    };
-    let former = observation.table.table.as_ref();
-    let loses_ports = |former: &Row| {
-        let mut rows = plan.table.rows.iter();
-        let row = rows.find(|row| row.slot == former.slot);
-        let mut ranges = former.ranges.iter();
-        row.is_none_or(|row| ranges.any(|range| !row.ranges.contains(range)))
-    };
-    !plan.stop.is_empty()
-        || draining(&plan.table) > former.map_or(0, draining)
-        || former.is_some_and(|former| former.rows.iter().any(loses_ports))
+    plan(owner.pool, &observed, Timestamp::now())
 }
 
 /// Whether `resource` is what the API server has now.

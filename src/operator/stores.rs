@@ -14,13 +14,16 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 
 use crate::follow::WatchBackoff;
-use crate::plan::objects::{HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL};
+use crate::plan::objects::{HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL, RANGES_ANNOTATION};
 use crate::pool::ProcessingPool;
 
 /// Annotation that says which pods go first when a pool shrinks.
 ///
 /// Source: Kubernetes documentation, ReplicaSet, pod deletion cost.
 pub(super) const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
+
+/// Annotations of pods that are read.
+const KEPT_ANNOTATIONS: [&str; 3] = [HASH_ANNOTATION, RANGES_ANNOTATION, DELETION_COST];
 
 /// Group, version, kind and plural of everything that pools own.
 const KINDS: [(&str, &str, &str, &str); 9] = [
@@ -172,7 +175,7 @@ fn trim(kind: &str, object: &mut DynamicObject) {
             .metadata
             .annotations
             .get_or_insert_default()
-            .retain(|name, _| name == HASH_ANNOTATION || name == DELETION_COST);
+            .retain(|name, _| KEPT_ANNOTATIONS.contains(&name.as_str()));
     }
 }
 

@@ -13,7 +13,7 @@ mod pod;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
-pub use self::pod::{pod, pods, template_hash};
+pub use self::pod::{annotated_ranges, pod, pods, template_hash};
 use super::ValidPool;
 use crate::table::{TABLE_KEY, Table};
 
@@ -35,6 +35,11 @@ pub const SLOT_LABEL: &str = "portpool.dev/slot";
 
 /// Annotation with the hash of what an object was made from.
 pub const HASH_ANNOTATION: &str = "portpool.dev/hash";
+
+/// Annotation of a processing server's pod with the ports that its slot had when
+/// it was created: JSON, as in the table. The table is derived from it when the
+/// ConfigMap is lost.
+pub const RANGES_ANNOTATION: &str = "portpool.dev/ranges";
 
 /// Value of [`COMPONENT_LABEL`].
 pub const PROCESSING_SERVER: &str = "processing-server";

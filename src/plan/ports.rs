@@ -21,6 +21,22 @@ pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
     rows.retain_mut(|row| row.state == RowState::Draining || complete(row, pool, &mut used));
 }
 
+/// Those of `ranges`, ports that a server says it had, that are well-formed and
+/// that none of `rows` has. A server may say anything: others can change it.
+pub(super) fn free_of_conflict(ranges: &[PortRange], rows: &[Row]) -> Vec<PortRange> {
+    let mut used = Used::default();
+    let others = rows.iter().flat_map(|row| &row.ranges);
+    others.for_each(|range| used.mark(range));
+    let mut kept = Vec::new();
+    for range in ranges {
+        if range.is_valid() && !used.has(range) {
+            used.mark(range);
+            kept.push(range.clone());
+        }
+    }
+    kept
+}
+
 /// Whether `range` is as one of the pool's entries says.
 fn is_wanted(range: &PortRange, pool: &ValidPool) -> bool {
     let first = u32::from(range.connection_port.get());
@@ -98,6 +114,12 @@ impl Used {
         for port in range.connection_ports() {
             self.0[usize::from(port.get())] = true;
         }
+    }
+
+    /// Whether a port of `range` is given already.
+    fn has(&self, range: &PortRange) -> bool {
+        let mut ports = range.connection_ports();
+        ports.any(|port| self.0[usize::from(port.get())])
     }
 
     fn clear(&mut self, range: &PortRange) {

@@ -51,7 +51,9 @@ struct World {
     servers: BTreeMap<Slot, ObservedServer>,
     next_uid: u32,
     elapsed: Duration,
-    /// Servers that start are not ready.
+    /// The generation that readers have seen of a table that is lost.
+    seen_generation: u64,
+    /// Whether servers that start are not ready.
     is_broken: bool,
 }
 
@@ -59,14 +61,14 @@ impl World {
     fn step(&mut self, pool: &ValidPool) -> Plan {
         let servers: Vec<ObservedServer> = self.servers.values().cloned().collect();
         let observed = Observed {
-            uid: "uid",
-            table: self.table.as_ref(),
-            generation: 0,
+            published: self.table.as_ref(),
             servers: &servers,
+            seen_generation: self.seen_generation,
+            ..Observed::nothing("uid")
         };
         let now = Timestamp::UNIX_EPOCH + self.elapsed;
         self.elapsed += SETTLE;
-        let plan = plan(pool, &observed, now, LIMIT);
+        let plan = plan(pool, &observed, now);
         plan.table.encode().expect("every planned table is valid");
         for slot in &plan.stop {
             self.servers.remove(slot);
@@ -79,6 +81,7 @@ impl World {
                 address: Some(IpAddr::from([127, 0, 0, 2])),
                 is_ready: !self.is_broken,
                 sessions: Some(0),
+                ranges: plan.table.row(slot).unwrap().ranges.clone(),
                 ..ObservedServer::default()
             };
             self.servers.insert(slot, server);
@@ -274,13 +277,129 @@ fn a_failed_server_is_stopped_and_a_stopping_one_is_waited_for() {
 #[test]
 fn a_lost_table_goes_on_above_its_generation() {
     let observed = Observed {
-        uid: "uid",
-        table: None,
-        generation: 41,
-        servers: &[],
+        seen_generation: 41,
+        ..Observed::nothing("uid")
     };
-    let plan = plan(&pool(2, 4), &observed, Timestamp::UNIX_EPOCH, LIMIT);
+    let plan = plan(&pool(2, 4), &observed, Timestamp::UNIX_EPOCH);
     assert_eq!(plan.table.generation, 42);
+}
+
+#[test]
+fn a_lost_table_is_derived_again_from_the_servers() {
+    let mut world = World::default();
+    world.settle(&pool(6, 4));
+    // Slots that were drained in another order than that of their numbers.
+    for slot in [1, 3, 4] {
+        world.servers.get_mut(&Slot(slot)).unwrap().is_ready = false;
+    }
+    world.settle(&pool(3, 4));
+    let (before, servers) = (world.table.take().unwrap(), world.servers.clone());
+    let slots: Vec<u32> = before.rows.iter().map(|row| row.slot.0).collect();
+    assert_eq!(slots, [0, 2, 5]);
+    for server in world.servers.values_mut() {
+        server.sessions = Some(1);
+    }
+    world.seen_generation = before.generation;
+    let plan = world.step(&pool(3, 4));
+    assert_eq!((plan.start, plan.stop), (vec![], vec![]));
+    assert_eq!(plan.table.generation, before.generation + 1);
+    assert_eq!(plan.table.rows, before.rows, "the same ports and servers");
+    assert!(world.servers.keys().eq(servers.keys()));
+}
+
+#[test]
+fn servers_keep_their_slots_when_a_lost_table_is_planned_for_fewer() {
+    let mut world = World::default();
+    world.settle(&pool(6, 4));
+    for server in world.servers.values_mut() {
+        server.sessions = Some(2);
+    }
+    world.servers.get_mut(&Slot(3)).unwrap().sessions = Some(0);
+    let before = world.table.take().unwrap();
+    world.seen_generation = before.generation;
+    assert_eq!(
+        world.step(&pool(4, 4)).stop,
+        [],
+        "all of them may be in use"
+    );
+    let ranges =
+        |table: &Table| -> Vec<_> { table.rows.iter().map(|row| row.ranges.clone()).collect() };
+    assert_eq!(ranges(world.table.as_ref().unwrap()), ranges(&before));
+    assert_eq!(world.step(&pool(4, 4)).stop, [Slot(3)]);
+}
+
+#[test]
+fn ports_that_two_servers_carry_are_given_to_one() {
+    let mut world = World::default();
+    world.settle(&pool(2, 4));
+    world.table = None;
+    let claimed = world.servers[&Slot(0)].ranges.clone();
+    let wrong = PortRange {
+        count: 0,
+        ..claimed[0].clone()
+    };
+    world.servers.get_mut(&Slot(1)).unwrap().ranges = vec![wrong, claimed[0].clone()];
+    assert_eq!(world.step(&pool(2, 4)).stop, []);
+    assert_eq!(world.ports(Slot(0)), claimed);
+    assert_eq!(world.ports(Slot(1))[0].connection_port.get(), 20_004);
+}
+
+#[test]
+fn the_newest_known_table_is_continued_above_what_readers_have_seen() {
+    let pool = pool(2, 4);
+    let table = |generation| {
+        let first = plan(&pool, &Observed::nothing("uid"), Timestamp::UNIX_EPOCH);
+        Table {
+            generation,
+            ..first.table
+        }
+    };
+    let stranger = Table {
+        pool_uid: "another".to_owned(),
+        ..table(99)
+    };
+    // Published, last written, seen; the next generation.
+    let cases = [
+        (Some(table(7)), Some(table(7)), 7, 7),
+        (Some(table(7)), None, 0, 7),
+        (Some(table(5)), Some(table(7)), 0, 8),
+        (None, Some(table(7)), 6, 8),
+        (Some(table(5)), None, 7, 8),
+        (Some(stranger), None, 0, 1),
+        (None, None, 0, 1),
+    ];
+    for (published, last_written, seen_generation, next) in cases {
+        let observed = Observed {
+            published: published.as_ref(),
+            last_written: last_written.as_ref(),
+            seen_generation,
+            ..Observed::nothing("uid")
+        };
+        let plan = plan(&pool, &observed, Timestamp::UNIX_EPOCH);
+        assert_eq!(plan.table.generation, next, "{observed:?}");
+    }
+}
+
+#[test]
+fn nothing_is_started_or_replaced_while_the_template_is_refused() {
+    let mut world = World::default();
+    world.settle(&pool(3, 4));
+    world.servers.remove(&Slot(1));
+    for server in world.servers.values_mut() {
+        server.is_outdated = true;
+    }
+    let before = world.table.clone().unwrap();
+    let servers: Vec<ObservedServer> = world.servers.values().cloned().collect();
+    let observed = Observed {
+        published: Some(&before),
+        servers: &servers,
+        may_start: false,
+        ..Observed::nothing("uid")
+    };
+    let plan = plan(&pool(3, 4), &observed, Timestamp::UNIX_EPOCH);
+    assert_eq!((plan.start, plan.stop), (vec![], vec![]));
+    let mut rows = plan.table.rows.iter();
+    assert!(rows.all(|row| row.state == RowState::Active));
 }
 
 #[test]
@@ -503,12 +622,10 @@ fn the_largest_table_fits_into_a_config_map() {
         })
         .collect();
     let observed = Observed {
-        uid: "6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10",
-        table: None,
-        generation: 0,
         servers: &servers,
+        ..Observed::nothing("6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10")
     };
-    let table = plan(&pool, &observed, Timestamp::UNIX_EPOCH, LIMIT).table;
+    let table = plan(&pool, &observed, Timestamp::UNIX_EPOCH).table;
     assert_eq!(table.rows.len(), 750);
     let bytes = table.encode().unwrap().len();
     assert!(bytes < MAX_ENCODED_BYTES * 9 / 10, "{bytes} bytes");

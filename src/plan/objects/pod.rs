@@ -3,38 +3,64 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    HASH_ANNOTATION, MANAGED_BY, MANAGER, Owner, PROCESSING_SERVER, SLOT_LABEL, Settings,
-    TABLE_FOLDER, field_env, hash, owner_reference, probe, pull_secrets, restricted, selector,
-    table_name,
+    HASH_ANNOTATION, MANAGED_BY, MANAGER, Owner, PROCESSING_SERVER, RANGES_ANNOTATION, SLOT_LABEL,
+    Settings, TABLE_FOLDER, field_env, hash, owner_reference, probe, pull_secrets, restricted,
+    selector, table_name,
 };
 use crate::plan::server_name;
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
-use crate::table::{Slot, TABLE_KEY};
+use crate::table::{PortRange, Row, Slot, TABLE_KEY};
 
 /// Name of the agent's container.
 const AGENT: &str = "portpool-agent";
 
-/// The pods of the processing servers in `slots`, each made when it is asked
+/// Most bytes of [`RANGES_ANNOTATION`]: a quarter of what all annotations of an
+/// object may have, 256 KiB. A slot whose ports are in hundreds of pieces goes
+/// without it.
+const MAX_RANGES_BYTES: usize = 64 * 1024;
+
+/// The pods of the processing servers in `rows`, each created when it is asked
 /// for.
-pub fn pods(
-    owner: Owner<'_>,
-    settings: &Settings,
-    slots: impl Iterator<Item = Slot>,
+pub fn pods<'a>(
+    owner: Owner<'a>,
+    settings: &'a Settings,
+    rows: impl Iterator<Item = &'a Row>,
 ) -> impl Iterator<Item = Value> {
     let hash = template_hash(owner, settings);
-    slots.map(move |slot| {
-        let mut pod = for_slot(owner, settings, slot);
-        pod["metadata"]["annotations"][HASH_ANNOTATION] = hash.as_str().into();
+    rows.map(move |row| {
+        let mut pod = with_hash(for_slot(owner, settings, row.slot), &hash);
+        if let Some(ranges) = encode_ranges(&row.ranges) {
+            pod["metadata"]["annotations"][RANGES_ANNOTATION] = ranges.into();
+        }
         pod
     })
 }
 
-/// The pod of the processing server in `slot`.
+/// The pod of the processing server in `slot`, whatever its ports are.
 #[must_use]
 pub fn pod(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
-    pods(owner, settings, std::iter::once(slot))
-        .next()
-        .expect("one slot makes one pod")
+    let hash = template_hash(owner, settings);
+    with_hash(for_slot(owner, settings, slot), &hash)
+}
+
+fn with_hash(mut pod: Value, hash: &str) -> Value {
+    pod["metadata"]["annotations"][HASH_ANNOTATION] = hash.into();
+    pod
+}
+
+/// `ranges` as the value of [`RANGES_ANNOTATION`]; `None` where it would be too
+/// long.
+fn encode_ranges(ranges: &[PortRange]) -> Option<String> {
+    let text = serde_json::to_string(ranges).expect("ranges are plain data");
+    (text.len() <= MAX_RANGES_BYTES).then_some(text)
+}
+
+/// The ranges in `annotation`, the value of [`RANGES_ANNOTATION`]; none where it
+/// is absent or unreadable.
+#[must_use]
+pub fn annotated_ranges(annotation: Option<&String>) -> Vec<PortRange> {
+    let decoded = annotation.and_then(|text| serde_json::from_str(text).ok());
+    decoded.unwrap_or_default()
 }
 
 /// The hash of what all pods of the pool are made from.

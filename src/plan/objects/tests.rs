@@ -3,7 +3,6 @@ use crate::plan::{Observed, plan};
 use crate::pool::ProcessingPool;
 use crate::table::Slot;
 use jiff::Timestamp;
-use std::time::Duration;
 
 fn pool(change: impl FnOnce(&mut Value)) -> ValidPool {
     let mut value = json!({
@@ -40,13 +39,7 @@ fn owner(pool: &ValidPool) -> Owner<'_> {
 }
 
 fn table(pool: &ValidPool) -> Table {
-    let nothing = Observed {
-        uid: "uid",
-        table: None,
-        generation: 0,
-        servers: &[],
-    };
-    plan(pool, &nothing, Timestamp::UNIX_EPOCH, Duration::ZERO).table
+    plan(pool, &Observed::nothing("uid"), Timestamp::UNIX_EPOCH).table
 }
 
 fn find<'a>(objects: &'a [Value], kind: &str) -> Vec<&'a Value> {
@@ -66,6 +59,24 @@ fn the_template_stays_as_written_beside_the_agent() {
     assert_eq!(pod["spec"]["containers"][0]["novelField"], 1);
     assert_eq!(pod["spec"]["initContainers"][0]["restartPolicy"], "Always");
     assert_eq!(pod["spec"]["automountServiceAccountToken"], false);
+}
+
+#[test]
+fn a_pod_carries_the_ports_of_its_slot() {
+    let pool = pool(|_| {});
+    let table = table(&pool);
+    let pods: Vec<Value> = pods(owner(&pool), &settings(), table.rows.iter()).collect();
+    for (pod, row) in pods.iter().zip(&table.rows) {
+        let annotations = &pod["metadata"]["annotations"];
+        let text = annotations[RANGES_ANNOTATION].as_str().unwrap().to_owned();
+        assert_eq!(annotated_ranges(Some(&text)), row.ranges);
+        assert_eq!(
+            annotations[HASH_ANNOTATION],
+            template_hash(owner(&pool), &settings()),
+            "ports do not make a template another one"
+        );
+    }
+    assert_eq!(annotated_ranges(Some(&"[{".to_owned())), []);
 }
 
 #[test]
