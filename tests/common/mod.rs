@@ -1,6 +1,7 @@
-//! Real roles as processes on loopback addresses of a test's own.
+//! What tests share: pools of real roles as processes on loopback addresses of
+//! their own, tables, and a real API server.
 
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(
     clippy::unwrap_used,
     reason = "a test stops at what it does not expect"
@@ -9,14 +10,14 @@
 pub mod cluster;
 pub mod faulty;
 pub mod helm;
+pub mod network;
 pub mod proxy;
 pub mod table;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpStream};
+use std::net::{IpAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use portpool::client::{Client, ClientError};
@@ -49,8 +50,12 @@ pub fn agree(path: &str, expected: &str) {
     );
 }
 
-/// A network of its own for every test of this process.
-static NETWORK: AtomicU8 = AtomicU8::new(1);
+/// A turn of the tests that load the machine or measure short times: they run
+/// one after another, whichever parts they belong to.
+pub async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
+    static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    TURN.lock().await
+}
 
 /// A program that is killed with the test.
 pub struct Process(Child);
@@ -147,11 +152,7 @@ pub struct Pool {
 impl Pool {
     /// A table for `servers` servers; `change` may alter it. Nothing runs yet.
     pub fn new(servers: u32, change: impl FnOnce(&mut Table)) -> Self {
-        let network = [
-            127,
-            100 + u8::try_from(std::process::id() % 100).unwrap(),
-            NETWORK.fetch_add(1, Ordering::Relaxed),
-        ];
+        let network = network::network();
         let mut pool = Self {
             folder: tempfile::tempdir().unwrap(),
             network,
@@ -200,8 +201,7 @@ impl Pool {
     }
 
     fn address(&self, host: u32) -> IpAddr {
-        let [a, b, c] = self.network;
-        Ipv4Addr::new(a, b, c, u8::try_from(host).unwrap()).into()
+        network::address(self.network, u8::try_from(host).unwrap())
     }
 
     pub fn server_address(&self, slot: u32) -> IpAddr {

@@ -2,7 +2,7 @@
 //! says only what matters to it. Uses the table's types and nothing else, so
 //! that suites without the rest of `common` take it by its path.
 
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::net::IpAddr;
 

@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::common::network::{address, network};
 use crate::common::table;
 use nix::libc;
 use nix::sys::socket::GetSockOpt;
@@ -57,13 +58,10 @@ struct Bench {
     table: Table,
 }
 
-static NETWORK: AtomicU8 = AtomicU8::new(1);
-
 impl Bench {
     fn new(verdict: Decision) -> Self {
-        let network = NETWORK.fetch_add(1, Ordering::Relaxed);
-        let address = |host| IpAddr::V4(Ipv4Addr::new(127, 90, network, host));
-        Self::on(address(1), address(2), verdict)
+        let network = network();
+        Self::on(address(network, 1), address(network, 2), verdict)
     }
 
     fn on(listen: IpAddr, server: IpAddr, verdict: Decision) -> Self {

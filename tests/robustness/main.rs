@@ -15,6 +15,8 @@ mod changes;
 mod endings;
 mod limits;
 mod namespace;
+#[path = "../common/network.rs"]
+mod network;
 mod noise;
 mod pressure;
 mod reaching;

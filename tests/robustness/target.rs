@@ -4,16 +4,16 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use portpool::follow::write_table;
 use portpool::pool::{Admission, PortProtocol, Sessions};
 use portpool::table::Table;
 
+use crate::network::{address, network};
 use crate::{SOON, tables, until};
 
 /// First connection port, and the server port that it leads to; further ones
@@ -22,8 +22,6 @@ pub const FIRST: u16 = 20_000;
 pub const SERVER: u16 = 7000;
 
 /// An address block for every test of this process.
-static NETWORK: AtomicU8 = AtomicU8::new(1);
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Target {
     Portpool,
@@ -122,16 +120,6 @@ const MEMORY_KEPT: u64 = 24 << 20;
 
 /// Most ends of pipes that portpool keeps for splicing.
 const PIPE_ENDS_KEPT: usize = 128;
-
-/// Addresses that no other test uses.
-pub fn network() -> [u8; 3] {
-    let process = u8::try_from(std::process::id() % 40).unwrap();
-    [127, 210 + process, NETWORK.fetch_add(1, Ordering::Relaxed)]
-}
-
-pub fn address([a, b, c]: [u8; 3], host: u8) -> IpAddr {
-    Ipv4Addr::new(a, b, c, host).into()
-}
 
 impl Proxy {
     /// Starts it, ready to forward.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::common::{COUNT, Pool, connect, echo};
+use crate::common::{COUNT, Pool, connect, echo, turn};
 use parking_lot::Mutex;
 use portpool::client::Client;
 use portpool::session::{PoolState, SessionRequest};
@@ -110,6 +110,7 @@ async fn two_connection_servers() -> Pool {
 
 #[tokio::test]
 async fn a_killed_connection_server_keeps_no_ports_once_another_is_in_its_place() {
+    let _turn = turn().await;
     let mut pool = two_connection_servers().await;
     let clients = Clients::start(&pool, 2 * usize::from(COUNT));
     while clients.served() < 200 {
@@ -131,6 +132,7 @@ async fn a_killed_connection_server_keeps_no_ports_once_another_is_in_its_place(
 
 #[tokio::test]
 async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
+    let _turn = turn().await;
     let mut pool = two_connection_servers().await;
     // Fewer than ports: what they have when it dies is kept back.
     let clients = Clients::start(&pool, usize::from(COUNT) / 2);
@@ -151,6 +153,7 @@ async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
 
 #[tokio::test]
 async fn a_successor_listens_in_the_place_of_the_first() {
+    let _turn = turn().await;
     let mut pool = Pool::new(1, |_| {});
     pool.start_workload(0);
     pool.start_agent(0);

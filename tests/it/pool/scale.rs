@@ -4,7 +4,7 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::common::{Pool, Process, connect, echo};
+use crate::common::{Pool, Process, connect, echo, turn};
 use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionRequest};
 use portpool::table::{ListenPort, TargetPort};
@@ -70,6 +70,7 @@ async fn allocate(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ten_thousand_ports_and_five_thousand_sessions_at_once() {
+    let _turn = turn().await;
     portpool::forward::check_open_files(10_000).unwrap();
     let mut pool = Pool::new(2, |table| {
         for (row, first) in table.rows.iter_mut().zip([20_000, 20_000 + PORTS]) {
