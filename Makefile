@@ -2,7 +2,7 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run test e2e e2e-kind cluster cluster-down lint generate image tools scale-operator robustness bench bench-tools bench-publish soak
+.PHONY: all help run check test e2e e2e-kind cluster cluster-down lint generate image tools tools-present scale-operator robustness bench bench-tools bench-publish soak
 
 all: lint test
 
@@ -14,16 +14,25 @@ run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
 	@echo "In another terminal: target/release/portpool connect 127.0.0.1:7700"
 	target/release/portpool local -f $(POOL)
 
-test: tools  ## Every test: examples with their real programs, the controller with a real API server
+check:  ## Format, lint, unit and data-plane tests, in a few minutes: needs no root, Go or network
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+	cargo test --locked --workspace --lib --bins
+	cargo test --locked --test it -- --skip operator:: --skip chart:: --skip local:: --skip handover:: --skip pool::
+
+test:  ## Every test: examples with their real programs, the controller with a real API server
+	@echo "Needs iperf3 and redis-server, Go, and the network once, for Go modules and Helm. On 2 cores: about 10 minutes"
+	@echo "to build, 5 more for the API server the first time, and 10 to run. make check is shorter and needs none of them."
+	@$(MAKE) --no-print-directory tools-present
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked --workspace
 
-e2e: tools  ## Tests on a real Kubernetes node on this machine (root, no Docker), which goes with them
+e2e: tools-present  ## Tests on a real Kubernetes node on this machine (root, no Docker), which goes with them
 	tools/e2e tools/cluster
 
-e2e-kind: tools  ## The same tests on kind, which needs Docker
+e2e-kind: tools-present  ## The same tests on kind, which needs Docker
 	tools/e2e tools/kind-cluster
 
-cluster: tools  ## A real one-node Kubernetes on this machine (root, no Docker) with portpool's image
+cluster: tools-present  ## A real one-node Kubernetes on this machine (root, no Docker) with portpool's image
 	tools/cluster up >/dev/null
 	tools/image && tools/example-images && tools/cluster load target/image/*.tar
 	@tools/cluster up
@@ -44,11 +53,20 @@ scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, 
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \
 	cargo test --release --locked --test it operator::scale -- --ignored --nocapture --test-threads=1
 
+# Each variable of make bench is an option of portpool-bench.
+BENCH_OPTIONS = \
+  $(if $(MEASURES),--measures $(MEASURES)) \
+  $(if $(LANES),--lanes $(LANES)) \
+  $(if $(ROUNDS),--rounds $(ROUNDS)) \
+  $(if $(SECONDS),--seconds $(SECONDS)) \
+  $(if $(BOTH_CORES),--both-cores $(BOTH_CORES)) \
+  $(if $(BASE),--base $(BASE)) \
+  $(if $(BUSY),--busy) \
+  --portpool $(or $(PORTPOOL),target/release/portpool)
+
 bench: bench-tools  ## Beside HAProxy and nginx (MEASURES=bulk_1,message LANES=portpool,nginx ROUNDS=5 BASE=other/portpool)
 	cargo build --release --locked -p portpool -p portpool-bench
-	target/release/portpool-bench $(if $(MEASURES),--measures $(MEASURES)) $(if $(LANES),--lanes $(LANES)) \
-	  $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(BOTH_CORES),--both-cores $(BOTH_CORES)) \
-	  $(if $(BASE),--base $(BASE)) $(if $(BUSY),--busy) --portpool $(or $(PORTPOOL),target/release/portpool)
+	target/release/portpool-bench $(BENCH_OPTIONS)
 
 bench-publish:  ## Put the last complete run of make bench into docs/bench
 	target/release/portpool-bench --publish docs/bench
@@ -63,16 +81,22 @@ generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, ins
 image:  ## A static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
 	tools/image
 
-tools:  ## Programs of the examples; installed as root on Debian, else named
+tools:  ## Install what make test needs, as root on Debian
 	@for program in iperf3 redis-server; do \
-	  command -v $$program >/dev/null && continue; \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$program; \
-	  else echo "$$program is missing, its example is needed by the tests: sudo apt-get install $$program" >&2; exit 1; fi; \
-	done
+	  command -v $$program >/dev/null || missing="$$missing $$program"; \
+	done; \
+	[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
+
+# Names what is missing and installs nothing.
+tools-present:
+	@for program in iperf3 redis-server; do \
+	  command -v $$program >/dev/null || missing="$$missing $$program"; \
+	done; \
+	[ -z "$$missing" ] || { echo "missing:$$missing. Install with: sudo apt-get install$$missing (or: sudo make tools)" >&2; exit 1; }
 
 robustness:  ## tests/robustness against portpool, HAProxy and nginx; writes docs/robustness.md
 	tools/robustness
+
 bench-tools:  ## Rivals of the benchmark; installed as root on Debian, else named
 	@if command -v haproxy >/dev/null && [ -e /usr/lib/nginx/modules/ngx_stream_module.so ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
