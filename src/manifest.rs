@@ -198,10 +198,10 @@ fn read(text: &str) -> Result<(ValidPool, Document), Vec<Located>> {
                 .collect(),
         ));
     }
-    match pool.template_problem {
-        Some(problem) => Err(locate(vec![problem])),
-        None => Ok((pool, document)),
+    if let Err(problem) = &pool.template {
+        return Err(locate(vec![problem.clone()]));
     }
+    Ok((pool, document))
 }
 
 fn crd_schema() -> Value {

@@ -1,37 +1,40 @@
-//! The controller role: makes ProcessingPools of a cluster true.
+//! The controller role: makes a cluster match its ProcessingPools.
 //!
 //! ```text
 //! watches ─→ stores ─observe→ plan ─apply→ ConfigMap, Deployment, Services, …, pods
-//!    ↑                                                     └→ status, events
+//!    ↑                                                   └─report→ status, events
 //!    └──────────── every change triggers its pool ─────────┘
 //! ```
 //!
-//! Level-triggered: a reconcile looks at what there is, decides with `plan`,
-//! and carries the decision out; nothing is held in memory that the next one
-//! needs. What protects against looking at an old state:
-//! - a pod's name is its slot, so that it cannot be made twice;
+//! Level-triggered: a reconcile observes what there is, decides with `plan`, and
+//! carries the decision out. The next reconcile needs nothing that is in memory.
+//! Decisions that are based on an old state do no harm, because
+//! - a pod's name contains its slot, so that it cannot be created twice;
 //! - the table is written only over the version that was read;
-//! - pods are deleted by uid, after the pool was read afresh;
+//! - pods are deleted by uid, after the pool was read from the API server;
 //! - objects of others are never taken over: the owner's uid counts, not the
 //!   name.
 //!
-//! - `stores`: what the watches keep; `observe`: what it says about a pool;
-//! - `write`: one function per kind of write;
-//! - `apply`: carries a plan out;
-//! - `reconcile`: the steps, and what follows an error;
-//! - `report`: status and events; `memory`: what saves work;
+//! - `reconcile`: the steps in their order, and what follows an error;
+//! - `observe`, `apply` (with validate), `report`: the steps that need a client;
+//! - `context`: what the steps share;
+//! - `stores`: what the watches keep; `observation`: what it means for a pool;
+//! - `requests`: one function for each kind of request to the API server;
+//! - `memory`: what saves work;
 //! - `lease`: one of several controllers leads;
-//! - this file: wiring, signals.
+//! - this file: options and wiring.
 
 mod apply;
+mod context;
 mod lease;
 mod memory;
 mod metrics;
+mod observation;
 mod observe;
 mod reconcile;
 mod report;
+mod requests;
 mod stores;
-mod write;
 
 use std::future::{pending, ready};
 use std::net::SocketAddr;
@@ -50,24 +53,24 @@ use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::context::Context;
 use self::memory::Memory;
 use self::metrics::Metrics;
-use self::reconcile::Context;
 use self::stores::Stores;
 use crate::admin;
 use crate::follow::{self, WatchBackoff};
 use crate::plan::objects::{MANAGER, Settings};
 use crate::pool::ProcessingPool;
 
-/// Changes that come together are looked at together.
+/// Time for which changes of a pool are collected, so that one reconcile sees them.
 const DEBOUNCE: Duration = Duration::from_millis(100);
 
-/// Runs the controller: makes the ProcessingPools of a Kubernetes cluster true.
+/// Runs the controller, which makes a Kubernetes cluster match its ProcessingPools.
 ///
-/// Finds the cluster as kubectl does (KUBECONFIG), or the one it runs in.
+/// Finds the cluster as kubectl does (KUBECONFIG), or uses the one it runs in.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Options {
-    /// Watch this namespace only; may be given several times. Default: all
+    /// Watch only this namespace; may be given several times. Default: all namespaces
     #[arg(
         long = "namespace",
         value_name = "NAMESPACE",
@@ -76,15 +79,15 @@ pub struct Options {
     )]
     pub namespaces: Vec<String>,
 
-    /// Image with this program, for agents and connection servers
+    /// Image that contains this program, for agents and connection servers
     #[arg(long, value_name = "IMAGE", env = "PORTPOOL_IMAGE", default_value = concat!("ghcr.io/portpool/portpool:", env!("CARGO_PKG_VERSION")))]
     pub image: String,
 
-    /// When that image is pulled: Always, IfNotPresent or Never
+    /// When to pull that image: Always, IfNotPresent or Never
     #[arg(long, value_name = "POLICY", env = "PORTPOOL_IMAGE_PULL_POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     pub image_pull_policy: String,
 
-    /// Secret to pull that image with, in each pool's namespace; may be given several times
+    /// Secret for pulling that image, in the namespace of each pool; may be given several times
     #[arg(
         long = "image-pull-secret",
         value_name = "NAME",
@@ -93,56 +96,56 @@ pub struct Options {
     )]
     pub image_pull_secrets: Vec<String>,
 
-    /// Lease that only one of several controllers holds; without it this is the only controller
+    /// Lease that only one of several controllers holds; without it, this must be the only controller
     #[arg(long, value_name = "NAMESPACE/NAME", env = "PORTPOOL_LEASE")]
     pub lease: Option<String>,
 
-    /// Pools that are reconciled at the same time, per watched namespace
+    /// Number of pools that are reconciled at the same time, per watched namespace
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub concurrency: u16,
 
-    /// Seconds after which a pool's pods are listed afresh, whatever the watches have told
+    /// Interval in seconds at which the pods of a pool are listed, whatever the watches show
     #[arg(long, value_name = "SECONDS", default_value_t = 300)]
     pub resync_seconds: u64,
 
-    /// Where /livez, /readyz and /metrics are served
+    /// Address that serves /livez, /readyz and /metrics
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7702")]
     pub admin: SocketAddr,
 }
 
-/// Why the controller could not run, or had to stop.
+/// Why the controller could not start, or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// There is no cluster to be found.
+    /// No cluster was found.
     #[error("failed to find the cluster: {0}; set KUBECONFIG, or run in a pod")]
     Cluster(#[source] kube::Error),
-    /// The cluster does not know ProcessingPools.
+    /// The cluster has no definition of ProcessingPools.
     #[error(
         "the cluster has no ProcessingPool resource; install it: portpool crd | kubectl apply -f -"
     )]
     NoResource,
-    /// The cluster refuses to tell of ProcessingPools.
+    /// The cluster refuses to list ProcessingPools.
     #[error("failed to list ProcessingPools: {0}")]
     List(#[source] kube::Error),
-    /// The lease's name is wrong.
+    /// The name of the lease is malformed.
     #[error("--lease {0:?} is not NAMESPACE/NAME")]
     LeaseName(String),
-    /// The lease cannot be had.
+    /// The lease cannot be read or written.
     #[error("failed to use the lease: {0}")]
     Lease(#[from] kube_lease_manager::LeaseManagerError),
     /// Another controller has taken over.
-    #[error("the lease was lost to another controller; this one ends, so that it starts afresh")]
+    #[error("the lease was lost to another controller; this one exits, so that it is restarted")]
     LeaseLost,
     /// The admin port could not be served.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
 }
 
-/// Runs the controller until `shutdown`: reconciles under way are finished,
-/// and the lease is given back.
+/// Runs the controller until `shutdown`. It then finishes the reconciles under way
+/// and releases the lease.
 ///
 /// # Errors
-/// [`Error`].
+/// The cluster or the admin port cannot be used, or the lease was lost.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
     let client = follow::cluster().await.map_err(Error::Cluster)?;
     check_resource(&client, &options).await?;
@@ -184,9 +187,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     result
 }
 
-/// Whether ProcessingPools can be listed. Where there are several namespaces,
-/// one is enough: a namespace that is gone takes its rights along, and must not
-/// keep the others from being looked after.
+/// Checks that ProcessingPools can be listed. Of several namespaces, one suffices:
+/// the rights in a deleted namespace are gone with it, and the pools of the other
+/// namespaces must still be reconciled.
 async fn check_resource(client: &Client, options: &Options) -> Result<(), Error> {
     let mut failed = None;
     for scope in scopes(options) {
@@ -195,7 +198,7 @@ async fn check_resource(client: &Client, options: &Options) -> Result<(), Error>
             Err(kube::Error::Api(status)) if status.is_not_found() => {
                 return Err(Error::NoResource);
             }
-            // Watching goes on trying where nobody has answered.
+            // Where the API server has not answered, the watches keep trying.
             Ok(_) | Err(kube::Error::Service(_) | kube::Error::HyperError(_)) => return Ok(()),
             Err(error) => {
                 warn!(namespace = scope, %error, "failed to list ProcessingPools");
@@ -206,7 +209,7 @@ async fn check_resource(client: &Client, options: &Options) -> Result<(), Error>
     failed.map_or(Ok(()), |error| Err(Error::List(error)))
 }
 
-/// The namespaces that are watched, or all.
+/// The namespaces that are watched; `None` stands for all.
 fn scopes(options: &Options) -> Vec<Option<String>> {
     match options.namespaces.as_slice() {
         [] => vec![None],
@@ -229,7 +232,7 @@ async fn serve_admin(
     let listener = admin::bind(address).await?;
     let state = admin::AdminState {
         registry: Arc::new(registry),
-        // A controller without the lease is ready to take over.
+        // A controller that waits for the lease is ready to take over.
         ready: Box::new(|| Ok(())),
         table: Box::new(|| None),
     };
@@ -241,8 +244,8 @@ async fn serve_admin(
     Ok(())
 }
 
-/// No pause of the controller's own after an error of a watch: it would hold up
-/// all watches, and each has its own backoff.
+/// No pause of the controller's own after an error of a watch: such a pause would
+/// delay all watches, and each has its own backoff.
 struct OwnBackoff;
 
 impl Iterator for OwnBackoff {

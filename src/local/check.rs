@@ -82,7 +82,11 @@ fn programs(pool: &ValidPool) -> Vec<Problem> {
         uid: String::new(),
         address: server_address(Slot(0)),
     };
-    let processes = match container::processes(&pool.template, &pod) {
+    let processes = match &pool.template {
+        Ok(template) => container::processes(template, &pod),
+        Err(problem) => Err(vec![problem.clone()]),
+    };
+    let processes = match processes {
         Ok(processes) => processes,
         Err(problems) => return problems,
     };

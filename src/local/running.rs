@@ -195,7 +195,7 @@ impl Running {
 
     fn observe(&mut self, state: Option<&PoolState>) -> Vec<ObservedServer> {
         self.servers.retain(|_, server| !server.has_stopped());
-        let template = &self.pool.template;
+        let template = self.pool.template.as_ref();
         let observed = self.servers.iter().map(|(&slot, server)| {
             let reported =
                 state.and_then(|state| state.servers.iter().find(|reported| reported.slot == slot));
@@ -204,7 +204,7 @@ impl Running {
                 uid: server.uid.clone(),
                 address: (!server.is_stopping()).then_some(server.address),
                 is_ready: reported.is_some_and(|reported| reported.attached),
-                is_outdated: server.template != *template,
+                is_outdated: template != Ok(&server.template),
                 is_stopping: server.is_stopping(),
                 sessions: reported.map(|reported| reported.sessions),
                 ..ObservedServer::default()
@@ -230,7 +230,7 @@ impl Running {
             if let Some(server) = self.servers.get_mut(&slot)
                 && server.stop()
             {
-                let reason = match server.template == self.pool.template {
+                let reason = match self.pool.template.as_ref() == Ok(&server.template) {
                     true => "stops",
                     false => "is replaced: the template has changed",
                 };

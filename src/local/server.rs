@@ -22,7 +22,7 @@ pub(super) struct Context<'a> {
     pub(super) binary: &'a Path,
     pub(super) folder: &'a Path,
     pub(super) table_file: &'a Path,
-    pub(super) template: &'a PodTemplateSpec,
+    pub(super) template: &'a Result<PodTemplateSpec, Problem>,
     pub(super) drain_seconds: u64,
     pub(super) role_log: &'a str,
     pub(super) events: &'a Events,
@@ -54,7 +54,11 @@ impl Server {
             uid: uid.clone(),
             address,
         };
-        let containers = container::processes(context.template, &pod)?;
+        let template = context
+            .template
+            .as_ref()
+            .map_err(|problem| vec![problem.clone()])?;
+        let containers = container::processes(template, &pod)?;
         let start =
             |program| Supervised::start(context.binary.to_owned(), program, context.events.clone());
         let containers = containers.into_iter().map(|container| {
@@ -93,7 +97,7 @@ impl Server {
             name,
             uid,
             address,
-            template: context.template.clone(),
+            template: template.clone(),
             is_ready: false,
             running: Some((agent, containers)),
             stopping: None,

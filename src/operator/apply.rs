@@ -1,126 +1,132 @@
-//! Carries a plan out: the table, then everything else; which template may be
-//! tried.
+//! The steps validate and apply: asks the API server about the template, and
+//! carries a plan out, the table first.
 
 use serde_json::Value;
 use tracing::info;
 
-use super::observe::Observation;
-use super::reconcile::Context;
-use super::write::{Error, Writer};
-use crate::plan::objects::{self, Owner};
+use super::context::Reconcile;
+use super::observation::Observation;
+use super::requests::{Error, PodToDelete};
+use crate::plan::objects;
 use crate::plan::{Plan, server_name};
 use crate::table::{Slot, Table};
 
-/// Asks the API server about a template of which no pod exists yet, before
-/// anything is given up for it.
-pub(super) async fn check_template(
-    writer: &Writer<'_>,
-    owner: Owner<'_>,
-    hash: &str,
-    observation: &Observation,
-    context: &Context,
-) -> Result<(), Error> {
-    if let Some(problem) = &owner.pool.template_problem {
-        return Err(Error::Template(problem.clone()));
-    }
-    let is_known = observation.servers.iter().any(|server| !server.is_outdated);
-    let is_checked = context.memory.with(owner.uid, |memory| {
-        memory.checked_template.as_deref() == Some(hash)
-    });
-    if is_known || is_checked {
-        return Ok(());
-    }
-    writer
-        .check_pod(objects::pod(owner, &context.settings, Slot(0)))
-        .await?;
-    context.memory.with(owner.uid, |memory| {
-        memory.checked_template = Some(hash.to_owned())
-    });
-    Ok(())
+/// What became of a plan.
+pub(super) struct Applied {
+    /// The table that is published now, if any.
+    pub(super) table: Option<Table>,
+    /// Whether the Deployment was changed: what was observed of it is outdated.
+    pub(super) has_changed_deployment: bool,
+    /// Everything that failed.
+    pub(super) errors: Vec<Error>,
 }
 
-/// Carries the plan out: the table first, pods last. The table in force then,
-/// and what did not work.
-pub(super) async fn apply(
-    writer: &Writer<'_>,
-    owner: Owner<'_>,
-    plan: Plan,
-    observation: &mut Observation,
-    context: &Context,
-) -> (Option<Table>, Vec<Error>) {
-    let Plan { table, start, stop } = plan;
-    if let Err(error) = write_table(writer, owner, observation, &table, context).await {
-        // Nothing else goes ahead of it.
-        return (observation.table.table.clone(), vec![error]);
-    }
-    let desired = objects::objects(owner, &table, &context.settings);
-    let starting = table.rows.iter().filter(|row| start.contains(&row.slot));
-    let pods = objects::pods(owner, &context.settings, starting);
-    // Neither waits for the other: a pod needs its row only.
-    let ((changed, mut errors), failed) = futures::join!(
-        apply_objects(writer, owner, &desired),
-        writer.create_pods(pods)
-    );
-    errors.extend(failed);
-    if changed.contains(&"Deployment") {
-        // What was observed of it is about a former one.
-        observation.deployment.is_current = false;
-    }
-    let uid_of = |slot: &Slot| {
-        let mut servers = observation.servers.iter();
-        let server = servers.find(|server| server.slot == *slot)?;
-        Some((server_name(&owner.pool.name, *slot), server.uid.clone()))
-    };
-    let stopped: Vec<_> = stop.iter().filter_map(uid_of).collect();
-    errors.extend(writer.delete_pods(&stopped).await);
-    if !start.is_empty() || !stop.is_empty() {
-        info!(?start, ?stop, errors = errors.len(), "pods changed");
-    }
-    (Some(table), errors)
+/// What became of the objects beside the table and the pods.
+#[derive(Default)]
+struct AppliedObjects {
+    has_changed_deployment: bool,
+    errors: Vec<Error>,
 }
 
-/// Writes `table` where it is not what is there, and remembers it.
-async fn write_table(
-    writer: &Writer<'_>,
-    owner: Owner<'_>,
-    observation: &Observation,
-    table: &Table,
-    context: &Context,
-) -> Result<(), Error> {
-    let text = table.encode()?;
-    let observed = &observation.table;
-    let mut version = None;
-    if observed.text.as_ref() != Some(&text) || observed.table.is_none() {
-        let replaced = observed.resource_version.as_deref();
-        let map = objects::config_map(owner, &text, replaced);
-        let written = writer.apply(&map).await?;
-        version = written.and_then(|version| version.parse().ok());
-        let (generation, servers) = (table.generation, table.rows.len());
-        info!(generation, servers, "table written");
+impl Reconcile<'_> {
+    /// Asks the API server whether it accepts a pod of the template, unless a
+    /// pod of it exists. Needs the client, for a dry run; changes nothing.
+    ///
+    /// # Errors
+    /// Why no pod can be created of the template. No server is given up for it.
+    pub(super) async fn validate(&self, observation: &Observation) -> Result<(), Error> {
+        if let Err(problem) = &self.owner.pool.template {
+            return Err(Error::Template(problem.clone()));
+        }
+        let (memory, hash) = (&self.context.memory, &self.template_hash);
+        let is_known = observation.servers.iter().any(|server| !server.is_outdated);
+        let is_checked = memory.with(self.owner.uid, |memory| {
+            memory.checked_template.as_ref() == Some(hash)
+        });
+        if is_known || is_checked {
+            return Ok(());
+        }
+        let pod = objects::pod(self.owner, &self.context.settings, Slot(0));
+        self.check_pod(pod).await?;
+        memory.with(self.owner.uid, |memory| {
+            memory.checked_template = Some(hash.clone());
+        });
+        Ok(())
     }
-    context.memory.with(owner.uid, |memory| {
-        memory.table_version = version.unwrap_or(memory.table_version);
-        memory.table = Some(table.clone());
-    });
-    Ok(())
-}
 
-/// Applies what is desired beside the table and the pods, one object after
-/// another, and removes what is no longer. The kinds that were changed, and
-/// what did not work.
-async fn apply_objects<'a>(
-    writer: &Writer<'_>,
-    owner: Owner<'_>,
-    desired: &'a [Value],
-) -> (Vec<&'a str>, Vec<Error>) {
-    let (mut changed, mut errors) = (Vec::new(), Vec::new());
-    for object in desired {
-        match writer.apply(object).await {
-            Ok(Some(_)) => changed.extend(object["kind"].as_str()),
-            Ok(None) => {}
-            Err(error) => errors.push(error),
+    /// Carries `plan` out: the table first, other objects beside new pods, then
+    /// the removal of pods. Needs the client.
+    pub(super) async fn apply(&self, plan: Plan, observation: &Observation) -> Applied {
+        let Plan { table, start, stop } = plan;
+        if let Err(error) = self.apply_table(observation, &table).await {
+            // Nothing else may go ahead of the table.
+            return Applied {
+                table: observation.table.table.clone(),
+                has_changed_deployment: false,
+                errors: vec![error],
+            };
+        }
+        let settings = &self.context.settings;
+        let desired = objects::objects(self.owner, &table, settings);
+        let starting = table.rows.iter().filter(|row| start.contains(&row.slot));
+        let pods = objects::pods(self.owner, settings, starting);
+        // Neither waits for the other: a pod needs its row only.
+        let (objects, failed) =
+            futures::join!(self.apply_objects(&desired), self.create_pods(pods));
+        let mut errors = objects.errors;
+        errors.extend(failed);
+        let to_delete = |slot: &Slot| {
+            let mut servers = observation.servers.iter();
+            let server = servers.find(|server| server.slot == *slot)?;
+            Some(PodToDelete {
+                name: server_name(&self.owner.pool.name, *slot),
+                uid: server.uid.clone(),
+            })
+        };
+        let stopped: Vec<_> = stop.iter().filter_map(to_delete).collect();
+        errors.extend(self.delete_pods(&stopped).await);
+        if !start.is_empty() || !stop.is_empty() {
+            info!(?start, ?stop, errors = errors.len(), "pods changed");
+        }
+        Applied {
+            table: Some(table),
+            has_changed_deployment: objects.has_changed_deployment,
+            errors,
         }
     }
-    errors.extend(writer.prune(&owner.pool.name, desired).await.err());
-    (changed, errors)
+
+    /// Writes `table` unless it is published already, and remembers it.
+    async fn apply_table(&self, observation: &Observation, table: &Table) -> Result<(), Error> {
+        let text = table.encode()?;
+        let observed = &observation.table;
+        let mut version = None;
+        if observed.text.as_ref() != Some(&text) || observed.table.is_none() {
+            let replaced = observed.resource_version.as_deref();
+            let map = objects::config_map(self.owner, &text, replaced);
+            let written = self.apply_object(&map).await?;
+            version = written.and_then(|version| version.parse().ok());
+            let (generation, servers) = (table.generation, table.rows.len());
+            info!(generation, servers, "table written");
+        }
+        self.context.memory.with(self.owner.uid, |memory| {
+            memory.table_version = version.unwrap_or(memory.table_version);
+            memory.table = Some(table.clone());
+        });
+        Ok(())
+    }
+
+    /// Applies `desired`, all objects beside the table and the pods, one after
+    /// another, and removes those that are no longer desired.
+    async fn apply_objects(&self, desired: &[Value]) -> AppliedObjects {
+        let mut applied = AppliedObjects::default();
+        for object in desired {
+            match self.apply_object(object).await {
+                Ok(Some(_)) => applied.has_changed_deployment |= object["kind"] == "Deployment",
+                Ok(None) => {}
+                Err(error) => applied.errors.push(error),
+            }
+        }
+        applied.errors.extend(self.prune(desired).await.err());
+        applied
+    }
 }

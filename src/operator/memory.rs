@@ -1,5 +1,5 @@
-//! What the controller remembers of pools: it saves work and covers the time
-//! until a watch tells of a write. Nothing depends on it.
+//! What the controller remembers of pools. It saves work, and it covers the time
+//! until a watch shows a write. No decision needs it to be right or complete.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -7,38 +7,38 @@ use std::time::{Duration, Instant};
 use kube::runtime::reflector::Store;
 use parking_lot::Mutex;
 
-use super::observe::Observation;
+use super::observation::Observation;
 use crate::pool::ProcessingPool;
 use crate::table::Table;
 
-/// How often in a row a watch that does not show all pods yet is waited for.
+/// Longest run of waits for a watch that does not show all pods yet.
 const MOST_WAITS: u32 = 10;
 
 /// What is remembered of a pool.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OfPool {
-    /// The table as last written, to restore it when somebody changes it, and
-    /// to go on before the watch has told of the write.
+    /// The table that was written last: to restore it when someone changes it, and
+    /// to continue it before the watch shows the write.
     pub(super) table: Option<Table>,
-    /// Version of the ConfigMap with it.
+    /// Version of the ConfigMap with that table.
     pub(super) table_version: u64,
-    /// Uids of pods that the watch still shows, but the last listing did not.
-    ghosts: HashSet<String>,
+    /// Uids of pods that the watch still showed when a listing did not.
+    deleted_pods: HashSet<String>,
     /// The template that the API server has accepted.
     pub(super) checked_template: Option<String>,
-    /// Errors in a row.
+    /// Number of errors in a row.
     pub(super) failures: u32,
-    /// When its pods were last listed afresh.
+    /// Time of the last listing of the pool's pods.
     listed: Option<Instant>,
-    /// How often in a row the watch was waited for.
+    /// Number of waits for the watch in a row.
     waits: u32,
 }
 
-/// What is remembered, by the pools' uid.
+/// What is remembered of all pools, by their uid.
 #[derive(Debug)]
 pub(super) struct Memory {
     of_pools: Mutex<HashMap<String, OfPool>>,
-    /// How often a pool's pods are listed afresh.
+    /// Interval at which a pool's pods are listed, whatever the watches show.
     resync: Duration,
 }
 
@@ -58,17 +58,17 @@ impl Memory {
         self.of_pools.lock().remove(uid);
     }
 
-    /// Looks at or changes what is remembered of the pool with `uid`.
+    /// Reads or changes what is remembered of the pool with `uid`.
     pub(super) fn with<T>(&self, uid: &str, change: impl FnOnce(&mut OfPool) -> T) -> T {
         change(self.of_pools.lock().entry(uid.to_owned()).or_default())
     }
 
-    /// Puts right what the watches do not know yet, or will never.
+    /// Corrects what the watches do not show yet, or will never show.
     pub(super) fn correct(&self, uid: &str, observation: &mut Observation) {
         self.with(uid, |memory| {
             observation
                 .servers
-                .retain(|server| !memory.ghosts.contains(&server.uid));
+                .retain(|server| !memory.deleted_pods.contains(&server.uid));
             let table = &mut observation.table;
             // Versions are numbers that grow, since Kubernetes 1.35 by contract.
             let version = table
@@ -86,14 +86,14 @@ impl Memory {
         });
     }
 
-    /// Whether the pool's pods are to be listed afresh now: at first, and then
-    /// every now and then.
+    /// Whether the pool's pods must be listed now: at first, and then at every
+    /// resync.
     pub(super) fn is_due_for_listing(&self, uid: &str) -> bool {
         let listed = self.with(uid, |memory| memory.listed);
         listed.is_none_or(|listed| listed.elapsed() >= self.resync)
     }
 
-    /// Forgets pools that are gone; a deletion triggers no reconcile.
+    /// Forgets deleted pools, because a deletion triggers no reconcile.
     pub(super) fn forget_deleted(&self, pools: &Store<ProcessingPool>) {
         let pools = pools.state();
         let uids: HashSet<&str> = pools
@@ -105,9 +105,9 @@ impl Memory {
             .retain(|uid, _| uids.contains(uid.as_str()));
     }
 
-    /// Compares what the watch shows with `pods`, the uids just listed. Whether
-    /// the watch is behind, so that it should be waited for.
-    pub(super) fn is_behind(
+    /// Compares what the watch shows with `pods`, the uids that were just listed.
+    /// Returns whether the watch is behind, so that the caller should wait for it.
+    pub(super) fn compare_listing(
         &self,
         uid: &str,
         observation: &Observation,
@@ -124,7 +124,7 @@ impl Memory {
             memory.waits = 0;
             memory.listed = Some(Instant::now());
             let gone = shown.into_iter().filter(|pod| !pods.contains(*pod));
-            memory.ghosts = gone.cloned().collect();
+            memory.deleted_pods = gone.cloned().collect();
             false
         })
     }

@@ -1,5 +1,4 @@
-//! What a pool's resource tells about it: counts, conditions, and one plain
-//! sentence.
+//! The status of a pool's resource: counts, conditions, and one plain sentence.
 //!
 //! Conditions follow the Kubernetes API conventions: each has the generation
 //! that it is about, and its time changes only with its status.
@@ -15,14 +14,14 @@ use crate::table::{RowState, Slot, Table};
 /// Something that keeps a pool from being as its spec says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Blocker {
-    /// Why, as one CamelCase word.
+    /// The reason as one CamelCase word.
     pub reason: &'static str,
-    /// The same as a sentence that names the object and the remedy.
+    /// The reason as a sentence that names the object and the remedy.
     pub message: String,
 }
 
 impl Blocker {
-    /// A blocker.
+    /// The blocker with `reason`, explained by `message`.
     pub fn new(reason: &'static str, message: impl Into<String>) -> Self {
         Self {
             reason,
@@ -30,151 +29,176 @@ impl Blocker {
         }
     }
 
-    /// A spec that cannot be planned.
+    /// The blocker of a spec that cannot be planned, because of `problems`.
     #[must_use]
     pub fn invalid(problems: &[Problem]) -> Self {
         let problems = problems.iter();
-        let told = problems.map(|problem| format!("{}: {}", problem.path, problem.message));
-        Self::new("InvalidSpec", told.collect::<Vec<_>>().join("; "))
+        let listed = problems.map(|problem| format!("{}: {}", problem.path, problem.message));
+        Self::new("InvalidSpec", listed.collect::<Vec<_>>().join("; "))
     }
 }
 
 /// The connection server's Deployment, as observed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ObservedDeployment {
-    /// Connection servers that serve.
+    /// Number of connection servers that serve.
     pub available: i32,
-    /// Whether all of them are of the present spec.
+    /// Whether all connection servers were created from the present spec.
     pub is_current: bool,
 }
 
-/// Live numbers, as a connection server tells.
+/// Live numbers, as a connection server reports them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Live {
-    /// Sessions.
+pub struct LiveNumbers {
+    /// Number of live sessions.
     pub sessions: u32,
-    /// Ports that a request could get.
+    /// Number of ports that a request could get.
     pub free_ports: u32,
 }
 
-/// What a status is made from.
+/// What a status is derived from.
 #[derive(Clone, Debug)]
-pub struct Facts<'a> {
-    /// The resource's name and generation.
+pub struct StatusInput<'a> {
+    /// Name of the resource.
     pub name: &'a str,
-    /// Generation of the spec that was looked at.
+    /// Generation of the spec that the status is about.
     pub generation: i64,
     /// The pool, unless its spec is wrong.
     pub pool: Option<&'a ValidPool>,
-    /// The table in force.
+    /// The table that is published, if any.
     pub table: Option<&'a Table>,
     /// The processing servers.
     pub servers: &'a [ObservedServer],
-    /// The connection server.
+    /// The Deployment of the connection servers.
     pub deployment: ObservedDeployment,
     /// Live numbers, when known.
-    pub live: Option<Live>,
-    /// Where requests go, once known.
+    pub live: Option<LiveNumbers>,
+    /// The address that requests go to, once known.
     pub address: Option<String>,
-    /// What is in the way, the most important first.
+    /// What is in the way of the pool, the most important first.
     pub blockers: &'a [Blocker],
 }
 
-/// The status that tells `facts`. `former`: the last one, whose times are kept
-/// where nothing has changed.
+/// The content of a condition, without its generation and time.
+struct Statement {
+    kind: &'static str,
+    holds: bool,
+    reason: &'static str,
+    message: String,
+}
+
+/// The status that `input` leads to. `former` is the last status: its times are
+/// kept where nothing has changed.
 #[must_use]
 pub fn status(
-    facts: &Facts<'_>,
+    input: &StatusInput<'_>,
     former: Option<&ProcessingPoolStatus>,
     now: Timestamp,
 ) -> ProcessingPoolStatus {
-    let count = |number: usize| i32::try_from(number).unwrap_or(i32::MAX);
-    let ready = facts
-        .servers
-        .iter()
-        .filter(|server| server.is_ready)
-        .count();
-    let missing = missing(facts);
-    let is_ready = facts.blockers.is_empty() && missing.is_none();
-    let (reason, message) = match (facts.blockers.first(), &missing) {
-        (Some(blocker), _) => (blocker.reason, blocker.message.clone()),
-        (None, Some(missing)) => (missing.reason, missing.message.clone()),
-        (None, None) => (
-            "Complete",
-            format!("all {ready} processing servers are ready"),
-        ),
-    };
-    let progressing = match (&missing, facts.blockers.is_empty()) {
-        (Some(missing), true) => (true, missing.reason, missing.message.clone()),
-        _ => (false, reason, message.clone()),
-    };
-    let degraded = match facts.blockers.first() {
-        Some(blocker) => (true, blocker.reason, blocker.message.clone()),
-        None => (false, "AsExpected", String::new()),
-    };
-    let available = match facts.deployment.available {
-        0 => (
-            false,
-            "NotAvailable",
-            "no connection server is ready".to_owned(),
-        ),
-        servers => (
-            true,
-            "Available",
-            format!("{servers} connection servers are ready"),
-        ),
-    };
-    let conditions = [
-        ("Ready", (is_ready, reason, message.clone())),
-        ("Progressing", progressing),
-        ("Degraded", degraded),
-        ("ConnectionServerAvailable", available),
-    ];
-    let conditions = conditions
+    let statements = statements(input);
+    let message = statements[0].message.clone();
+    let conditions = statements
         .into_iter()
-        .map(|(kind, (holds, reason, message))| {
-            let status = if holds { "True" } else { "False" };
-            let last =
-                former.and_then(|status| status.conditions.iter().find(|last| last.type_ == kind));
-            let unchanged = last.filter(|last| last.status == status);
-            Condition {
-                type_: kind.to_owned(),
-                status: status.to_owned(),
-                reason: reason.to_owned(),
-                message,
-                observed_generation: Some(facts.generation),
-                last_transition_time: unchanged
-                    .map_or(Time(now), |last| last.last_transition_time.clone()),
-            }
-        });
-    let table = facts.table;
+        .map(|statement| condition(statement, input.generation, former, now));
+    let table_generation = match input.table {
+        Some(table) => i64::try_from(table.generation).unwrap_or(i64::MAX),
+        None => former.map_or(0, |status| status.table_generation),
+    };
     let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
     ProcessingPoolStatus {
-        observed_generation: facts.generation,
-        replicas: count(facts.servers.len()),
-        ready_replicas: count(ready),
+        observed_generation: input.generation,
+        replicas: count(input.servers.len()),
+        ready_replicas: count(ready(input.servers)),
         selector: format!(
             "{POOL_LABEL}={},{COMPONENT_LABEL}={PROCESSING_SERVER}",
-            facts.name
+            input.name
         ),
-        ports: count(table.map_or(0, Table::connection_port_count)),
-        table_generation: table.map_or(
-            former.map_or(0, |status| status.table_generation),
-            |table| i64::try_from(table.generation).unwrap_or(i64::MAX),
-        ),
-        sessions: facts.live.map(|live| number(live.sessions)),
-        free_ports: facts.live.map(|live| number(live.free_ports)),
-        address: facts.address.clone(),
+        ports: count(input.table.map_or(0, Table::connection_port_count)),
+        table_generation,
+        sessions: input.live.map(|live| number(live.sessions)),
+        free_ports: input.live.map(|live| number(live.free_ports)),
+        address: input.address.clone(),
         message,
         conditions: conditions.collect(),
     }
 }
 
-/// What is still to come, if anything.
-fn missing(facts: &Facts<'_>) -> Option<Blocker> {
-    let (pool, table) = (facts.pool?, facts.table?);
+fn count(number: usize) -> i32 {
+    i32::try_from(number).unwrap_or(i32::MAX)
+}
+
+/// Number of servers that are ready.
+fn ready(servers: &[ObservedServer]) -> usize {
+    servers.iter().filter(|server| server.is_ready).count()
+}
+
+/// The four conditions. The message of the first one, Ready, sums the pool up.
+fn statements(input: &StatusInput<'_>) -> [Statement; 4] {
+    let blocker = input.blockers.first();
+    let missing = missing(input);
+    let is_missing = missing.is_some();
+    let summary = blocker.cloned().or(missing).unwrap_or_else(|| {
+        let ready = ready(input.servers);
+        Blocker::new(
+            "Complete",
+            format!("all {ready} processing servers are ready"),
+        )
+    });
+    let degraded = blocker
+        .cloned()
+        .unwrap_or_else(|| Blocker::new("AsExpected", ""));
+    let available = match input.deployment.available {
+        0 => Blocker::new("NotAvailable", "no connection server is ready"),
+        servers => Blocker::new(
+            "Available",
+            format!("{servers} connection servers are ready"),
+        ),
+    };
+    let statement = |kind, holds, Blocker { reason, message }| Statement {
+        kind,
+        holds,
+        reason,
+        message,
+    };
+    [
+        statement("Ready", blocker.is_none() && !is_missing, summary.clone()),
+        statement("Progressing", blocker.is_none() && is_missing, summary),
+        statement("Degraded", blocker.is_some(), degraded),
+        statement(
+            "ConnectionServerAvailable",
+            input.deployment.available > 0,
+            available,
+        ),
+    ]
+}
+
+/// The condition that makes `statement`. It keeps its time while its status is
+/// that in `former`.
+fn condition(
+    statement: Statement,
+    generation: i64,
+    former: Option<&ProcessingPoolStatus>,
+    now: Timestamp,
+) -> Condition {
+    let status = if statement.holds { "True" } else { "False" };
+    let mut known = former.iter().flat_map(|status| &status.conditions);
+    let last = known.find(|last| last.type_ == statement.kind);
+    let unchanged = last.filter(|last| last.status == status);
+    Condition {
+        type_: statement.kind.to_owned(),
+        status: status.to_owned(),
+        reason: statement.reason.to_owned(),
+        message: statement.message,
+        observed_generation: Some(generation),
+        last_transition_time: unchanged.map_or(Time(now), |last| last.last_transition_time.clone()),
+    }
+}
+
+/// What the pool waits for, if anything.
+fn missing(input: &StatusInput<'_>) -> Option<Blocker> {
+    let (pool, table) = (input.pool?, input.table?);
     let of = |state: RowState| table.rows.iter().filter(move |row| row.state == state);
-    let server = |slot: Slot| facts.servers.iter().find(|server| server.slot == slot);
+    let server = |slot: Slot| input.servers.iter().find(|server| server.slot == slot);
     let wanted = pool.replicas as usize;
     let up = of(RowState::Active).filter(|row| {
         server(row.slot).is_some_and(|server| {
@@ -190,12 +214,12 @@ fn missing(facts: &Facts<'_>) -> Option<Blocker> {
         return Some(Blocker::new("ServersNotReady", message));
     }
     let draining = of(RowState::Draining).count();
-    let leaving = facts.servers.len().saturating_sub(wanted).max(draining);
+    let leaving = input.servers.len().saturating_sub(wanted).max(draining);
     if leaving > 0 {
         let message = format!("{leaving} processing servers drain or end");
         return Some(Blocker::new("ServersLeaving", message));
     }
-    if pool.exposure == Exposure::LoadBalancer && facts.address.is_none() {
+    if pool.exposure == Exposure::LoadBalancer && input.address.is_none() {
         let message = format!(
             "the load balancer of service {} has no address yet",
             pool.name
@@ -203,7 +227,7 @@ fn missing(facts: &Facts<'_>) -> Option<Blocker> {
         return Some(Blocker::new("AddressPending", message));
     }
     let servers = i32::try_from(pool.connection_servers).unwrap_or(i32::MAX);
-    let deployment = facts.deployment;
+    let deployment = input.deployment;
     if deployment.available < servers || !deployment.is_current {
         let message = format!(
             "{} of {servers} connection servers are ready",

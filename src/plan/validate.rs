@@ -57,12 +57,10 @@ pub struct ValidPool {
     pub drain_limit: Duration,
     /// How clients outside the pod network reach the connection server.
     pub exposure: Exposure,
-    /// The processing server's pod, as far as this program knows pods; empty
-    /// where there is a [`Self::template_problem`].
-    pub template: PodTemplateSpec,
-    /// Why no pod can be made of the template. What runs can be planned
-    /// without it, so that a wrong template does not leave a pool alone.
-    pub template_problem: Option<Problem>,
+    /// The processing server's pod as far as this program knows pods, or why no
+    /// pod can be created of the template. Running servers are planned without
+    /// it, so that a pool with a wrong template is still looked after.
+    pub template: Result<PodTemplateSpec, Problem>,
     /// The template as it was written.
     pub raw_template: PodTemplate,
 }
@@ -206,13 +204,8 @@ impl ValidPool {
         if !problems.is_empty() {
             return Err(problems);
         }
-        let (template, template_problem) = match serde_json::from_value(spec.template.0.clone()) {
-            Ok(template) => (template, None),
-            Err(error) => {
-                let problem = Problem::new("spec.template", error.to_string());
-                (PodTemplateSpec::default(), Some(problem))
-            }
-        };
+        let template = serde_json::from_value(spec.template.0.clone())
+            .map_err(|error| Problem::new("spec.template", error.to_string()));
         Ok(Self {
             name: pool.name_any(),
             replicas,
@@ -226,7 +219,6 @@ impl ValidPool {
             drain_limit: Duration::from_secs(drain_seconds.into()),
             exposure: server.exposure,
             template,
-            template_problem,
             raw_template: spec.template.clone(),
         })
     }

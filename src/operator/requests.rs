@@ -1,4 +1,5 @@
-//! Writes to the API server. Each is safe to repeat, and to lose the reply of.
+//! Requests to the API server about a pool: writes, and reads that the watches
+//! cannot answer. Each is safe to repeat, also when its reply was lost.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -7,23 +8,24 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use http::{Request, header};
 use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, ResourceExt};
 use serde_json::Value;
 
-use super::metrics::Metrics;
-use super::stores::{Stores, is_owned, resource};
+use super::context::Reconcile;
+use super::stores::{is_owned, resource};
 use crate::plan::objects::{
     COMPONENT_LABEL, MANAGED_BY, MANAGER, POOL_LABEL, PROCESSING_SERVER, covers,
 };
 use crate::plan::status::Blocker;
+use crate::pool::ProcessingPool;
 
 /// Pods that are created or deleted at the same time.
 const PODS_AT_ONCE: usize = 48;
 
-/// Asks for the metadata of what was written.
+/// Media type of an answer that has only the metadata of the written object.
 const METADATA_ONLY: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
 
-/// Why a write has failed.
+/// Why a request has failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Error {
     /// The API server's answer.
@@ -33,13 +35,13 @@ pub(super) enum Error {
         object: String,
         source: kube::Error,
     },
-    /// The name belongs to somebody else.
-    #[error("{0} exists and belongs to somebody else: remove it, or give the pool another name")]
+    /// The name belongs to someone else.
+    #[error("{0} exists and belongs to someone else: remove it, or give the pool another name")]
     NameTaken(String),
-    /// A pod of ours that the watches do not show.
+    /// A pod of the pool that the watches do not show.
     #[error("{0} has lost the labels that portpool put on it: put them back, or delete it")]
     LabelsLost(String),
-    /// No pod can be made of the template.
+    /// No pod can be created of the template.
     #[error("{}: {}", .0.path, .0.message)]
     Template(crate::plan::Problem),
     /// The table does not encode.
@@ -48,7 +50,8 @@ pub(super) enum Error {
 }
 
 impl Error {
-    /// What the user can do something about; `None` for what passes by itself.
+    /// The error as something that the user must act upon; `None` when it may
+    /// pass by itself.
     pub(super) fn blocker(&self) -> Option<Blocker> {
         let reason = match self {
             Self::NameTaken(_) => "NameTaken",
@@ -77,23 +80,24 @@ fn words(error: &kube::Error) -> String {
     }
 }
 
-/// What writes need.
-pub(super) struct Writer<'a> {
-    pub(super) client: &'a Client,
-    pub(super) stores: &'a Stores,
-    pub(super) metrics: &'a Metrics,
-    pub(super) namespace: &'a str,
-    /// Of the pool that owns what is written.
-    pub(super) uid: &'a str,
+/// A pod to delete. Another pod of the same name stays.
+pub(super) struct PodToDelete {
+    pub(super) name: String,
+    pub(super) uid: String,
 }
 
-impl Writer<'_> {
+impl Reconcile<'_> {
     fn api(&self, kind: &str) -> Api<DynamicObject> {
-        Api::namespaced_with(self.client.clone(), self.namespace, &resource(kind))
+        Api::namespaced_with(
+            self.context.client.clone(),
+            self.owner.namespace,
+            &resource(kind),
+        )
     }
 
-    fn called(&self, kind: &str, name: &str) -> String {
-        format!("{kind} {}/{name}", self.namespace)
+    /// The object in messages.
+    fn describe(&self, kind: &str, name: &str) -> String {
+        format!("{kind} {}/{name}", self.owner.namespace)
     }
 
     fn failed(
@@ -102,7 +106,7 @@ impl Writer<'_> {
         kind: &str,
         name: &str,
     ) -> impl FnOnce(kube::Error) -> Error {
-        let object = self.called(kind, name);
+        let object = self.describe(kind, name);
         move |source| Error::Api {
             action,
             object,
@@ -110,14 +114,14 @@ impl Writer<'_> {
         }
     }
 
-    /// Applies `desired` unless that is how things are. The version that it
-    /// wrote, if it did.
-    pub(super) async fn apply(&self, desired: &Value) -> Result<Option<String>, Error> {
+    /// Applies `desired` unless it is there already. Returns the version that was
+    /// written, if any.
+    pub(super) async fn apply_object(&self, desired: &Value) -> Result<Option<String>, Error> {
         let (kind, name) = (of(desired, "/kind"), of(desired, "/metadata/name"));
         let api = self.api(kind);
-        let known = match self.stores.get(kind, self.namespace, name) {
+        let known = match self.context.stores.get(kind, self.owner.namespace, name) {
             Some(known) => Some(known),
-            // Absent, or without our label: perhaps a stranger's.
+            // It is absent, or it has no label of portpool: perhaps a stranger's.
             None => api
                 .get_opt(name)
                 .await
@@ -125,10 +129,10 @@ impl Writer<'_> {
                 .map(Arc::new),
         };
         if let Some(known) = known.as_deref() {
-            if !is_owned(known, self.uid) {
-                return Err(Error::NameTaken(self.called(kind, name)));
+            if !is_owned(known, self.owner.uid) {
+                return Err(Error::NameTaken(self.describe(kind, name)));
             }
-            // What is to replace a certain version was compared by the caller.
+            // The caller has compared what must replace a certain version.
             let is_decided = desired.pointer("/metadata/resourceVersion").is_some();
             let is_there = || covers(&serde_json::to_value(known).unwrap_or_default(), desired);
             if !is_decided && is_there() {
@@ -136,14 +140,14 @@ impl Writer<'_> {
             }
         }
         let parameters = PatchParams::apply(MANAGER).force().validation_strict();
-        self.metrics.wrote("apply");
+        self.context.metrics.wrote("apply");
         let applied = api.patch(name, &parameters, &Patch::Apply(desired)).await;
         applied
             .map(|applied| applied.resource_version())
             .map_err(self.failed("apply", kind, name))
     }
 
-    /// Creates pods. Those that exist already are ours, or an error.
+    /// Creates pods. One that exists already must be the pool's own.
     pub(super) async fn create_pods(&self, pods: impl Iterator<Item = Value>) -> Vec<Error> {
         each(pods.map(|pod| self.create_pod(pod))).await
     }
@@ -151,11 +155,12 @@ impl Writer<'_> {
     async fn create_pod(&self, pod: Value) -> Result<(), Error> {
         let name = of(&pod, "/metadata/name");
         let failed = || self.failed("create", "Pod", name);
-        self.metrics.wrote("create");
+        self.context.metrics.wrote("create");
         let parameters = format!("fieldManager={MANAGER}");
         match self.post_pod(&pod, &parameters).await {
             Ok(()) => Ok(()),
-            // Ours when an earlier reply was lost, or the watch is behind.
+            // It is the pool's own when an earlier reply was lost, or when the
+            // watch is behind.
             Err(kube::Error::Api(status)) if status.is_already_exists() => {
                 let is_labelled = |found: &DynamicObject| {
                     let wanted = &pod["metadata"]["labels"];
@@ -165,11 +170,11 @@ impl Writer<'_> {
                     })
                 };
                 match self.api("Pod").get_opt(name).await.map_err(failed())? {
-                    Some(found) if !is_owned(&found, self.uid) => {
-                        Err(Error::NameTaken(self.called("Pod", name)))
+                    Some(found) if !is_owned(&found, self.owner.uid) => {
+                        Err(Error::NameTaken(self.describe("Pod", name)))
                     }
                     Some(found) if !is_labelled(&found) => {
-                        Err(Error::LabelsLost(self.called("Pod", name)))
+                        Err(Error::LabelsLost(self.describe("Pod", name)))
                     }
                     _ => Ok(()),
                 }
@@ -178,8 +183,8 @@ impl Writer<'_> {
         }
     }
 
-    /// Posts `pod`. The answer has the metadata only: encoding the pod anew
-    /// would be a good part of the API server's work.
+    /// Posts `pod`. The answer has the metadata only: to encode the whole pod
+    /// again would be a good part of the API server's work.
     async fn post_pod(&self, pod: &Value, parameters: &str) -> kube::Result<()> {
         let path = format!("{}?{parameters}", self.api("Pod").resource_url());
         let request = Request::post(path)
@@ -187,25 +192,25 @@ impl Writer<'_> {
             .header(header::ACCEPT, METADATA_ONLY)
             .body(pod.to_string().into_bytes())
             .map_err(kube::Error::HttpError)?;
-        self.client.request_text(request).await.map(|_| ())
+        self.context.client.request_text(request).await.map(|_| ())
     }
 
-    /// Deletes pods by name and uid; others of the name stay.
-    pub(super) async fn delete_pods(&self, pods: &[(String, String)]) -> Vec<Error> {
-        let delete = pods.iter().map(|(name, uid)| self.delete("Pod", name, uid));
-        each(delete).await
+    /// Deletes `pods`.
+    pub(super) async fn delete_pods(&self, pods: &[PodToDelete]) -> Vec<Error> {
+        let pods = pods.iter();
+        each(pods.map(|pod| self.delete("Pod", &pod.name, &pod.uid))).await
     }
 
-    /// Deletes the object with that name and uid.
-    pub(super) async fn delete(&self, kind: &str, name: &str, uid: &str) -> Result<(), Error> {
+    /// Deletes the object of `kind` with that name and uid.
+    async fn delete(&self, kind: &str, name: &str, uid: &str) -> Result<(), Error> {
         let parameters = DeleteParams::default().preconditions(Preconditions {
             uid: Some(uid.to_owned()),
             resource_version: None,
         });
-        self.metrics.wrote("delete");
+        self.context.metrics.wrote("delete");
         match self.api(kind).delete(name, &parameters).await {
             Ok(_) => Ok(()),
-            // Gone, or already another one.
+            // It is gone, or another one has its name.
             Err(kube::Error::Api(status)) if status.is_not_found() || status.is_conflict() => {
                 Ok(())
             }
@@ -214,7 +219,8 @@ impl Writer<'_> {
     }
 
     /// The uids of the processing servers' pods, from the API server itself.
-    pub(super) async fn list_pods(&self, pool: &str) -> Result<HashSet<String>, Error> {
+    pub(super) async fn list_pods(&self) -> Result<HashSet<String>, Error> {
+        let pool = &self.owner.pool.name;
         let servers = format!(
             "{MANAGED_BY}={MANAGER},{POOL_LABEL}={pool},{COMPONENT_LABEL}={PROCESSING_SERVER}"
         );
@@ -224,13 +230,13 @@ impl Writer<'_> {
         Ok(listed
             .items
             .into_iter()
-            .filter(|pod| is_owned(pod, self.uid))
+            .filter(|pod| is_owned(pod, self.owner.uid))
             .filter_map(|pod| pod.metadata.uid)
             .collect())
     }
 
-    /// Has the API server check a pod without creating it, unknown fields
-    /// included.
+    /// Lets the API server check a pod, unknown fields included, without creating
+    /// it.
     pub(super) async fn check_pod(&self, mut pod: Value) -> Result<(), Error> {
         let name = format!("{}-check", of(&pod, "/metadata/name"));
         pod["metadata"]["name"] = name.clone().into();
@@ -238,25 +244,29 @@ impl Writer<'_> {
         match self.post_pod(&pod, &parameters).await {
             Ok(()) => Ok(()),
             Err(kube::Error::Api(status)) if status.is_already_exists() => Ok(()),
-            // Not about the template: where old pods fill the quota, one of
-            // them goes first. The API has only words for it.
+            // This is not about the template: where old pods fill the quota, one
+            // of them goes first. Only the message says so.
             Err(kube::Error::Api(status)) if status.message.contains("exceeded quota") => Ok(()),
             Err(error) => Err(self.failed("create", "Pod", &name)(error)),
         }
     }
 
-    /// Deletes the Services that the pool owns and `desired` does not have any
-    /// more, and that of the load-sharing port when it is in the way. Other
-    /// kinds are always desired: the exposure of a pool stays.
-    pub(super) async fn prune(&self, pool: &str, desired: &[Value]) -> Result<(), Error> {
-        let kind = "Service";
-        for object in self.stores.of_pool(kind, self.namespace, pool) {
+    /// Deletes the Services that the pool owns and that `desired` no longer has,
+    /// and that of the load-sharing port when it is in the way. Objects of other
+    /// kinds are always desired: the exposure of a pool cannot change.
+    pub(super) async fn prune(&self, desired: &[Value]) -> Result<(), Error> {
+        let (kind, pool) = ("Service", &self.owner.pool.name);
+        for object in self
+            .context
+            .stores
+            .of_pool(kind, self.owner.namespace, pool)
+        {
             let name = object.name_any();
             let is_desired = desired.iter().any(|desired| {
                 of(desired, "/kind") == kind && of(desired, "/metadata/name") == name
             });
-            if (!is_desired || (name == pool && is_in_the_way(&object, desired)))
-                && is_owned(object.as_ref(), self.uid)
+            if (!is_desired || (name == *pool && is_in_the_way(&object, desired)))
+                && is_owned(object.as_ref(), self.owner.uid)
                 && object.metadata.deletion_timestamp.is_none()
             {
                 self.delete(kind, &name, &object.uid().unwrap_or_default())
@@ -265,12 +275,26 @@ impl Writer<'_> {
         }
         Ok(())
     }
+
+    /// Whether the API server has the resource as the watch shows it.
+    pub(super) async fn is_current(&self) -> Result<bool, Error> {
+        let (namespace, name) = (self.owner.namespace, &self.owner.pool.name);
+        let api: Api<ProcessingPool> = Api::namespaced(self.context.client.clone(), namespace);
+        let live = api.get_metadata_opt(name).await;
+        let live = live.map_err(self.failed("read", "ProcessingPool", name))?;
+        let shown = &self.resource.metadata;
+        Ok(live.is_some_and(|live| {
+            live.metadata.uid == shown.uid
+                && live.metadata.generation == shown.generation
+                && live.metadata.deletion_timestamp.is_none()
+        }))
+    }
 }
 
-/// Whether the cluster has given `service` a node port that another one in
-/// `desired` asks for by number. Made anew after that one, it gets another.
-/// Only for a service whose node port the cluster chooses: what is observed
-/// of the others may be old.
+/// Whether the cluster has given `service` a node port that another Service in
+/// `desired` asks for by number. When `service` is created again after that one,
+/// it gets another node port. Only for a Service whose node port the cluster
+/// chooses: what is observed of others may be old.
 fn is_in_the_way(service: &DynamicObject, desired: &[Value]) -> bool {
     let node_ports = |service: &Value| -> Vec<u64> {
         let ports = service.pointer("/spec/ports").and_then(Value::as_array);
@@ -286,9 +310,9 @@ fn is_in_the_way(service: &DynamicObject, desired: &[Value]) -> bool {
         .any(|asked| given.contains(&asked))
 }
 
-/// Carries out `writes`, [`PODS_AT_ONCE`]. The first goes alone, and none is
-/// begun after one that the API server has refused: what it refuses one, for a
-/// quota or because it is busy, it refuses all.
+/// Carries out `writes`, [`PODS_AT_ONCE`] at a time. The first one goes alone, and
+/// none begins after the API server has refused one: what it refuses for a quota,
+/// or because it is busy, it refuses for all.
 async fn each(
     mut writes: impl Iterator<Item = impl Future<Output = Result<(), Error>>>,
 ) -> Vec<Error> {

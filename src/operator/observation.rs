@@ -1,0 +1,276 @@
+//! What there is of a pool, read from the objects that the watches keep. No
+//! client; the step that fills it in is in `observe`.
+
+use std::sync::Arc;
+
+use kube::ResourceExt;
+use kube::api::DynamicObject;
+use serde_json::Value;
+
+use super::stores::{DELETION_COST, Stores, is_owned};
+use crate::plan::objects::{
+    COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
+    RANGES_ANNOTATION, annotated_ranges, connection_server_name, hash, table_name,
+};
+use crate::plan::status::{Blocker, ObservedDeployment};
+use crate::plan::{ObservedServer, ValidPool};
+use crate::pool::Exposure;
+use crate::session::PoolState;
+use crate::table::{TABLE_KEY, Table};
+
+/// Reasons of a waiting container that do not pass by themselves.
+const STUCK: [&str; 6] = [
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "CrashLoopBackOff",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+];
+
+/// The table's ConfigMap.
+#[derive(Debug, Default)]
+pub(super) struct ObservedTable {
+    pub(super) text: Option<String>,
+    pub(super) resource_version: Option<String>,
+    /// The table that portpool wrote; absent when there is no ConfigMap, or when
+    /// someone else has changed it.
+    pub(super) table: Option<Table>,
+    /// Generation of the table that is there, no matter who wrote it.
+    pub(super) generation: u64,
+}
+
+/// What there is of a pool.
+#[derive(Debug)]
+pub(super) struct Observation {
+    pub(super) table: ObservedTable,
+    pub(super) servers: Vec<ObservedServer>,
+    pub(super) deployment: ObservedDeployment,
+    /// What a connection server reported, if one answered.
+    pub(super) live: Option<PoolState>,
+    /// The address that requests go to, once known.
+    pub(super) address: Option<String>,
+    /// What keeps pods from running.
+    pub(super) blockers: Vec<Blocker>,
+}
+
+/// A pool's pods.
+pub(super) struct Pods {
+    servers: Vec<Arc<DynamicObject>>,
+    connection_servers: Vec<Arc<DynamicObject>>,
+}
+
+impl Pods {
+    /// The pods of the pool, those of strangers that carry its labels included.
+    pub(super) fn of(stores: &Stores, owner: Owner<'_>) -> Self {
+        let pods = stores.of_pool("Pod", owner.namespace, &owner.pool.name);
+        let of_component = |component: &str| {
+            let is = |pod: &&Arc<DynamicObject>| {
+                let label = pod.labels().get(COMPONENT_LABEL);
+                label.is_some_and(|label| label == component)
+            };
+            pods.iter().filter(is).cloned().collect()
+        };
+        Self {
+            servers: of_component(PROCESSING_SERVER),
+            connection_servers: of_component(CONNECTION_SERVER),
+        }
+    }
+
+    /// Addresses of the connection servers that are ready.
+    pub(super) fn connection_addresses(&self) -> impl Iterator<Item = std::net::IpAddr> {
+        let ready = self.connection_servers.iter().filter(|pod| is_ready(pod));
+        ready.filter_map(|pod| text(pod, "/status/podIP")?.parse().ok())
+    }
+}
+
+impl Observation {
+    /// What the stores show of the pool with `pods`. `live` is what a connection
+    /// server reported; pods whose template does not have `template_hash` are
+    /// outdated.
+    pub(super) fn new(
+        stores: &Stores,
+        owner: Owner<'_>,
+        template_hash: &str,
+        pods: &Pods,
+        live: Option<PoolState>,
+    ) -> Self {
+        let (namespace, pool) = (owner.namespace, owner.pool);
+        let mut blockers = Vec::new();
+        let mut servers = Vec::new();
+        let ours = pods.servers.iter();
+        for pod in ours.filter(|pod| is_owned(pod.as_ref(), owner.uid)) {
+            blockers.extend(pod_blocker(pod));
+            servers.extend(server(pod, &pool.name, template_hash, live.as_ref()));
+        }
+        let connection_servers = pods.connection_servers.iter();
+        blockers.extend(connection_servers.filter_map(|pod| pod_blocker(pod)));
+        let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
+        Self {
+            table: table(stores, owner),
+            servers,
+            deployment: deployment
+                .map(|object| observe_deployment(&object))
+                .unwrap_or_default(),
+            address: address(stores, namespace, pool, pods),
+            live,
+            blockers,
+        }
+    }
+}
+
+fn text<'a>(object: &'a DynamicObject, path: &str) -> Option<&'a str> {
+    object.data.pointer(path).and_then(Value::as_str)
+}
+
+fn number(object: &DynamicObject, path: &str) -> i64 {
+    object
+        .data
+        .pointer(path)
+        .and_then(Value::as_i64)
+        .unwrap_or(0)
+}
+
+fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<&'a Value> {
+    let conditions = object
+        .data
+        .pointer("/status/conditions")
+        .and_then(Value::as_array)?;
+    conditions
+        .iter()
+        .find(|condition| condition["type"] == kind)
+}
+
+fn is_ready(pod: &DynamicObject) -> bool {
+    condition(pod, "Ready").is_some_and(|condition| condition["status"] == "True")
+}
+
+fn server(
+    pod: &DynamicObject,
+    pool: &str,
+    template_hash: &str,
+    live: Option<&PoolState>,
+) -> Option<ObservedServer> {
+    // The slot in the name counts, not that in the label, which can be changed.
+    let slot = pod.metadata.name.as_deref()?.strip_prefix(pool)?;
+    let slot = slot.strip_prefix('-')?.parse().ok()?;
+    let reported = live.and_then(|live| live.servers.iter().find(|server| server.slot == slot));
+    let phase = text(pod, "/status/phase").unwrap_or_default();
+    let cost = pod
+        .annotations()
+        .get(DELETION_COST)
+        .and_then(|cost| cost.parse().ok());
+    Some(ObservedServer {
+        slot,
+        uid: pod.uid().unwrap_or_default(),
+        address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
+        is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none(),
+        is_outdated: pod
+            .annotations()
+            .get(HASH_ANNOTATION)
+            .is_none_or(|hash| hash != template_hash),
+        is_stopping: pod.metadata.deletion_timestamp.is_some(),
+        has_failed: phase == "Failed" || phase == "Succeeded",
+        deletion_cost: cost.unwrap_or(0),
+        sessions: reported
+            .filter(|server| server.attached)
+            .map(|server| server.sessions),
+        ranges: annotated_ranges(pod.annotations().get(RANGES_ANNOTATION)),
+    })
+}
+
+/// What keeps `pod` from running and does not pass by itself.
+fn pod_blocker(pod: &DynamicObject) -> Option<Blocker> {
+    let name = pod.name_any();
+    if let Some(condition) =
+        condition(pod, "PodScheduled").filter(|condition| condition["reason"] == "Unschedulable")
+    {
+        let message = condition["message"].as_str().unwrap_or_default();
+        return Some(Blocker::new(
+            "Unschedulable",
+            format!("pod {name} cannot be scheduled: {message}"),
+        ));
+    }
+    for list in ["initContainerStatuses", "containerStatuses"] {
+        let statuses = pod
+            .data
+            .pointer(&format!("/status/{list}"))
+            .and_then(Value::as_array);
+        for status in statuses.into_iter().flatten() {
+            let waiting = &status["state"]["waiting"];
+            let reason = waiting["reason"].as_str().unwrap_or_default();
+            if let Some(reason) = STUCK.into_iter().find(|stuck| *stuck == reason) {
+                let container = status["name"].as_str().unwrap_or_default();
+                let message = waiting["message"].as_str().unwrap_or_default();
+                return Some(Blocker::new(
+                    reason,
+                    format!("container {container} of pod {name}: {reason}: {message}"),
+                ));
+            }
+        }
+    }
+    None
+}
+
+fn observe_deployment(deployment: &DynamicObject) -> ObservedDeployment {
+    let replicas = number(deployment, "/spec/replicas");
+    let is_seen = number(deployment, "/status/observedGeneration")
+        >= deployment.metadata.generation.unwrap_or(0);
+    let updated = number(deployment, "/status/updatedReplicas");
+    ObservedDeployment {
+        available: i32::try_from(number(deployment, "/status/availableReplicas")).unwrap_or(0),
+        is_current: is_seen
+            && updated == replicas
+            && number(deployment, "/status/replicas") == replicas,
+    }
+}
+
+fn table(stores: &Stores, owner: Owner<'_>) -> ObservedTable {
+    let name = table_name(&owner.pool.name);
+    let Some(object) = stores.get("ConfigMap", owner.namespace, &name) else {
+        return ObservedTable::default();
+    };
+    let text = object.data["data"][TABLE_KEY].as_str().map(str::to_owned);
+    let decoded = text.as_deref().and_then(|text| Table::decode(text).ok());
+    let decoded = decoded.filter(|table| table.pool_uid == owner.uid);
+    let is_ours = text.as_ref().is_some_and(|text| {
+        object.annotations().get(HASH_ANNOTATION) == Some(&hash(&Value::from(text.as_str())))
+    });
+    ObservedTable {
+        generation: decoded.as_ref().map_or(0, |table| table.generation),
+        table: decoded.filter(|_| is_ours && is_owned(object.as_ref(), owner.uid)),
+        resource_version: object.resource_version(),
+        text,
+    }
+}
+
+/// The address that requests go to, once known.
+fn address(stores: &Stores, namespace: &str, pool: &ValidPool, pods: &Pods) -> Option<String> {
+    let service = stores.get("Service", namespace, &pool.name)?;
+    let port = pool.load_sharing_port;
+    if let Some(address) = pool
+        .advertised_address
+        .as_ref()
+        .filter(|_| pool.exposure != Exposure::ClusterIP)
+    {
+        return Some(format!("{address}:{port}"));
+    }
+    match pool.exposure {
+        Exposure::ClusterIP => Some(format!("{}.{namespace}.svc:{port}", pool.name)),
+        Exposure::NodePort => {
+            let port = number(&service, "/spec/ports/0/nodePort");
+            (port > 0).then(|| format!("NODE:{port}"))
+        }
+        Exposure::LoadBalancer => {
+            let ingress = "/status/loadBalancer/ingress/0";
+            let host = text(&service, &format!("{ingress}/ip"))
+                .or_else(|| text(&service, &format!("{ingress}/hostname")));
+            host.map(|host| format!("{host}:{port}"))
+        }
+        Exposure::HostNetwork => {
+            let mut ready = pods.connection_servers.iter().filter(|pod| is_ready(pod));
+            let host = ready.find_map(|pod| text(pod, "/status/hostIP"));
+            host.map(|host| format!("{host}:{port}"))
+        }
+    }
+}
