@@ -24,20 +24,28 @@
 //!   acknowledged;
 //! - `slab`: where sessions live; `proxy_protocol`: its header; `counters`.
 
+#[path = "forward/quota.rs"]
 mod admission;
 mod counters;
 mod gate;
 mod limits;
 mod listeners;
+#[path = "forward/tcp/liveness.rs"]
 mod liveness;
+#[path = "forward/tcp/pipes.rs"]
 mod pipes;
+#[path = "forward/tcp/proxy_protocol.rs"]
 mod proxy_protocol;
 mod routes;
+#[path = "forward/tcp/send_queue.rs"]
 mod send_queue;
 mod slab;
 pub mod snapshot;
+#[path = "forward/tcp/stream.rs"]
 mod stream;
+#[path = "forward/tcp/connection.rs"]
 mod tcp;
+#[path = "forward/udp/port.rs"]
 mod udp;
 mod worker;
 

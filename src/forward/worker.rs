@@ -5,13 +5,19 @@
 //! reported again. TCP sockets of sessions are edge-triggered and registered
 //! once, so a session costs no epoll call while it runs.
 
+#[path = "tcp/final_flushes.rs"]
 mod closing;
 mod cutting;
+#[path = "udp/datagrams.rs"]
 mod datagrams;
+#[path = "udp/eviction.rs"]
 mod eviction;
+#[path = "tcp/coalescing.rs"]
 mod gathering;
+#[path = "pending.rs"]
 mod parking;
 mod snapshot;
+#[path = "tcp/streams.rs"]
 mod streams;
 
 use std::collections::HashMap;
