@@ -2,58 +2,49 @@
 //! destination processing server, for TCP connections and UDP datagrams.
 //!
 //! This is the data plane. It runs on its own threads, each with its own
-//! epoll, and knows neither Kubernetes nor HTTP: a table says where ports
-//! lead, a [`Gate`] says who may use them. One thread owns a connection port
-//! and everything that comes in on it; threads share nothing but counters.
+//! epoll, and knows neither Kubernetes nor HTTP: a table gives the routes of
+//! ports, a [`Gate`] decides who may use them. One thread owns a connection
+//! port and everything that comes in on it; threads share nothing but counters
+//! and quotas.
 //!
 //! ```text
 //! apply(table) ─bind─→ listeners ─commands─→ worker threads (port mod N)
 //! client ─accept→ Gate::admit ─connect→ processing server ⇄ copy ⇄ client
-//!                     └ Ask → parked ←answer─ control
+//!                     └ Ask → pending ←answer─ control
 //! ```
 //!
-//! - `gate`: what is asked of control and told to it;
-//! - `worker`: the event loop and its deadlines; `tcp`: one connection's state
-//!   and its two directions; `stream`: its sockets; `udp`: clients' flows;
-//! - `pipes`: what busy directions splice through;
+//! - `gate`: what the data plane asks of control and reports to it;
+//! - `worker`: the event loop of a thread; `io`: what its parts share, with
+//!   `timers`, `scratch`, `session_index`, `slab`;
+//! - `tcp`: connections and their states; `udp`: flows and their states;
+//!   `pending`: clients whose session is asked for;
 //! - `listeners`: opening ports; `limits`: descriptors, port ranges, clients;
-//!   `admission`: counts of clients;
-//! - `snapshot`: the state of a stopped data plane, for another process;
-//! - `routes`: where a port leads, looked up once for each client;
-//! - `liveness`: peers that are gone; `send_queue`: what they have not
-//!   acknowledged;
-//! - `slab`: where sessions live; `proxy_protocol`: its header; `counters`.
+//!   `quota`: places for clients; `routes`: the servers of ports; `counters`;
+//! - `snapshot`: the state of a stopped data plane; `transfer`: making it and
+//!   continuing from it.
 
-#[path = "forward/quota.rs"]
-mod admission;
 mod counters;
 mod gate;
+mod io;
 mod limits;
 mod listeners;
-#[path = "forward/tcp/liveness.rs"]
-mod liveness;
-#[path = "forward/tcp/pipes.rs"]
-mod pipes;
-#[path = "forward/tcp/proxy_protocol.rs"]
-mod proxy_protocol;
+mod pending;
+mod quota;
 mod routes;
-#[path = "forward/tcp/send_queue.rs"]
-mod send_queue;
+mod scratch;
+mod session_index;
 mod slab;
 pub mod snapshot;
-#[path = "forward/tcp/stream.rs"]
-mod stream;
-#[path = "forward/tcp/connection.rs"]
 mod tcp;
-#[path = "forward/udp/port.rs"]
+mod timers;
+mod transfer;
 mod udp;
 mod worker;
 
-use std::collections::{BTreeSet, HashSet};
-use std::io;
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -61,39 +52,44 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, eventfd};
 
-use self::admission::{Admission, Bounds};
 pub use self::counters::{CounterTotals, Counters};
-pub use self::gate::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
-pub use self::limits::{Limits, OpenFilesError, check_open_files, ephemeral_overlap, make_room};
+pub use self::gate::{Decision, Gate, PENDING_DEADLINE, PendingId, SessionKey, Traffic, Transport};
+pub use self::limits::{
+    Limits, OpenFilesError, check_open_files, ephemeral_overlap, reserve_file_table,
+};
+pub use self::listeners::ApplyError;
 use self::listeners::Listener;
+use self::quota::{Bounds, ClientQuota};
 use self::routes::Routes;
-use self::worker::{Command, Worker};
+use self::timers::IdleTimes;
+use self::udp::datagrams::DrainingPorts;
+use self::worker::{Command, Unwatched, Worker};
 use crate::table::{ListenPort, Table};
 
-/// How long applying a table waits for ports to be watched or closed: 60,000
-/// take a data thread about 0.1 s, a turn of its loop milliseconds.
+/// How long applying a table waits for ports to be watched or closed. 60,000
+/// ports take a data thread about 0.1 s, a turn of its loop milliseconds.
 const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How the data plane runs.
+/// The configuration of the data plane.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Address that connection ports are bound to; `::` takes IPv4 too.
+    /// The address that connection ports are bound to; `::` includes IPv4.
     pub listen: IpAddr,
-    /// Data threads, 1 to 1024.
+    /// The number of data threads, 1 to 1024.
     pub threads: usize,
-    /// How many clients there may be.
+    /// The number of clients that there may be.
     pub limits: Limits,
-    /// After how long without a sign of life a TCP peer is given up; zero for
+    /// Time without a sign of life after which a TCP peer is given up; zero for
     /// the system's default, hours.
     pub peer_timeout: Duration,
 }
 
 impl Config {
-    /// Long enough for a reader that pauses, short enough that the ports of
-    /// clients that are gone come back.
+    /// The default peer timeout: long enough for a reader that pauses, short
+    /// enough that the ports of clients that are gone come back.
     pub const PEER_TIMEOUT: Duration = Duration::from_secs(300);
 
-    /// Listens on `listen` with `threads` threads, by default one per
+    /// A data plane on `listen` with `threads` threads, by default one per
     /// processor, and with default limits.
     #[must_use]
     pub fn new(listen: IpAddr, threads: Option<usize>) -> Self {
@@ -107,55 +103,32 @@ impl Config {
     }
 }
 
-/// Idle times in seconds, 0 for none; read by threads at their deadlines.
-#[derive(Debug, Default)]
-struct IdleTimes {
-    tcp: AtomicU64,
-    udp: AtomicU64,
-}
-
-/// UDP ports that the table no longer has and whose flows go on. A thread
-/// takes a port out when it has closed it, control when it opens it again.
-type DrainingPorts = Arc<Mutex<HashSet<ListenPort>>>;
-
-/// Why the data plane cannot start.
+/// The error of a data plane that cannot start.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to start the data plane: {0}")]
-pub struct ForwardError(#[from] io::Error);
+pub struct ForwardError(#[from] std::io::Error);
 
-/// Why a table cannot be applied; the former one stays in force.
-#[derive(Debug, thiserror::Error)]
-#[error("failed to open connection port {address} ({transport:?}): {source}{}", hint(.source))]
-pub struct ApplyError {
-    address: SocketAddr,
-    transport: Transport,
-    source: io::Error,
-}
-
-fn hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            "; another program uses it: stop that, or move spec.connectionServer.connectionPorts"
-        }
-        io::ErrorKind::PermissionDenied => {
-            "; ports below 1024 need a privilege: move spec.connectionServer.connectionPorts"
-        }
-        _ => "",
-    }
+/// The numbers of live clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveClients {
+    /// TCP connections.
+    pub connections: u32,
+    /// UDP flows.
+    pub flows: u32,
 }
 
 /// The running data plane. Stops when dropped.
 #[derive(Debug)]
 pub struct Forwarder {
     config: Config,
-    tcp_admission: Arc<Admission>,
-    udp_admission: Arc<Admission>,
+    tcp_quota: Arc<ClientQuota>,
+    udp_quota: Arc<ClientQuota>,
     flow_share: Arc<AtomicU32>,
     workers: Vec<Handle>,
     open: Mutex<BTreeSet<(ListenPort, Transport)>>,
     draining: DrainingPorts,
     routes: Arc<Routes>,
-    idle: Arc<IdleTimes>,
+    idle_times: Arc<IdleTimes>,
     counters: Arc<Counters>,
 }
 
@@ -179,14 +152,12 @@ impl Forwarder {
     /// Starts the threads; ports open with [`Forwarder::apply`].
     ///
     /// # Errors
-    /// [`ForwardError`] when the system gives no thread or descriptor.
+    /// [`ForwardError`] when the system has no thread or descriptor left.
     pub fn start(config: &Config, gate: &Arc<impl Gate>) -> Result<Self, ForwardError> {
-        let (idle, counters) = (
-            Arc::new(IdleTimes::default()),
-            Arc::new(Counters::default()),
-        );
+        let idle_times = Arc::new(IdleTimes::default());
+        let counters = Arc::new(Counters::default());
         let (draining, routes) = (DrainingPorts::default(), Arc::new(Routes::default()));
-        let (tcp_admission, udp_admission) = (Admission::new(), Admission::new());
+        let (tcp_quota, udp_quota) = (ClientQuota::new(), ClientQuota::new());
         let flow_share = Arc::new(AtomicU32::new(0));
         let workers = (0..config.threads).map(|index| {
             let (commands, inbox) = mpsc::channel();
@@ -194,12 +165,12 @@ impl Forwarder {
             let shared = worker::Shared {
                 threads: config.threads,
                 gate: gate.clone(),
-                draining: draining.clone(),
+                draining_ports: draining.clone(),
                 routes: routes.clone(),
-                idle: idle.clone(),
+                idle_times: idle_times.clone(),
                 counters: counters.clone(),
-                tcp_admission: tcp_admission.clone(),
-                udp_admission: udp_admission.clone(),
+                tcp_quota: tcp_quota.clone(),
+                udp_quota: udp_quota.clone(),
                 flow_share: flow_share.clone(),
                 peer_timeout: config.peer_timeout,
             };
@@ -216,22 +187,22 @@ impl Forwarder {
         });
         Ok(Self {
             config: config.clone(),
-            tcp_admission: tcp_admission.clone(),
-            udp_admission: udp_admission.clone(),
+            tcp_quota: tcp_quota.clone(),
+            udp_quota: udp_quota.clone(),
             flow_share: flow_share.clone(),
-            workers: workers.collect::<Result<_, io::Error>>()?,
+            workers: workers.collect::<Result<_, std::io::Error>>()?,
             routes,
             open: Mutex::default(),
             draining,
-            idle,
+            idle_times,
             counters,
         })
     }
 
-    /// Opens the connection ports of `table`, routes them, and closes those
+    /// Opens the connection ports of `table`, routes them, and closes the ports
     /// that it does not have. New ports are bound before anything changes.
-    /// Live connections and UDP flows go on to where they were going, also those
-    /// of a removed port: it takes no new ones.
+    /// Live connections and UDP flows keep their server, also on a removed port,
+    /// which takes no new ones.
     ///
     /// # Errors
     /// [`ApplyError`] names the port that cannot be opened; nothing has
@@ -239,7 +210,7 @@ impl Forwarder {
     pub fn apply(&self, table: &Arc<Table>) -> Result<(), ApplyError> {
         let wanted = listeners_of(table);
         let mut open = self.open.lock();
-        // Held while opening: no thread closes a port that is to be kept.
+        // Locked while opening, so that no thread closes a port that is kept.
         let mut draining = self.draining.lock();
         let is_draining = |(port, transport): &(ListenPort, Transport)| {
             *transport == Transport::Udp && draining.contains(port)
@@ -249,7 +220,7 @@ impl Forwarder {
         let opened = self.open_ports(&new)?;
         draining.retain(|port| !reopened.contains(&&(*port, Transport::Udp)));
         drop(draining);
-        // Before the ports are: nobody must find one that leads nowhere.
+        // The routes are set before the ports open: each port must lead somewhere.
         let former = self.routes.set(table.clone());
         self.set_limits(&wanted);
         for (worker, listeners) in self.workers.iter().zip(opened) {
@@ -306,80 +277,80 @@ impl Forwarder {
         })
     }
 
-    /// Closes ports; they can be opened again then.
+    /// Closes ports, and returns when they can be opened again.
     fn close<'a>(&self, ports: impl IntoIterator<Item = &'a (ListenPort, Transport)>) {
-        let mut is_any_gone = false;
+        let mut is_any_closed = false;
         for &(port, transport) in ports {
             self.owner(port).send(Command::Close(port, transport));
-            is_any_gone = true;
+            is_any_closed = true;
         }
-        if is_any_gone {
+        if is_any_closed {
             self.settle();
         }
     }
 
     fn set_idle_times(&self, table: &Table) {
-        let seconds = |value: i32| u64::try_from(value).unwrap_or(0);
         let sessions = &table.sessions;
-        self.idle
-            .tcp
-            .store(seconds(sessions.idle_timeout_seconds), Ordering::Relaxed);
-        self.idle.udp.store(
-            seconds(sessions.udp_idle_timeout_seconds),
-            Ordering::Relaxed,
+        self.idle_times.set(
+            sessions.idle_timeout_seconds,
+            sessions.udp_idle_timeout_seconds,
         );
     }
 
-    /// Shares the open files out anew, since listeners take some.
+    /// Sets the limits by the open files that `listeners` leave.
     fn set_limits(&self, listeners: &BTreeSet<(ListenPort, Transport)>) {
         let is_udp = |(_, transport): &&(ListenPort, Transport)| *transport == Transport::Udp;
         let udp = listeners.iter().filter(is_udp).count();
         let tcp = listeners.len() - udp;
         let open_files = limits::open_files();
-        let (connections, flows) = self.config.limits.bounds(open_files, tcp, udp);
-        self.tcp_admission.set(connections);
+        let bounds = self.config.limits.bounds(open_files, tcp, udp);
+        self.tcp_quota.set(bounds.connections);
+        let flows = bounds.flows;
         let threads = u32::try_from(self.workers.len()).unwrap_or(u32::MAX);
         self.flow_share
             .store(flows.total.div_ceil(threads), Ordering::Relaxed);
-        // One more flow takes the place of another, unless there is to be none.
+        // One more flow evicts another one, unless there may be none.
         let total = if flows.total == 0 { 0 } else { u32::MAX };
-        self.udp_admission.set(Bounds { total, ..flows });
+        self.udp_quota.set(Bounds { total, ..flows });
     }
 
-    /// Brings the verdict on a client parked at `port`; [`Decision::Ask`] counts
-    /// as refused. The end of one that was admitted too late is reported at once.
-    pub fn answer(&self, port: ListenPort, ticket: PendingId, verdict: Decision) {
-        self.owner(port)
-            .send(Command::Answer(port, ticket, verdict));
+    /// Brings the decision on the client `id` that is pending at `port`;
+    /// [`Decision::Ask`] counts as a refusal. The end of a client that was
+    /// admitted too late is reported at once.
+    pub fn answer(&self, port: ListenPort, id: PendingId, decision: Decision) {
+        self.owner(port).send(Command::Answer(port, id, decision));
     }
 
     /// Cuts the session's connections (reset) and flows on `port`. Clients that
-    /// came to `port` before and wait to be accepted or for a verdict are
-    /// refused, unless the gate admits them at once. When all is done, the cut
-    /// itself is reported with [`Gate::closed`].
+    /// came to `port` before and wait to be accepted or for a decision are
+    /// refused, unless the gate admits them at once. When all is done,
+    /// [`Gate::closed`] reports the cut itself.
     pub fn cut(&self, port: ListenPort, session: SessionKey) {
         self.owner(port).send(Command::Cut(port, session));
     }
 
-    /// What was forwarded and refused so far.
+    /// The counts of what was forwarded and refused so far.
     #[must_use]
     pub fn counters(&self) -> CounterTotals {
-        self.counters.snapshot()
+        self.counters.totals()
     }
 
-    /// Live TCP connections and UDP flows, parked ones included.
+    /// The numbers of live clients, pending ones included.
     #[must_use]
-    pub fn live(&self) -> (u32, u32) {
-        (self.tcp_admission.live(), self.udp_admission.live())
+    pub fn live(&self) -> LiveClients {
+        LiveClients {
+            connections: self.tcp_quota.live(),
+            flows: self.udp_quota.live(),
+        }
     }
 
-    /// Number of open listeners: a TCPUDP port has two.
+    /// The number of open listeners: a TCPUDP port has two.
     #[must_use]
     pub fn open_listeners(&self) -> usize {
         self.open.lock().len()
     }
 
-    /// Stops the threads and closes everything; returns when it is done.
+    /// Stops the threads and closes everything; returns when that is done.
     pub fn shutdown(&self) {
         for worker in &self.workers {
             worker.send(Command::Stop);
@@ -393,8 +364,8 @@ impl Forwarder {
         }
     }
 
-    /// Waits until the threads have carried out what they were told, and gives
-    /// a port that could not be watched, if there is one.
+    /// Waits until the threads have carried out their commands. Returns the error
+    /// of a port that could not be watched, if there is one.
     fn settle(&self) -> Option<ApplyError> {
         let (done, settled) = mpsc::channel();
         for worker in &self.workers {
@@ -412,10 +383,10 @@ impl Forwarder {
                 }
             }
         }
-        failed.map(|(port, transport, source)| ApplyError {
-            address: SocketAddr::new(self.config.listen, port.get()),
-            transport,
-            source,
+        failed.map(|unwatched: Unwatched| ApplyError {
+            address: SocketAddr::new(self.config.listen, unwatched.port.get()),
+            transport: unwatched.transport,
+            source: unwatched.error,
         })
     }
 
@@ -434,8 +405,8 @@ impl Drop for Forwarder {
     }
 }
 
-/// Every listener that `table` asks for.
-/// In their order: the kernel opens neighbours faster than ports at random.
+/// The listeners of `table`, sorted: the kernel opens neighbours faster than
+/// ports at random.
 fn listeners_of(table: &Table) -> BTreeSet<(ListenPort, Transport)> {
     let ranges = table.rows.iter().flat_map(|row| &row.ranges);
     let listeners = ranges.flat_map(|range| {
@@ -454,9 +425,9 @@ mod tests {
 
     use super::*;
 
-    struct Nobody;
+    struct ClosedGate;
 
-    impl Gate for Nobody {
+    impl Gate for ClosedGate {
         fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Decision {
             Decision::Refuse
         }
@@ -465,18 +436,18 @@ mod tests {
     }
 
     #[test]
-    fn a_port_that_cannot_be_watched_is_told() {
+    fn a_port_that_cannot_be_watched_is_reported() {
         let config = Config::new(Ipv4Addr::LOCALHOST.into(), Some(1));
-        let forwarder = Forwarder::start(&config, &Arc::new(Nobody)).unwrap();
+        let forwarder = Forwarder::start(&config, &Arc::new(ClosedGate)).unwrap();
         let port = ListenPort::new(20_000).unwrap();
-        // A regular file is what epoll surely refuses.
+        // Epoll refuses regular files.
         let file = OwnedFd::from(File::open("Cargo.toml").unwrap());
         let listener = Listener::Tcp(file.into());
         let owner = forwarder.owner(port);
         owner.send(Command::Listen(vec![(port, listener)]));
         let error = forwarder.settle().unwrap();
         assert_eq!(error.address.port(), 20_000);
-        assert_eq!(error.source.kind(), io::ErrorKind::PermissionDenied);
-        assert!(forwarder.settle().is_none(), "told once");
+        assert_eq!(error.source.kind(), std::io::ErrorKind::PermissionDenied);
+        assert!(forwarder.settle().is_none(), "reported once");
     }
 }

@@ -57,7 +57,7 @@ fn main() -> ExitCode {
     }
     local::supervise::die_with_parent();
     if let Command::ConnectionServer(_) = &cli.command {
-        forward::make_room();
+        forward::reserve_file_table();
     }
     let _logs = match telemetry::init(&cli.telemetry) {
         Ok(logs) => logs,

@@ -140,7 +140,7 @@ impl State {
         handed.flows.retain(|flow| has_session(&flow.session));
         let counts = (handed.connections.len(), handed.flows.len());
         // Sessions first: threads ask them at once.
-        forwarder.take_over(handed, &self.table);
+        forwarder.import(handed, &self.table);
         counts
     }
 }

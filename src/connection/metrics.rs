@@ -19,7 +19,7 @@ use super::load_sharing::allocation::{Allocated, Refusal};
 use super::load_sharing::reservations::Reservations;
 use super::load_sharing::servers::LoadSharing;
 use super::sessions::Sessions;
-use crate::forward::{CounterTotals, Forwarder};
+use crate::forward::{CounterTotals, Forwarder, LiveClients};
 use crate::selection::v1::end;
 
 /// Counters of one connection server.
@@ -242,7 +242,7 @@ fn gauge(
 
 fn encode_live(
     encoder: &mut DescriptorEncoder<'_>,
-    (connections, flows): (u32, u32),
+    live: LiveClients,
 ) -> Result<(), std::fmt::Error> {
     let mut family = encoder.encode_descriptor(
         "portpool_flows",
@@ -250,7 +250,7 @@ fn encode_live(
         None,
         MetricType::Gauge,
     )?;
-    for (transport, count) in [("tcp", connections), ("udp", flows)] {
+    for (transport, count) in [("tcp", live.connections), ("udp", live.flows)] {
         let labels = [("transport", transport)];
         ConstGauge::new(i64::from(count)).encode(family.encode_family(&labels)?)?;
     }
@@ -283,7 +283,7 @@ fn encode_forwarding(
     let refused = [
         ("no_session", counted.no_session),
         ("no_server", counted.no_server),
-        ("parked_too_long", counted.parked_too_long),
+        ("parked_too_long", counted.pending_too_long),
         ("too_many", counted.too_many),
         ("limit_total", counted.limit_total),
         ("limit_source", counted.limit_source),

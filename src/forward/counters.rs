@@ -1,10 +1,10 @@
-//! What the data plane counts: plain atomics, added to by every thread.
+//! The counters of the data plane: plain atomics, added to by every thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-use super::admission::Refused;
+use super::quota::QuotaExceeded;
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -14,14 +14,14 @@ macro_rules! counters {
             $(pub(super) $name: AtomicU64,)*
         }
 
-        /// The counters at one time.
+        /// The values of the counters at one time.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct CounterTotals {
             $($(#[$doc])* pub $name: u64,)*
         }
 
         impl Counters {
-            pub(super) fn snapshot(&self) -> CounterTotals {
+            pub(super) fn totals(&self) -> CounterTotals {
                 CounterTotals { $($name: self.$name.load(Ordering::Relaxed),)* }
             }
         }
@@ -44,14 +44,14 @@ counters! {
     /// Clients refused: the port's server has no address yet.
     no_server,
     /// Clients refused: their session was not found in time.
-    parked_too_long,
-    /// Clients refused: too many are parked.
+    pending_too_long,
+    /// Clients refused: too many are pending.
     too_many,
-    /// Clients refused: as many connections or flows in all as there may be.
+    /// Clients refused: their transport has as many clients as it may have.
     limit_total,
-    /// Clients refused: as many of their source as there may be.
+    /// Clients refused: their source has as many as it may have.
     limit_source,
-    /// Clients refused: as many on their connection port as there may be.
+    /// Clients refused: their connection port has as many as it may have.
     limit_port,
     /// Datagrams refused: they came from one of our own ports.
     loops,
@@ -59,17 +59,17 @@ counters! {
     connect_refused,
     /// Connections whose server did not answer in time.
     connect_timed_out,
-    /// Connections whose server or its network was said to be unreachable.
+    /// Connections whose server or its network was reported as unreachable.
     connect_unreachable,
     /// Connections for which no local port was left.
     no_source_port,
     /// Connections whose server could not be reached otherwise.
     connect_failed,
-    /// Connections and flows that were silent for too long.
+    /// Connections and flows that were idle for too long.
     idle,
     /// Connections and flows cut with their session.
     cut,
-    /// UDP flows that made room for another one.
+    /// UDP flows evicted for another one.
     evicted,
     /// Connections reset before all that had been read was delivered.
     undelivered,
@@ -80,24 +80,24 @@ counters! {
 }
 
 impl Counters {
-    /// What counts connections whose server could not be reached.
+    /// The counter of connections that failed with `errno`.
     pub(super) fn unreachable(&self, errno: Errno) -> &AtomicU64 {
         match errno {
             Errno::CONNREFUSED => &self.connect_refused,
             Errno::TIMEDOUT => &self.connect_timed_out,
             Errno::HOSTUNREACH | Errno::NETUNREACH => &self.connect_unreachable,
-            // The latter is UDP's.
+            // UDP reports the latter.
             Errno::ADDRNOTAVAIL | Errno::AGAIN => &self.no_source_port,
             _ => &self.connect_failed,
         }
     }
 
-    /// What counts clients above a bound.
-    pub(super) fn refused(&self, refused: Refused) -> &AtomicU64 {
-        match refused {
-            Refused::Total => &self.limit_total,
-            Refused::Source => &self.limit_source,
-            Refused::Port => &self.limit_port,
+    /// The counter of clients above a bound.
+    pub(super) fn exceeded(&self, exceeded: QuotaExceeded) -> &AtomicU64 {
+        match exceeded {
+            QuotaExceeded::Total => &self.limit_total,
+            QuotaExceeded::Source => &self.limit_source,
+            QuotaExceeded::Port => &self.limit_port,
         }
     }
 }

@@ -1,9 +1,14 @@
-//! What the data plane asks of control, and tells it: who may use a connection
-//! port, and what went through.
+//! What the data plane asks of control and reports to it: who may use a
+//! connection port, and what went through it.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::table::ListenPort;
+
+/// How long a client waits for its session to be found. The data plane refuses
+/// it after that, and an answer that comes later finds no one.
+pub const PENDING_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Names a session within this process. Never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -18,21 +23,21 @@ pub enum Transport {
     Udp,
 }
 
-/// What the gate says to a client that arrives at a connection port.
+/// The gate's decision on a client that arrives at a connection port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Forward. The gate has counted one flow for the session; its end is
-    /// reported exactly once with [`Gate::closed`].
+    /// The client is forwarded. The gate has counted one flow for the session;
+    /// its end is reported exactly once with [`Gate::closed`].
     Admit(SessionKey),
-    /// Reset (TCP) or drop (UDP).
+    /// The client is reset (TCP) or its datagram dropped (UDP).
     Refuse,
-    /// Not known yet. The client is parked and [`Gate::ask`] called with a
-    /// ticket; [`super::Forwarder::answer`] brings the verdict, or a deadline passes
-    /// and the client is refused.
+    /// The gate does not know yet. The client becomes pending and
+    /// [`Gate::ask`] is called. [`super::Forwarder::answer`] brings the
+    /// decision, or the client is refused after [`PENDING_DEADLINE`].
     Ask,
 }
 
-/// Names a parked client of a port until it is answered.
+/// Names a pending client of a port until it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PendingId(pub u64);
 
@@ -52,20 +57,20 @@ impl Traffic {
         self.upstream_bytes + self.downstream_bytes
     }
 
-    /// Adds what has come to `before` until `now`.
+    /// Adds the difference between `before` and `now`.
     pub(super) fn add_since(&mut self, before: Self, now: Self) {
         self.upstream_bytes += now.upstream_bytes - before.upstream_bytes;
         self.downstream_bytes += now.downstream_bytes - before.downstream_bytes;
     }
 }
 
-/// Decides who may use a connection port. Called on data threads: it must not
+/// Decides who may use a connection port. Data threads call it: it must not
 /// block for longer than an uncontended lock takes.
 pub trait Gate: Send + Sync + 'static {
     /// Whether `client` may use `port` now.
     fn admit(&self, port: ListenPort, transport: Transport, client: SocketAddr) -> Decision;
-    /// Starts to find out about a parked client.
-    fn ask(&self, ticket: PendingId, port: ListenPort, transport: Transport, client: SocketAddr);
-    /// A flow admitted under `session` is over, or the session's cut is done.
+    /// Starts to find the session of the pending client `id`.
+    fn ask(&self, id: PendingId, port: ListenPort, transport: Transport, client: SocketAddr);
+    /// A flow admitted under `session` has ended, or the session's cut is done.
     fn closed(&self, port: ListenPort, session: SessionKey, traffic: Traffic);
 }

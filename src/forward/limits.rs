@@ -1,26 +1,26 @@
-//! Limits: of the system, which a table must fit (open files, the range of
-//! ephemeral ports), and of clients.
+//! Limits of the system that a table must fit (open files, the range of
+//! ephemeral ports), and limits of clients.
 
 use std::io;
 use std::ops::RangeInclusive;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::admission::Bounds;
+use super::quota::Bounds;
 use crate::table::Table;
 
 /// Descriptors kept for sessions, agents and requests beside the listeners.
 const HEADROOM: usize = 512;
 
-/// Most connections unless told otherwise, where open files set no bound: they
-/// take about 1 GB of the kernel.
+/// Most connections by default, where open files set no lower bound: they take
+/// about 1 GB of the kernel.
 const CONNECTIONS_MAX: u64 = 100_000;
 
-/// Most UDP flows unless told otherwise.
+/// Most UDP flows by default.
 const FLOWS_MAX: u64 = 65_536;
 
-/// How many clients there may be at a time. Who comes above that is reset
-/// (TCP) or not answered (UDP), and counted in `portpool_refused`.
+/// The number of clients at a time. A client above it is reset (TCP) or gets no
+/// answer (UDP), and is counted in `portpool_refused`.
 #[derive(clap::Args, Clone, Copy, Debug)]
 pub struct Limits {
     /// Most TCP connections; default: as many as the open files allow, at most 100,000
@@ -35,7 +35,7 @@ pub struct Limits {
     #[arg(long, value_name = "N", default_value_t = Self::CONNECTIONS_PER_PORT)]
     pub max_connections_per_port: u32,
 
-    /// Most UDP clients; when full, the one idle for longest makes room. Default: as many as the open files allow, at most 65,536
+    /// Most UDP clients; when full, the one idle for longest is evicted. Default: as many as the open files allow, at most 65,536
     #[arg(long, value_name = "N")]
     pub max_udp_flows: Option<u32>,
 
@@ -56,6 +56,13 @@ impl Default for Limits {
     }
 }
 
+/// The bounds of both transports.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct TransportBounds {
+    pub(super) connections: Bounds,
+    pub(super) flows: Bounds,
+}
+
 impl Limits {
     /// A port is one session's: browsers and database pools open tens.
     const CONNECTIONS_PER_PORT: u32 = 1000;
@@ -63,7 +70,7 @@ impl Limits {
     /// The bounds of TCP connections and of UDP flows, with the open files
     /// that `tcp` and `udp` listeners leave. A connection takes two, a flow
     /// one; where there are both, connections get four fifths.
-    pub(super) fn bounds(self, open_files: u64, tcp: usize, udp: usize) -> (Bounds, Bounds) {
+    pub(super) fn bounds(self, open_files: u64, tcp: usize, udp: usize) -> TransportBounds {
         let left = open_files
             .saturating_sub((tcp + udp + HEADROOM) as u64)
             .max(2);
@@ -77,29 +84,29 @@ impl Limits {
             .max_connections
             .unwrap_or(number(connections.min(CONNECTIONS_MAX)));
         let flows = self.max_udp_flows.unwrap_or(number(flows.min(FLOWS_MAX)));
-        // So that one source, which may be a whole site's, shuts nobody out.
+        // One source, which may be a whole site's, must not lock out the others.
         let most = |all: u32| all - all / 10;
-        (
-            Bounds {
+        TransportBounds {
+            connections: Bounds {
                 total: connections,
                 per_source: self.max_connections_per_source.unwrap_or(most(connections)),
                 per_port: self.max_connections_per_port,
             },
-            Bounds {
+            flows: Bounds {
                 total: flows,
                 per_source: self.max_udp_flows_per_source.unwrap_or(most(flows)),
                 per_port: u32::MAX,
             },
-        )
+        }
     }
 }
 
-/// Open files that this process may have now.
+/// The number of open files that this process may have now.
 pub(super) fn open_files() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// Why a table does not fit.
+/// The error of a table that does not fit the open files.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenFilesError {
     /// The hard limit is too low.
@@ -107,9 +114,9 @@ pub enum OpenFilesError {
         "the table needs {needed} open files ({listeners} connection ports and {HEADROOM} for sessions), but this process may have {limit}: raise the hard limit (ulimit -Hn, LimitNOFILE) or lower the pool's ports"
     )]
     TooFew {
-        /// Listeners.
+        /// The listeners of the table.
         listeners: usize,
-        /// In all.
+        /// The open files for listeners and sessions together.
         needed: usize,
         /// The hard limit.
         limit: u64,
@@ -119,27 +126,28 @@ pub enum OpenFilesError {
     Raise {
         /// The hard limit.
         limit: u64,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
 }
 
-/// Open files that [`make_room`] makes room for: every port, or half as many
-/// sessions. Half a MiB of the kernel's memory.
-const ROOM: u64 = 65_536;
+/// Open files that [`reserve_file_table`] makes room for: every port, or half as
+/// many sessions. They take half a MiB of the kernel's memory.
+const RESERVED_FILES: u64 = 65_536;
 
-/// Makes room for many open files, while the process has one thread only.
+/// Makes room for many open files in the kernel's table. Call it while the
+/// process has one thread only.
 ///
-/// By itself the table of open files doubles again and again, and with threads
-/// whoever opens a file then waits some ten milliseconds for every processor.
-/// Where room is refused, that is all that happens.
+/// By itself the table doubles again and again. In a process with threads the
+/// `open` that doubles it waits some ten milliseconds for every processor. When
+/// the system refuses the room, the table grows like that.
 ///
 /// Source: Linux, `fs/file.c`, `expand_fdtable`.
-pub fn make_room() {
+pub fn reserve_file_table() {
     let Ok(limit) = raise_limit() else {
         return;
     };
-    let last = i32::try_from(limit.min(ROOM).saturating_sub(1)).expect("far fewer");
+    let last = i32::try_from(limit.min(RESERVED_FILES).saturating_sub(1)).expect("far fewer");
     drop(rustix::io::fcntl_dupfd_cloexec(std::io::stderr(), last));
 }
 
@@ -216,14 +224,14 @@ mod tests {
     #[test]
     fn open_files_are_shared_out_by_what_listens() {
         let bounds = |limits: Limits, open_files, tcp, udp| {
-            let (connections, flows) = limits.bounds(open_files, tcp, udp);
+            let TransportBounds { connections, flows } = limits.bounds(open_files, tcp, udp);
             (
                 (connections.total, connections.per_source),
                 (flows.total, flows.per_source),
             )
         };
         let default = Limits::default();
-        let told = Limits {
+        let explicit = Limits {
             max_connections: Some(7),
             max_udp_flows: Some(5),
             max_udp_flows_per_source: Some(1),
@@ -240,7 +248,7 @@ mod tests {
                 ((100_000, 90_000), (65_536, 58_983)),
             ),
             (default, 100, (1000, 0), ((1, 1), (0, 0))),
-            (told, 20_000, (1, 1), ((7, 7), (5, 1))),
+            (explicit, 20_000, (1, 1), ((7, 7), (5, 1))),
         ];
         for (limits, open_files, (tcp, udp), expected) in cases {
             assert_eq!(

@@ -1,4 +1,4 @@
-//! Opens connection ports.
+//! Opening connection ports.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
@@ -10,12 +10,33 @@ use quinn_udp::{UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Socket, Type};
 
-use super::{ApplyError, Transport};
+use super::gate::Transport;
 use crate::table::ListenPort;
 
 /// The kernel lowers it to `net.core.somaxconn`: a short queue resets clients
 /// that come in a burst.
 const BACKLOG: i32 = i32::MAX;
+
+/// The error of a table that cannot be applied; the former one stays in force.
+#[derive(Debug, thiserror::Error)]
+#[error("failed to open connection port {address} ({transport:?}): {source}{}", hint(.source))]
+pub struct ApplyError {
+    pub(super) address: SocketAddr,
+    pub(super) transport: Transport,
+    pub(super) source: io::Error,
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            "; another program uses it: stop that, or move spec.connectionServer.connectionPorts"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "; ports below 1024 need a privilege: move spec.connectionServer.connectionPorts"
+        }
+        _ => "",
+    }
+}
 
 /// An open connection port.
 #[derive(Debug)]
@@ -25,7 +46,7 @@ pub(super) enum Listener {
 }
 
 impl Listener {
-    /// Opens `port` on `address`; on `::` for IPv4 too.
+    /// Opens `port` on `address`; `::` includes IPv4.
     pub(super) fn open(
         address: IpAddr,
         port: ListenPort,
@@ -51,7 +72,7 @@ impl Listener {
         }
     }
 
-    /// Its socket.
+    /// The port's socket.
     pub(super) fn socket(&self) -> BorrowedFd<'_> {
         match self {
             Self::Tcp(listener) => listener.as_fd(),
@@ -92,22 +113,24 @@ fn open_udp(address: SocketAddr) -> io::Result<Listener> {
     udp(socket)
 }
 
-/// Prepares a bound socket for datagrams that may come and go together.
+/// Prepares a bound socket for receiving and sending several datagrams in one
+/// call.
 fn udp(socket: Socket) -> io::Result<Listener> {
     let is_ipv6 = socket.domain()? == Domain::IPV6;
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-    // Each datagram would pay for what nobody reads.
+    // Each datagram would pay for data that is not read.
     ReceiveTimestampns.set(&socket, &false)?;
     sockopt::set_ip_recvtos(&socket, false)?;
     let address = socket.local_addr()?.as_socket();
     if address.is_some_and(|address| !address.ip().is_unspecified()) {
-        match is_ipv6 {
-            true => Ipv6RecvPacketInfo.set(&socket, &false)?,
-            false => Ipv4PacketInfo.set(&socket, &false)?,
+        if is_ipv6 {
+            Ipv6RecvPacketInfo.set(&socket, &false)?;
+        } else {
+            Ipv4PacketInfo.set(&socket, &false)?;
         }
     }
-    // QUIC must not be fragmented, which the line above arranged; what passes
-    // here may be.
+    // `UdpSocketState::new` forbids fragments, as QUIC requires. Datagrams that
+    // pass here may be fragmented.
     sockopt::set_ip_mtu_discover(&socket, Ipv4PathMtuDiscovery::WANT)
         .or_else(|error| if is_ipv6 { Ok(()) } else { Err(error) })?;
     if is_ipv6 {

@@ -1,119 +1,219 @@
-//! Clients that wait for a verdict: their session is not known here, and the
-//! gate asks for it.
+//! Clients at the door: those that were accepted and are not admitted yet, and
+//! of these the pending ones, whose session the gate has been asked for.
 
-use std::net::SocketAddr;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::Instant;
 
-use super::Worker;
-use crate::forward::admission::Permit;
-use crate::forward::counters::count;
-use crate::forward::stream::Stream;
-use crate::forward::{Decision, PendingId, Traffic, Transport, udp};
+use super::counters::count;
+use super::gate::{PENDING_DEADLINE, PendingId, Transport};
+use super::io::Io;
+use super::quota::Permit;
+use super::snapshot::ClientSnapshot;
+use super::tcp::stream::Stream;
 use crate::table::ListenPort;
 
-/// How long a parked client waits for its verdict.
-const PARKED_DEADLINE: Duration = Duration::from_secs(2);
+/// Most pending clients of a thread; further ones are refused. Bounds what
+/// scanning for a port's clients costs.
+const PENDING_MAX: usize = 1024;
 
-/// Most parked clients of a thread; further ones are refused. Bounds what
-/// scanning for ports costs.
-const MAX_PARKED: usize = 1024;
+/// Datagrams of one pending client that are kept.
+const DATAGRAMS_MAX: usize = 8;
 
-/// A parked client.
+/// A TCP client that is not admitted yet.
 #[derive(Debug)]
-pub(super) enum Pending {
-    Tcp {
-        port: ListenPort,
-        client: OwnedFd,
-        address: SocketAddr,
-        permit: Permit,
-    },
-    Udp(udp::Pending),
+pub(super) struct TcpClient {
+    /// The connection port that it came in on.
+    pub(super) port: ListenPort,
+    pub(super) socket: OwnedFd,
+    pub(super) address: SocketAddr,
+    pub(super) permit: Permit,
 }
 
-impl Pending {
-    /// The port that it came to.
-    pub(super) fn port(&self) -> ListenPort {
+/// A UDP client that is not admitted yet, with its first datagrams.
+#[derive(Debug)]
+pub(super) struct UdpClient {
+    /// The connection port that its datagrams came in on.
+    pub(super) port: ListenPort,
+    pub(super) address: SocketAddr,
+    /// The address that the datagrams were sent to, where the system reports it.
+    pub(super) local: Option<IpAddr>,
+    pub(super) datagrams: Vec<Box<[u8]>>,
+    pub(super) permit: Permit,
+}
+
+/// A client that is not admitted yet.
+#[derive(Debug)]
+pub(super) enum Client {
+    Tcp(TcpClient),
+    Udp(UdpClient),
+}
+
+impl Client {
+    fn port(&self) -> ListenPort {
         match self {
-            Self::Tcp { port, .. } => *port,
-            Self::Udp(parked) => parked.port,
+            Self::Tcp(client) => client.port,
+            Self::Udp(client) => client.port,
+        }
+    }
+
+    /// Resets a TCP client. A UDP client gets no answer.
+    pub(super) fn refuse(self) {
+        match self {
+            Self::Tcp(client) => client.socket.reset_on_close(),
+            Self::Udp(_) => {}
         }
     }
 }
 
-impl Worker {
-    /// Parks a client and asks for its verdict.
-    pub(super) fn park(
-        &mut self,
-        parked: Pending,
-        port: ListenPort,
-        transport: Transport,
-        client: SocketAddr,
-    ) -> Option<PendingId> {
-        if self.parked.len() >= MAX_PARKED {
-            count(&self.counters.too_many);
-            self.turn_away(parked);
-            return None;
-        }
-        self.next_ticket += 1;
-        let ticket = PendingId(self.next_ticket);
-        self.parked.insert(ticket, (self.now, parked));
-        self.gate.ask(ticket, port, transport, client);
-        Some(ticket)
+/// A client whose session is asked for.
+#[derive(Debug)]
+struct Pending {
+    client: Client,
+    since: Instant,
+}
+
+/// The pending clients of a thread.
+#[derive(Debug, Default)]
+pub(super) struct PendingClients {
+    clients: HashMap<PendingId, Pending>,
+    /// The pending UDP clients by port and address: their next datagrams come
+    /// while they wait.
+    udp: HashMap<(ListenPort, SocketAddr), PendingId>,
+    last_id: u64,
+}
+
+impl PendingClients {
+    pub(super) fn is_empty(&self) -> bool {
+        self.clients.is_empty()
     }
 
-    /// The gate has decided on a parked client.
-    pub(super) fn answer(&mut self, number: ListenPort, ticket: PendingId, verdict: Decision) {
-        let Some((_, parked)) = self.parked.remove(&ticket) else {
-            // Too late: what the gate has counted is over.
-            if let Decision::Admit(session) = verdict {
-                self.gate.closed(number, session, Traffic::default());
+    /// Keeps a client and asks the gate for its session.
+    pub(super) fn ask(&mut self, client: Client, io: &mut Io) {
+        if self.clients.len() >= PENDING_MAX {
+            count(&io.counters.too_many);
+            return client.refuse();
+        }
+        self.last_id += 1;
+        let id = PendingId(self.last_id);
+        let (port, transport, address) = match &client {
+            Client::Tcp(client) => (client.port, Transport::Tcp, client.address),
+            Client::Udp(client) => {
+                self.udp.insert((client.port, client.address), id);
+                (client.port, Transport::Udp, client.address)
             }
-            return;
         };
-        match (verdict, parked) {
-            (
-                Decision::Admit(session),
-                Pending::Tcp {
-                    port,
-                    client,
-                    address,
-                    permit,
-                },
-            ) => {
-                self.start(port, client, address, session, permit);
-            }
-            (Decision::Admit(session), Pending::Udp(parked)) => {
-                self.unpark_flow(parked, session);
-            }
-            (Decision::Refuse | Decision::Ask, parked) => {
-                count(&self.counters.no_session);
-                self.turn_away(parked);
-            }
+        let since = io.now;
+        self.clients.insert(id, Pending { client, since });
+        io.gate.ask(id, port, transport, address);
+        io.schedule();
+    }
+
+    /// Keeps a datagram of a pending client, if there is room. `false` when
+    /// the client is not pending.
+    pub(super) fn keep_datagram(
+        &mut self,
+        port: ListenPort,
+        client: SocketAddr,
+        datagram: &[u8],
+    ) -> bool {
+        let Some(id) = self.udp.get(&(port, client)) else {
+            return false;
+        };
+        if let Some(Pending {
+            client: Client::Udp(client),
+            ..
+        }) = self.clients.get_mut(id)
+            && client.datagrams.len() < DATAGRAMS_MAX
+        {
+            client.datagrams.push(datagram.into());
+        }
+        true
+    }
+
+    /// Takes out a client that is decided on; `None` when it was refused
+    /// meanwhile.
+    pub(super) fn take(&mut self, id: PendingId) -> Option<Client> {
+        let client = self.clients.remove(&id)?.client;
+        if let Client::Udp(client) = &client {
+            self.udp.remove(&(client.port, client.address));
+        }
+        Some(client)
+    }
+
+    /// Refuses the clients that wait at `port`.
+    pub(super) fn refuse_at(&mut self, port: ListenPort, io: &Io) {
+        for client in self.take_if(|pending| pending.client.port() == port) {
+            count(&io.counters.no_session);
+            client.refuse();
         }
     }
 
-    pub(super) fn turn_away(&mut self, parked: Pending) {
-        match parked {
-            Pending::Tcp { client, .. } => client.reset_on_close(),
-            Pending::Udp(parked) => {
-                if let Some(port) = self.udp_ports.get_mut(&parked.port) {
-                    port.parked.remove(&parked.client);
-                }
-            }
+    /// Refuses the clients that have waited too long.
+    pub(super) fn tick(&mut self, io: &Io) {
+        let is_late = |since| io.now.duration_since(since) >= PENDING_DEADLINE;
+        for client in self.take_if(|pending| is_late(pending.since)) {
+            count(&io.counters.pending_too_long);
+            client.refuse();
         }
     }
 
-    /// Turns those away that have waited too long.
-    pub(super) fn tick_parked(&mut self) {
-        let is_late = |since| self.now.duration_since(since) >= PARKED_DEADLINE;
-        let late = self.parked.iter().filter(|(_, (since, _))| is_late(*since));
-        let late: Vec<PendingId> = late.map(|(ticket, _)| *ticket).collect();
-        for ticket in late {
-            if let Some((_, parked)) = self.parked.remove(&ticket) {
-                count(&self.counters.parked_too_long);
-                self.turn_away(parked);
-            }
+    fn take_if(&mut self, condition: impl Fn(&Pending) -> bool) -> Vec<Client> {
+        let chosen = self
+            .clients
+            .iter()
+            .filter(|(_, pending)| condition(pending));
+        let chosen: Vec<PendingId> = chosen.map(|(id, _)| *id).collect();
+        chosen.into_iter().filter_map(|id| self.take(id)).collect()
+    }
+
+    /// Takes out all clients; the importing thread asks for them again.
+    pub(super) fn export(&mut self) -> Vec<ClientSnapshot> {
+        let clients = self.take_if(|_| true).into_iter();
+        let snapshots = clients.map(|client| match client {
+            Client::Tcp(client) => ClientSnapshot::Tcp {
+                port: client.port,
+                socket: client.socket,
+                address: client.address,
+            },
+            Client::Udp(client) => ClientSnapshot::Udp {
+                port: client.port,
+                address: client.address,
+                local: client.local,
+                datagrams: client.datagrams.into_iter().map(Vec::from).collect(),
+            },
+        });
+        snapshots.collect()
+    }
+}
+
+impl Client {
+    /// A client that another thread or process has exported.
+    pub(super) fn import(snapshot: ClientSnapshot, permit: Permit) -> Self {
+        match snapshot {
+            ClientSnapshot::Tcp {
+                port,
+                socket,
+                address,
+            } => Self::Tcp(TcpClient {
+                port,
+                socket,
+                address,
+                permit,
+            }),
+            ClientSnapshot::Udp {
+                port,
+                address,
+                local,
+                datagrams,
+            } => Self::Udp(UdpClient {
+                port,
+                address,
+                local,
+                datagrams: datagrams.into_iter().map(Vec::into_boxed_slice).collect(),
+                permit,
+            }),
         }
     }
 }

@@ -1,9 +1,9 @@
-//! Who may still come in, by counts alone: how many clients there are in all,
-//! of one source, and on one connection port.
+//! Quotas of clients: how many there may be altogether, of one source, and on
+//! one connection port.
 //!
-//! One table for all data threads, since a source comes in on ports of any
-//! thread. A client costs three counts when it comes and when it goes, the
-//! source's behind one of [`SHARDS`] locks; a source without clients is not
+//! All data threads share one quota per transport, since a source uses ports of
+//! any thread. A client costs three counts when it comes and when it leaves,
+//! the source's behind one of [`SHARDS`] locks. A source without clients is not
 //! remembered, so the table is never larger than the number of clients.
 
 use std::collections::HashMap;
@@ -19,12 +19,12 @@ use crate::table::ListenPort;
 /// Locks that sources are spread over: enough that data threads seldom meet.
 const SHARDS: usize = 32;
 
-/// Who a client counts as: an IPv4 address or an IPv6 /64, which is what one
-/// subscriber has and can choose addresses from (RFC 6177).
+/// The network that a client counts for: an IPv4 address or an IPv6 /64, from
+/// which one subscriber can choose addresses (RFC 6177).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Source(u64);
+pub(super) struct SourceNetwork(u64);
 
-impl Source {
+impl SourceNetwork {
     pub(super) fn of(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(address) => Self(u64::from(u32::from(address))),
@@ -39,15 +39,16 @@ impl Source {
 /// Most clients at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
-    /// Of UDP, what [`super::worker`] makes room by; it refuses nobody then.
+    /// Of UDP, the number of flows above which one is evicted. The quota itself
+    /// refuses no one then.
     pub(super) total: u32,
     pub(super) per_source: u32,
     pub(super) per_port: u32,
 }
 
-/// Which bound a client met.
+/// The bound that a client would exceed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Refused {
+pub(super) enum QuotaExceeded {
     Total,
     Source,
     Port,
@@ -55,33 +56,34 @@ pub(super) enum Refused {
 
 /// The live clients of one transport, and how many there may be.
 #[derive(Debug)]
-pub(super) struct Admission {
+pub(super) struct ClientQuota {
     total: AtomicU32,
     per_source: AtomicU32,
     per_port: AtomicU32,
     live: AtomicU32,
-    /// By port number. Pages that no port is in are never touched.
+    /// Live clients by port number. Memory of ports that are not used is never
+    /// touched.
     ports: Box<[AtomicU32]>,
-    sources: Vec<Mutex<HashMap<Source, u32>>>,
+    sources: Vec<Mutex<HashMap<SourceNetwork, u32>>>,
     hasher: RandomState,
 }
 
-/// A client's place. Given back when dropped.
+/// A client's place in the quota, given back when dropped.
 #[derive(Debug)]
 pub(super) struct Permit {
-    admission: Arc<Admission>,
-    source: Source,
+    quota: Arc<ClientQuota>,
+    source: SourceNetwork,
     port: ListenPort,
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.release(self.source, self.port);
+        self.quota.release(self.source, self.port);
     }
 }
 
-impl Admission {
-    /// Admits nobody until its bounds are set.
+impl ClientQuota {
+    /// A quota without any place until its bounds are set.
     pub(super) fn new() -> Arc<Self> {
         let ports = 1 + usize::from(u16::MAX);
         Arc::new(Self {
@@ -97,30 +99,31 @@ impl Admission {
         })
     }
 
-    /// Bounds from now on. Who is in stays in.
+    /// Sets the bounds. Clients above them keep their places.
     pub(super) fn set(&self, bounds: Bounds) {
         self.total.store(bounds.total, Ordering::Relaxed);
         self.per_source.store(bounds.per_source, Ordering::Relaxed);
         self.per_port.store(bounds.per_port, Ordering::Relaxed);
     }
 
-    /// Clients that are in.
+    /// The number of clients.
     pub(super) fn live(&self) -> u32 {
         self.live.load(Ordering::Relaxed)
     }
 
-    /// Gives a client of `source` on `port` a place, or says which bound is met.
-    pub(super) fn admit(
+    /// A place for a client of `source` on `port`, or the bound that it would
+    /// exceed.
+    pub(super) fn acquire(
         self: &Arc<Self>,
-        source: Source,
+        source: SourceNetwork,
         port: ListenPort,
-    ) -> Result<Permit, Refused> {
+    ) -> Result<Permit, QuotaExceeded> {
         if !take(&self.live, &self.total) {
-            return Err(Refused::Total);
+            return Err(QuotaExceeded::Total);
         }
         if !take(self.port(port), &self.per_port) {
             give(&self.live);
-            return Err(Refused::Port);
+            return Err(QuotaExceeded::Port);
         }
         let mut sources = self.shard(source).lock();
         let most = self.per_source.load(Ordering::Relaxed);
@@ -128,31 +131,31 @@ impl Admission {
         if count >= most {
             give(&self.live);
             give(self.port(port));
-            return Err(Refused::Source);
+            return Err(QuotaExceeded::Source);
         }
         sources.insert(source, count + 1);
         drop(sources);
         Ok(self.permit(source, port))
     }
 
-    /// Gives a place to a client that has had one in another process, whatever
-    /// the bounds: who is in stays in.
-    pub(super) fn take_over(self: &Arc<Self>, source: Source, port: ListenPort) -> Permit {
+    /// A place for a client that had one in another process, whatever the
+    /// bounds.
+    pub(super) fn import(self: &Arc<Self>, source: SourceNetwork, port: ListenPort) -> Permit {
         self.live.fetch_add(1, Ordering::Relaxed);
         self.port(port).fetch_add(1, Ordering::Relaxed);
         *self.shard(source).lock().entry(source).or_default() += 1;
         self.permit(source, port)
     }
 
-    fn permit(self: &Arc<Self>, source: Source, port: ListenPort) -> Permit {
+    fn permit(self: &Arc<Self>, source: SourceNetwork, port: ListenPort) -> Permit {
         Permit {
-            admission: self.clone(),
+            quota: self.clone(),
             source,
             port,
         }
     }
 
-    fn release(&self, source: Source, port: ListenPort) {
+    fn release(&self, source: SourceNetwork, port: ListenPort) {
         give(&self.live);
         give(self.port(port));
         let mut sources = self.shard(source).lock();
@@ -168,13 +171,13 @@ impl Admission {
         &self.ports[usize::from(port.get())]
     }
 
-    fn shard(&self, source: Source) -> &Mutex<HashMap<Source, u32>> {
+    fn shard(&self, source: SourceNetwork) -> &Mutex<HashMap<SourceNetwork, u32>> {
         let hash = self.hasher.hash_one(source);
         &self.sources[usize::try_from(hash % SHARDS as u64).expect("there are few shards")]
     }
 }
 
-/// Counts one more, unless there are `most` already.
+/// Counts one more, unless there are `most` already. Whether it did.
 fn take(count: &AtomicU32, most: &AtomicU32) -> bool {
     let most = most.load(Ordering::Relaxed);
     let more = |count| (count < most).then(|| count + 1);
@@ -196,22 +199,18 @@ mod tests {
         ListenPort::new(number).unwrap()
     }
 
-    fn admission(total: u32, per_source: u32, per_port: u32) -> Arc<Admission> {
-        let admission = Admission::new();
-        admission.set(Bounds {
+    fn quota(total: u32, per_source: u32, per_port: u32) -> Arc<ClientQuota> {
+        let quota = ClientQuota::new();
+        quota.set(Bounds {
             total,
             per_source,
             per_port,
         });
-        admission
+        quota
     }
 
-    fn remembered(admission: &Admission) -> usize {
-        admission
-            .sources
-            .iter()
-            .map(|shard| shard.lock().len())
-            .sum()
+    fn remembered(quota: &ClientQuota) -> usize {
+        quota.sources.iter().map(|shard| shard.lock().len()).sum()
     }
 
     #[test]
@@ -225,42 +224,42 @@ mod tests {
             ("2001:db8::1", "2001:db8:0:1::1", false),
         ];
         for (one, other, is_same) in cases {
-            let source = |text: &str| Source::of(text.parse().unwrap());
+            let source = |text: &str| SourceNetwork::of(text.parse().unwrap());
             assert_eq!(source(one) == source(other), is_same, "{one} {other}");
         }
     }
 
     #[test]
     fn each_bound_refuses_by_its_name() {
-        let source = |last| Source::of(IpAddr::from([192, 0, 2, last]));
+        let source = |last| SourceNetwork::of(IpAddr::from([192, 0, 2, last]));
         for (bounds, expected) in [
-            ((1, 9, 9), Refused::Total),
-            ((9, 1, 9), Refused::Source),
-            ((9, 9, 1), Refused::Port),
-            ((0, 9, 9), Refused::Total),
+            ((1, 9, 9), QuotaExceeded::Total),
+            ((9, 1, 9), QuotaExceeded::Source),
+            ((9, 9, 1), QuotaExceeded::Port),
+            ((0, 9, 9), QuotaExceeded::Total),
         ] {
-            let admission = admission(bounds.0, bounds.1, bounds.2);
-            let _first = admission.admit(source(1), port(20_000));
-            let refused = admission.admit(source(1), port(20_000)).unwrap_err();
+            let quota = quota(bounds.0, bounds.1, bounds.2);
+            let _first = quota.acquire(source(1), port(20_000));
+            let refused = quota.acquire(source(1), port(20_000)).unwrap_err();
             assert_eq!(refused, expected, "{bounds:?}");
         }
-        let admission = admission(9, 1, 1);
-        let _first = admission.admit(source(1), port(20_000)).unwrap();
-        assert!(admission.admit(source(2), port(20_001)).is_ok());
+        let quota = quota(9, 1, 1);
+        let _first = quota.acquire(source(1), port(20_000)).unwrap();
+        assert!(quota.acquire(source(2), port(20_001)).is_ok());
     }
 
     #[test]
-    fn who_is_taken_over_is_counted_and_not_refused() {
-        let admission = admission(1, 1, 1);
-        let source = Source::of(IpAddr::from([192, 0, 2, 1]));
-        let first = admission.take_over(source, port(20_000));
-        let second = admission.take_over(source, port(20_000));
-        assert_eq!(admission.live(), 2);
+    fn an_imported_client_is_counted_and_not_refused() {
+        let quota = quota(1, 1, 1);
+        let source = SourceNetwork::of(IpAddr::from([192, 0, 2, 1]));
+        let first = quota.import(source, port(20_000));
+        let second = quota.import(source, port(20_000));
+        assert_eq!(quota.live(), 2);
         drop(first);
-        let refused = admission.admit(source, port(20_000)).unwrap_err();
-        assert_eq!(refused, Refused::Total);
+        let refused = quota.acquire(source, port(20_000)).unwrap_err();
+        assert_eq!(refused, QuotaExceeded::Total);
         drop(second);
-        assert!(admission.admit(source, port(20_000)).is_ok());
+        assert!(quota.acquire(source, port(20_000)).is_ok());
     }
 
     proptest! {
@@ -270,7 +269,7 @@ mod tests {
             bounds in (0u32..12, 0u32..6, 0u32..6),
             steps in prop::collection::vec((any::<bool>(), 0u8..5, 0u16..4), 0..200),
         ) {
-            let admission = admission(bounds.0, bounds.1, bounds.2);
+            let quota = quota(bounds.0, bounds.1, bounds.2);
             let mut inside: Vec<(u8, u16, Permit)> = Vec::new();
             for (comes, source, number) in steps {
                 if !comes {
@@ -285,15 +284,15 @@ mod tests {
                     && of_source < bounds.1 as usize
                     && on_port < bounds.2 as usize;
                 let address = IpAddr::from([192, 0, 2, source]);
-                let permit = admission.admit(Source::of(address), port(20_000 + number));
+                let permit = quota.acquire(SourceNetwork::of(address), port(20_000 + number));
                 prop_assert_eq!(permit.is_ok(), fits);
                 inside.extend(permit.map(|permit| (source, number, permit)));
-                prop_assert_eq!(admission.live() as usize, inside.len());
-                prop_assert!(remembered(&admission) <= inside.len());
+                prop_assert_eq!(quota.live() as usize, inside.len());
+                prop_assert!(remembered(&quota) <= inside.len());
             }
             inside.clear();
-            prop_assert_eq!(admission.live(), 0);
-            prop_assert_eq!(remembered(&admission), 0);
+            prop_assert_eq!(quota.live(), 0);
+            prop_assert_eq!(remembered(&quota), 0);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Where connection ports lead: the table in force, shared by all threads and
-//! looked up once for each client.
+//! The routes of connection ports: the table in force, shared by all threads
+//! and looked up once for each client.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use arc_swap::ArcSwapOption;
 use crate::pool::ProxyProtocol;
 use crate::table::{ListenPort, PortIndex, Table};
 
-/// Where a connection port leads.
+/// The server that a connection port leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Route {
     pub(super) target: SocketAddr,
@@ -21,12 +21,12 @@ pub(super) struct Route {
 pub(super) struct Routes(ArcSwapOption<PortIndex>);
 
 impl Routes {
-    /// Puts a table in force; returns the former one's.
+    /// Puts a table in force; returns the former routes.
     pub(super) fn set(&self, table: Arc<Table>) -> Option<Arc<PortIndex>> {
         self.0.swap(Some(Arc::new(PortIndex::new(table))))
     }
 
-    /// Puts a former table back in force.
+    /// Puts former routes back in force.
     pub(super) fn restore(&self, former: Option<Arc<PortIndex>>) {
         self.0.store(former);
     }
@@ -38,8 +38,8 @@ impl Routes {
         found.is_some_and(|(_, range)| range.protocol.has_udp())
     }
 
-    /// `None` when the table does not have the port, or not yet the address of
-    /// its server.
+    /// The route of `port`; `None` when the table does not have the port, or not
+    /// yet the address of its server.
     pub(super) fn get(&self, port: ListenPort) -> Option<Route> {
         let index = self.0.load();
         let (row, range) = index.as_ref()?.find(port)?;

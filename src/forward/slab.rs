@@ -1,18 +1,20 @@
-//! Dense storage whose keys tell a reused place from its former content.
+//! Dense storage whose keys distinguish a reused place from its former content.
+//!
+//! It is written by hand because a key must fit the 56 bits that epoll's data
+//! has beside the kind of event source; a key of the crate `slotmap` has 64.
 
-/// Items by index and generation. A key fits the 56 bits that epoll's data has
-/// beside the kind of event source.
+/// Items by index and generation.
 #[derive(Debug)]
 pub(super) struct Slab<T> {
     entries: Vec<(u32, Option<T>)>,
     vacant: Vec<u32>,
 }
 
-/// Names an item. Not valid any more once the item is removed.
+/// The name of an item. It finds nothing once the item is removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key {
     pub(super) index: u32,
-    /// Counts how often the place was used; 24 bits.
+    /// The number of items that the place had before; 24 bits.
     pub(super) generation: u32,
 }
 
@@ -67,7 +69,7 @@ impl<T> Slab<T> {
         Some(item)
     }
 
-    /// Takes all items; their keys find nothing any more.
+    /// Removes all items and returns them.
     pub(super) fn drain(&mut self) -> impl Iterator<Item = T> {
         let keys: Vec<Key> = self.iter().map(|(key, _)| key).collect();
         keys.into_iter().filter_map(|key| self.remove(key))
@@ -83,7 +85,7 @@ impl<T> Slab<T> {
             .filter_map(|(_, item)| item.as_mut())
     }
 
-    /// How many places there are, vacant ones included.
+    /// The number of places, vacant ones included.
     pub(super) fn places(&self) -> usize {
         self.entries.len()
     }

@@ -1,143 +1,100 @@
 //! A data thread: one epoll, and everything that happens on the connection
-//! ports it owns.
+//! ports that it owns.
+//!
+//! ```text
+//!            commands of control        epoll         deadlines
+//!                     └──────────→ event loop ←───────────┘
+//!                    ┌─────────────────┼──────────────────┐
+//!                 Streams       PendingClients        Datagrams
+//!                    └───────── all with &mut Io ─────────┘
+//! ```
+//!
+//! The parts own their state and do not know each other, except that
+//! `Streams` and `Datagrams` hand clients to `PendingClients`. What concerns
+//! several parts is here: the turn of the loop, commands, and the cut of a
+//! session.
 //!
 //! Listeners and UDP sockets are level-triggered: what is not read now is
 //! reported again. TCP sockets of sessions are edge-triggered and registered
 //! once, so a session costs no epoll call while it runs.
 
-#[path = "tcp/final_flushes.rs"]
-mod closing;
-mod cutting;
-#[path = "udp/datagrams.rs"]
-mod datagrams;
-#[path = "udp/eviction.rs"]
-mod eviction;
-#[path = "tcp/coalescing.rs"]
-mod gathering;
-#[path = "pending.rs"]
-mod parking;
-mod snapshot;
-#[path = "tcp/streams.rs"]
-mod streams;
-
-use std::collections::HashMap;
 use std::io;
-use std::net::TcpListener;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::epoll::{self, Event, EventFlags};
 
-use self::closing::Closing;
-use self::eviction::Random;
-use self::gathering::Gathering;
-use self::parking::Pending;
-use super::admission::Admission;
-use super::counters::{self, Counters, count};
+use super::counters::{Counters, count};
+use super::gate::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
+use super::io::{EventSource, Io, new_epoll};
 use super::listeners::Listener;
-use super::pipes::Pipes;
+use super::pending::{Client, PendingClients};
+use super::quota::ClientQuota;
 use super::routes::Routes;
-use super::send_queue::SendQueues;
-use super::slab::{Key, Slab};
+use super::scratch::Scratch;
+use super::session_index::{Member, SessionIndex};
+use super::slab::Key;
 use super::snapshot::{ForwarderSnapshot, WorkerSnapshot};
-use super::tcp::{Connection, SCRATCH_BYTES, Scratch, Side, Signals};
-use super::udp;
-use super::{Decision, DrainingPorts, Gate, IdleTimes, PendingId, SessionKey, Traffic, Transport};
+use super::tcp::connection::{Side, Signals};
+use super::tcp::streams::Streams;
+use super::timers::{IdleTimes, Timers};
+use super::udp::datagrams::{Datagrams, DrainingPorts};
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
 const EVENTS: usize = 256;
 
-/// How long accepting pauses when descriptors or memory ran out: often enough
-/// to go on soon, seldom enough not to spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Most clients that are accepted when a session is cut: what a listener's
+/// queue holds by default. The clients that came before the cut are at its
+/// head, and clients that fill it meanwhile do not hold the thread.
+const ACCEPTS_AT_CUT: usize = 4096;
 
-/// How long a server may take to accept a connection.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+/// Likewise for datagrams, in turns of 128: many times what a socket's buffer
+/// holds by default.
+const TURNS_AT_CUT: usize = 64;
 
-/// How often deadlines are looked at while there is anything with one.
-const TICK: Duration = Duration::from_millis(250);
-
-/// What a session's socket is watched for, once and for all: edges only.
-const WATCHED: EventFlags = EventFlags::IN
-    .union(EventFlags::OUT)
-    .union(EventFlags::RDHUP)
-    .union(EventFlags::ET);
-
-/// What control asks of a thread.
+/// A command of control to a thread.
 #[derive(Debug)]
 pub(super) enum Command {
     Listen(Vec<(ListenPort, Listener)>),
-    /// A UDP port that is draining is wanted again.
+    /// The table has a draining UDP port again.
     Reopen(ListenPort),
     Close(ListenPort, Transport),
     Answer(ListenPort, PendingId, Decision),
     Cut(ListenPort, SessionKey),
-    /// Say when everything before is done, and which port could not be watched.
+    /// Reports that all commands before are done, and a port that could not be
+    /// watched.
     Settle(mpsc::Sender<Option<Unwatched>>),
-    /// Give everything away.
-    HandOver(mpsc::Sender<io::Result<ForwarderSnapshot>>),
-    /// Go on with this.
-    TakeOver(Box<WorkerSnapshot>),
+    Export(mpsc::Sender<io::Result<ForwarderSnapshot>>),
+    Import(Box<WorkerSnapshot>),
     Stop,
 }
 
 /// A port that epoll did not take.
-type Unwatched = (ListenPort, Transport, io::Error);
-
-/// Kinds of event sources, in the upper 8 bits of epoll's data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-enum Source {
-    Wake,
-    TcpPort,
-    UdpPort,
-    Client,
-    Server,
-    Flow,
-    Closing,
-}
-
-impl Source {
-    const ALL: [Self; 7] = [
-        Self::Wake,
-        Self::TcpPort,
-        Self::UdpPort,
-        Self::Client,
-        Self::Server,
-        Self::Flow,
-        Self::Closing,
-    ];
-
-    /// `id` is below 2^56: a key's bits, or a port's number.
-    fn data(self, id: u64) -> EventData {
-        EventData::new_u64(u64::from(self as u8) << 56 | id)
-    }
-
-    fn of(data: EventData) -> Option<(Self, u64)> {
-        let bits = data.u64();
-        let source = Self::ALL
-            .into_iter()
-            .find(|source| u64::from(*source as u8) == bits >> 56)?;
-        Some((source, bits & !(0xff << 56)))
-    }
+#[derive(Debug)]
+pub(super) struct Unwatched {
+    pub(super) port: ListenPort,
+    pub(super) transport: Transport,
+    pub(super) error: io::Error,
 }
 
 /// What all data threads share with control.
 pub(super) struct Shared {
+    /// The number of data threads.
     pub(super) threads: usize,
     pub(super) gate: Arc<dyn Gate>,
-    pub(super) draining: DrainingPorts,
+    pub(super) draining_ports: DrainingPorts,
     pub(super) routes: Arc<Routes>,
-    pub(super) idle: Arc<IdleTimes>,
+    pub(super) idle_times: Arc<IdleTimes>,
     pub(super) counters: Arc<Counters>,
-    pub(super) tcp_admission: Arc<Admission>,
-    pub(super) udp_admission: Arc<Admission>,
+    pub(super) tcp_quota: Arc<ClientQuota>,
+    pub(super) udp_quota: Arc<ClientQuota>,
     /// Most UDP flows of a thread.
     pub(super) flow_share: Arc<AtomicU32>,
+    /// Time without a sign of life after which a TCP peer is given up.
     pub(super) peer_timeout: Duration,
 }
 
@@ -145,42 +102,12 @@ pub(super) struct Shared {
 pub(super) struct Worker {
     inbox: mpsc::Receiver<Command>,
     wake: Arc<OwnedFd>,
-    gate: Arc<dyn Gate>,
-    idle: Arc<IdleTimes>,
-    counters: Arc<Counters>,
-    tcp_admission: Arc<Admission>,
-    udp_admission: Arc<Admission>,
-    flow_share: Arc<AtomicU32>,
-    peer_timeout: Duration,
-    epoll: OwnedFd,
-    routes: Arc<Routes>,
-    tcp_ports: HashMap<ListenPort, TcpListener>,
-    udp_ports: HashMap<ListenPort, udp::Port>,
-    /// UDP ports that the table no longer has, until their flows have ended.
-    draining: Vec<ListenPort>,
-    draining_ports: DrainingPorts,
-    connections: Slab<Connection>,
-    closing: Slab<Closing>,
-    send_queues: SendQueues,
-    flows: Slab<udp::Flow>,
-    random: Random,
-    sessions: HashMap<SessionKey, Vec<(Transport, Key)>>,
-    parked: HashMap<PendingId, (Instant, Pending)>,
-    next_ticket: u64,
-    /// Connections that want another turn.
-    ready: Vec<Key>,
-    gathering: Gathering,
-    next_look: Instant,
-    /// Connections since the last tick: their peers are not watched for life.
-    unguarded: Vec<Key>,
-    /// Until when nothing is accepted, and the ports that wait for that.
-    paused: Option<(Instant, Vec<ListenPort>)>,
+    io: Io,
+    streams: Streams,
+    datagrams: Datagrams,
+    pending: PendingClients,
     /// A port that could not be watched since control last asked.
     unwatched: Option<Unwatched>,
-    next_tick: Instant,
-    now: Instant,
-    scratch: Scratch,
-    batch: udp::Batch,
     is_stopping: bool,
 }
 
@@ -190,51 +117,32 @@ impl Worker {
         wake: &Arc<OwnedFd>,
         shared: Shared,
     ) -> io::Result<Self> {
-        let epoll = new_epoll(wake)?;
         let now = Instant::now();
+        let io = Io {
+            epoll: new_epoll(wake)?,
+            gate: shared.gate,
+            counters: shared.counters,
+            routes: shared.routes,
+            idle_times: shared.idle_times,
+            sessions: SessionIndex::default(),
+            timers: Timers::new(now),
+            scratch: Scratch::new(shared.threads),
+            now,
+        };
+        let (quota, ports) = (shared.udp_quota, shared.draining_ports);
         Ok(Self {
             inbox,
             wake: wake.clone(),
-            gate: shared.gate,
-            idle: shared.idle,
-            counters: shared.counters,
-            tcp_admission: shared.tcp_admission,
-            udp_admission: shared.udp_admission,
-            flow_share: shared.flow_share,
-            peer_timeout: shared.peer_timeout,
-            epoll,
-            routes: shared.routes,
-            tcp_ports: HashMap::new(),
-            udp_ports: HashMap::new(),
-            draining: Vec::new(),
-            draining_ports: shared.draining,
-            connections: Slab::default(),
-            closing: Slab::default(),
-            send_queues: SendQueues::open()?,
-            flows: Slab::default(),
-            random: Random::new(),
-            sessions: HashMap::new(),
-            parked: HashMap::new(),
-            next_ticket: 0,
-            ready: Vec::new(),
-            gathering: Gathering::new(),
-            next_look: now,
-            unguarded: Vec::new(),
-            paused: None,
+            io,
+            streams: Streams::new(shared.tcp_quota, shared.peer_timeout, now)?,
+            datagrams: Datagrams::new(quota, shared.flow_share, ports),
+            pending: PendingClients::default(),
             unwatched: None,
-            next_tick: now,
-            now,
-            scratch: Scratch {
-                scratch: vec![0; SCRATCH_BYTES],
-                pipes: Pipes::new(shared.threads),
-                carried: Traffic::default(),
-            },
-            batch: udp::Batch::new(),
             is_stopping: false,
         })
     }
 
-    /// Handles events until told to stop.
+    /// Handles events until a command stops the thread.
     pub(super) fn run(mut self) {
         let mut events: Vec<Event> = Vec::with_capacity(EVENTS);
         while !self.is_stopping {
@@ -243,11 +151,11 @@ impl Worker {
                 Timespec::try_from(timeout).expect("timeouts are far below the largest")
             });
             let waited = epoll::wait(
-                &self.epoll,
+                &self.io.epoll,
                 rustix::buffer::spare_capacity(&mut events),
                 timeout.as_ref(),
             );
-            self.now = Instant::now();
+            self.io.now = Instant::now();
             match waited {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => {
@@ -258,38 +166,37 @@ impl Worker {
             for event in &events {
                 self.handle(*event);
             }
-            for key in std::mem::take(&mut self.ready) {
-                self.pump(key);
+            self.streams.pump_ready(&mut self.io);
+            let next_poll = self.streams.next_poll();
+            if next_poll.is_some_and(|next_poll| self.io.now >= next_poll) {
+                self.streams.poll_busy(&mut self.io);
             }
-            if self.gathering.is_active() && self.now >= self.next_look {
-                self.look_at_gathering();
-            }
-            if self.now >= self.next_tick {
+            if self.io.timers.is_due(self.io.now) {
                 self.tick();
             }
         }
     }
 
-    /// How long to wait for events: not at all when connections want a turn,
-    /// for ever when nothing has a deadline.
+    /// The time to wait for events: none when connections want a turn, any when
+    /// nothing has a deadline.
     fn timeout(&self) -> Option<Duration> {
-        if !self.ready.is_empty() {
+        if self.streams.has_ready() {
             return Some(Duration::ZERO);
         }
-        let until = |time: Instant| time.saturating_duration_since(self.now);
-        if self.gathering.is_active() {
-            return Some(until(self.next_look));
+        let now = self.io.now;
+        if let Some(next_poll) = self.streams.next_poll() {
+            return Some(next_poll.saturating_duration_since(now));
         }
-        let waiting = self.parked.len() + self.draining.len() + self.closing.len();
-        let live = self.connections.len() + self.flows.len();
-        let has_deadlines = live + waiting > 0 || self.scratch.pipes.has_unused();
-        (has_deadlines || self.paused.is_some())
-            .then(|| until(self.next_tick).max(Duration::from_millis(1)))
+        let has_deadlines = self.streams.has_deadlines()
+            || self.datagrams.has_deadlines()
+            || !self.pending.is_empty()
+            || self.io.scratch.pipes.has_unused();
+        has_deadlines.then(|| self.io.timers.wait(now))
     }
 
     fn handle(&mut self, event: Event) {
         let flags = event.flags;
-        let Some((source, id)) = Source::of(event.data) else {
+        let Some((source, id)) = EventSource::parse(event.data) else {
             return;
         };
         let (key, port) = (Key::from_bits(id), port_of(id));
@@ -300,19 +207,25 @@ impl Worker {
             gone: flags.intersects(EventFlags::HUP | EventFlags::ERR),
             failed: flags.contains(EventFlags::ERR),
         };
+        let Self {
+            io,
+            streams,
+            datagrams,
+            pending,
+            ..
+        } = self;
         match source {
-            Source::Wake => self.take_commands(),
-            // Of a port that was closed meanwhile nothing is found.
-            Source::TcpPort => {
-                port.map(|port| self.accept(port));
+            EventSource::Wake => self.take_commands(),
+            EventSource::TcpPort => {
+                port.map(|port| streams.accept(port, pending, io));
             }
-            Source::UdpPort => {
-                port.map(|port| self.receive_from_clients(port));
+            EventSource::UdpPort => {
+                port.map(|port| datagrams.receive_from_clients(port, pending, io));
             }
-            Source::Client => self.connection_event(key, Side::Client, signals),
-            Source::Server => self.connection_event(key, Side::Server, signals),
-            Source::Flow => self.receive_from_server(key),
-            Source::Closing => self.close_further(key),
+            EventSource::Client => streams.handle_event(key, Side::Client, signals, io),
+            EventSource::Server => streams.handle_event(key, Side::Server, signals, io),
+            EventSource::Flow => datagrams.receive_from_server(key, io),
+            EventSource::FinalFlush => streams.continue_flush(key, io),
         }
     }
 
@@ -322,24 +235,27 @@ impl Worker {
         while let Ok(command) = self.inbox.try_recv() {
             match command {
                 Command::Listen(listeners) => {
-                    self.tcp_ports.reserve(listeners.len());
+                    self.streams.reserve(listeners.len());
                     for (port, listener) in listeners {
                         self.listen(port, listener);
                     }
                 }
-                Command::Reopen(port) => self.reopen(port),
-                Command::Close(port, transport) => self.close_port(port, transport),
-                Command::Answer(port, ticket, verdict) => self.answer(port, ticket, verdict),
+                Command::Reopen(port) => self.datagrams.reopen_port(port),
+                Command::Close(port, Transport::Tcp) => self.streams.close_port(port),
+                Command::Close(port, Transport::Udp) => {
+                    self.datagrams.drain_port(port, &mut self.io);
+                }
+                Command::Answer(port, id, decision) => self.answer(port, id, decision),
                 Command::Cut(port, session) => self.cut(port, session),
                 Command::Settle(done) => {
-                    // Whoever asked may have given up.
+                    // Control may have given up.
                     let _ = done.send(self.unwatched.take());
                 }
-                Command::HandOver(reply) => {
+                Command::Export(reply) => {
                     // Control waits for every thread.
-                    let _ = reply.send(self.hand_over());
+                    let _ = reply.send(self.export());
                 }
-                Command::TakeOver(share) => self.take_over(*share),
+                Command::Import(snapshot) => self.import(*snapshot),
                 Command::Stop => self.is_stopping = true,
             }
         }
@@ -347,94 +263,146 @@ impl Worker {
 
     fn listen(&mut self, port: ListenPort, listener: Listener) {
         let transport = listener.transport();
+        let io = &self.io;
         let watched = match listener {
-            Listener::Tcp(listener) => {
-                let watched = self.watch_listener(port, &listener, Source::TcpPort);
-                self.tcp_ports.insert(port, listener);
-                watched
-            }
-            Listener::Udp(socket, state) => {
-                let watched = self.watch_listener(port, &socket, Source::UdpPort);
-                self.udp_ports.insert(port, udp::Port::new(socket, state));
-                watched
-            }
+            Listener::Tcp(listener) => self.streams.open_port(port, listener, io),
+            Listener::Udp(socket, state) => self.datagrams.open_port(port, socket, state, io),
         };
         if let Err(error) = watched {
-            self.unwatched = Some((port, transport, error.into()));
+            self.unwatched = Some(Unwatched {
+                port,
+                transport,
+                error: error.into(),
+            });
         }
     }
 
-    fn watch_listener(
-        &self,
-        port: ListenPort,
-        listener: impl AsFd,
-        source: Source,
-    ) -> rustix::io::Result<()> {
-        let data = source.data(port.get().into());
-        epoll::add(&self.epoll, listener, data, EventFlags::IN)
-    }
-
-    /// Closes a port. Its connections go on, and so do its flows, for which
-    /// its socket stays open.
-    fn close_port(&mut self, port: ListenPort, transport: Transport) {
-        match transport {
-            Transport::Tcp => {
-                self.tcp_ports.remove(&port);
+    /// Carries out the gate's decision on a pending client.
+    fn answer(&mut self, port: ListenPort, id: PendingId, decision: Decision) {
+        let io = &mut self.io;
+        let Some(client) = self.pending.take(id) else {
+            // The answer is too late: what the gate has counted has ended.
+            if let Decision::Admit(session) = decision {
+                io.gate.closed(port, session, Traffic::default());
             }
-            Transport::Udp => self.drain_udp_port(port),
-        }
-    }
-
-    /// A connection or flow of `session` is over.
-    fn leave_session(&mut self, session: SessionKey, transport: Transport, key: Key) {
-        if let Some(members) = self.sessions.get_mut(&session) {
-            members.retain(|member| *member != (transport, key));
-            if members.is_empty() {
-                self.sessions.remove(&session);
+            return;
+        };
+        match (decision, client) {
+            (Decision::Admit(session), Client::Tcp(client)) => {
+                self.streams.connect(client, session, io);
+            }
+            (Decision::Admit(session), Client::Udp(client)) => {
+                self.datagrams.open(client, session, io);
+            }
+            (Decision::Refuse | Decision::Ask, client) => {
+                count(&io.counters.no_session);
+                client.refuse();
             }
         }
     }
 
-    /// A flow is over.
-    fn report(&mut self, port: ListenPort, session: SessionKey, traffic: Traffic) {
-        self.count_carried();
-        count(&self.counters.closed);
-        self.gate.closed(port, session, traffic);
+    /// Cuts a session. Clients that reach its port from now on came after it.
+    fn cut(&mut self, port: ListenPort, session: SessionKey) {
+        self.refuse_waiting(port);
+        let io = &mut self.io;
+        for Member { transport, key } in io.sessions.take(session) {
+            match transport {
+                Transport::Tcp => self.streams.cut(key, io),
+                Transport::Udp => self.datagrams.cut(key, io),
+            }
+        }
+        self.streams.cut_final_flushes(session, io);
+        io.gate.closed(port, session, Traffic::default());
     }
 
-    /// Counts what was carried meanwhile: not at once, as threads share counters.
-    fn count_carried(&mut self) {
-        let carried = std::mem::take(&mut self.scratch.carried);
-        counters::add(&self.counters.upstream_bytes, carried.upstream_bytes);
-        counters::add(&self.counters.downstream_bytes, carried.downstream_bytes);
+    /// Takes in all clients that have come to `port` so far, and refuses those
+    /// that the gate does not admit at once: they came before the port's next
+    /// session.
+    fn refuse_waiting(&mut self, port: ListenPort) {
+        let (pending, io) = (&mut self.pending, &mut self.io);
+        for _ in 0..ACCEPTS_AT_CUT {
+            if !self.streams.accept(port, pending, io) {
+                break;
+            }
+        }
+        for _ in 0..TURNS_AT_CUT {
+            if !self.datagrams.receive_from_clients(port, pending, io) {
+                break;
+            }
+        }
+        pending.refuse_at(port, io);
     }
 
     /// Looks at everything that has a deadline. One pass over a thread's
     /// sessions costs about 10 µs per 1000.
     fn tick(&mut self) {
-        self.next_tick = self.now + TICK;
-        self.count_carried();
-        self.resume_accepting();
-        self.tick_parked();
-        self.tick_connections();
-        self.tick_closing();
-        self.tick_flows();
-        self.close_drained();
+        let io = &mut self.io;
+        io.timers.restart(io.now);
+        io.count_carried();
+        self.pending.tick(io);
+        self.streams.tick(io);
+        self.datagrams.tick(io);
+    }
+
+    /// Takes out everything that this thread has.
+    ///
+    /// # Errors
+    /// When there is no descriptor for a new epoll; nothing has changed then.
+    fn export(&mut self) -> io::Result<ForwarderSnapshot> {
+        let io = &mut self.io;
+        self.streams.stop_coalescing(io);
+        // In the old epoll sockets stay registered as long as any process has
+        // them open, and would be refused when they come back.
+        io.epoll = new_epoll(&self.wake)?;
+        let clients = self.pending.export();
+        let connections = self.streams.export(io);
+        let flows = self.datagrams.export(io);
+        let (tcp, udp) = (self.streams.export_ports(), self.datagrams.export_ports());
+        let ports = tcp.chain(udp).collect();
+        io.sessions.clear();
+        Ok(ForwarderSnapshot {
+            ports,
+            connections,
+            flows,
+            clients,
+        })
+    }
+
+    /// Continues this thread's part of a snapshot.
+    fn import(&mut self, snapshot: WorkerSnapshot) {
+        for port in snapshot.ports {
+            let (number, is_draining) = (port.port, port.is_draining);
+            self.listen(number, port.listener);
+            if let Some(Unwatched {
+                port,
+                transport,
+                error,
+            }) = self.unwatched.take()
+            {
+                // The exporting process cannot take it back any more.
+                tracing::error!(%port, ?transport, %error, "failed to watch a connection port that was taken over");
+            }
+            if is_draining {
+                self.datagrams.keep_draining(number, &mut self.io);
+            }
+        }
+        let (pending, io) = (&mut self.pending, &mut self.io);
+        for (connection, permit) in snapshot.connections {
+            self.streams.import(connection, permit, io);
+        }
+        for (flow, permit) in snapshot.flows {
+            self.datagrams.import(flow, permit, io);
+        }
+        // The gate decides again, as if the client had just come.
+        for (client, permit) in snapshot.clients {
+            match Client::import(client, permit) {
+                Client::Tcp(client) => self.streams.meet(client, pending, io),
+                Client::Udp(client) => self.datagrams.meet_again(client, pending, io),
+            }
+        }
     }
 }
 
 fn port_of(id: u64) -> Option<ListenPort> {
     ListenPort::new(u16::try_from(id).ok()?)
-}
-
-/// An epoll that wakes when control has a command.
-fn new_epoll(wake: &Arc<OwnedFd>) -> io::Result<OwnedFd> {
-    let epoll = epoll::create(CreateFlags::CLOEXEC)?;
-    epoll::add(&epoll, wake, Source::Wake.data(0), EventFlags::IN)?;
-    Ok(epoll)
-}
-
-/// Registers a session's socket for all it will ever be asked about.
-fn watch(epoll: &OwnedFd, socket: impl AsFd, data: EventData) -> rustix::io::Result<()> {
-    epoll::add(epoll, socket, data, WATCHED)
 }

@@ -21,9 +21,9 @@ use portpool::table::{ListenPort, PortRange, Table};
 const SOON: Duration = Duration::from_secs(10);
 const FIRST: u16 = 20_000;
 
-/// A gate that says what it is told, and counts.
+/// A gate whose decision the test sets, and which counts.
 struct TestGate {
-    verdict: Mutex<Decision>,
+    decision: Mutex<Decision>,
     admitted: AtomicU64,
     closed: Mutex<Vec<Traffic>>,
     asked: Mutex<Vec<(PendingId, ListenPort)>>,
@@ -31,15 +31,15 @@ struct TestGate {
 
 impl Gate for TestGate {
     fn admit(&self, _: ListenPort, _: Transport, _: SocketAddr) -> Decision {
-        let verdict = *self.verdict.lock().unwrap();
-        if matches!(verdict, Decision::Admit(_)) {
+        let decision = *self.decision.lock().unwrap();
+        if matches!(decision, Decision::Admit(_)) {
             self.admitted.fetch_add(1, Ordering::Relaxed);
         }
-        verdict
+        decision
     }
 
-    fn ask(&self, ticket: PendingId, port: ListenPort, _: Transport, _: SocketAddr) {
-        self.asked.lock().unwrap().push((ticket, port));
+    fn ask(&self, id: PendingId, port: ListenPort, _: Transport, _: SocketAddr) {
+        self.asked.lock().unwrap().push((id, port));
     }
 
     fn closed(&self, _: ListenPort, _: SessionKey, traffic: Traffic) {
@@ -59,14 +59,14 @@ struct Bench {
 }
 
 impl Bench {
-    fn new(verdict: Decision) -> Self {
+    fn new(decision: Decision) -> Self {
         let network = network();
-        Self::on(address(network, 1), address(network, 2), verdict)
+        Self::on(address(network, 1), address(network, 2), decision)
     }
 
-    fn on(listen: IpAddr, server: IpAddr, verdict: Decision) -> Self {
+    fn on(listen: IpAddr, server: IpAddr, decision: Decision) -> Self {
         let gate = Arc::new(TestGate {
-            verdict: Mutex::new(verdict),
+            decision: Mutex::new(decision),
             admitted: AtomicU64::new(0),
             closed: Mutex::default(),
             asked: Mutex::default(),
@@ -307,7 +307,7 @@ nix::getsockopt_impl!(
 struct LowWater;
 
 #[test]
-fn a_stream_that_is_handed_over_holds_nothing_back() {
+fn an_exported_stream_holds_nothing_back() {
     let bench = Bench::new(Decision::Admit(SESSION));
     let (mut client, mut server) = bench.pair();
     let is_enough = Arc::new(AtomicBool::new(false));
@@ -320,14 +320,14 @@ fn a_stream_that_is_handed_over_holds_nothing_back() {
     let table = Arc::new(bench.table.clone());
     for _ in 0..10 {
         std::thread::sleep(Duration::from_millis(50));
-        let handed = bench.forwarder.hand_over(&table).unwrap();
-        for connection in &handed.connections {
+        let snapshot = bench.forwarder.export(&table).unwrap();
+        for connection in &snapshot.connections {
             for socket in [&connection.client, &connection.server] {
                 assert_eq!(LowWater.get(socket).unwrap(), 1);
             }
         }
-        assert_eq!(handed.connections.len(), 1);
-        bench.forwarder.take_over(handed, &table);
+        assert_eq!(snapshot.connections.len(), 1);
+        bench.forwarder.import(snapshot, &table);
     }
     is_enough.store(true, Ordering::Relaxed);
     receiver.join().unwrap();
@@ -416,7 +416,7 @@ fn a_server_that_does_not_answer_is_given_up() {
 }
 
 #[test]
-fn a_parked_client_is_served_refused_or_given_up() {
+fn a_pending_client_is_served_refused_or_given_up() {
     let bench = Bench::new(Decision::Ask);
     let listener = bench.serve();
     let mut clients: Vec<TcpStream> = (0..3).map(|_| bench.connect()).collect();
@@ -435,8 +435,8 @@ fn a_parked_client_is_served_refused_or_given_up() {
     server.read_exact(&mut early).unwrap();
     assert_eq!(&early, b"early");
     assert!(was_reset(&mut clients[1]));
-    assert!(was_reset(&mut clients[2]), "nobody answered");
-    assert_eq!(bench.forwarder.counters().parked_too_long, 1);
+    assert!(was_reset(&mut clients[2]), "no one answered");
+    assert_eq!(bench.forwarder.counters().pending_too_long, 1);
     // An answer that comes too late ends at once.
     bench.gate.admitted.fetch_add(1, Ordering::Relaxed);
     bench
@@ -450,7 +450,7 @@ fn a_parked_client_is_served_refused_or_given_up() {
 fn cutting_a_session_resets_its_connections_only() {
     let bench = Bench::new(Decision::Admit(SESSION));
     let (mut cut, _server) = bench.pair();
-    *bench.gate.verdict.lock().unwrap() = Decision::Admit(SessionKey(8));
+    *bench.gate.decision.lock().unwrap() = Decision::Admit(SessionKey(8));
     let (mut other, mut server) = bench.pair();
     bench.cut();
     assert!(was_reset(&mut cut));
@@ -484,16 +484,16 @@ fn a_client_that_came_before_a_cut_is_not_met_after_it() {
     let listener = bench.serve();
     // The gate holds the port's thread up with the first client, and the others
     // wait behind it.
-    let verdict = bench.gate.verdict.lock().unwrap();
+    let decision = bench.gate.decision.lock().unwrap();
     let mut early: Vec<TcpStream> = (0..4).map(|_| bench.connect()).collect();
     let stranger = udp_client(&bench);
     stranger.send(b"too early").unwrap();
     bench.cut();
-    drop(verdict);
+    drop(decision);
     bench.all_closed();
     // What the gate hears of the cut, it hears when all is done.
     assert_eq!(bench.forwarder.counters().no_session, 5);
-    *bench.gate.verdict.lock().unwrap() = Decision::Admit(SessionKey(8));
+    *bench.gate.decision.lock().unwrap() = Decision::Admit(SessionKey(8));
     for client in &mut early {
         assert!(was_reset(client));
     }
@@ -572,7 +572,7 @@ fn a_port_in_use_is_named_and_nothing_is_changed() {
 }
 
 #[test]
-fn the_server_is_told_the_clients_address_first() {
+fn the_server_gets_the_clients_address_first() {
     let mut bench = Bench::new(Decision::Admit(SESSION));
     bench.lead(4, |range| {
         range.protocol = PortProtocol::TCP;
@@ -639,7 +639,7 @@ fn datagrams_of_every_size_come_back_to_their_own_client() {
 #[test]
 fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
     let mut bench = Bench::new(Decision::Admit(SESSION));
-    udp_client(&bench).send(b"nobody listens").unwrap();
+    udp_client(&bench).send(b"no one listens").unwrap();
     until(|| bench.gate.closed.lock().unwrap().len() == 1);
     bench.table.sessions.udp_idle_timeout_seconds = 1;
     bench
@@ -685,7 +685,7 @@ fn removing_a_udp_port_keeps_its_flows_until_they_end() {
 }
 
 #[test]
-fn a_parked_flow_keeps_its_first_datagrams() {
+fn a_pending_flow_keeps_its_first_datagrams() {
     let bench = Bench::new(Decision::Ask);
     let _clients = udp_echo(bench.server);
     let client = udp_client(&bench);

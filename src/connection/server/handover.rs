@@ -120,7 +120,7 @@ impl Server {
     async fn give(&self, mut offer: handover::Offer) -> Result<(), handover::Error> {
         let (load_sharing, admin) = (self.load_sharing.try_clone()?, self.admin.try_clone()?);
         let table = self.table.borrow().clone();
-        let handed = self.parts.forwarder.hand_over(&table)?;
+        let handed = self.parts.forwarder.export(&table)?;
         let state = handover::State {
             agents: self.parts.agents.hand_over(),
             table,
@@ -132,7 +132,7 @@ impl Server {
         let giving = tokio::task::spawn_blocking(move || (offer.give(&state), state));
         let (given, state) = giving.await.expect("giving does not panic");
         if given.is_err() {
-            self.parts.forwarder.take_over(state.handed, &state.table);
+            self.parts.forwarder.import(state.handed, &state.table);
         }
         given
     }

@@ -1,12 +1,6 @@
 //! One TCP connection through a connection port: two sockets and two
-//! directions.
-//!
-//! - `direction`: how bytes move from one to the other;
-//! - `final_flush`: what is left to do when one of the two is gone;
-//! - this file: what a connection does at an event.
-
-mod direction;
-mod final_flush;
+//! directions, and what it does at an event. Which state it is in is drawn in
+//! the parent; what becomes of it after an [`Outcome`] is in `streams`.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -15,64 +9,53 @@ use std::time::Instant;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
-use self::direction::{Direction, Fault, Progress};
-pub(super) use self::final_flush::{Delivery, FinalFlush};
-use super::admission::Permit;
+use super::direction::{Direction, Fault, Progress};
 use super::pipes::Pipes;
-use super::snapshot::ConnectionSnapshot;
 use super::stream::Stream;
-use super::{SessionKey, Traffic};
+use crate::forward::gate::{SessionKey, Traffic};
+use crate::forward::pending::TcpClient;
+use crate::forward::quota::Permit;
+use crate::forward::scratch::Scratch;
+use crate::forward::snapshot::ConnectionSnapshot;
 use crate::table::ListenPort;
-
-/// Bytes a thread reads at once, and most bytes that a direction keeps.
-pub(super) const SCRATCH_BYTES: usize = 64 * 1024;
 
 /// Bytes of a direction that a closed socket delivers for certain. When TCP's
 /// memory runs out, Linux resets closed sockets that hold more than
 /// `SOCK_MIN_SNDBUF`, twice as much with what it adds to each packet.
 const SMALL_BYTES: u64 = 2048;
 
-/// What a thread lends to the direction that has its turn.
-#[derive(Debug)]
-pub(super) struct Scratch {
-    pub(super) scratch: Vec<u8>,
-    pub(super) pipes: Pipes,
-    /// What was carried since that was last counted.
-    pub(super) carried: Traffic,
-}
-
-/// Which of the two sockets.
+/// One of the two sockets of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
+pub(in crate::forward) enum Side {
     Client,
     Server,
 }
 
-/// What epoll says about a socket.
+/// What epoll reports about a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Signals {
+pub(in crate::forward) struct Signals {
     /// There may be something to read, or the end of it.
-    pub(super) readable: bool,
+    pub(in crate::forward) readable: bool,
     /// There may be room to send.
-    pub(super) writable: bool,
+    pub(in crate::forward) writable: bool,
     /// The peer has ended its sending.
-    pub(super) ended: bool,
+    pub(in crate::forward) ended: bool,
     /// The connection is gone, in whichever way.
-    pub(super) gone: bool,
+    pub(in crate::forward) gone: bool,
     /// The connection has met an error.
-    pub(super) failed: bool,
+    pub(in crate::forward) failed: bool,
 }
 
 /// A connection's state after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Goes on with the next event.
+    /// It goes on with the next event.
     Waiting,
-    /// Wants another turn without an event.
+    /// It wants another turn without an event.
     Ready,
-    /// Both directions have ended. Peers may not have everything yet.
+    /// Both directions have ended. The peers may not have everything yet.
     Finished,
-    /// Reset both sockets.
+    /// One side is lost. The other one gets what was read of it, then a reset.
     Broken,
     /// The server could not be reached.
     Unreachable(Errno),
@@ -86,52 +69,60 @@ pub(super) struct Connection<S = OwnedFd> {
     pub(super) client: S,
     pub(super) server: S,
     pub(super) is_connecting: bool,
-    /// When something last happened.
+    /// The time of the last event; of a finished connection, of the event
+    /// that finished it.
     pub(super) active: Instant,
     client_ended: bool,
     server_ended: bool,
-    /// Who sends much: the client, the server.
+    /// Whether the client sends much, and whether the server does.
     is_busy: [bool; 2],
-    upstream: Direction,
-    downstream: Direction,
-    /// Its place among the clients.
-    permit: Option<Permit>,
+    pub(super) upstream: Direction,
+    pub(super) downstream: Direction,
+    /// The client's place in the quota.
+    pub(super) permit: Option<Permit>,
 }
 
 impl Connection {
-    /// Starts to connect `client` with `target`. `header` goes to the server
-    /// first.
+    /// The connection of an admitted client with `server`, which need not be
+    /// connected yet. `header` goes to the server first.
     pub(super) fn start(
-        port: ListenPort,
+        client: TcpClient,
         session: SessionKey,
-        client: OwnedFd,
-        target: SocketAddr,
-        header: Option<Vec<u8>>,
-        permit: Permit,
-        now: Instant,
-    ) -> Result<Self, (OwnedFd, Errno)> {
-        match connect(target) {
-            Ok(server) => {
-                let connection = Self::new(port, session, client, server, header, now);
-                Ok(Self {
-                    permit: Some(permit),
-                    ..connection
-                })
-            }
-            Err(errno) => Err((client, errno)),
-        }
-    }
-}
-
-impl<S: Stream> Connection<S> {
-    fn new(
-        port: ListenPort,
-        session: SessionKey,
-        client: S,
-        server: S,
+        server: OwnedFd,
         header: Option<Vec<u8>>,
         now: Instant,
     ) -> Self {
+        Self {
+            upstream: Direction::beginning_with(header),
+            permit: Some(client.permit),
+            ..Self::new(client.port, session, client.socket, server, now)
+        }
+    }
+
+    /// Whether a side that has met an error is gone: reset, or timed out.
+    pub(super) fn has_lost(&self, side: Side) -> bool {
+        let socket = match side {
+            Side::Client => &self.client,
+            Side::Server => &self.server,
+        };
+        !self.is_connecting && is_gone(socket)
+    }
+
+    /// Whether closing the sockets loses nothing once both directions have
+    /// ended: their peers have acknowledged everything, the end as well.
+    pub(super) fn is_delivered(&self) -> bool {
+        self.is_small() || is_gone(&self.client) && is_gone(&self.server)
+    }
+}
+
+/// Whether a connected socket has no peer any more: it was reset, it timed
+/// out, or it has ended both ways.
+pub(super) fn is_gone(socket: &OwnedFd) -> bool {
+    net::getpeername(socket).is_err()
+}
+
+impl<S: Stream> Connection<S> {
+    fn new(port: ListenPort, session: SessionKey, client: S, server: S, now: Instant) -> Self {
         Self {
             port,
             session,
@@ -142,14 +133,14 @@ impl<S: Stream> Connection<S> {
             client_ended: false,
             server_ended: false,
             is_busy: [false; 2],
-            upstream: Direction::beginning_with(header),
+            upstream: Direction::default(),
             downstream: Direction::default(),
             permit: None,
         }
     }
 
-    /// The connection as another thread or process goes on with it.
-    pub(super) fn hand_over(self, now: Instant, pipes: &mut Pipes) -> ConnectionSnapshot<S> {
+    /// The connection as plain data, for another thread or process.
+    pub(super) fn export(self, now: Instant, pipes: &mut Pipes) -> ConnectionSnapshot<S> {
         ConnectionSnapshot {
             port: self.port,
             session: self.session,
@@ -158,35 +149,35 @@ impl<S: Stream> Connection<S> {
             is_connecting: self.is_connecting,
             is_broken: false,
             idle: now.saturating_duration_since(self.active),
-            upstream: self.upstream.hand_over(pipes),
-            downstream: self.downstream.hand_over(pipes),
+            upstream: self.upstream.export(pipes),
+            downstream: self.downstream.export(pipes),
         }
     }
 
-    /// Goes on with a connection. Which sides have ended, and who sends much,
-    /// is found out again when the sockets are registered.
-    pub(super) fn take_over(
-        handed: ConnectionSnapshot<S>,
+    /// An exported connection. Which sides have ended, and which send much,
+    /// shows again when the sockets are registered.
+    pub(super) fn import(
+        snapshot: ConnectionSnapshot<S>,
         permit: Option<Permit>,
         now: Instant,
     ) -> Self {
         Self {
-            port: handed.port,
-            session: handed.session,
-            client: handed.client,
-            server: handed.server,
-            is_connecting: handed.is_connecting,
-            active: now.checked_sub(handed.idle).unwrap_or(now),
+            port: snapshot.port,
+            session: snapshot.session,
+            client: snapshot.client,
+            server: snapshot.server,
+            is_connecting: snapshot.is_connecting,
+            active: now.checked_sub(snapshot.idle).unwrap_or(now),
             client_ended: false,
             server_ended: false,
             is_busy: [false; 2],
-            upstream: Direction::take_over(handed.upstream),
-            downstream: Direction::take_over(handed.downstream),
+            upstream: Direction::import(snapshot.upstream),
+            downstream: Direction::import(snapshot.downstream),
             permit,
         }
     }
 
-    /// Handles what epoll says about one side.
+    /// Handles what epoll reports about one side.
     pub(super) fn event(&mut self, side: Side, signals: Signals, scratch: &mut Scratch) -> Outcome {
         let Signals {
             readable,
@@ -219,11 +210,11 @@ impl<S: Stream> Connection<S> {
                 }
             }
         }
-        // Nobody reads from this side any more, so nobody else would notice.
+        // This side is not read any more, so no read would find the error.
         if failed && is_read_done {
             return Outcome::Broken;
         }
-        // What is held goes first, and its destination says when it can.
+        // What is held goes first; its destination is reported when it has room.
         let reads = (readable || ended || gone) && !is_stuck;
         let writes = writable && is_holding;
         match side {
@@ -262,19 +253,20 @@ impl<S: Stream> Connection<S> {
         self.direction_from(source).has_pipe()
     }
 
-    /// Whether `source` has begun to send much. True once, until it is no
-    /// longer busy.
-    pub(super) fn take_up_as_busy(&mut self, source: Side) -> bool {
+    /// Marks `source` as busy if it sends much. Whether it was not marked
+    /// before.
+    pub(super) fn mark_busy(&mut self, source: Side) -> bool {
         let sends_much = self.direction_from(source).carries_much();
         sends_much && !std::mem::replace(&mut self.is_busy[source as usize], true)
     }
 
-    /// What follows counts anew: the next few bytes after a burst are not much.
-    pub(super) fn is_no_longer_busy(&mut self, source: Side) {
+    /// Takes the mark away. Counting begins anew: the next few bytes after a
+    /// burst are not much.
+    pub(super) fn clear_busy(&mut self, source: Side) {
         self.is_busy[source as usize] = false;
         match source {
-            Side::Client => self.upstream.count_anew(),
-            Side::Server => self.downstream.count_anew(),
+            Side::Client => self.upstream.reset_count(),
+            Side::Server => self.downstream.reset_count(),
         }
     }
 
@@ -303,7 +295,7 @@ impl<S: Stream> Connection<S> {
             }
         }
         let is_over = self.is_over();
-        // Closing tells whoever was not told, when that is next.
+        // If the sockets are closed next anyway, closing sends the end.
         if !is_over || !self.is_small() {
             if self.upstream.is_done && !was_done.0 {
                 self.server.end();
@@ -315,9 +307,10 @@ impl<S: Stream> Connection<S> {
         if is_over {
             return Outcome::Finished;
         }
-        match progress.contains(&Progress::Yielded) {
-            true => Outcome::Ready,
-            false => Outcome::Waiting,
+        if progress.contains(&Progress::Yielded) {
+            Outcome::Ready
+        } else {
+            Outcome::Waiting
         }
     }
 
@@ -338,19 +331,19 @@ impl<S: Stream> Connection<S> {
         self.server.reset_on_close();
     }
 
-    /// Gives all pipes back: the connection is over.
+    /// Gives all pipes back: the connection ends.
     pub(super) fn give_back_pipes(&mut self, pipes: &mut Pipes) {
         self.upstream.give_back(pipes);
         self.downstream.give_back(pipes);
     }
 
-    /// Gives back pipes that carried little since this was last asked.
+    /// Gives back pipes that carried little since the last call.
     pub(super) fn give_back_idle_pipes(&mut self, pipes: &mut Pipes) {
         self.upstream.give_back_if_idle(pipes);
         self.downstream.give_back_if_idle(pipes);
     }
 
-    /// What went through.
+    /// The bytes that were read so far.
     pub(super) fn traffic(&self) -> Traffic {
         Traffic {
             upstream_bytes: self.upstream.bytes,
@@ -359,7 +352,8 @@ impl<S: Stream> Connection<S> {
     }
 }
 
-fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
+/// A socket that connects, or is connected, to `target`.
+pub(super) fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
     let family = if target.is_ipv4() {
         AddressFamily::INET
     } else {

@@ -2,8 +2,8 @@
 //! destination socket.
 //!
 //! It holds no buffer. It reads into its thread's scratch space and writes at
-//! once; only what the receiver does not take now is kept, and then nothing
-//! more is read until that is gone. So a slow reader costs at most one scratch
+//! once. Only what the receiver does not take now is kept, and then nothing
+//! more is read until that is sent. So a slow reader costs at most one scratch
 //! space, and the sender feels it through TCP's own window.
 //!
 //! A direction that keeps filling the scratch space is lent a pipe, through
@@ -11,38 +11,38 @@
 
 use rustix::io::Errno;
 
-use super::{SCRATCH_BYTES, Scratch};
-use crate::forward::pipes::{Pipe, Pipes};
+use super::pipes::{Pipe, Pipes};
+use super::stream::Stream;
+use crate::forward::scratch::{SCRATCH_BYTES, Scratch};
 use crate::forward::snapshot::DirectionSnapshot;
-use crate::forward::stream::Stream;
 
 /// Reads of one direction before the others of its thread get their turn.
 const READS_PER_TURN: usize = 8;
 
-/// Scratch spaces that a direction fills one after the other before it is lent
-/// a pipe: two, so that a message of a usual size never is.
+/// Reads in a row that fill the scratch space before a direction is lent a
+/// pipe: two, so that a message of a usual size is sent without one.
 const FULL_READS: u8 = 2;
 
-/// Bytes between two looks at deadlines below which a direction needs no pipe.
+/// Bytes between two ticks below which a direction needs no pipe.
 pub(super) const BUSY_BYTES: usize = 1024 * 1024;
 
-/// Bytes between two looks at deadlines from which it is worth a delay that
-/// more of them gather.
+/// Bytes between two ticks from which reading them in larger pieces is worth a
+/// delay.
 const MUCH_BYTES: usize = 4 * 1024 * 1024;
 
-/// What the destination did not take yet.
+/// Bytes that the destination did not take yet.
 #[derive(Debug)]
 enum Held {
     /// Bytes, from an offset on.
     Bytes(Box<[u8]>, usize),
-    /// A pipe, and how many bytes are in it: lent until the direction is quiet.
+    /// A pipe, and the number of bytes in it: lent until the direction is quiet.
     Pipe(Pipe, usize),
 }
 
 /// A direction: from a source to a destination socket.
 #[derive(Debug, Default)]
 pub(super) struct Direction {
-    /// In a box: most directions hold nothing.
+    /// Boxed, because most directions hold nothing.
     held: Option<Box<Held>>,
     /// Bytes that the source has sent so far.
     pub(super) bytes: u64,
@@ -50,20 +50,20 @@ pub(super) struct Direction {
     full_reads: u8,
     /// The source has ended its side.
     pub(super) is_read: bool,
-    /// The destination was told of the end: nothing will follow.
+    /// The destination has everything, and the end after it: nothing follows.
     pub(super) is_done: bool,
 }
 
 /// How far a direction got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// Waits for the source or the destination.
+    /// It waits for the source or the destination.
     Blocked,
-    /// Had its turn; there may be more.
+    /// Its turn is over; there may be more.
     Yielded,
     /// The source has ended and the destination has everything.
     Done,
-    /// A socket broke: both are to be reset.
+    /// A socket broke.
     Broken(Fault),
 }
 
@@ -84,9 +84,9 @@ impl Direction {
         }
     }
 
-    /// Moves bytes until something blocks or the turn is over. `at_end` says
-    /// that the source's end has been signalled, so that a short read is not
-    /// taken for the last one.
+    /// Moves bytes until something blocks or the turn is over. With `at_end` the
+    /// source's end has been signalled: a short read is followed by another
+    /// one, which finds it.
     pub(super) fn pump<S: Stream>(
         &mut self,
         source: &S,
@@ -110,7 +110,7 @@ impl Direction {
             }
             match self.fill(source, destination, scratch) {
                 Ok(0) => self.is_read = true,
-                // The source has nothing more; the next event tells.
+                // The source has nothing more; the next event reports more.
                 Ok(length) if length < SCRATCH_BYTES && !at_end && self.held.is_none() => {
                     return Progress::Blocked;
                 }
@@ -122,8 +122,8 @@ impl Direction {
         Progress::Yielded
     }
 
-    /// Takes in what the source has, and passes on what the destination takes
-    /// at once. The number of bytes taken in; 0 at the source's end.
+    /// Reads what the source has, and sends what the destination takes at once.
+    /// Returns the number of bytes read, 0 at the source's end.
     pub(super) fn fill<S: Stream>(
         &mut self,
         source: &S,
@@ -137,7 +137,7 @@ impl Direction {
             self.bytes += length as u64;
             return Ok(length);
         }
-        let space = &mut scratch.scratch[..SCRATCH_BYTES];
+        let space = &mut scratch.space[..SCRATCH_BYTES];
         let length = source.read(space).map_err(Fault::Source)?;
         self.bytes += length as u64;
         let sent = match length {
@@ -145,7 +145,7 @@ impl Direction {
             _ => send(destination, &space[..length]).map_err(Fault::Destination)?,
         };
         if sent < length {
-            let kept = scratch.scratch[sent..length].into();
+            let kept = scratch.space[sent..length].into();
             self.held = Some(Box::new(Held::Bytes(kept, 0)));
         }
         self.full_reads = match length {
@@ -159,7 +159,7 @@ impl Direction {
         Ok(length)
     }
 
-    /// Sends what is held. Whether all of it is gone.
+    /// Sends what is held. Returns whether nothing is held any more.
     pub(super) fn flush<S: Stream>(&mut self, destination: &S) -> Result<bool, Errno> {
         match self.held.as_deref_mut() {
             None => return Ok(true),
@@ -196,27 +196,27 @@ impl Direction {
         }
     }
 
-    /// Whether it goes through a pipe.
+    /// Whether the direction goes through a pipe.
     pub(super) fn has_pipe(&self) -> bool {
         matches!(self.held.as_deref(), Some(Held::Pipe(..)))
     }
 
-    /// Whether it has carried much since that was last counted.
+    /// Whether the direction has carried much since counting began.
     pub(super) fn carries_much(&self) -> bool {
         let held = self.held.as_deref();
         matches!(held, Some(Held::Pipe(pipe, _)) if pipe.moved >= MUCH_BYTES)
     }
 
-    /// What follows counts anew.
-    pub(super) fn count_anew(&mut self) {
+    /// Begins to count anew.
+    pub(super) fn reset_count(&mut self) {
         if let Some(Held::Pipe(pipe, _)) = self.held.as_deref_mut() {
             pipe.moved = 0;
         }
     }
 
-    /// The direction as another thread or process goes on with it; a lent pipe
+    /// The direction as plain data, for another thread or process; a lent pipe
     /// is emptied and given back.
-    pub(super) fn hand_over(mut self, pipes: &mut Pipes) -> DirectionSnapshot {
+    pub(super) fn export(mut self, pipes: &mut Pipes) -> DirectionSnapshot {
         let kept = match self.held.take().map(|held| *held) {
             None => Vec::new(),
             Some(Held::Bytes(kept, offset)) => kept[offset..].to_vec(),
@@ -234,15 +234,15 @@ impl Direction {
         }
     }
 
-    /// Goes on with a direction.
-    pub(super) fn take_over(handed: DirectionSnapshot) -> Self {
-        let held = Held::Bytes(handed.kept.into_boxed_slice(), 0);
+    /// An exported direction.
+    pub(super) fn import(snapshot: DirectionSnapshot) -> Self {
+        let held = Held::Bytes(snapshot.kept.into_boxed_slice(), 0);
         let is_holding = !matches!(&held, Held::Bytes(kept, _) if kept.is_empty());
         Self {
             held: is_holding.then(|| Box::new(held)),
-            is_read: handed.is_read,
-            is_done: handed.is_done,
-            bytes: handed.bytes,
+            is_read: snapshot.is_read,
+            is_done: snapshot.is_done,
+            bytes: snapshot.bytes,
             full_reads: 0,
         }
     }
@@ -256,7 +256,7 @@ impl Direction {
         }
     }
 
-    /// Gives back a lent pipe that carried little since this was last asked.
+    /// Gives back a lent pipe that carried little since the last call.
     pub(super) fn give_back_if_idle(&mut self, pipes: &mut Pipes) {
         if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
             let moved = std::mem::take(&mut pipe.moved);

@@ -1,131 +1,295 @@
-//! What is left of a connection when one side is gone: what was read of it,
-//! and what its socket still holds, is for the other side.
+//! The final flush of connections of which one side is lost: the other side
+//! gets all that was read, and then the reset.
+//!
+//! Resetting a socket discards what its peer has not acknowledged, a megabyte
+//! perhaps. So what the kernel holds of the lost side is read and passed on
+//! first, and the reset waits until the peer has acknowledged everything. A
+//! peer that takes nothing for [`PATIENCE`] is not waited for.
 
 use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
+use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use rustix::net;
 
-use super::{Connection, Direction, Fault, Scratch, Side};
-use crate::forward::admission::Permit;
-use crate::forward::pipes::Pipes;
-use crate::forward::snapshot::DirectionSnapshot;
-use crate::forward::stream::Stream;
+use super::connection::{Connection, Side, is_gone};
+use super::direction::{Direction, Fault};
+use super::pipes::Pipes;
+use super::send_queue::SendQueues;
+use crate::forward::counters::count;
+use crate::forward::gate::{SessionKey, Traffic};
+use crate::forward::io::{EventSource, Io};
+use crate::forward::quota::Permit;
+use crate::forward::scratch::Scratch;
+use crate::forward::slab::{Key, Slab};
+use crate::forward::snapshot::{ConnectionSnapshot, DirectionSnapshot};
+use crate::table::ListenPort;
 
-/// The direction from the side that is gone to the one that lives.
+/// How long a peer may take nothing before it is reset all the same.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a peer may take altogether: a session's port should come back.
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Most final flushes of a thread; further connections are reset at once.
+/// Bounds what looking at them costs.
+const FLUSHES_MAX: usize = 1024;
+
+/// A connection of which one side is lost.
 #[derive(Debug)]
-pub(in crate::forward) struct FinalFlush<S = OwnedFd> {
-    pub(in crate::forward) destination: S,
-    /// Which side lives.
-    pub(in crate::forward) side: Side,
-    source: S,
+struct FinalFlush {
+    port: ListenPort,
+    session: SessionKey,
+    traffic: Traffic,
+    /// The side that lives.
+    side: Side,
+    destination: OwnedFd,
+    source: OwnedFd,
+    /// The direction from the lost side to the one that lives.
     direction: Direction,
-    /// Kept until all is over.
+    position: Position,
+    since: Instant,
+    /// The time at which `position` last changed.
+    moved: Instant,
+    /// The client's place in the quota, kept until the end.
     _permit: Option<Permit>,
 }
 
-/// How far the delivery got.
+/// How far a final flush got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Position {
+    passed_on: u64,
+    unacknowledged: u32,
+}
+
+/// What the destination's kernel has of a final flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::forward) enum Delivery {
-    /// The destination's kernel has everything.
+enum Delivery {
+    /// It has everything.
     Done,
     /// It takes no more now.
     Blocked,
-    /// The destination is gone too.
-    Gone,
+    /// The destination is lost too.
+    Lost,
 }
 
-/// Whether a connected socket is no longer: the kernel knows no peer of one
-/// that was reset, timed out, or has ended both ways.
-fn is_gone(socket: &OwnedFd) -> bool {
-    net::getpeername(socket).is_err()
-}
-
-impl Connection {
-    /// Whether a side that has met an error is gone: reset, or timed out.
-    pub(in crate::forward) fn has_lost(&self, side: Side) -> bool {
-        let socket = match side {
-            Side::Client => &self.client,
-            Side::Server => &self.server,
-        };
-        !self.is_connecting && is_gone(socket)
-    }
-
-    /// Whether closing the sockets loses nothing once both directions have
-    /// ended: their peers have acknowledged everything, the end as well.
-    pub(in crate::forward) fn is_delivered(&self) -> bool {
-        self.is_small() || is_gone(&self.client) && is_gone(&self.server)
-    }
-
-    /// What is to be done for the side that lives when the other one is gone;
-    /// `None` when there is nobody to do it for.
-    pub(in crate::forward) fn into_final_flush(mut self, pipes: &mut Pipes) -> Option<FinalFlush> {
-        let gone = (is_gone(&self.client), is_gone(&self.server));
+impl FinalFlush {
+    /// The final flush of `connection`; `None` when no side lives that could
+    /// take it. The sockets are closed then.
+    fn of(mut connection: Connection, now: Instant, pipes: &mut Pipes) -> Option<Self> {
+        let (port, session) = (connection.port, connection.session);
+        let traffic = connection.traffic();
+        let gone = (is_gone(&connection.client), is_gone(&connection.server));
         let (side, source, destination, direction) = match gone {
-            (true, false) if !self.is_connecting => {
-                self.downstream.give_back(pipes);
-                (Side::Server, self.client, self.server, self.upstream)
+            (true, false) if !connection.is_connecting => {
+                connection.downstream.give_back(pipes);
+                let (client, server) = (connection.client, connection.server);
+                (Side::Server, client, server, connection.upstream)
             }
-            (false, true) if !self.is_connecting => {
-                self.upstream.give_back(pipes);
-                (Side::Client, self.server, self.client, self.downstream)
+            (false, true) if !connection.is_connecting => {
+                connection.upstream.give_back(pipes);
+                let (client, server) = (connection.client, connection.server);
+                (Side::Client, server, client, connection.downstream)
             }
             _ => {
-                self.give_back_pipes(pipes);
+                connection.give_back_pipes(pipes);
                 return None;
             }
         };
-        Some(FinalFlush {
-            destination,
+        Some(Self {
+            port,
+            session,
+            traffic,
             side,
+            destination,
             source,
             direction,
-            _permit: self.permit,
+            position: Position::default(),
+            since: now,
+            moved: now,
+            _permit: connection.permit,
         })
     }
-}
 
-impl<S: Stream> FinalFlush<S> {
-    /// Passes on what is left.
-    pub(in crate::forward) fn deliver(&mut self, scratch: &mut Scratch) -> Delivery {
+    /// Passes on what is left, as far as the destination takes it.
+    fn deliver(&mut self, scratch: &mut Scratch) -> Delivery {
+        let before = self.traffic;
+        let delivery = self.move_bytes(scratch);
+        match self.side {
+            Side::Server => self.traffic.upstream_bytes = self.direction.bytes,
+            Side::Client => self.traffic.downstream_bytes = self.direction.bytes,
+        }
+        scratch.carried.add_since(before, self.traffic);
+        delivery
+    }
+
+    fn move_bytes(&mut self, scratch: &mut Scratch) -> Delivery {
         loop {
             match self.direction.flush(&self.destination) {
                 Ok(true) => {}
                 Ok(false) => return Delivery::Blocked,
-                Err(_) => return Delivery::Gone,
+                Err(_) => return Delivery::Lost,
             }
             if self.direction.is_read {
                 return Delivery::Done;
             }
-            match self
-                .direction
-                .fill(&self.source, &self.destination, scratch)
-            {
-                Err(Fault::Destination(_)) => return Delivery::Gone,
+            let direction = &mut self.direction;
+            match direction.fill(&self.source, &self.destination, scratch) {
+                Err(Fault::Destination(_)) => return Delivery::Lost,
                 Err(Fault::Source(Errno::INTR)) | Ok(1..) => {}
-                // Its end, or the reset.
+                // The end of the source, or its reset.
                 Err(Fault::Source(_)) | Ok(0) => self.direction.is_read = true,
             }
         }
     }
 
-    /// Bytes that went this way so far.
-    pub(in crate::forward) fn bytes(&self) -> u64 {
-        self.direction.bytes
+    fn export(self, now: Instant, pipes: &mut Pipes) -> ConnectionSnapshot {
+        let flushed = self.direction.export(pipes);
+        let other = |bytes| DirectionSnapshot {
+            bytes,
+            ..DirectionSnapshot::default()
+        };
+        let (client, server, upstream, downstream) = match self.side {
+            Side::Server => {
+                let downstream = other(self.traffic.downstream_bytes);
+                (self.source, self.destination, flushed, downstream)
+            }
+            Side::Client => {
+                let upstream = other(self.traffic.upstream_bytes);
+                (self.destination, self.source, upstream, flushed)
+            }
+        };
+        ConnectionSnapshot {
+            port: self.port,
+            session: self.session,
+            client,
+            server,
+            is_connecting: false,
+            is_broken: true,
+            idle: now.saturating_duration_since(self.moved),
+            upstream,
+            downstream,
+        }
+    }
+}
+
+/// The final flushes of a thread.
+#[derive(Debug)]
+pub(super) struct FinalFlushes {
+    flushes: Slab<FinalFlush>,
+    send_queues: SendQueues,
+}
+
+impl FinalFlushes {
+    pub(super) fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            flushes: Slab::default(),
+            send_queues: SendQueues::open()?,
+        })
     }
 
-    /// Client, server, and what was not passed on, from the one that is gone to
-    /// the other.
-    pub(in crate::forward) fn hand_over(self, pipes: &mut Pipes) -> (S, S, DirectionSnapshot) {
-        let direction = self.direction.hand_over(pipes);
-        match self.side {
-            Side::Server => (self.source, self.destination, direction),
-            Side::Client => (self.destination, self.source, direction),
+    pub(super) fn is_empty(&self) -> bool {
+        self.flushes.len() == 0
+    }
+
+    /// Takes a connection of which one side is lost.
+    pub(super) fn start(&mut self, connection: Connection, io: &mut Io) {
+        let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
+        connection.reset();
+        let flush = FinalFlush::of(connection, io.now, &mut io.scratch.pipes);
+        let Some(flush) = flush else {
+            return io.report(port, session, traffic);
+        };
+        let is_full = self.flushes.len() >= FLUSHES_MAX;
+        let key = self.flushes.insert(flush);
+        if is_full {
+            return self.end(key, false, io);
+        }
+        self.continue_flush(key, io);
+        let is_watched = self.flushes.get_mut(key).is_none_or(|flush| {
+            let events = EventFlags::OUT | EventFlags::ET;
+            let data = EventSource::FinalFlush.of_key(key);
+            let changed = io.change_watch(&flush.destination, data, events);
+            // An imported socket is not registered yet.
+            let watched = changed.or_else(|_| io.watch(&flush.destination, data, events));
+            watched.is_ok()
+        });
+        if !is_watched {
+            self.end(key, false, io);
+        }
+        io.schedule();
+    }
+
+    /// Passes on what the destination takes, and ends the flush when its peer
+    /// has everything.
+    pub(super) fn continue_flush(&mut self, key: Key, io: &mut Io) {
+        let Some(flush) = self.flushes.get_mut(key) else {
+            return;
+        };
+        let delivery = flush.deliver(&mut io.scratch);
+        if delivery == Delivery::Lost {
+            return self.end(key, false, io);
+        }
+        // Without an answer the destination is lost too, or the kernel cannot
+        // be asked: nothing is waited for.
+        let unacknowledged = self.send_queues.unacknowledged(&flush.destination);
+        let unacknowledged = unacknowledged.unwrap_or(0);
+        if delivery == Delivery::Done && unacknowledged == 0 {
+            return self.end(key, true, io);
+        }
+        let position = Position {
+            passed_on: flush.traffic.total(),
+            unacknowledged,
+        };
+        if position != flush.position {
+            (flush.position, flush.moved) = (position, io.now);
         }
     }
 
-    /// Gives a lent pipe back: it is over.
-    pub(in crate::forward) fn give_back_pipe(&mut self, pipes: &mut Pipes) {
-        self.direction.give_back(pipes);
+    /// Ends a final flush: both sockets are reset, and the end is reported.
+    fn end(&mut self, key: Key, is_delivered: bool, io: &mut Io) {
+        let Some(mut flush) = self.flushes.remove(key) else {
+            return;
+        };
+        flush.direction.give_back(&mut io.scratch.pipes);
+        if !is_delivered {
+            count(&io.counters.undelivered);
+        }
+        let (port, session, traffic) = (flush.port, flush.session, flush.traffic);
+        // Closed before it is reported: a free port has no connection.
+        drop(flush);
+        io.report(port, session, traffic);
+    }
+
+    /// Takes out all final flushes. The importing thread begins to wait anew.
+    pub(super) fn export(&mut self, io: &mut Io) -> Vec<ConnectionSnapshot> {
+        let (now, pipes) = (io.now, &mut io.scratch.pipes);
+        let flushes = self.flushes.drain();
+        flushes.map(|flush| flush.export(now, pipes)).collect()
+    }
+
+    pub(super) fn tick(&mut self, io: &mut Io) {
+        let keys: Vec<Key> = self.flushes.iter().map(|(key, _)| key).collect();
+        for key in keys {
+            self.continue_flush(key, io);
+            let is_late = self.flushes.get_mut(key).is_some_and(|flush| {
+                io.now.duration_since(flush.moved) >= PATIENCE
+                    || io.now.duration_since(flush.since) >= DEADLINE
+            });
+            if is_late {
+                self.end(key, false, io);
+            }
+        }
+    }
+
+    /// Ends the final flushes of a session that is cut.
+    pub(super) fn cut(&mut self, session: SessionKey, io: &mut Io) {
+        let of_session =
+            |(key, flush): (Key, &FinalFlush)| (flush.session == session).then_some(key);
+        let cut: Vec<Key> = self.flushes.iter().filter_map(of_session).collect();
+        for key in cut {
+            count(&io.counters.cut);
+            self.end(key, false, io);
+        }
     }
 }

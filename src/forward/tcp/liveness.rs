@@ -1,10 +1,10 @@
-//! Finds peers that are gone without a word: powered off, or behind a network
+//! Finds peers that are gone without a sign: powered off, or behind a network
 //! that drops everything.
 //!
 //! With a peer timeout T, an idle connection is probed after T/2, and then
-//! every T/8; a peer from which nothing came for T is given up at the next
-//! probe. So is one that acknowledges nothing of what it was sent, or keeps
-//! its window shut, for T. Linux sets no count of probes beside the timeout.
+//! every T/8. A peer from which nothing came for T is given up at the next
+//! probe. So is a peer that for T acknowledges nothing of what it was sent, or
+//! keeps its window shut. The timeout replaces Linux's count of probes.
 //!
 //! Source: tcp(7), `TCP_USER_TIMEOUT`; Linux `net/ipv4/tcp_timer.c`.
 
@@ -17,7 +17,7 @@ use rustix::net::sockopt;
 /// Smallest time between probes that the kernel takes.
 const PROBE_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
-/// Has `socket` give up a silent peer after `timeout`; zero leaves that to the
+/// Makes `socket` give up a silent peer after `timeout`. Zero leaves that to the
 /// system's own keep-alive, about two hours.
 pub(super) fn guard(socket: impl AsFd, timeout: Duration) -> Result<(), Errno> {
     sockopt::set_socket_keepalive(&socket, true)?;

@@ -1,10 +1,10 @@
-//! Pipes that a thread lends to directions which carry much: through one, the
+//! Pipes that a thread lends to directions that carry much. Through a pipe the
 //! kernel moves pages from socket to socket.
 //!
 //! Without CAP_SYS_RESOURCE all pipes of a user share a budget of
-//! `pipe-user-pages-soft` (64 MiB by default), past which a pipe holds two
-//! pages and is slower than copying. So there are few, lent only while they
-//! are of use, and who gets none copies.
+//! `pipe-user-pages-soft` (64 MiB by default). Past it a pipe holds two pages
+//! and is slower than copying. So there are few pipes, lent only while they
+//! are of use, and a direction that gets none copies.
 //!
 //! Source: Linux, `fs/pipe.c`, `account_pipe_buffers` and `pipe_set_size`.
 
@@ -18,15 +18,16 @@ pub(super) const PIPE_BYTES: usize = 512 * 1024;
 /// Pipes of all threads together: half of what a user may have.
 const MOST_PIPES: usize = 64;
 
-/// How often nobody is lent a pipe after the system has refused one.
+/// Requests that are refused after the system has refused a pipe, before it is
+/// asked again.
 const REFUSALS_PER_ATTEMPT: u16 = 1024;
 
-/// An empty pipe, or one whose borrower knows what is in it.
+/// A pipe. A free one is empty; of a lent one the borrower knows the content.
 #[derive(Debug)]
-pub(super) struct Pipe {
+pub(in crate::forward) struct Pipe {
     pub(super) output: OwnedFd,
     pub(super) input: OwnedFd,
-    /// Bytes that went in since its borrower was last looked at.
+    /// Bytes that went in since its borrower began to count.
     pub(super) moved: usize,
 }
 
@@ -49,7 +50,7 @@ impl Pipe {
             match rustix::io::read(&self.output, &mut bytes[length..]) {
                 Err(rustix::io::Errno::INTR) => {}
                 Ok(read) if read > 0 => length += read,
-                // What the kernel has put in it gives back.
+                // The kernel gives back what it has put in.
                 _ => break,
             }
         }
@@ -60,7 +61,7 @@ impl Pipe {
 
 /// A thread's pipes.
 #[derive(Debug)]
-pub(super) struct Pipes {
+pub(in crate::forward) struct Pipes {
     free: Vec<Pipe>,
     lent: usize,
     most: usize,
@@ -69,8 +70,8 @@ pub(super) struct Pipes {
 }
 
 impl Pipes {
-    /// The share of one of `threads` threads: at least one pipe.
-    pub(super) fn new(threads: usize) -> Self {
+    /// The pipes of one of `threads` threads: at least one.
+    pub(in crate::forward) fn new(threads: usize) -> Self {
         Self {
             free: Vec::new(),
             lent: 0,
@@ -118,12 +119,12 @@ impl Pipes {
         self.lent
     }
 
-    /// Whether there are pipes that nobody uses.
-    pub(super) fn has_unused(&self) -> bool {
+    /// Whether there are free pipes.
+    pub(in crate::forward) fn has_unused(&self) -> bool {
         !self.free.is_empty()
     }
 
-    /// Closes the pipes, unless one is in use: then others may be soon.
+    /// Closes the free pipes, unless one is lent: then others may be soon.
     pub(super) fn close_unused(&mut self) {
         if self.lent == 0 {
             self.free.clear();

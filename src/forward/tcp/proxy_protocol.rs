@@ -1,5 +1,8 @@
-//! The PROXY protocol header, version 2, which tells a processing server the
+//! The PROXY protocol header, version 2, which gives a processing server the
 //! client's address.
+//!
+//! It is written by hand, and a crate that parses it checks it in the tests: a
+//! writer and a parser of different origin find each other's mistakes.
 //!
 //! Source: HAProxy, `doc/proxy-protocol.txt`, section 2.2.
 

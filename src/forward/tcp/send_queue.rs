@@ -1,4 +1,4 @@
-//! How much of what was sent a TCP socket's peer has not acknowledged yet.
+//! The bytes that a TCP socket has sent and its peer has not acknowledged yet.
 //!
 //! The `ioctl` for it has no safe wrapper, so the kernel is asked through
 //! `NETLINK_SOCK_DIAG`: one message there and back, about 10 µs.
@@ -11,7 +11,7 @@ use rustix::net;
 
 use crate::sock_diag::SockDiag;
 
-/// A way to ask.
+/// A socket through which the kernel is asked.
 #[derive(Debug)]
 pub(super) struct SendQueues(SockDiag);
 
@@ -21,7 +21,7 @@ impl SendQueues {
     }
 
     /// Bytes sent on `socket` and not acknowledged. `None` when the connection
-    /// is gone, or the kernel does not tell.
+    /// is gone, or the kernel does not report it.
     pub(super) fn unacknowledged(&mut self, socket: &OwnedFd) -> Option<u32> {
         let local = SocketAddr::try_from(net::getsockname(socket).ok()?).ok()?;
         let peer = SocketAddr::try_from(net::getpeername(socket).ok()??).ok()?;

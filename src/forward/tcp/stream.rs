@@ -10,7 +10,7 @@ use rustix::pipe::{SpliceFlags, splice};
 use super::pipes::{PIPE_BYTES, Pipe};
 
 /// A stream socket that never blocks, or a model of one in tests.
-pub(super) trait Stream {
+pub(in crate::forward) trait Stream {
     /// Reads what is there, 0 at the end.
     fn read(&self, space: &mut [u8]) -> Result<usize, Errno>;
 
@@ -23,10 +23,10 @@ pub(super) trait Stream {
     /// Sends up to `length` bytes out of a pipe.
     fn drain_pipe(&self, pipe: &Pipe, length: usize) -> Result<usize, Errno>;
 
-    /// Tells the peer that nothing follows.
+    /// Ends the sending: the peer reads the end after the last byte.
     fn end(&self);
 
-    /// The error that the socket has met, once.
+    /// Takes the error that the socket has met, if there is one.
     fn take_error(&self) -> Option<Errno>;
 
     /// Makes closing the socket reset the connection.
@@ -55,7 +55,7 @@ impl Stream for OwnedFd {
     }
 
     fn end(&self) {
-        // A peer that is gone cannot be told; it has its end.
+        // A peer that is gone needs no end.
         let _ = net::shutdown(self, Shutdown::Write);
     }
 

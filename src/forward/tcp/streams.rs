@@ -1,25 +1,35 @@
-//! The thread's TCP part: accept, connect, copy, end.
+//! The TCP connections of a thread, from the accepted client to the reported
+//! end. The states are drawn in the parent.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::epoll;
 use rustix::io::Errno;
-use rustix::net::{self, SocketFlags};
+use rustix::net;
 
-use super::{ACCEPT_PAUSE, CONNECT_DEADLINE, Pending, Source, Worker, closing};
-use crate::forward::admission::{self, Permit};
+use super::acceptor::{Accepted, Acceptor};
+use super::coalescing::Coalescing;
+use super::connection::{Connection, Outcome, Side, Signals, connect};
+use super::final_flush::{self, FinalFlushes};
+use super::stream::Stream;
+use super::{liveness, proxy_protocol};
 use crate::forward::counters::count;
-use crate::forward::slab::Key;
-use crate::forward::stream::Stream;
-use crate::forward::tcp::{Connection, Outcome, Side, Signals};
-use crate::forward::{Decision, SessionKey, Traffic, Transport, liveness, proxy_protocol};
+use crate::forward::gate::{Decision, SessionKey, Traffic, Transport};
+use crate::forward::io::{EventSource, Io, STREAM_EVENTS};
+use crate::forward::pending::{Client, PendingClients, TcpClient};
+use crate::forward::quota::{ClientQuota, Permit, SourceNetwork};
+use crate::forward::routes::Route;
+use crate::forward::slab::{Key, Slab};
+use crate::forward::snapshot::{ConnectionSnapshot, PortSnapshot};
 use crate::pool::ProxyProtocol;
 use crate::table::ListenPort;
 
-/// A client that has just come may have sent already.
+/// How long a server may take to accept a connection.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
+
+/// A client that has just arrived may have sent already.
 const FIRST_SIGNALS: Signals = Signals {
     readable: true,
     writable: false,
@@ -28,296 +38,352 @@ const FIRST_SIGNALS: Signals = Signals {
     failed: false,
 };
 
-/// What a connection has done for too long.
+/// The deadline that a connection has passed.
 enum Late {
+    /// For the server to accept it.
     Connecting,
-    /// Waited for what its peers have not acknowledged.
-    Over,
+    /// For its peers to acknowledge what they were sent before the end.
+    Finished,
+    /// For the next byte.
     Idle,
 }
 
-impl Worker {
-    /// Accepts one connection. Where more wait the port is reported again, which
-    /// costs less than asking each port in vain for a second one. Whether there
-    /// was one.
-    pub(super) fn accept(&mut self, port: ListenPort) -> bool {
-        let Some(listener) = self.tcp_ports.get(&port) else {
-            return false;
-        };
-        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        match net::acceptfrom_with(listener, flags) {
-            Ok((client, address)) => {
-                if let Some(address) =
-                    address.and_then(|address| SocketAddr::try_from(address).ok())
-                {
-                    self.meet(port, client, address);
-                }
-                true
-            }
-            Err(Errno::NFILE | Errno::MFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                self.pause_accepting(port);
-                false
-            }
-            Err(Errno::AGAIN) => false,
-            // A client that is gone again.
-            Err(_) => true,
-        }
+/// What becomes of a connection that leaves the table of live ones.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// Both sockets are closed, by a reset unless both directions have ended.
+    Close,
+    /// One side is lost; the other one gets the rest first.
+    FinalFlush,
+}
+
+/// A thread's TCP part.
+pub(in crate::forward) struct Streams {
+    acceptor: Acceptor,
+    quota: Arc<ClientQuota>,
+    connections: Slab<Connection>,
+    /// Connections that want another turn.
+    ready: Vec<Key>,
+    /// Connections since the last tick, whose peers are not watched for life.
+    unguarded: Vec<Key>,
+    coalescing: Coalescing,
+    final_flushes: FinalFlushes,
+    /// Time without a sign of life after which a peer is given up.
+    peer_timeout: Duration,
+}
+
+impl Streams {
+    pub(in crate::forward) fn new(
+        quota: Arc<ClientQuota>,
+        peer_timeout: Duration,
+        now: Instant,
+    ) -> std::io::Result<Self> {
+        Ok(Self {
+            acceptor: Acceptor::default(),
+            quota,
+            connections: Slab::default(),
+            ready: Vec::new(),
+            unguarded: Vec::new(),
+            coalescing: Coalescing::new(now),
+            final_flushes: FinalFlushes::new()?,
+            peer_timeout,
+        })
     }
 
-    /// A client that was just accepted.
-    fn meet(&mut self, port: ListenPort, client: OwnedFd, address: SocketAddr) {
-        let source = admission::Source::of(address.ip());
-        match self.tcp_admission.admit(source, port) {
-            Ok(permit) => {
-                let verdict = self.gate.admit(port, Transport::Tcp, address);
-                self.admit(port, client, address, verdict, permit);
-            }
-            Err(refused) => {
-                count(self.counters.refused(refused));
-                client.reset_on_close();
-            }
-        }
+    /// Makes room for `ports` more ports.
+    pub(in crate::forward) fn reserve(&mut self, ports: usize) {
+        self.acceptor.reserve(ports);
     }
 
-    /// Takes the port out of epoll for a while: reported again and again, it
-    /// would only spin.
-    fn pause_accepting(&mut self, port: ListenPort) {
-        count(&self.counters.accept_failed);
-        if let Some(listener) = self.tcp_ports.get(&port)
-            && epoll::delete(&self.epoll, listener).is_ok()
-        {
-            let until = self.now + ACCEPT_PAUSE;
-            self.paused.get_or_insert((until, Vec::new())).1.push(port);
-            self.next_tick = self.next_tick.min(until);
-        }
-    }
-
-    /// Accepts again on the ports that have paused long enough.
-    pub(super) fn resume_accepting(&mut self) {
-        let is_over = |paused: &mut (Instant, Vec<ListenPort>)| paused.0 <= self.now;
-        let Some((_, ports)) = self.paused.take_if(is_over) else {
-            return;
-        };
-        for port in ports {
-            let watched = self
-                .tcp_ports
-                .get(&port)
-                .map(|listener| self.watch_listener(port, listener, Source::TcpPort));
-            // Without memory for the watch, it is tried again.
-            if let Some(Err(_)) = watched {
-                let until = self.now + ACCEPT_PAUSE;
-                self.paused.get_or_insert((until, Vec::new())).1.push(port);
-            }
-        }
-    }
-
-    pub(super) fn admit(
+    pub(in crate::forward) fn open_port(
         &mut self,
         port: ListenPort,
-        client: OwnedFd,
-        address: SocketAddr,
-        verdict: Decision,
-        permit: Permit,
-    ) {
-        match verdict {
-            Decision::Admit(session) => self.start(port, client, address, session, permit),
-            Decision::Refuse => {
-                count(&self.counters.no_session);
-                client.reset_on_close();
-            }
-            Decision::Ask => {
-                let parked = Pending::Tcp {
+        listener: TcpListener,
+        io: &Io,
+    ) -> rustix::io::Result<()> {
+        self.acceptor.open(port, listener, io)
+    }
+
+    /// Closes a port. Its connections go on.
+    pub(in crate::forward) fn close_port(&mut self, port: ListenPort) {
+        self.acceptor.close(port);
+    }
+
+    /// Whether connections want a turn without an event.
+    pub(in crate::forward) fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
+    /// The time of the next poll of busy connections, if there are any.
+    pub(in crate::forward) fn next_poll(&self) -> Option<Instant> {
+        self.coalescing.next_poll()
+    }
+
+    pub(in crate::forward) fn has_deadlines(&self) -> bool {
+        self.connections.len() > 0 || !self.final_flushes.is_empty() || self.acceptor.has_pause()
+    }
+
+    /// Accepts one client and asks the gate about it. Whether one waited.
+    pub(in crate::forward) fn accept(
+        &mut self,
+        port: ListenPort,
+        pending: &mut PendingClients,
+        io: &mut Io,
+    ) -> bool {
+        let (socket, address) = match self.acceptor.accept(port, io) {
+            Accepted::Client { socket, address } => (socket, address),
+            Accepted::Gone => return true,
+            Accepted::Nothing => return false,
+        };
+        match self.quota.acquire(SourceNetwork::of(address.ip()), port) {
+            Ok(permit) => {
+                let client = TcpClient {
                     port,
-                    client,
+                    socket,
                     address,
                     permit,
                 };
-                self.park(parked, port, Transport::Tcp, address);
-                self.schedule();
+                self.meet(client, pending, io);
             }
+            Err(exceeded) => {
+                count(io.counters.exceeded(exceeded));
+                socket.reset_on_close();
+            }
+        }
+        true
+    }
+
+    /// Asks the gate about a client and does what it decides.
+    pub(in crate::forward) fn meet(
+        &mut self,
+        client: TcpClient,
+        pending: &mut PendingClients,
+        io: &mut Io,
+    ) {
+        match io.gate.admit(client.port, Transport::Tcp, client.address) {
+            Decision::Admit(session) => self.connect(client, session, io),
+            Decision::Refuse => {
+                count(&io.counters.no_session);
+                client.socket.reset_on_close();
+            }
+            Decision::Ask => pending.ask(Client::Tcp(client), io),
         }
     }
 
     /// Connects an admitted client with its server.
-    pub(super) fn start(
+    pub(in crate::forward) fn connect(
         &mut self,
-        port: ListenPort,
-        client: OwnedFd,
-        address: SocketAddr,
+        client: TcpClient,
         session: SessionKey,
-        permit: Permit,
+        io: &mut Io,
     ) {
-        count(&self.counters.tcp_opened);
-        // A port may be closed while its client is parked.
-        let Some(route) = self.routes.get(port) else {
-            count(&self.counters.no_server);
-            client.reset_on_close();
-            return self.report(port, session, Traffic::default());
-        };
-        let header = (route.proxy_protocol == ProxyProtocol::V2).then(|| {
-            let local = net::getsockname(&client)
-                .ok()
-                .and_then(|local| SocketAddr::try_from(local).ok());
-            proxy_protocol::header(address, local.unwrap_or(address))
-        });
-        match Connection::start(
-            port,
-            session,
-            client,
-            route.target,
-            header,
-            permit,
-            self.now,
-        ) {
-            Ok(connection) => self.watch_connection(connection),
-            Err((client, errno)) => {
-                count(self.counters.unreachable(errno));
-                client.reset_on_close();
-                self.report(port, session, Traffic::default());
+        count(&io.counters.tcp_opened);
+        // A port may be closed while its client is pending.
+        let route = io.routes.get(client.port);
+        let server = match route.map(|route| connect(route.target)) {
+            Some(Ok(server)) => server,
+            failed => {
+                match failed {
+                    Some(Err(errno)) => count(io.counters.unreachable(errno)),
+                    _ => count(&io.counters.no_server),
+                }
+                let port = client.port;
+                client.socket.reset_on_close();
+                drop(client);
+                return io.report(port, session, Traffic::default());
             }
-        }
+        };
+        let header = route.and_then(|route| header(&client, route));
+        let connection = Connection::start(client, session, server, header, io.now);
+        self.add(connection, io);
     }
 
-    pub(super) fn watch_connection(&mut self, connection: Connection) {
+    /// Takes in a connection, and moves its first bytes.
+    fn add(&mut self, connection: Connection, io: &mut Io) {
         let session = connection.session;
         let key = self.connections.insert(connection);
         self.unguarded.push(key);
-        self.sessions
-            .entry(session)
-            .or_default()
-            .push((Transport::Tcp, key));
-        self.schedule();
+        io.sessions.add(session, Transport::Tcp, key);
+        io.schedule();
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
         // A near server is connected by now, and the client's first bytes may
         // be there: one event less.
-        let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut self.scratch);
+        let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut io.scratch);
         let goes_on = match outcome {
             Outcome::Waiting | Outcome::Ready => true,
             Outcome::Finished => !connection.is_delivered(),
             Outcome::Broken | Outcome::Unreachable(_) => false,
         };
-        if goes_on && epoll_pair(&self.epoll, connection, key).is_err() {
-            count(&self.counters.accept_failed);
-            return self.end_connection(key);
+        if goes_on && watch_both(connection, key, io).is_err() {
+            count(&io.counters.accept_failed);
+            return self.end(key, End::Close, io);
         }
-        self.conclude(key, outcome);
+        self.conclude(key, outcome, io);
     }
 
-    pub(super) fn connection_event(&mut self, key: Key, side: Side, signals: Signals) {
+    /// Handles what epoll reports about one side of a connection.
+    pub(in crate::forward) fn handle_event(
+        &mut self,
+        key: Key,
+        side: Side,
+        signals: Signals,
+        io: &mut Io,
+    ) {
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
-        // How long one that is over waits for its peers does not begin anew.
+        // The time that a finished one waits for its peers does not begin anew.
         if !connection.is_over() {
-            connection.active = self.now;
+            connection.active = io.now;
         }
-        let outcome = connection.event(side, signals, &mut self.scratch);
+        let outcome = connection.event(side, signals, &mut io.scratch);
         // The other side may take nothing, and so never show it.
         let is_waiting = matches!(outcome, Outcome::Waiting | Outcome::Ready);
         if signals.failed && is_waiting && connection.has_lost(side) {
-            return self.break_connection(key);
+            return self.end(key, End::FinalFlush, io);
         }
-        self.conclude(key, outcome);
-        self.gather_if_busy(key);
+        self.conclude(key, outcome, io);
+        self.coalescing.add_if_busy(key, &mut self.connections, io);
     }
 
-    pub(super) fn pump(&mut self, key: Key) {
-        if let Some(connection) = self.connections.get_mut(key) {
-            let outcome = connection.pump(&mut self.scratch);
-            self.conclude(key, outcome);
+    /// Continues the final flush `key`.
+    pub(in crate::forward) fn continue_flush(&mut self, key: Key, io: &mut Io) {
+        self.final_flushes.continue_flush(key, io);
+    }
+
+    /// Gives a turn to the connections that want one.
+    pub(in crate::forward) fn pump_ready(&mut self, io: &mut Io) {
+        for key in std::mem::take(&mut self.ready) {
+            if let Some(connection) = self.connections.get_mut(key) {
+                let outcome = connection.pump(&mut io.scratch);
+                self.conclude(key, outcome, io);
+            }
         }
     }
 
-    pub(super) fn conclude(&mut self, key: Key, outcome: Outcome) {
+    /// Polls the busy connections.
+    pub(in crate::forward) fn poll_busy(&mut self, io: &mut Io) {
+        let was_single = self.coalescing.is_single();
+        for source in self.coalescing.take_sources() {
+            let key = source.key;
+            if let Some(connection) = self.connections.get_mut(key) {
+                let outcome = self.coalescing.poll(source, connection, io);
+                self.conclude(key, outcome, io);
+            }
+        }
+        self.coalescing.end_poll(io.now);
+        if self.coalescing.is_single() && !was_single {
+            self.coalescing.update_watches(&mut self.connections, io);
+        }
+    }
+
+    fn conclude(&mut self, key: Key, outcome: Outcome, io: &mut Io) {
         match outcome {
             Outcome::Waiting => {}
             Outcome::Ready => self.ready.push(key),
-            Outcome::Finished => self.finish(key),
-            Outcome::Broken => self.break_connection(key),
+            Outcome::Finished => self.end_if_delivered(key, io),
+            Outcome::Broken => self.end(key, End::FinalFlush, io),
             Outcome::Unreachable(errno) => {
-                count(self.counters.unreachable(errno));
-                self.end_connection(key);
+                count(io.counters.unreachable(errno));
+                self.end(key, End::Close, io);
             }
         }
     }
 
-    /// Closes a connection that has ended both ways, once both peers have
-    /// everything: of closed sockets Linux forgets what they hold when it runs
-    /// out of memory. Each peer that has shows by an event.
-    fn finish(&mut self, key: Key) {
+    /// Ends a finished connection once both peers have everything: when Linux
+    /// runs out of memory, it discards what closed sockets hold. An event
+    /// reports each peer that has everything.
+    fn end_if_delivered(&mut self, key: Key, io: &mut Io) {
         let connection = self.connections.get_mut(key);
         if connection.is_some_and(|connection| connection.is_delivered()) {
-            self.end_connection(key);
+            self.end(key, End::Close, io);
         }
     }
 
-    /// Whether a connection has ended both ways.
-    pub(super) fn has_finished(&mut self, key: Key) -> bool {
-        let connection = self.connections.get_mut(key);
-        connection.is_some_and(|connection| connection.is_over())
-    }
-
-    /// Closes a connection, by a reset unless it has ended both ways.
-    pub(super) fn end_connection(&mut self, key: Key) {
+    /// Ends a connection. Every live connection ends here, and a final flush
+    /// that begins here ends in [`FinalFlushes`].
+    fn end(&mut self, key: Key, end: End, io: &mut Io) {
         let Some(mut connection) = self.connections.remove(key) else {
             return;
         };
-        connection.give_back_pipes(&mut self.scratch.pipes);
-        if !connection.is_over() {
-            connection.reset();
-        }
         let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
-        self.leave_session(session, Transport::Tcp, key);
-        // Closed before it is reported: a free port has no connection.
-        drop(connection);
-        self.report(port, session, traffic);
-    }
-
-    pub(super) fn tick_connections(&mut self) {
-        for connection in self.connections.iter_mut() {
-            connection.give_back_idle_pipes(&mut self.scratch.pipes);
-        }
-        self.scratch.pipes.close_unused();
-        self.guard_peers();
-        let idle = Duration::from_secs(self.idle.tcp.load(Ordering::Relaxed));
-        let late: Vec<(Key, Late)> = self
-            .connections
-            .iter()
-            .filter_map(|(key, connection)| {
-                let silent = self.now.duration_since(connection.active);
-                let (is_late, late) = if connection.is_connecting {
-                    (silent >= CONNECT_DEADLINE, Late::Connecting)
-                } else if connection.is_over() {
-                    (silent >= closing::DEADLINE, Late::Over)
-                } else {
-                    (!idle.is_zero() && silent >= idle, Late::Idle)
-                };
-                is_late.then_some((key, late))
-            })
-            .collect();
-        for (key, late) in late {
-            match late {
-                Late::Connecting => self.conclude(key, Outcome::Unreachable(Errno::TIMEDOUT)),
-                // The kernel alone goes on with it.
-                Late::Over => self.end_connection(key),
-                Late::Idle => {
-                    count(&self.counters.idle);
-                    self.end_connection(key);
+        io.sessions.remove(session, Transport::Tcp, key);
+        match end {
+            End::FinalFlush => self.final_flushes.start(connection, io),
+            End::Close => {
+                connection.give_back_pipes(&mut io.scratch.pipes);
+                if !connection.is_over() {
+                    connection.reset();
                 }
+                // Closed before it is reported: a free port has no connection.
+                drop(connection);
+                io.report(port, session, traffic);
             }
         }
     }
 
-    /// Has new connections find out when a peer is gone. What is over before a
-    /// tick never pays for that.
+    /// Ends a connection whose session is cut.
+    pub(in crate::forward) fn cut(&mut self, key: Key, io: &mut Io) {
+        let connection = self.connections.get_mut(key);
+        // One that has ended in order and waits for its peers is not cut.
+        if !connection.is_some_and(|connection| connection.is_over()) {
+            count(&io.counters.cut);
+        }
+        self.end(key, End::Close, io);
+    }
+
+    /// Ends the final flushes of a session that is cut.
+    pub(in crate::forward) fn cut_final_flushes(&mut self, session: SessionKey, io: &mut Io) {
+        self.final_flushes.cut(session, io);
+    }
+
+    pub(in crate::forward) fn tick(&mut self, io: &mut Io) {
+        self.acceptor.tick(io);
+        for connection in self.connections.iter_mut() {
+            connection.give_back_idle_pipes(&mut io.scratch.pipes);
+        }
+        io.scratch.pipes.close_unused();
+        self.guard_peers();
+        self.end_late(io);
+        self.final_flushes.tick(io);
+    }
+
+    /// Ends the connections that have passed a deadline.
+    fn end_late(&mut self, io: &mut Io) {
+        let idle = io.idle_times.tcp();
+        let late = self.connections.iter().filter_map(|(key, connection)| {
+            let quiet = io.now.duration_since(connection.active);
+            let (is_late, late) = if connection.is_connecting {
+                (quiet >= CONNECT_DEADLINE, Late::Connecting)
+            } else if connection.is_over() {
+                (quiet >= final_flush::DEADLINE, Late::Finished)
+            } else {
+                (idle.is_some_and(|idle| quiet >= idle), Late::Idle)
+            };
+            is_late.then_some((key, late))
+        });
+        let late: Vec<(Key, Late)> = late.collect();
+        for (key, late) in late {
+            match late {
+                Late::Connecting => count(io.counters.unreachable(Errno::TIMEDOUT)),
+                // From now on only the kernel delivers the rest.
+                Late::Finished => {}
+                Late::Idle => count(&io.counters.idle),
+            }
+            self.end(key, End::Close, io);
+        }
+    }
+
+    /// Makes new connections find out when a peer is gone. One that ends before
+    /// a tick does not pay for that.
     fn guard_peers(&mut self) {
         for key in std::mem::take(&mut self.unguarded) {
             match self.connections.get_mut(key) {
                 Some(connection) if connection.is_connecting => self.unguarded.push(key),
                 Some(connection) => {
-                    // A peer that is gone already says so by itself.
+                    // The socket of a peer that is gone already reports that.
                     let _ = liveness::guard(&connection.client, self.peer_timeout);
                     let _ = liveness::guard(&connection.server, self.peer_timeout);
                 }
@@ -326,24 +392,62 @@ impl Worker {
         }
     }
 
-    /// Something has a deadline now: the next look at deadlines must not lie
-    /// in the past.
-    pub(super) fn schedule(&mut self) {
-        if self.next_tick < self.now {
-            self.next_tick = self.now + super::TICK;
+    /// Stops read coalescing. Comes before [`Streams::export`], while the
+    /// sockets are still registered.
+    pub(in crate::forward) fn stop_coalescing(&mut self, io: &Io) {
+        self.coalescing.stop(&mut self.connections, io);
+    }
+
+    /// Takes out all ports.
+    pub(in crate::forward) fn export_ports(&mut self) -> impl Iterator<Item = PortSnapshot> {
+        self.acceptor.export()
+    }
+
+    /// Takes out all connections.
+    pub(in crate::forward) fn export(&mut self, io: &mut Io) -> Vec<ConnectionSnapshot> {
+        self.ready.clear();
+        self.unguarded.clear();
+        let mut connections = self.final_flushes.export(io);
+        let (now, pipes) = (io.now, &mut io.scratch.pipes);
+        let live = self.connections.drain();
+        connections.extend(live.map(|connection| connection.export(now, pipes)));
+        connections
+    }
+
+    /// Continues an exported connection.
+    pub(in crate::forward) fn import(
+        &mut self,
+        snapshot: ConnectionSnapshot,
+        permit: Option<Permit>,
+        io: &mut Io,
+    ) {
+        let is_broken = snapshot.is_broken;
+        let connection = Connection::import(snapshot, permit, io.now);
+        if is_broken {
+            self.final_flushes.start(connection, io);
+        } else {
+            self.add(connection, io);
         }
     }
 }
 
-fn epoll_pair(epoll: &OwnedFd, connection: &Connection, key: Key) -> rustix::io::Result<()> {
-    super::watch(
-        epoll,
-        &connection.client,
-        Source::Client.data(key.to_bits()),
-    )?;
-    super::watch(
-        epoll,
-        &connection.server,
-        Source::Server.data(key.to_bits()),
-    )
+/// The header that the server gets first, if its port has one.
+fn header(client: &TcpClient, route: Route) -> Option<Vec<u8>> {
+    let has_header = route.proxy_protocol == ProxyProtocol::V2;
+    has_header.then(|| {
+        let local = local_address(&client.socket);
+        proxy_protocol::header(client.address, local.unwrap_or(client.address))
+    })
+}
+
+fn local_address(socket: &OwnedFd) -> Option<SocketAddr> {
+    SocketAddr::try_from(net::getsockname(socket).ok()?).ok()
+}
+
+/// Registers both sockets for as long as they live.
+fn watch_both(connection: &Connection, key: Key, io: &Io) -> rustix::io::Result<()> {
+    let client = EventSource::Client.of_key(key);
+    let server = EventSource::Server.of_key(key);
+    io.watch(&connection.client, client, STREAM_EVENTS)?;
+    io.watch(&connection.server, server, STREAM_EVENTS)
 }

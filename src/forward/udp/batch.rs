@@ -1,5 +1,5 @@
-//! Datagrams as they are received: as many at once as there are, joined where
-//! they go on together.
+//! Receiving datagrams: as many in one call as there are, joined where they are
+//! sent on together.
 
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr};
@@ -8,41 +8,44 @@ use std::os::fd::BorrowedFd;
 use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use rustix::net::{self, RecvFlags};
 
-/// Most datagrams received at once.
+/// Most datagrams received in one call.
 const BATCH: usize = quinn_udp::BATCH_SIZE;
 
 /// Space for one datagram, the largest of which has 65,507 bytes, or for
 /// several that the kernel has joined.
 const SLOT_BYTES: usize = 64 * 1024;
 
-/// Longest datagrams that are sent in one go: they fit the smallest MTU that
-/// IPv6 allows (1280), longer ones might be refused.
+/// Longest datagram that is sent together with others: it fits the smallest MTU
+/// that IPv6 allows (1280). Longer ones might be refused.
 ///
 /// Source: RFC 8200, section 5.
-pub(super) const MOST_JOINED: usize = 1200;
+pub(super) const JOINED_DATAGRAM_MAX: usize = 1200;
 
-/// Most bytes sent in one go: the largest datagram that the kernel takes.
-const JOINED_BYTES: usize = 65_507;
+/// Most bytes sent in one call: the largest datagram that the kernel takes.
+const JOINED_BYTES_MAX: usize = 65_507;
 
-/// How many datagrams to ask a socket for: one while they come alone, else a
-/// few more than it had last time, so that one call gets all of a burst.
+/// The number of datagrams to ask a socket for: one while they come singly, else
+/// more than it had last time, so that one call gets all of a burst.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::forward) struct ReceiveBatchSize {
+pub(super) struct ReceiveBatchSize {
     most: u8,
-    /// Lone datagrams since it was last asked for two.
-    alone: u8,
+    /// Single datagrams since the socket was last asked for two.
+    singles: u8,
 }
 
 impl ReceiveBatchSize {
-    /// Lone datagrams before a socket is asked whether there are two.
-    const ALONE: u8 = 16;
+    /// Single datagrams before a socket is asked whether there are two.
+    const SINGLES_MAX: u8 = 16;
 
-    pub(in crate::forward) fn new() -> Self {
-        Self { most: 1, alone: 0 }
+    pub(super) fn new() -> Self {
+        Self {
+            most: 1,
+            singles: 0,
+        }
     }
 
-    /// Whether datagrams come alone.
-    pub(super) fn is_for_one(self) -> bool {
+    /// Whether datagrams come singly.
+    pub(super) fn is_single(self) -> bool {
         self.most == 1
     }
 
@@ -50,65 +53,75 @@ impl ReceiveBatchSize {
         usize::from(self.most)
     }
 
-    /// Learns how many there were. Whether to ask at once for more: a socket
-    /// that was asked for one is reported again if there are.
-    fn learn(&mut self, received: usize) -> bool {
+    /// Adapts to the number of datagrams that a call received. Returns whether
+    /// to ask for more at once: a socket that was asked for one is reported
+    /// again if it has more.
+    fn adapt(&mut self, received: usize) -> bool {
         let is_full = received >= self.most();
         let next = match (self.most, received) {
             (1, _) => {
-                self.alone = (self.alone + 1) % Self::ALONE;
-                1 + usize::from(self.alone == 0)
+                self.singles = (self.singles + 1) % Self::SINGLES_MAX;
+                1 + usize::from(self.singles == 0)
             }
             (_, 0 | 1) => 1,
             _ if is_full => 2 * received,
             _ => received + 1,
         };
-        let was_alone = self.is_for_one();
+        let was_single = self.is_single();
         self.most = u8::try_from(next.min(BATCH)).expect("a batch is small");
-        is_full && !was_alone
+        is_full && !was_single
     }
+}
+
+/// What one call received.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Received {
+    /// The number of slots that hold datagrams.
+    pub(super) count: usize,
+    /// Whether to ask for more at once.
+    pub(super) has_more: bool,
 }
 
 /// A thread's space for datagrams.
 #[derive(Debug, Default)]
-pub(in crate::forward) struct Batch {
+pub(super) struct Batch {
     space: Vec<u8>,
     metas: Vec<RecvMeta>,
     joined: Vec<u8>,
 }
 
-/// Datagrams of one sender, one after the other.
+/// Consecutive datagrams of one sender.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::forward) struct Run<'a> {
-    pub(in crate::forward) sender: SocketAddr,
-    /// The address that they were sent to, where the system tells.
-    pub(in crate::forward) local: Option<IpAddr>,
-    pub(in crate::forward) bytes: &'a [u8],
+pub(super) struct Run<'a> {
+    pub(super) sender: SocketAddr,
+    /// The address that they were sent to, where the system reports it.
+    pub(super) local: Option<IpAddr>,
+    pub(super) bytes: &'a [u8],
     /// Length of each datagram but the last, which may be shorter.
-    pub(in crate::forward) stride: usize,
+    pub(super) stride: usize,
 }
 
 impl<'a> Run<'a> {
     /// Each datagram.
-    pub(in crate::forward) fn datagrams(self) -> impl Iterator<Item = &'a [u8]> {
+    pub(super) fn datagrams(self) -> impl Iterator<Item = &'a [u8]> {
         // An empty datagram has no chunks, but is one.
         let empty = self.bytes.is_empty().then_some(self.bytes);
         self.bytes.chunks(self.stride.max(1)).chain(empty)
     }
 
-    pub(in crate::forward) fn is_one(self) -> bool {
+    pub(super) fn is_one(self) -> bool {
         self.bytes.len() <= self.stride
     }
 
-    /// How many there are.
-    pub(in crate::forward) fn count(self) -> u64 {
+    /// The number of datagrams.
+    pub(super) fn count(self) -> u64 {
         self.datagrams().count() as u64
     }
 }
 
 impl Batch {
-    /// Memory is taken up as it is used.
-    pub(in crate::forward) fn new() -> Self {
+    /// A space for the largest batch. Its memory is taken up as it is used.
+    pub(super) fn new() -> Self {
         Self {
             space: vec![0; BATCH * SLOT_BYTES],
             metas: vec![RecvMeta::default(); BATCH],
@@ -116,47 +129,52 @@ impl Batch {
         }
     }
 
-    /// Receives what is there, as far as `receive_batch_size` goes. Whether there may be
-    /// more.
-    pub(in crate::forward) fn receive(
+    /// Receives as many datagrams as there are, up to `receive_batch_size`.
+    pub(super) fn receive(
         &mut self,
         state: &UdpSocketState,
         socket: UdpSockRef<'_>,
         receive_batch_size: &mut ReceiveBatchSize,
-    ) -> io::Result<(usize, bool)> {
+    ) -> io::Result<Received> {
         let most = receive_batch_size.most();
         let mut slots = self.space.chunks_mut(SLOT_BYTES).map(IoSliceMut::new);
         let mut slices: [IoSliceMut<'_>; BATCH] =
             std::array::from_fn(|_| slots.next().expect("there are as many slots"));
-        let received = state.recv(socket, &mut slices[..most], &mut self.metas[..most])?;
-        Ok((received, receive_batch_size.learn(received)))
+        let count = state.recv(socket, &mut slices[..most], &mut self.metas[..most])?;
+        Ok(Received {
+            count,
+            has_more: receive_batch_size.adapt(count),
+        })
     }
 
-    /// The same of a connected socket that joins none, for one datagram.
+    /// Receives one datagram from a connected socket that does not join them.
     pub(super) fn receive_one(
         &mut self,
         socket: BorrowedFd<'_>,
         peer: SocketAddr,
         receive_batch_size: &mut ReceiveBatchSize,
-    ) -> io::Result<(usize, bool)> {
+    ) -> io::Result<Received> {
         let (length, _) = net::recv(socket, &mut self.space[..SLOT_BYTES], RecvFlags::empty())?;
         let meta = &mut self.metas[0];
         (meta.addr, meta.dst_ip) = (peer, None);
         (meta.len, meta.stride) = (length, length);
-        Ok((1, receive_batch_size.learn(1)))
+        Ok(Received {
+            count: 1,
+            has_more: receive_batch_size.adapt(1),
+        })
     }
 
-    /// What was received came in at `address`: the system need not tell where
-    /// there is only one.
-    pub(super) fn came_in_at(&mut self, address: IpAddr, received: usize) {
+    /// Sets the address that the received datagrams were sent to: the system
+    /// need not report it where there is only one.
+    pub(super) fn set_local(&mut self, address: IpAddr, received: usize) {
         for meta in &mut self.metas[..received] {
             meta.dst_ip = Some(address);
         }
     }
 
     /// The run that begins with the datagram received as `first` of
-    /// `received`, and the index behind it. Datagrams of one length are joined.
-    pub(in crate::forward) fn run(&mut self, first: usize, received: usize) -> (Run<'_>, usize) {
+    /// `received`, and the index after it. Datagrams of one length are joined.
+    pub(super) fn run(&mut self, first: usize, received: usize) -> (Run<'_>, usize) {
         let meta = self.metas[first];
         let slot = |index: usize, length: usize| {
             &self.space[index * SLOT_BYTES..index * SLOT_BYTES + length]
@@ -169,7 +187,7 @@ impl Batch {
         };
         let mut next = first + 1;
         // Joined by the kernel already, empty, or too long to be joined.
-        if meta.len != meta.stride || meta.len == 0 || meta.len > MOST_JOINED {
+        if meta.len != meta.stride || meta.len == 0 || meta.len > JOINED_DATAGRAM_MAX {
             return (run, next);
         }
         let (mut total, mut last) = (meta.len, meta.len);
@@ -177,7 +195,7 @@ impl Batch {
             let follower = &self.metas[next];
             let fits = follower.len == follower.stride
                 && (1..=meta.len).contains(&follower.len)
-                && total + follower.len <= JOINED_BYTES;
+                && total + follower.len <= JOINED_BYTES_MAX;
             if !fits || follower.addr != meta.addr || follower.dst_ip != meta.dst_ip {
                 break;
             }

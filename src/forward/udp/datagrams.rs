@@ -1,84 +1,153 @@
-//! The thread's UDP part: clients' flows.
+//! The UDP ports and flows of a thread, from the first datagram of a client to
+//! the reported end. The states are drawn in the parent.
 
+use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::net::{SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::event::epoll::{self, EventFlags};
+use fastrand::Rng;
+use parking_lot::Mutex;
+use quinn_udp::UdpSocketState;
+use rustix::event::epoll::EventFlags;
 
-use super::{Pending, Source, Worker};
-use crate::forward::admission::{self, Permit};
+use super::batch::{Batch, ReceiveBatchSize, Run};
+use super::eviction;
+use super::flow::{Flow, connect};
+use super::port::Port;
 use crate::forward::counters::{add, count};
-use crate::forward::slab::Key;
-use crate::forward::udp::{self, Flow, ReceiveBatchSize, Run};
-use crate::forward::{Decision, SessionKey, Traffic, Transport};
+use crate::forward::gate::{Decision, SessionKey, Traffic, Transport};
+use crate::forward::io::{EventSource, Io};
+use crate::forward::pending::{Client, PendingClients, UdpClient};
+use crate::forward::quota::{ClientQuota, Permit, SourceNetwork};
+use crate::forward::slab::{Key, Slab};
+use crate::forward::snapshot::{FlowSnapshot, PortSnapshot};
 use crate::table::ListenPort;
 
 /// Batches from one socket before others get their turn. All sockets here are
 /// level-triggered, so what is left is reported again.
 const BATCHES_PER_TURN: usize = 4;
 
-impl Worker {
+/// UDP ports that the table no longer has and whose flows go on. A thread
+/// takes a port out when it has closed it, control when it opens it again.
+pub(in crate::forward) type DrainingPorts = Arc<Mutex<HashSet<ListenPort>>>;
+
+/// A thread's UDP part.
+pub(in crate::forward) struct Datagrams {
+    ports: HashMap<ListenPort, Port>,
+    /// Ports that the table no longer has, until their flows have ended.
+    draining: Vec<ListenPort>,
+    /// The same of all threads, shared with control.
+    draining_ports: DrainingPorts,
+    flows: Slab<Flow>,
+    quota: Arc<ClientQuota>,
+    /// Most flows of this thread. Each thread has its own share, so that a flood
+    /// on one port takes nothing from the ports of other threads.
+    flow_share: Arc<AtomicU32>,
+    random: Rng,
+    batch: Batch,
+}
+
+impl Datagrams {
+    pub(in crate::forward) fn new(
+        quota: Arc<ClientQuota>,
+        flow_share: Arc<AtomicU32>,
+        draining_ports: DrainingPorts,
+    ) -> Self {
+        Self {
+            ports: HashMap::new(),
+            draining: Vec::new(),
+            draining_ports,
+            flows: Slab::default(),
+            quota,
+            flow_share,
+            random: Rng::new(),
+            batch: Batch::new(),
+        }
+    }
+
+    pub(in crate::forward) fn has_deadlines(&self) -> bool {
+        self.flows.len() > 0 || !self.draining.is_empty()
+    }
+
+    pub(in crate::forward) fn open_port(
+        &mut self,
+        number: ListenPort,
+        socket: UdpSocket,
+        state: UdpSocketState,
+        io: &Io,
+    ) -> rustix::io::Result<()> {
+        let source = EventSource::UdpPort.of_port(number);
+        let watched = io.watch(&socket, source, EventFlags::IN);
+        self.ports.insert(number, Port::new(socket, state));
+        watched
+    }
+
     /// Takes no new flows on a port, and closes it when the last one has ended.
-    pub(super) fn drain_udp_port(&mut self, number: ListenPort) {
-        let Some(port) = self.udp_ports.get_mut(&number) else {
+    pub(in crate::forward) fn drain_port(&mut self, number: ListenPort, io: &mut Io) {
+        let Some(port) = self.ports.get_mut(&number) else {
             return;
         };
         if port.flows.is_empty() {
-            self.udp_ports.remove(&number);
+            self.ports.remove(&number);
             return;
         }
         self.draining_ports.lock().insert(number);
-        self.keep_draining(number);
+        self.keep_draining(number, io);
     }
 
-    pub(super) fn keep_draining(&mut self, number: ListenPort) {
-        if let Some(port) = self.udp_ports.get_mut(&number) {
+    /// Drains a port that control knows as draining.
+    pub(in crate::forward) fn keep_draining(&mut self, number: ListenPort, io: &mut Io) {
+        if let Some(port) = self.ports.get_mut(&number) {
             port.is_draining = true;
             self.draining.push(number);
-            self.schedule();
+            io.schedule();
         }
     }
 
     /// The table has a draining port again.
-    pub(super) fn reopen(&mut self, number: ListenPort) {
+    pub(in crate::forward) fn reopen_port(&mut self, number: ListenPort) {
         self.draining.retain(|draining| *draining != number);
-        if let Some(port) = self.udp_ports.get_mut(&number) {
+        if let Some(port) = self.ports.get_mut(&number) {
             port.is_draining = false;
         }
     }
 
     /// Closes draining ports without flows.
-    pub(super) fn close_drained(&mut self) {
+    fn close_drained(&mut self) {
         // Control holds the lock while it opens ports: they can wait a tick.
-        let Some(mut ports) = self.draining_ports.try_lock() else {
+        let Some(mut draining_ports) = self.draining_ports.try_lock() else {
             return;
         };
-        let udp_ports = &mut self.udp_ports;
+        let ports = &mut self.ports;
         self.draining.retain(|number| {
-            let has_flows = udp_ports
-                .get(number)
-                .is_some_and(|port| !port.flows.is_empty());
+            let has_flows = ports.get(number).is_some_and(|port| !port.flows.is_empty());
             // A port that is no longer in the set is about to be reopened.
-            let is_over = !has_flows && ports.remove(number);
+            let is_over = !has_flows && draining_ports.remove(number);
             if is_over {
-                udp_ports.remove(number);
+                ports.remove(number);
             }
             !is_over
         });
     }
 
-    /// Takes in datagrams of a port, a few batches at most. Whether there were
-    /// any.
-    pub(super) fn receive_from_clients(&mut self, number: ListenPort) -> bool {
+    /// Receives datagrams of clients on a port, a few batches at most. Whether
+    /// there were any.
+    pub(in crate::forward) fn receive_from_clients(
+        &mut self,
+        number: ListenPort,
+        pending: &mut PendingClients,
+        io: &mut Io,
+    ) -> bool {
         let mut batch = std::mem::take(&mut self.batch);
         let mut has_received = false;
         for _ in 0..BATCHES_PER_TURN {
-            let Some(port) = self.udp_ports.get_mut(&number) else {
+            // The port may have been closed since it was reported.
+            let Some(port) = self.ports.get_mut(&number) else {
                 break;
             };
-            let (received, is_more) = match port.receive(&mut batch) {
+            let received = match port.receive(&mut batch) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 // An ICMP error of a reply: that client's flow will expire.
@@ -86,12 +155,12 @@ impl Worker {
             };
             has_received = true;
             let mut next = 0;
-            while next < received {
-                let (run, after) = batch.run(next, received);
-                self.handle_run(number, run);
+            while next < received.count {
+                let (run, after) = batch.run(next, received.count);
+                self.handle_run(number, run, pending, io);
                 next = after;
             }
-            if !is_more {
+            if !received.has_more {
                 break;
             }
         }
@@ -99,272 +168,314 @@ impl Worker {
         has_received
     }
 
-    fn handle_run(&mut self, number: ListenPort, run: Run<'_>) {
-        let flow_of = |worker: &Self| {
-            let port = worker.udp_ports.get(&number)?;
-            port.flows.get(&run.sender).copied()
-        };
-        if let Some(flow) = flow_of(self) {
-            return self.send_upstream(flow, run);
+    fn handle_run(
+        &mut self,
+        number: ListenPort,
+        run: Run<'_>,
+        pending: &mut PendingClients,
+        io: &mut Io,
+    ) {
+        if let Some(flow) = self.flow_of(number, run.sender) {
+            return self.send_upstream(flow, run, io);
         }
         for datagram in run.datagrams() {
-            let one = Run {
+            let single = Run {
                 bytes: datagram,
                 stride: datagram.len(),
                 ..run
             };
-            match flow_of(self) {
-                Some(flow) => self.send_upstream(flow, one),
-                None => self.meet_client(number, one),
+            match self.flow_of(number, run.sender) {
+                Some(flow) => self.send_upstream(flow, single, io),
+                None => self.meet(number, single, pending, io),
             }
         }
     }
 
-    fn send_upstream(&mut self, key: Key, run: Run<'_>) {
+    fn flow_of(&self, number: ListenPort, client: SocketAddr) -> Option<Key> {
+        self.ports.get(&number)?.flows.get(&client).copied()
+    }
+
+    fn send_upstream(&mut self, key: Key, run: Run<'_>, io: &mut Io) {
         let Some(flow) = self.flows.get_mut(key) else {
             return;
         };
-        let Some(port) = self.udp_ports.get(&flow.port) else {
+        let Some(port) = self.ports.get(&flow.port) else {
             return;
         };
-        flow.active = self.now;
+        flow.active = io.now;
         flow.is_assured |= flow.traffic.downstream_bytes > 0;
         let sent = port.send_upstream(flow, run);
-        self.scratch.carried.upstream_bytes += sent.bytes;
-        add(&self.counters.datagrams_dropped, sent.dropped);
+        io.scratch.carried.upstream_bytes += sent.bytes;
+        add(&io.counters.datagrams_dropped, sent.dropped);
         if sent.is_gone {
-            count(&self.counters.connect_refused);
-            self.end_flow(key);
+            count(&io.counters.connect_refused);
+            self.end(key, io);
         }
     }
 
-    /// A datagram of a client that has no flow.
-    fn meet_client(&mut self, number: ListenPort, run: Run<'_>) {
-        let (client, local, datagram) = (run.sender, run.local, run.bytes);
-        let Some(port) = self.udp_ports.get(&number) else {
+    /// Asks the gate about a client that has no flow, and does what it decides
+    /// with its datagram.
+    fn meet(
+        &mut self,
+        number: ListenPort,
+        run: Run<'_>,
+        pending: &mut PendingClients,
+        io: &mut Io,
+    ) {
+        let Some(port) = self.ports.get(&number) else {
             return;
         };
-        if let Some(ticket) = port.parked.get(&client) {
-            if let Some((_, Pending::Udp(parked))) = self.parked.get_mut(ticket) {
-                parked.keep(datagram);
-            }
+        if pending.keep_datagram(number, run.sender, run.bytes) {
             return;
         }
         if port.is_draining {
-            return count(&self.counters.no_session);
+            return count(&io.counters.no_session);
         }
-        if self.leads_back(port, number, run) {
-            return count(&self.counters.loops);
+        if self.leads_back(port, number, run, io) {
+            return count(&io.counters.loops);
         }
-        let source = admission::Source::of(client.ip());
-        let permit = match self.udp_admission.admit(source, number) {
+        let source = SourceNetwork::of(run.sender.ip());
+        let permit = match self.quota.acquire(source, number) {
             Ok(permit) => permit,
-            Err(refused) => return count(self.counters.refused(refused)),
+            Err(exceeded) => return count(io.counters.exceeded(exceeded)),
         };
-        match self.gate.admit(number, Transport::Udp, client) {
+        let mut client = UdpClient {
+            port: number,
+            address: run.sender,
+            local: run.local,
+            datagrams: Vec::new(),
+            permit,
+        };
+        match io.gate.admit(number, Transport::Udp, run.sender) {
             Decision::Admit(session) => {
-                if let Some(flow) = self.open_flow(number, client, local, session, permit) {
-                    self.send_upstream(flow, run);
+                if let Some(flow) = self.open_flow(client, session, io) {
+                    self.send_upstream(flow, run, io);
                 }
             }
-            Decision::Refuse => count(&self.counters.no_session),
+            Decision::Refuse => count(&io.counters.no_session),
             Decision::Ask => {
-                let mut parked = udp::Pending {
-                    port: number,
-                    client,
-                    local,
-                    datagrams: Vec::new(),
-                    permit,
-                };
-                parked.keep(datagram);
-                self.park_flow(parked);
+                client.datagrams.push(run.bytes.into());
+                pending.ask(Client::Udp(client), io);
             }
+        }
+    }
+
+    /// Asks the gate about a client whose datagrams are kept.
+    pub(in crate::forward) fn meet_again(
+        &mut self,
+        client: UdpClient,
+        pending: &mut PendingClients,
+        io: &mut Io,
+    ) {
+        match io.gate.admit(client.port, Transport::Udp, client.address) {
+            Decision::Admit(session) => self.open(client, session, io),
+            Decision::Refuse => count(&io.counters.no_session),
+            Decision::Ask => pending.ask(Client::Udp(client), io),
         }
     }
 
     /// Whether a datagram's sender would answer for ever: a connection port, or
-    /// the server that it would go to.
-    fn leads_back(&self, port: &udp::Port, number: ListenPort, run: Run<'_>) -> bool {
+    /// the server that the datagram would go to.
+    fn leads_back(&self, port: &Port, number: ListenPort, run: Run<'_>, io: &Io) -> bool {
         let sender = SocketAddr::new(run.sender.ip().to_canonical(), run.sender.port());
-        let route = self.routes.get(number);
+        let route = io.routes.get(number);
         if route.is_some_and(|route| route.target == sender) {
             return true;
         }
-        let is_open =
-            |own: ListenPort| self.routes.has_udp(own) || self.udp_ports.contains_key(&own);
+        let is_open = |own: ListenPort| io.routes.has_udp(own) || self.ports.contains_key(&own);
         port.is_at(sender.ip(), run.local) && ListenPort::new(sender.port()).is_some_and(is_open)
     }
 
-    pub(super) fn park_flow(&mut self, parked: udp::Pending) {
-        let (number, client) = (parked.port, parked.client);
-        let ticket = self.park(Pending::Udp(parked), number, Transport::Udp, client);
-        if let Some((ticket, port)) = ticket.zip(self.udp_ports.get_mut(&number)) {
-            port.parked.insert(client, ticket);
-        }
-        self.schedule();
-    }
-
-    pub(super) fn unpark_flow(&mut self, parked: udp::Pending, session: SessionKey) {
-        let udp::Pending {
-            port: number,
-            client,
-            local,
-            datagrams,
-            permit,
-        } = parked;
-        if let Some(port) = self.udp_ports.get_mut(&number) {
-            port.parked.remove(&client);
-        }
-        if let Some(flow) = self.open_flow(number, client, local, session, permit) {
+    /// Opens a flow for an admitted client and sends its first datagrams.
+    pub(in crate::forward) fn open(
+        &mut self,
+        mut client: UdpClient,
+        session: SessionKey,
+        io: &mut Io,
+    ) {
+        let datagrams = std::mem::take(&mut client.datagrams);
+        let (sender, local) = (client.address, client.local);
+        if let Some(flow) = self.open_flow(client, session, io) {
             for datagram in &datagrams {
                 let run = Run {
-                    sender: client,
+                    sender,
                     local,
                     bytes: datagram,
                     stride: datagram.len(),
                 };
-                self.send_upstream(flow, run);
+                self.send_upstream(flow, run, io);
             }
         }
     }
 
-    fn open_flow(
-        &mut self,
-        number: ListenPort,
-        client: SocketAddr,
-        local: Option<IpAddr>,
-        session: SessionKey,
-        permit: Permit,
-    ) -> Option<Key> {
-        count(&self.counters.udp_opened);
-        // A port may be closed while its client is parked.
-        let opened = match self.routes.get(number) {
-            None => Err(&self.counters.no_server),
-            Some(route) => udp::connect(route.target)
+    fn open_flow(&mut self, client: UdpClient, session: SessionKey, io: &mut Io) -> Option<Key> {
+        count(&io.counters.udp_opened);
+        // A port may be closed while its client is pending.
+        let route = io.routes.get(client.port);
+        let opened = match route {
+            None => Err(&io.counters.no_server),
+            Some(route) => connect(route.target)
                 .map(|server| (server, route.target))
-                .map_err(|errno| self.counters.unreachable(errno)),
+                .map_err(|errno| io.counters.unreachable(errno)),
         };
         let (server, target) = match opened {
             Ok(opened) => opened,
             Err(counter) => {
                 count(counter);
-                self.report(number, session, Traffic::default());
+                io.report(client.port, session, Traffic::default());
                 return None;
             }
         };
         let flow = Flow {
-            port: number,
-            client,
-            local,
+            port: client.port,
+            client: client.address,
+            local: client.local,
             session,
             server,
             target,
             receive_batch_size: ReceiveBatchSize::new(),
-            active: self.now,
+            active: io.now,
             traffic: Traffic::default(),
             is_assured: false,
-            _permit: permit,
+            _permit: client.permit,
         };
-        self.make_room_for_flow();
-        self.watch_flow(flow)
+        self.evict_if_full(io);
+        self.add(flow, io)
     }
 
-    pub(super) fn watch_flow(&mut self, flow: Flow) -> Option<Key> {
-        let (number, client, session) = (flow.port, flow.client, flow.session);
-        let flow_key = self.flows.insert(flow);
-        self.sessions
-            .entry(session)
-            .or_default()
-            .push((Transport::Udp, flow_key));
-        let data = Source::Flow.data(flow_key.to_bits());
-        let epoll = &self.epoll;
-        let is_watched = self
-            .flows
-            .get_mut(flow_key)
-            .is_some_and(|flow| epoll::add(epoll, &flow.server, data, EventFlags::IN).is_ok());
-        if let Some(port) = self.udp_ports.get_mut(&number) {
-            port.flows.insert(client, flow_key);
+    /// Ends a flow if this thread has its share of them.
+    fn evict_if_full(&mut self, io: &mut Io) {
+        let share = self.flow_share.load(Ordering::Relaxed);
+        if self.flows.len() < share as usize {
+            return;
         }
-        self.schedule();
+        if let Some(key) = eviction::choose(&self.flows, &mut self.random) {
+            count(&io.counters.evicted);
+            self.end(key, io);
+        }
+    }
+
+    /// Takes in a flow; `None` when it cannot be watched, and has ended.
+    fn add(&mut self, flow: Flow, io: &mut Io) -> Option<Key> {
+        let (number, client, session) = (flow.port, flow.client, flow.session);
+        let key = self.flows.insert(flow);
+        io.sessions.add(session, Transport::Udp, key);
+        let source = EventSource::Flow.of_key(key);
+        let flow = self.flows.get_mut(key);
+        let is_watched =
+            flow.is_some_and(|flow| io.watch(&flow.server, source, EventFlags::IN).is_ok());
+        if let Some(port) = self.ports.get_mut(&number) {
+            port.flows.insert(client, key);
+        }
+        io.schedule();
         if !is_watched {
-            count(&self.counters.connect_failed);
-            self.end_flow(flow_key);
+            count(&io.counters.connect_failed);
+            self.end(key, io);
             return None;
         }
-        Some(flow_key)
+        Some(key)
     }
 
-    pub(super) fn receive_from_server(&mut self, key: Key) {
+    /// Receives datagrams of a flow's server, a few batches at most.
+    pub(in crate::forward) fn receive_from_server(&mut self, key: Key, io: &mut Io) {
         let mut batch = std::mem::take(&mut self.batch);
         for _ in 0..BATCHES_PER_TURN {
             let Some(flow) = self.flows.get_mut(key) else {
                 break;
             };
-            let Some(port) = self.udp_ports.get(&flow.port) else {
+            let Some(port) = self.ports.get(&flow.port) else {
                 break;
             };
-            let (received, is_more) = match port.receive_from_server(flow, &mut batch) {
+            let received = match port.receive_from_server(flow, &mut batch) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
                     // ICMP: the server does not listen any more.
-                    count(&self.counters.connect_refused);
-                    self.end_flow(key);
+                    count(&io.counters.connect_refused);
+                    self.end(key, io);
                     break;
                 }
             };
-            flow.active = self.now;
+            flow.active = io.now;
             let mut next = 0;
-            while next < received {
-                let (run, after) = batch.run(next, received);
+            while next < received.count {
+                let (run, after) = batch.run(next, received.count);
                 let length = run.bytes.len() as u64;
                 flow.traffic.downstream_bytes += length;
-                self.scratch.carried.downstream_bytes += length;
-                add(
-                    &self.counters.datagrams_dropped,
-                    port.reply(flow, run).dropped,
-                );
+                io.scratch.carried.downstream_bytes += length;
+                let sent = port.reply(flow, run);
+                add(&io.counters.datagrams_dropped, sent.dropped);
                 next = after;
             }
-            if !is_more {
+            if !received.has_more {
                 break;
             }
         }
         self.batch = batch;
     }
 
-    pub(super) fn end_flow(&mut self, key: Key) {
-        let Some(Flow {
-            port: number,
-            client,
-            session,
-            server,
-            traffic,
-            ..
-        }) = self.flows.remove(key)
-        else {
+    /// Ends a flow: the only way out of the flows, except for an export.
+    fn end(&mut self, key: Key, io: &mut Io) {
+        let Some(flow) = self.flows.remove(key) else {
             return;
         };
-        if let Some(port) = self.udp_ports.get_mut(&number) {
-            port.flows.remove(&client);
+        if let Some(port) = self.ports.get_mut(&flow.port) {
+            port.flows.remove(&flow.client);
         }
-        self.leave_session(session, Transport::Udp, key);
-        drop(server);
-        self.report(number, session, traffic);
+        let (number, session, traffic) = (flow.port, flow.session, flow.traffic);
+        io.sessions.remove(session, Transport::Udp, key);
+        // Closed before it is reported: a free port has no flow.
+        drop(flow);
+        io.report(number, session, traffic);
     }
 
-    pub(super) fn tick_flows(&mut self) {
-        let idle = Duration::from_secs(self.idle.udp.load(Ordering::Relaxed));
-        let is_late = |flow: &Flow| !idle.is_zero() && self.now.duration_since(flow.active) >= idle;
-        let late: Vec<Key> = self
-            .flows
-            .iter()
-            .filter(|(_, flow)| is_late(flow))
-            .map(|(key, _)| key)
-            .collect();
-        for key in late {
-            count(&self.counters.idle);
-            self.end_flow(key);
+    /// Ends a flow whose session is cut.
+    pub(in crate::forward) fn cut(&mut self, key: Key, io: &mut Io) {
+        count(&io.counters.cut);
+        self.end(key, io);
+    }
+
+    /// Ends idle flows, and closes the ports that have drained.
+    pub(in crate::forward) fn tick(&mut self, io: &mut Io) {
+        if let Some(idle) = io.idle_times.udp() {
+            let is_late = |flow: &Flow| io.now.duration_since(flow.active) >= idle;
+            let late = self.flows.iter().filter(|(_, flow)| is_late(flow));
+            let late: Vec<Key> = late.map(|(key, _)| key).collect();
+            for key in late {
+                count(&io.counters.idle);
+                self.end(key, io);
+            }
+        }
+        self.close_drained();
+    }
+
+    /// Takes out all flows.
+    pub(in crate::forward) fn export(&mut self, io: &Io) -> Vec<FlowSnapshot> {
+        self.draining.clear();
+        let flows = self.flows.drain();
+        flows.map(|flow| flow.export(io.now)).collect()
+    }
+
+    /// Takes out all ports.
+    pub(in crate::forward) fn export_ports(&mut self) -> impl Iterator<Item = PortSnapshot> {
+        self.ports.drain().map(|(number, port)| PortSnapshot {
+            port: number,
+            is_draining: port.is_draining,
+            listener: port.into_listener(),
+        })
+    }
+
+    /// Continues an exported flow.
+    pub(in crate::forward) fn import(
+        &mut self,
+        snapshot: FlowSnapshot,
+        permit: Permit,
+        io: &mut Io,
+    ) {
+        let (port, session, traffic) = (snapshot.port, snapshot.session, snapshot.traffic);
+        match Flow::import(snapshot, permit, io.now) {
+            Some(flow) => drop(self.add(flow, io)),
+            None => io.report(port, session, traffic),
         }
     }
 }

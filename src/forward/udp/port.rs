@@ -1,42 +1,33 @@
-//! UDP through a connection port: one flow per client, each with its own
-//! socket connected to the server, so that the kernel sorts the replies and
-//! reports a server that is gone.
-
-mod batch;
+//! A UDP connection port: receiving from clients and servers, and sending to
+//! them, several datagrams in one call where the kernel can.
 
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rustix::io::Errno;
-use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType};
+use rustix::net::{self, SendFlags};
 
-use self::batch::MOST_JOINED;
-pub(super) use self::batch::{Batch, ReceiveBatchSize, Run};
-use super::admission::Permit;
-use super::listeners::Listener;
-use super::slab::Key;
-use super::snapshot::{ClientSnapshot, FlowSnapshot};
-use super::{PendingId, SessionKey, Traffic};
-use crate::table::ListenPort;
-
-/// Datagrams of one parked client that are kept.
-const PARKED_DATAGRAMS: usize = 8;
+use super::batch::{Batch, JOINED_DATAGRAM_MAX, ReceiveBatchSize, Received, Run};
+use super::flow::Flow;
+use crate::forward::listeners::Listener;
+use crate::forward::slab::Key;
 
 /// An open UDP connection port.
 #[derive(Debug)]
 pub(super) struct Port {
+    /// The flows by their clients' addresses.
     pub(super) flows: HashMap<SocketAddr, Key>,
-    pub(super) parked: HashMap<SocketAddr, PendingId>,
-    /// The table no longer has it: no new flows.
+    /// Whether the table no longer has the port: it takes no new flows then.
     pub(super) is_draining: bool,
     receive_batch_size: ReceiveBatchSize,
     socket: UdpSocket,
-    /// The one that it is bound to, and that its replies come from.
+    /// The address that the socket is bound to, and that its replies come from;
+    /// `None` when that is every address.
     address: Option<IpAddr>,
+    /// What the kernel can do with this socket.
     state: UdpSocketState,
 }
 
@@ -45,7 +36,6 @@ impl Port {
         let address = socket.local_addr().ok().map(|address| address.ip());
         Self {
             flows: HashMap::new(),
-            parked: HashMap::new(),
             is_draining: false,
             receive_batch_size: ReceiveBatchSize::new(),
             address: address.filter(|address| !address.is_unspecified()),
@@ -54,8 +44,8 @@ impl Port {
         }
     }
 
-    /// Whether connection ports are open at `address`, as far as is known:
-    /// `local` is where a datagram came in.
+    /// Whether connection ports are open at `address`, as far as is known.
+    /// `local` is the address that a datagram was sent to.
     pub(super) fn is_at(&self, address: IpAddr, local: Option<IpAddr>) -> bool {
         match self.address {
             Some(own) => own.to_canonical() == address,
@@ -70,14 +60,13 @@ impl Port {
     }
 
     /// Receives datagrams of clients into `batch`.
-    pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<(usize, bool)> {
+    pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<Received> {
         let socket = UdpSockRef::from(&self.socket);
-        let (received, is_more) =
-            batch.receive(&self.state, socket, &mut self.receive_batch_size)?;
+        let received = batch.receive(&self.state, socket, &mut self.receive_batch_size)?;
         if let Some(address) = self.address {
-            batch.came_in_at(address, received);
+            batch.set_local(address, received.count);
         }
-        Ok((received, is_more))
+        Ok(received)
     }
 
     /// Receives datagrams of a flow's server into `batch`.
@@ -85,8 +74,8 @@ impl Port {
         &self,
         flow: &mut Flow,
         batch: &mut Batch,
-    ) -> io::Result<(usize, bool)> {
-        if flow.receive_batch_size.is_for_one() {
+    ) -> io::Result<Received> {
+        if flow.receive_batch_size.is_single() {
             return batch.receive_one(
                 flow.server.as_fd(),
                 flow.target,
@@ -125,7 +114,7 @@ impl Port {
         self.send(run, socket, flow.client, flow.local, plain)
     }
 
-    /// Sends several datagrams in one go where the kernel can, else each by
+    /// Sends several datagrams in one call where the kernel can, else each with
     /// `plain`.
     fn send(
         &self,
@@ -137,13 +126,13 @@ impl Port {
     ) -> Sent {
         let mut sent = Sent::default();
         let segments = self.state.max_gso_segments();
-        if !run.is_one() && run.stride <= MOST_JOINED && segments > 1 {
+        if !run.is_one() && run.stride <= JOINED_DATAGRAM_MAX && segments > 1 {
             for bytes in run.bytes.chunks(run.stride * segments) {
                 let part = Run { bytes, ..run };
                 let transmit = transmit(destination, source, bytes, Some(run.stride));
                 match self.state.try_send(UdpSockRef::from(&socket), &transmit) {
                     Ok(()) => sent.bytes += bytes.len() as u64,
-                    // The network takes no such thing: each on its own.
+                    // The network cannot split them: each is sent on its own.
                     Err(error) if is_unsupported(&error) => {
                         part.datagrams()
                             .for_each(|datagram| sent.add(datagram, plain(datagram)));
@@ -160,66 +149,15 @@ impl Port {
     }
 }
 
-/// One client's datagrams to and from the server.
-#[derive(Debug)]
-pub(super) struct Flow {
-    pub(super) port: ListenPort,
-    pub(super) client: SocketAddr,
-    pub(super) local: Option<IpAddr>,
-    pub(super) session: SessionKey,
-    pub(super) server: OwnedFd,
-    pub(super) target: SocketAddr,
-    pub(super) receive_batch_size: ReceiveBatchSize,
-    pub(super) active: Instant,
-    pub(super) traffic: Traffic,
-    /// The client has sent again after a reply: its address is not a forged one.
-    pub(super) is_assured: bool,
-    /// Its place among the clients.
-    pub(super) _permit: Permit,
-}
-
-impl Flow {
-    /// The flow as another thread or process goes on with it.
-    pub(super) fn hand_over(self, now: Instant) -> FlowSnapshot {
-        FlowSnapshot {
-            port: self.port,
-            session: self.session,
-            client: self.client,
-            local: self.local,
-            server: self.server,
-            idle: now.saturating_duration_since(self.active),
-            traffic: self.traffic,
-            is_assured: self.is_assured,
-        }
-    }
-
-    /// Goes on with a flow; `None` when its socket is not connected.
-    pub(super) fn take_over(handed: FlowSnapshot, permit: Permit, now: Instant) -> Option<Self> {
-        let target = net::getpeername(&handed.server).ok().flatten()?;
-        Some(Self {
-            port: handed.port,
-            client: handed.client,
-            local: handed.local,
-            session: handed.session,
-            target: target.try_into().ok()?,
-            receive_batch_size: ReceiveBatchSize::new(),
-            server: handed.server,
-            active: now.checked_sub(handed.idle).unwrap_or(now),
-            traffic: handed.traffic,
-            is_assured: handed.is_assured,
-            _permit: permit,
-        })
-    }
-}
-
 /// What became of datagrams that were to be sent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Sent {
     /// Bytes that the socket took.
     pub(super) bytes: u64,
-    /// Datagrams dropped, as any network would: its buffer was full.
+    /// Datagrams dropped because the socket's buffer was full, as any network
+    /// does.
     pub(super) dropped: u64,
-    /// The receiver is gone, as ICMP told; so are the datagrams.
+    /// Whether the receiver is gone, as ICMP reported. The datagrams are lost.
     pub(super) is_gone: bool,
 }
 
@@ -241,7 +179,7 @@ impl Sent {
     }
 }
 
-/// The error that refuses segmentation, and not the datagrams.
+/// Whether the error refuses segmentation, and not the datagrams.
 fn is_unsupported(error: &io::Error) -> bool {
     matches!(Errno::from_io_error(error), Some(Errno::INVAL | Errno::IO))
 }
@@ -258,46 +196,5 @@ fn transmit(
         contents,
         segment_size,
         src_ip: source,
-    }
-}
-
-/// A socket that is connected to `target`.
-pub(super) fn connect(target: SocketAddr) -> Result<OwnedFd, Errno> {
-    let family = if target.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = net::socket_with(family, SocketType::DGRAM, flags, None)?;
-    net::connect(&socket, &target)?;
-    Ok(socket)
-}
-
-/// A client whose session is not known yet, with its first datagrams.
-#[derive(Debug)]
-pub(super) struct Pending {
-    pub(super) port: ListenPort,
-    pub(super) client: SocketAddr,
-    pub(super) local: Option<IpAddr>,
-    pub(super) datagrams: Vec<Box<[u8]>>,
-    pub(super) permit: Permit,
-}
-
-impl Pending {
-    pub(super) fn hand_over(self) -> ClientSnapshot {
-        ClientSnapshot::Udp {
-            port: self.port,
-            address: self.client,
-            local: self.local,
-            datagrams: self.datagrams.into_iter().map(Vec::from).collect(),
-        }
-    }
-
-    /// Keeps a datagram, if there is room.
-    pub(super) fn keep(&mut self, datagram: &[u8]) {
-        if self.datagrams.len() < PARKED_DATAGRAMS {
-            self.datagrams.push(datagram.into());
-        }
     }
 }

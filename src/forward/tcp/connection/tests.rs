@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
-use super::direction::BUSY_BYTES;
 use super::*;
-use crate::forward::pipes::Pipe;
+use crate::forward::scratch::SCRATCH_BYTES;
+use crate::forward::tcp::direction::BUSY_BYTES;
+use crate::forward::tcp::pipes::Pipe;
 
 /// A socket whose peer is the test.
 #[derive(Debug, Default)]
@@ -18,7 +19,7 @@ struct Model {
     is_ended: Cell<bool>,
     room: Cell<usize>,
     sent: RefCell<Vec<u8>>,
-    was_told_end: Cell<bool>,
+    was_ended: Cell<bool>,
     /// A send found no room: the next room is signalled.
     wants_room: Cell<bool>,
     error: Cell<Option<Errno>>,
@@ -39,7 +40,7 @@ impl Model {
     }
 
     fn give(&self, bytes: &[u8]) -> Result<usize, Errno> {
-        assert!(!self.was_told_end.get(), "nothing is sent after the end");
+        assert!(!self.was_ended.get(), "nothing is sent after the end");
         let length = bytes.len().min(self.room.get());
         if length < bytes.len() {
             self.wants_room.set(true);
@@ -80,7 +81,7 @@ impl Stream for Model {
     }
 
     fn end(&self) {
-        self.was_told_end.set(true);
+        self.was_ended.set(true);
     }
 
     fn take_error(&self) -> Option<Errno> {
@@ -125,14 +126,9 @@ impl Bench {
                 SessionKey(1),
                 Model::default(),
                 Model::default(),
-                None,
                 Instant::now(),
             ),
-            scratch: Scratch {
-                scratch: vec![0; SCRATCH_BYTES],
-                pipes: Pipes::new(1),
-                carried: Traffic::default(),
-            },
+            scratch: Scratch::new(1),
             sent: [Vec::new(), Vec::new()],
             is_finished: false,
         };
@@ -196,7 +192,7 @@ impl Bench {
             assert!(!is_stuck, "{from:?} waits for a signal that was given");
             if source.is_ended.get() && arrived.len() == sent.len() {
                 assert!(
-                    destination.was_told_end.get() || self.is_finished,
+                    destination.was_ended.get() || self.is_finished,
                     "the end is passed on"
                 );
             }
@@ -274,7 +270,7 @@ fn a_direction_that_carries_much_has_a_pipe_until_it_is_quiet() {
 }
 
 #[test]
-fn a_server_that_refuses_is_told_from_a_client_that_goes() {
+fn a_server_that_refuses_is_distinguished_from_a_client_that_leaves() {
     let gone = Signals {
         gone: true,
         failed: true,

@@ -1,0 +1,111 @@
+//! Export and import of the whole data plane, for a hand-over to another
+//! process.
+//!
+//! ```text
+//! Forwarder::export ─commands→ threads ─their parts→ ForwarderSnapshot ─→ another process
+//! Forwarder::import ←── ForwarderSnapshot, or the same one when the hand-over failed
+//!         └─ places in the quotas, routes ─ WorkerSnapshot ─commands→ threads
+//! ```
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, mpsc};
+
+use rustix::net::getpeername;
+
+use super::Forwarder;
+use super::quota::SourceNetwork;
+use super::snapshot::{ClientSnapshot, ForwarderSnapshot, WorkerSnapshot};
+use super::worker::Command;
+use crate::table::Table;
+
+impl Forwarder {
+    /// Takes everything from the threads, which run on with nothing. Nothing
+    /// is read, written, closed or reported until it is imported again, here or
+    /// by another process. Dropping the result closes this process's descriptors
+    /// and reports nothing.
+    ///
+    /// Call no other method until then but [`Forwarder::import`].
+    ///
+    /// # Errors
+    /// When a thread cannot export; everything is imported again then.
+    pub fn export(&self, table: &Arc<Table>) -> io::Result<ForwarderSnapshot> {
+        let (sender, replies) = mpsc::channel();
+        for worker in &self.workers {
+            worker.send(Command::Export(sender.clone()));
+        }
+        drop(sender);
+        let mut snapshot = ForwarderSnapshot::default();
+        let mut failure = None;
+        for _ in &self.workers {
+            // A thread answers within a turn of its loop; one that has stopped
+            // drops its sender.
+            match replies.recv() {
+                Ok(Ok(part)) => snapshot.append(part),
+                Ok(Err(error)) => failure = Some(error),
+                Err(_) => failure = Some(io::Error::other("a data thread has stopped")),
+            }
+        }
+        match failure {
+            None => Ok(snapshot),
+            Some(error) => {
+                self.import(snapshot, table);
+                Err(error)
+            }
+        }
+    }
+
+    /// Continues what another process, or this one, has exported. `table` gives
+    /// the routes. Clients count towards the limits, and none is refused even if
+    /// there are more than the limits allow.
+    pub fn import(&self, snapshot: ForwarderSnapshot, table: &Arc<Table>) {
+        let mut shares: Vec<WorkerSnapshot> = self
+            .workers
+            .iter()
+            .map(|_| WorkerSnapshot::default())
+            .collect();
+        let mut open = BTreeSet::new();
+        let mut draining = Vec::new();
+        for port in snapshot.ports {
+            if port.is_draining {
+                draining.push(port.port);
+            }
+            open.extend((!port.is_draining).then(|| (port.port, port.transport())));
+            shares[self.owner_index(port.port)].ports.push(port);
+        }
+        let (tcp, udp) = (&self.tcp_quota, &self.udp_quota);
+        for connection in snapshot.connections {
+            let port = connection.port;
+            let client = getpeername(&connection.client).ok().flatten();
+            let client = client.and_then(|client| SocketAddr::try_from(client).ok());
+            let permit = client.map(|client| tcp.import(SourceNetwork::of(client.ip()), port));
+            let share = &mut shares[self.owner_index(port)];
+            share.connections.push((connection, permit));
+        }
+        for flow in snapshot.flows {
+            let permit = udp.import(SourceNetwork::of(flow.client.ip()), flow.port);
+            shares[self.owner_index(flow.port)]
+                .flows
+                .push((flow, permit));
+        }
+        for client in snapshot.clients {
+            let (quota, port, address) = match &client {
+                ClientSnapshot::Tcp { port, address, .. } => (tcp, *port, *address),
+                ClientSnapshot::Udp { port, address, .. } => (udp, *port, *address),
+            };
+            let permit = quota.import(SourceNetwork::of(address.ip()), port);
+            shares[self.owner_index(port)]
+                .clients
+                .push((client, permit));
+        }
+        self.set_idle_times(table);
+        self.routes.set(table.clone());
+        self.draining.lock().extend(draining);
+        self.set_limits(&open);
+        *self.open.lock() = open;
+        for (worker, share) in self.workers.iter().zip(shares) {
+            worker.send(Command::Import(Box::new(share)));
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! UDP through a connection port: one flow per client, each with a socket of
+//! its own that is connected to the server.
+//!
+//! ```text
+//!   first datagram ──Refuse, no place, loop, draining port──→ dropped
+//!    │   │                                                       ↑
+//!    │   └─Ask─→ pending ──Refuse, 2 s, cut──────────────────────┘
+//!    │ Admit        │ Admit
+//!    ↓              ↓
+//!   new ──────────────────── server gone, idle time, cut ────→ ended
+//!    │   └─────────── evicted: the longest idle ────────────────↑ ↑
+//!    │ the client sends after a reply                           │ │
+//!    ↓                                                          │ │
+//!   assured ──────────────── server gone, idle time, cut ───────┘ │
+//!        └─────────── evicted: without new ones ──────────────────┘
+//! ```
+//!
+//! - *pending*: the gate asks control for the client's session. Its next
+//!   datagrams are kept, 8 at most, and sent when it is admitted.
+//!   `Forwarder::answer` decides.
+//! - *new*: datagrams pass both ways. The client's address may be forged.
+//! - *assured*: the client has received a reply, so its address is real.
+//! - *ended*: the socket is closed, and then `Gate::closed` reports the end. The
+//!   client's next datagram is a first one again.
+//!
+//! A datagram moves the arrows without a time, and the thread's tick those
+//! with one; the idle time counts from the last datagram either way. ICMP
+//! reports a server that is gone. A thread that has its share of flows evicts
+//! one for each new one. `Datagrams::end` is the only way out of *new* and
+//! *assured*; an export takes out all of them, as they are.
+//!
+//! A port that the table no longer has *drains*: it takes no new flows, and is
+//! closed at a tick after its last flow has ended. Until then the table can
+//! have it again.
+//!
+//! - `datagrams`: the arrows; `flow`, `port`: one of each; `batch`: receiving
+//!   several datagrams in one call; `eviction`: the choice of a flow.
+
+mod batch;
+pub(super) mod datagrams;
+mod eviction;
+mod flow;
+mod port;
