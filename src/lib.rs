@@ -25,25 +25,32 @@
 //!
 //! # The modules
 //!
-//! An arrow means "uses"; `tests/it/layering.rs` allows no other.
+//! An arrow means "uses". `tests/it/layering.rs` reads this drawing: it fails on
+//! an arrow that the code uses and that is not drawn, and the other way round.
+//! A module that is pure, or marked "no tokio", waits for nothing.
 //!
 //! ```text
-//! pool         the ProcessingPool resource
-//! table        → pool
+//! pool         the ProcessingPool resource; no tokio
+//! table        → pool                           no tokio
 //! session      → pool, table
 //! selection    the protocol between connection servers and agents
-//! sock_diag    questions to the kernel about sockets
+//! sock_diag    questions to the kernel about sockets; no tokio
 //! plan         → pool, table                     pure
 //! manifest     → pool, plan                      YAML files
 //! follow       → table                           a file or ConfigMap as a watch
 //! admin        → table                           /livez, /readyz, /metrics
-//! forward      → pool, table, sock_diag          the data plane: epoll, own threads
+//! forward      → pool, table, sock_diag          the data plane: epoll, own threads; no tokio
 //! connection   → pool, table, session, selection, follow, admin, forward  a role
 //! agent        → pool, table, selection, follow, admin, sock_diag  a role
 //! client       → pool, session
-//! operator     → pool, table, session, plan, follow, client, admin a role
+//! operator     → pool, table, session, plan, follow, client, admin  a role
 //! local        → pool, table, session, plan, manifest, follow, client, forward
 //! echo, telemetry
+//! agent::book                          pure
+//! connection::load_sharing::policy     pure
+//! connection::load_sharing::servers    pure
+//! connection::handover::values         pure
+//! local::container                     pure
 //! ```
 //!
 //! Decisions are functions of values: `plan`, `connection::load_sharing::policy`,
