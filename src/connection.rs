@@ -16,7 +16,11 @@
 //! - `handover`: all of it to a new process, without cutting anything;
 //! - this file: what a connection server is told, and its life.
 
+// A cut that is forgotten does not compile.
+#![deny(unused_must_use)]
+
 pub mod agents;
+pub mod control;
 pub mod handover;
 pub mod load_sharing;
 pub mod metrics;

@@ -20,17 +20,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{OwnedRwLockWriteGuard, RwLock, RwLockReadGuard, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
 use self::link::{Stream, Waiting};
+use super::control::{Change, Control};
 use super::load_sharing::reservations::Reservations;
 use super::metrics::Metrics;
+use super::sessions::Sessions;
 use super::sessions::span::SessionSpan;
-use super::sessions::{Action, Sessions};
-use crate::forward::Forwarder;
 use crate::selection::v1::{self, ToAgent, refused, to_agent::Message};
 use crate::table::{Row, RowState, Slot, Table};
 
@@ -84,11 +84,9 @@ pub struct Agents {
     place: String,
     /// When a predecessor last reached agents that no stream was opened to yet.
     reached: Mutex<HashMap<Slot, Instant>>,
-    /// Held for reading while sessions change, for writing by a hand-over.
-    steps: Arc<RwLock<()>>,
+    control: Arc<Control>,
     sessions: Arc<Sessions>,
     reservations: Arc<Reservations>,
-    forwarder: Arc<Forwarder>,
     metrics: Arc<Metrics>,
     links: Mutex<HashMap<Slot, Link>>,
     next_request: AtomicU64,
@@ -117,19 +115,18 @@ impl Agents {
     #[must_use]
     pub fn new(
         handed: AgentsSnapshot,
+        control: Arc<Control>,
         sessions: Arc<Sessions>,
         reservations: Arc<Reservations>,
-        forwarder: Arc<Forwarder>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
             id: handed.id,
             place: handed.place,
             reached: Mutex::new(handed.reached),
-            steps: Arc::default(),
+            control,
             sessions,
             reservations,
-            forwarder,
             metrics,
             links: Mutex::default(),
             next_request: AtomicU64::new(1),
@@ -155,21 +152,9 @@ impl Agents {
         }
     }
 
-    /// Whoever changes sessions, or has the data plane follow them, holds this
-    /// meanwhile.
-    pub async fn step(&self) -> RwLockReadGuard<'_, ()> {
-        self.steps.read().await
-    }
-
-    /// Waits until no step is under way; none begins while the result lives.
-    /// Agents are not told anything and not heard meanwhile.
-    pub async fn pause(&self) -> OwnedRwLockWriteGuard<()> {
-        self.steps.clone().write_owned().await
-    }
-
     /// Follows `table`: streams to new servers, none to removed ones, and the
     /// row to the others. Sessions of removed and replaced servers end.
-    pub fn set_table(self: &Arc<Self>, table: &Arc<Table>) {
+    pub fn set_table(self: &Arc<Self>, change: &Change<'_>, table: &Arc<Table>) {
         let mut links = self.links.lock();
         let gone: Vec<Slot> = links
             .iter()
@@ -183,7 +168,7 @@ impl Agents {
         for slot in gone {
             links.remove(&slot);
             self.reservations.detach(slot);
-            self.carry_out(self.sessions.forget_server(slot));
+            change.forget_server(slot);
         }
         for row in &table.rows {
             let Some(address) = row.socket_address(table.agent_port) else {
@@ -238,7 +223,7 @@ impl Agents {
         &self,
         slot: Slot,
         request: v1::Select,
-        trace: SessionSpan,
+        span: SessionSpan,
     ) -> Result<v1::Session, SelectError> {
         let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answered) = oneshot::channel();
@@ -252,11 +237,11 @@ impl Agents {
         };
         {
             // A successor would not know what the answer is for.
-            let _step = self.step().await;
+            let _change = self.control.begin_change().await;
             let mut stream = stream.lock();
             let stream = stream.as_mut().ok_or(SelectError::Detached)?;
             let answer = sender;
-            stream.pending.insert(request_id, Waiting { answer, trace });
+            stream.pending.insert(request_id, Waiting { answer, span });
             let message = Some(Message::Select(v1::Select {
                 request_id,
                 ..request
@@ -294,18 +279,6 @@ impl Agents {
         };
         if timeout(LEAVE_DEADLINE, heard).await.is_err() {
             warn!("some processing servers did not hear that this connection server stops");
-        }
-    }
-
-    /// Carries out what the sessions want from the data plane.
-    pub fn carry_out(&self, actions: impl IntoIterator<Item = Action>) {
-        for action in actions {
-            match action {
-                Action::Cut(port, session) => self.forwarder.cut(port, session),
-                Action::Answer(port, ticket, verdict) => {
-                    self.forwarder.answer(port, ticket, verdict)
-                }
-            }
         }
     }
 }

@@ -48,10 +48,7 @@ use self::frames::{receive_state, send_state};
 pub use self::socket::Socket;
 use self::wire::{Content, Empty};
 use super::agents::AgentsSnapshot;
-use super::sessions::Sessions;
-use super::sessions::snapshot::SessionsSnapshot;
-use crate::forward::snapshot::ForwarderSnapshot;
-use crate::forward::{Forwarder, SessionKey};
+use super::control::ControlSnapshot;
 use crate::table::{Table, TableError};
 
 /// Of the protocol between predecessor and successor. Others are refused.
@@ -120,29 +117,8 @@ pub struct State {
     pub load_sharing: OwnedFd,
     /// The listener of the admin port.
     pub admin: OwnedFd,
-    /// What is known of sessions.
-    pub sessions: SessionsSnapshot,
-    /// What the data plane has.
-    pub handed: ForwarderSnapshot,
-}
-
-impl State {
-    /// Has `sessions` and `forwarder` go on with what was handed over. Returns
-    /// the numbers of connections and flows.
-    pub fn take_over(&mut self, sessions: &Sessions, forwarder: &Forwarder) -> (usize, usize) {
-        let mut handed = std::mem::take(&mut self.handed);
-        let known = std::mem::take(&mut self.sessions);
-        let orphans = sessions.take_over(known, &self.table, handed.sessions());
-        let has_session = |key: &SessionKey| !orphans.contains(key);
-        handed
-            .connections
-            .retain(|connection| has_session(&connection.session));
-        handed.flows.retain(|flow| has_session(&flow.session));
-        let counts = (handed.connections.len(), handed.flows.len());
-        // Sessions first: threads ask them at once.
-        forwarder.import(handed, &self.table);
-        counts
-    }
+    /// The sessions and the data plane.
+    pub control: ControlSnapshot,
 }
 
 /// The predecessor's side of a hand-over that was asked for. Dropped before it

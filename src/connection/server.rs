@@ -27,6 +27,7 @@ use tracing::{error, info, warn};
 
 use super::agents::host_identity;
 use super::agents::{Agents, AgentsSnapshot};
+use super::control::Control;
 use super::load_sharing::allocation::Allocation;
 use super::load_sharing::api::{self, Api};
 use super::load_sharing::http;
@@ -48,6 +49,7 @@ const DRAIN_CHECK: Duration = Duration::from_millis(100);
 /// What a table is applied to, and what is handed over.
 #[derive(Clone)]
 struct Parts {
+    control: Arc<Control>,
     sessions: Arc<Sessions>,
     reservations: Arc<Reservations>,
     forwarder: Arc<Forwarder>,
@@ -114,6 +116,7 @@ impl Server {
             &sessions,
             &reservations,
         )));
+        let control = Arc::new(Control::new(sessions.clone(), forwarder.clone()));
         let mut followed = follower.watch();
         // From here on a predecessor's streams stand still.
         let inherited = handover::inherit(options, first).await?;
@@ -122,26 +125,25 @@ impl Server {
             Some(inherited) => {
                 // A newer table than the predecessor's is applied next.
                 followed.mark_changed();
-                InitialState::inherited(inherited, &sessions, &forwarder)?
+                InitialState::inherited(inherited, &control)?
             }
             None => InitialState::new(options, first).await?,
         };
         let agents = Arc::new(Agents::new(
             beginning.agents,
+            control.clone(),
             sessions.clone(),
             reservations.clone(),
-            forwarder.clone(),
             metrics.clone(),
         ));
         let parts = Parts {
+            control,
             sessions,
             reservations,
             forwarder,
             agents,
         };
-        // Clients may come as soon as the first port is open.
-        parts.sessions.set_table(&beginning.table);
-        parts.apply(&beginning.table)?;
+        parts.apply(&parts.control.begin_change().await, &beginning.table)?;
         let (in_use, table) = watch::channel(beginning.table);
         let advertise = options.advertise.clone();
         let admin = beginning.admin.as_fd().try_clone_to_owned();
@@ -292,7 +294,7 @@ fn wire_api(
         allocation: Arc::new(allocation),
         sessions: parts.sessions.clone(),
         reservations: parts.reservations.clone(),
-        agents: parts.agents.clone(),
+        control: parts.control.clone(),
         table,
         metrics,
         advertise,

@@ -25,6 +25,7 @@
 //! - this file: what there is, what agents and clients change, and what is told
 //!   of it.
 
+mod actions;
 mod gate;
 pub mod snapshot;
 pub mod span;
@@ -37,12 +38,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
+pub use self::actions::{Action, Actions};
 use self::gate::PendingLookup;
 use self::span::{Carried, SessionSpan};
-use crate::forward::{Decision, PendingId, SessionKey, Traffic};
+use crate::forward::{SessionKey, Traffic};
 use crate::pool::Admission;
 use crate::selection::v1::{self, ToAgent, end, to_agent::Message};
-use crate::table::{ListenPort, PortIndex, Slot, Table};
+use crate::table::{ListenPort, PortIndex, Row, Slot, Table};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
 /// request, a connection or a session, and those are bounded where they begin.
@@ -51,14 +53,13 @@ pub type Outbox = UnboundedSender<ToAgent>;
 /// The key of connections under `admission: Open`, which belong to no session.
 const NO_SESSION: SessionKey = SessionKey(0);
 
-/// What the data plane must do after a change, outside the lock.
+/// Why a client cannot give a session back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Cut the session's connections, and refuse who waits on its port; then
-    /// report the cut itself as a closed flow.
-    Cut(ListenPort, SessionKey),
-    /// Look at the parked client again.
-    Answer(ListenPort, PendingId, Decision),
+pub enum ReleaseError {
+    /// No live session has this id.
+    Unknown,
+    /// The session's agent is not attached.
+    OutOfReach,
 }
 
 /// The sessions of all processing servers, as far as known here.
@@ -70,8 +71,7 @@ pub struct Sessions {
 
 #[derive(Debug, Default)]
 struct Inner {
-    admission: Admission,
-    table: Option<PortIndex>,
+    rules: TableRules,
     outboxes: HashMap<Slot, Outbox>,
     live: HashMap<ListenPort, Live>,
     port_by_id: HashMap<String, ListenPort>,
@@ -85,8 +85,8 @@ struct Inner {
     /// its agent may be restarted before all have heard the end, and adopt it
     /// from one that has not. No need to know the ones before: their ports were
     /// free, so all had heard.
-    over: HashMap<ListenPort, String>,
-    asked: HashMap<ListenPort, Vec<PendingLookup>>,
+    last_ended: HashMap<ListenPort, String>,
+    pending_lookups: HashMap<ListenPort, Vec<PendingLookup>>,
 }
 
 #[derive(Debug)]
@@ -98,7 +98,7 @@ struct Live {
     // in which the count leaves and reaches zero.
     flows: Mutex<Flows>,
     session: v1::Session,
-    trace: SessionSpan,
+    span: SessionSpan,
 }
 
 /// Connections and UDP flows of a session.
@@ -129,15 +129,23 @@ struct Ending {
     slot: Slot,
     flows: Flows,
     cause: &'static str,
-    trace: SessionSpan,
+    span: SessionSpan,
+}
+
+impl TableRules {
+    /// The row that `port` belongs to.
+    fn row(&self, port: ListenPort) -> Option<&Row> {
+        let (row, _) = self.ports.as_ref()?.find(port)?;
+        Some(row)
+    }
+
+    /// The slot that `port` leads to.
+    fn slot(&self, port: ListenPort) -> Option<Slot> {
+        self.row(port).map(|row| row.slot)
+    }
 }
 
 impl Inner {
-    /// The slot that `port` leads to.
-    fn slot(&self, port: ListenPort) -> Option<Slot> {
-        Some(self.table.as_ref()?.find(port)?.0.slot)
-    }
-
     fn send(&self, slot: Slot, message: Message) {
         if let Some(outbox) = self.outboxes.get(&slot) {
             // A closed outbox is a stream that just broke; the next greeting
@@ -155,13 +163,13 @@ impl Inner {
             let key = live.session.idempotency_key.clone();
             self.id_by_idempotency_key.insert(key, id.clone());
         }
-        self.over.remove(&port);
+        self.last_ended.remove(&port);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
     }
 
-    /// Takes a session out of the gate, for the log's `cause`. Its agent hears
-    /// `Ended` when the data plane has done what the result says.
+    /// Takes a session out of the gate, for the log's `cause`. `Ended` is sent to
+    /// its agent when the data plane has done what the result says.
     fn end(&mut self, id: &str, cause: &'static str) -> Option<Action> {
         let port = self.port_by_id.remove(id)?;
         let live = self.live.remove(&port)?;
@@ -184,7 +192,7 @@ impl Inner {
             slot: live.slot,
             flows,
             cause,
-            trace: live.trace,
+            span: live.span,
         };
         self.ending.insert(live.key, ending);
         Some(Action::Cut(port, live.key))
@@ -195,21 +203,39 @@ impl Inner {
     }
 }
 
-/// `address` without the IPv6 wrapping that dual-stack sockets give IPv4 peers.
-#[must_use]
-pub fn canonical(address: IpAddr) -> IpAddr {
-    address.to_canonical()
+/// What a table says about sessions.
+#[derive(Debug, Default)]
+pub struct TableRules {
+    admission: Admission,
+    ports: Option<PortIndex>,
 }
 
 impl Sessions {
-    /// Follows `table`: which slot a port asks, and whether a session is needed.
-    pub fn set_table(&self, table: &Arc<Table>) {
-        let mut inner = self.inner.write();
-        let index = PortIndex::new(table.clone());
-        inner.over.retain(|port, _| index.find(*port).is_some());
-        inner.table = Some(index);
-        inner.released.retain(|_, slot| table.row(*slot).is_some());
-        inner.admission = table.sessions.admission;
+    /// Follows `table`: which slot a port belongs to, and whether a session is
+    /// needed. Returns what was in force before.
+    pub fn set_table(&self, table: &Arc<Table>) -> TableRules {
+        self.restore_table(TableRules {
+            admission: table.sessions.admission,
+            ports: Some(PortIndex::new(table.clone())),
+        })
+    }
+
+    /// Follows a former table again. Returns what was in force before.
+    pub fn restore_table(&self, rules: TableRules) -> TableRules {
+        std::mem::replace(&mut self.inner.write().rules, rules)
+    }
+
+    /// Forgets what was kept for ports and slots that `table`, which is in
+    /// force, does not have.
+    pub fn forget_removed(&self, table: &Table) {
+        let Inner {
+            rules,
+            last_ended,
+            released,
+            ..
+        } = &mut *self.inner.write();
+        last_ended.retain(|port, _| rules.slot(*port).is_some());
+        released.retain(|_, slot| table.row(*slot).is_some());
     }
 
     /// An agent's stream is up: from now on its messages go to `outbox`, the
@@ -253,9 +279,8 @@ impl Sessions {
     }
 
     /// Forgets every session of `slot` and has its connections cut: the server
-    /// is gone, or was out of reach for too long.
-    #[must_use]
-    pub fn forget_server(&self, slot: Slot) -> Vec<Action> {
+    /// was removed, or out of reach for too long.
+    pub fn forget_server(&self, slot: Slot) -> Actions {
         let mut inner = self.inner.write();
         let ids: Vec<String> = inner
             .live
@@ -279,28 +304,23 @@ impl Sessions {
             .any(|ending| ending.slot == slot)
     }
 
-    /// An agent tells of a session, new or changed.
-    pub fn learn(&self, slot: Slot, session: v1::Session) -> Vec<Action> {
-        self.learn_with_span(slot, session, SessionSpan::learned)
-    }
-
-    /// The same; a new session is logged under the trace that `trace` gives.
-    pub fn learn_with_span(
+    /// An agent reports a session, new or changed. A new one is logged under
+    /// the span that `span` gives.
+    pub fn learn(
         &self,
         slot: Slot,
         session: v1::Session,
-        trace: impl FnOnce() -> SessionSpan,
-    ) -> Vec<Action> {
+        span: impl FnOnce() -> SessionSpan,
+    ) -> Actions {
         let number = u16::try_from(session.connection_port).unwrap_or(0);
         let Some(port) = ListenPort::new(number) else {
-            return Vec::new();
+            return Actions::default();
         };
         let mut inner = self.inner.write();
         // Another server cannot speak for this port.
-        if inner.slot(port) != Some(slot) {
-            return Vec::new();
+        if inner.rules.slot(port) != Some(slot) {
+            return Actions::default();
         }
-        let mut actions = Vec::new();
         let known = inner
             .live
             .get(&port)
@@ -309,66 +329,75 @@ impl Sessions {
             if let Some(live) = inner.live.get_mut(&port) {
                 live.session = session;
             }
-            return actions;
+            return Actions::default();
         }
         let id = &session.session_id;
         if inner.is_ending(id) || inner.released.contains_key(id) {
-            return actions;
+            return Actions::default();
         }
-        if inner.over.get(&port) == Some(id) {
-            // Another connection server brought it back; that one hears the end
-            // from the agent now.
+        if inner.last_ended.get(&port) == Some(id) {
+            // Another connection server brought it back; the agent reports its
+            // end to that one now.
             let session_id = id.clone();
             inner.send(slot, Message::Release(v1::Release { session_id }));
-            return actions;
+            return Actions::default();
         }
         // A successor on the port means that we missed the end of the former.
-        actions.extend(known.and_then(|id| inner.end(&id, "SUPERSEDED")));
-        let trace = trace();
-        let row = inner.table.as_ref().and_then(|table| table.find(port));
-        trace.selected(&session, row.map_or("", |(row, _)| &row.server));
+        let cut = known.and_then(|id| inner.end(&id, "SUPERSEDED"));
+        let span = span();
+        let server = inner.rules.row(port).map_or("", |row| &row.server);
+        span.selected(&session, server);
         let live = Live {
             key: SessionKey(self.next_key.fetch_add(1, Ordering::Relaxed) + 1),
             slot,
-            bound_client: session.bound_client.parse().ok().map(canonical),
+            bound_client: session
+                .bound_client
+                .parse()
+                .ok()
+                .map(|client: IpAddr| client.to_canonical()),
             flows: Mutex::default(),
             session,
-            trace,
+            span,
         };
         inner.insert(live, port);
-        actions
+        cut.into_iter().collect()
     }
 
-    /// An agent ends a session. Answers `Ended` when no connection is left.
-    #[must_use]
-    pub fn end(&self, slot: Slot, id: &str, cause: end::Cause) -> Option<Action> {
+    /// An agent ends a session. `Ended` is sent to it when no connection is
+    /// left.
+    pub fn end(&self, slot: Slot, id: &str, cause: end::Cause) -> Actions {
         let mut inner = self.inner.write();
         inner.released.remove(id);
         if let Some(port) = inner.port_by_id.get(id).copied() {
-            inner.over.insert(port, id.to_owned());
+            inner.last_ended.insert(port, id.to_owned());
         }
         let action = inner.end(id, cause.as_str_name());
         if action.is_none() && !inner.is_ending(id) {
             let session_id = id.to_owned();
             inner.send(slot, Message::Ended(v1::Ended { session_id }));
         }
-        action
+        action.into_iter().collect()
     }
 
-    /// The client gives a session back. `None` when it is not known;
-    /// `Some(Err(()))` when its server is out of reach.
-    pub fn release(&self, id: &str) -> Option<Result<Option<Action>, ()>> {
+    /// The client gives a session back.
+    ///
+    /// # Errors
+    /// [`ReleaseError`]; nothing has changed then.
+    pub fn release(&self, id: &str) -> Result<Actions, ReleaseError> {
         let mut inner = self.inner.write();
-        let port = *inner.port_by_id.get(id)?;
-        let slot = inner.live.get(&port)?.slot;
+        let port = inner.port_by_id.get(id).copied();
+        let port = port.ok_or(ReleaseError::Unknown)?;
+        let live = inner.live.get(&port).ok_or(ReleaseError::Unknown)?;
+        let slot = live.slot;
         if !inner.outboxes.contains_key(&slot) {
-            return Some(Err(()));
+            return Err(ReleaseError::OutOfReach);
         }
         let session_id = id.to_owned();
         inner.send(slot, Message::Release(v1::Release { session_id }));
         inner.released.insert(id.to_owned(), slot);
-        inner.over.insert(port, id.to_owned());
-        Some(Ok(inner.end(id, end::Cause::Released.as_str_name())))
+        inner.last_ended.insert(port, id.to_owned());
+        let action = inner.end(id, end::Cause::Released.as_str_name());
+        Ok(action.into_iter().collect())
     }
 
     /// The live session `id`, with the slot of its server.

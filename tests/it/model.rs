@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use crate::common::table;
 use portpool::agent::book::{Book, Listening, Notice, Now, Times, To};
+use portpool::connection::sessions::span::SessionSpan;
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use portpool::pool::PortProtocol;
@@ -306,11 +307,11 @@ impl World {
                 let sessions = &self.servers[server % SERVERS].sessions;
                 let id = sessions.session_on(port(agent % agents, offset));
                 if let Some(id) = id
-                    && let Some(Ok(action)) = sessions.release(&id)
+                    && let Ok(actions) = sessions.release(&id)
                 {
                     let name = self.servers[server % SERVERS].name.clone();
                     self.over.insert((name, id));
-                    self.carry_out(server % SERVERS, action);
+                    self.carry_out(server % SERVERS, actions);
                 }
             }
             Event::Break(server, agent, noticing) => {
@@ -653,17 +654,18 @@ impl World {
         let slot = u32::try_from(agent).unwrap();
         match message {
             from_agent::Message::Session(session) => {
-                let actions = self.servers[server].sessions.learn(Slot(slot), session);
+                let sessions = &self.servers[server].sessions;
+                let actions = sessions.learn(Slot(slot), session, SessionSpan::learned);
                 self.carry_out(server, actions);
             }
             from_agent::Message::End(end) => {
                 let ConnectionServer { name, sessions, .. } = &self.servers[server];
                 let is_known = sessions.get(&end.session_id).is_some();
-                let action = sessions.end(Slot(slot), &end.session_id, end.cause());
+                let actions = sessions.end(Slot(slot), &end.session_id, end.cause());
                 if is_known {
                     self.over.insert((name.clone(), end.session_id));
                 }
-                self.carry_out(server, action);
+                self.carry_out(server, actions);
             }
             from_agent::Message::LookedUp(found) => {
                 let sessions = &self.servers[server].sessions;

@@ -15,6 +15,7 @@ use tonic::transport::Endpoint;
 use tracing::{debug, info, warn};
 
 use super::{Agents, SelectError};
+use crate::connection::control::Change;
 use crate::connection::sessions::span::SessionSpan;
 use crate::connection::sessions::{Outbox, Sessions};
 use crate::pool::PortProtocol;
@@ -42,7 +43,7 @@ pub(super) struct Stream {
 /// A request that waits for its answer.
 pub(super) struct Waiting {
     pub(super) answer: oneshot::Sender<Result<v1::Session, SelectError>>,
-    pub(super) trace: SessionSpan,
+    pub(super) span: SessionSpan,
 }
 
 impl Agents {
@@ -81,13 +82,12 @@ impl Agents {
             }
             let since = *detached_since.lock();
             if since.is_some_and(|since| since.elapsed() >= CUT_AFTER) {
-                let _step = self.step().await;
+                let change = self.control.begin_change().await;
                 *detached_since.lock() = None;
-                let actions = self.sessions.forget_server(slot);
-                if !actions.is_empty() {
-                    warn!(%slot, %address, sessions = actions.len(), "processing server out of reach; its sessions are cut");
+                let sessions = change.forget_server(slot);
+                if sessions > 0 {
+                    warn!(%slot, %address, sessions, "processing server out of reach; its sessions are cut");
                 }
-                self.carry_out(actions);
             }
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
@@ -115,15 +115,16 @@ impl Agents {
         let (outbox, outgoing) = mpsc::unbounded_channel();
         let current = table.borrow_and_update().clone();
         let greeting = self.greeting(slot, &current)?;
-        let step = self.step().await;
-        self.sessions.attach(slot, outbox.clone(), |sessions| {
+        let greet = |sessions| {
             let message = Some(Message::Hello(v1::Hello {
                 sessions,
                 ..greeting
             }));
             ToAgent { message }
-        });
-        drop(step);
+        };
+        let change = self.control.begin_change().await;
+        change.attach(slot, outbox.clone(), greet);
+        drop(change);
         let _detach = Detach {
             sessions: &self.sessions,
             slot,
@@ -150,8 +151,8 @@ impl Agents {
             tokio::select! {
                 message = incoming.message() => match message {
                     Ok(Some(FromAgent { message: Some(message) })) => {
-                        let _step = self.step().await;
-                        self.receive(slot, message, stream, &outbox);
+                        let change = self.control.begin_change().await;
+                        self.receive(&change, slot, message, stream, &outbox);
                     }
                     Ok(Some(FromAgent { message: None })) => {
                         self.metrics.unknown_messages.inc();
@@ -187,6 +188,7 @@ impl Agents {
 
     fn receive(
         &self,
+        change: &Change<'_>,
         slot: Slot,
         message: from_agent::Message,
         stream: &Mutex<Option<Stream>>,
@@ -207,12 +209,11 @@ impl Agents {
                 session: Some(session),
             }) => {
                 let waiting = waiting(request_id);
-                let trace = || match &waiting {
-                    Some(waiting) => waiting.trace.clone(),
+                let span = || match &waiting {
+                    Some(waiting) => waiting.span.clone(),
                     None => SessionSpan::learned(),
                 };
-                let actions = self.sessions.learn_with_span(slot, session.clone(), trace);
-                self.carry_out(actions);
+                change.learn(slot, session.clone(), span);
                 let session_id = session.session_id.clone();
                 // Nobody waits any more, and nobody was told the port.
                 if waiting.is_none_or(|waiting| waiting.answer.send(Ok(session)).is_err()) {
@@ -226,16 +227,16 @@ impl Agents {
                     let _ = waiting.answer.send(Err(SelectError::Refused(cause)));
                 }
             }
-            From::Session(session) => self.carry_out(self.sessions.learn(slot, session)),
+            From::Session(session) => change.learn(slot, session, SessionSpan::learned),
             From::End(end) => {
                 self.metrics.session_ended(end.cause());
-                self.carry_out(self.sessions.end(slot, &end.session_id, end.cause()));
+                change.end(slot, &end.session_id, end.cause());
             }
             From::LookedUp(v1::LookedUp {
                 request_id,
                 session,
             }) => {
-                self.carry_out(self.sessions.looked_up(slot, request_id, session));
+                change.looked_up(slot, request_id, session);
             }
             From::Welcome(_) | From::Selected(_) => {
                 self.metrics.unknown_messages.inc();

@@ -17,6 +17,7 @@ use super::values::{
 use super::wire::{self, Content, Empty, MAX_DESCRIPTORS};
 use super::{Error, FRAME_DEADLINE, State, set_deadline};
 use crate::connection::agents::AgentsSnapshot;
+use crate::connection::control::ControlSnapshot;
 use crate::connection::sessions::snapshot::SessionsSnapshot;
 use crate::forward::Transport;
 use crate::forward::snapshot::{
@@ -39,7 +40,7 @@ pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Erro
         place: place.clone(),
         reached: reached.collect(),
         table: state.table.encode()?,
-        last_key: state.sessions.last_key,
+        last_key: state.control.sessions.last_key,
     };
     let listeners = [state.load_sharing.as_fd(), state.admin.as_fd()];
     wire::send(stream, Content::Server(server), &listeners)
@@ -48,12 +49,12 @@ pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Erro
 /// Sends all of `state`, nothing of which may change meanwhile.
 pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error> {
     send_server(stream, state)?;
-    for ports in state.handed.ports.chunks(MAX_DESCRIPTORS) {
+    for ports in state.control.forwarder.ports.chunks(MAX_DESCRIPTORS) {
         let sockets: Vec<BorrowedFd<'_>> = ports.iter().map(PortSnapshot::as_fd).collect();
         let ports = ports.iter().map(encode_port).collect();
         wire::send(stream, Content::Ports(wire::Ports { ports }), &sockets)?;
     }
-    let mut rest = state.handed.connections.as_slice();
+    let mut rest = state.control.forwarder.connections.as_slice();
     while !rest.is_empty() {
         let (now, later) = rest.split_at(frame_length(rest));
         rest = later;
@@ -65,12 +66,12 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
         let content = Content::Connections(wire::Connections { connections });
         wire::send(stream, content, &sockets)?;
     }
-    for flows in state.handed.flows.chunks(MAX_DESCRIPTORS) {
+    for flows in state.control.forwarder.flows.chunks(MAX_DESCRIPTORS) {
         let sockets: Vec<BorrowedFd<'_>> = flows.iter().map(|flow| flow.server.as_fd()).collect();
         let flows = flows.iter().map(encode_flow).collect();
         wire::send(stream, Content::Flows(wire::Flows { flows }), &sockets)?;
     }
-    for clients in state.handed.clients.chunks(MAX_DESCRIPTORS) {
+    for clients in state.control.forwarder.clients.chunks(MAX_DESCRIPTORS) {
         let sockets = clients.iter().filter_map(|client| match client {
             ClientSnapshot::Tcp { socket, .. } => Some(socket.as_fd()),
             ClientSnapshot::Udp { .. } => None,
@@ -88,7 +89,7 @@ pub(super) fn send_state(stream: &UnixStream, state: &State) -> Result<(), Error
         released,
         over,
         ..
-    } = &state.sessions;
+    } = &state.control.sessions;
     let live = live.iter().map(encode_session);
     let released = released.iter().map(|(id, slot)| wire::Released {
         id: id.clone(),
@@ -145,18 +146,20 @@ pub(super) fn receive_state(stream: &UnixStream) -> Result<State, Error> {
         table: Arc::new(Table::decode(&server.table)?),
         load_sharing,
         admin,
-        sessions: SessionsSnapshot {
-            last_key: server.last_key,
-            ..SessionsSnapshot::default()
+        control: ControlSnapshot {
+            sessions: SessionsSnapshot {
+                last_key: server.last_key,
+                ..SessionsSnapshot::default()
+            },
+            forwarder: ForwarderSnapshot::default(),
         },
-        handed: ForwarderSnapshot::default(),
     };
     loop {
         let (content, sockets) = wire::receive(stream)?;
         match content {
             Content::Done(_) => return Ok(state),
             Content::Abort(wire::Abort { reason }) => return Err(Error::Refused(reason)),
-            Content::Ports(ports) => adopt(&mut state.handed, &ports, sockets)?,
+            Content::Ports(ports) => adopt(&mut state.control.forwarder, &ports, sockets)?,
             content => add(&mut state, content, sockets)
                 .ok_or(Error::Malformed("a frame's values make no sense"))?,
         }
@@ -188,7 +191,7 @@ fn adopt(
 /// Adds another frame's content to `state`; `None` when it makes no sense.
 pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) -> Option<()> {
     let mut sockets = sockets.into_iter();
-    let handed = &mut state.handed;
+    let handed = &mut state.control.forwarder;
     match content {
         Content::Connections(wire::Connections { connections }) => {
             for connection in connections {
@@ -214,14 +217,14 @@ pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) ->
             over,
         }) => {
             for session in live {
-                state.sessions.live.push(decode_session(session)?);
+                state.control.sessions.live.push(decode_session(session)?);
             }
             let released = released
                 .into_iter()
                 .map(|released| (released.id, Slot(released.slot)));
-            state.sessions.released.extend(released);
+            state.control.sessions.released.extend(released);
             for wire::Over { port, id } in over {
-                state.sessions.over.push((decode_number(port)?, id));
+                state.control.sessions.over.push((decode_number(port)?, id));
             }
         }
         _ => return None,

@@ -12,12 +12,13 @@ use tokio::time::Instant;
 use super::frames::{add, send_server};
 use super::values::{encode_client, encode_connection, encode_flow, encode_port};
 use super::*;
-use crate::connection::sessions::snapshot::SessionSnapshot;
+use crate::connection::sessions::snapshot::{SessionSnapshot, SessionsSnapshot};
 use crate::connection::sessions::span::Carried;
 use crate::forward::snapshot::{
-    ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, PortSnapshot,
+    ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, ForwarderSnapshot,
+    PortSnapshot,
 };
-use crate::forward::{Traffic, Transport};
+use crate::forward::{SessionKey, Traffic, Transport};
 use crate::pool::{LoadSharing, Sessions as Settings};
 use crate::selection::v1;
 use crate::table::{FORMAT_VERSION, ListenPort, Slot, TargetPort};
@@ -51,14 +52,16 @@ fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
         }),
         load_sharing: descriptor(),
         admin: descriptor(),
-        sessions,
-        handed,
+        control: ControlSnapshot {
+            sessions,
+            forwarder: handed,
+        },
     }
 }
 
 /// All that a state says, its descriptors as inodes.
 fn describe(state: &State) -> String {
-    let handed = &state.handed;
+    let handed = &state.control.forwarder;
     let ports = handed.ports.iter();
     let ports: Vec<_> = ports.map(|p| (encode_port(p), inode(p))).collect();
     let connections = handed.connections.iter();
@@ -76,7 +79,7 @@ fn describe(state: &State) -> String {
     });
     let clients: Vec<_> = clients.collect();
     let own = (inode(&state.load_sharing), inode(&state.admin));
-    let (agents, table, sessions) = (&state.agents, &state.table, &state.sessions);
+    let (agents, table, sessions) = (&state.agents, &state.table, &state.control.sessions);
     let (id, place, slots) = (&agents.id, &agents.place, agents.reached.keys());
     format!(
         "{id} {place} {slots:?} {table:?} {own:?} {sessions:?} {ports:?} {connections:?} {flows:?} {clients:?}"

@@ -89,7 +89,7 @@ struct Wanted {
     /// Until when it waits for a free port; `None` when it does not.
     patience: Option<Instant>,
     give_up: Instant,
-    trace: SessionSpan,
+    span: SessionSpan,
 }
 
 impl Allocation {
@@ -124,7 +124,7 @@ impl Allocation {
         let started = Instant::now();
         let result = match self.want(request, client) {
             Ok(wanted) => {
-                let span = wanted.trace.span().clone();
+                let span = wanted.span.span().clone();
                 self.get(wanted).instrument(span).await
             }
             Err(refusal) => Err(refusal),
@@ -177,7 +177,7 @@ impl Allocation {
             bound_client: is_bound.then_some(client),
             patience: (!wait.is_zero()).then(|| now + wait),
             give_up: now + wait + ASK_LIMIT,
-            trace: SessionSpan::request(client),
+            span: SessionSpan::request(client),
         })
     }
 
@@ -261,7 +261,7 @@ impl Allocation {
                 .unwrap_or_default(),
         };
         self.agents
-            .select(reservation.slot, request, wanted.trace.clone())
+            .select(reservation.slot, request, wanted.span.clone())
             .await
     }
 

@@ -24,9 +24,9 @@ use utoipa_axum::routes;
 use super::allocation::Allocation;
 use super::problem::{ProblemName, Refused};
 use super::reservations::Reservations;
-use crate::connection::agents::Agents;
+use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
-use crate::connection::sessions::{Sessions, canonical};
+use crate::connection::sessions::Sessions;
 use crate::pool::PortProtocol;
 use crate::selection::v1;
 use crate::session::{
@@ -50,8 +50,8 @@ pub struct Api {
     pub sessions: Arc<Sessions>,
     /// Knows servers.
     pub reservations: Arc<Reservations>,
-    /// Carries out releases.
-    pub agents: Arc<Agents>,
+    /// Ends sessions.
+    pub control: Arc<Control>,
     /// Counts refusals.
     pub metrics: Arc<Metrics>,
     /// The table in use.
@@ -147,7 +147,7 @@ async fn create_session(
     let (head, body) = request.into_parts();
     let request = read_request(&head.headers, body).await?;
     let address = reached_by(&head.uri, &head.headers, ends.local.ip());
-    let client = canonical(ends.client.ip());
+    let client = ends.client.ip().to_canonical();
     let (slot, session) = api.allocation.allocate(request, client).await?;
     let session = api.describe(slot, &session, &address);
     let location = format!("/v1/sessions/{}", session.id);
@@ -198,13 +198,8 @@ async fn delete_session(
     State(api): State<Arc<Api>>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<StatusCode, Refused> {
-    let _step = api.agents.step().await;
-    let action = id
-        .ok()
-        .and_then(|Path(id)| api.sessions.release(&id))
-        .ok_or(Refused::NoSession)?
-        .map_err(|()| Refused::OutOfReach)?;
-    api.agents.carry_out(action);
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    api.control.release(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -309,7 +304,7 @@ fn reached_by(uri: &http::Uri, headers: &HeaderMap, local: IpAddr) -> String {
                 .trim_end_matches(']')
                 .to_owned()
         })
-        .unwrap_or_else(|| canonical(local).to_string())
+        .unwrap_or_else(|| local.to_canonical().to_string())
 }
 
 /// Reads and checks the request information.

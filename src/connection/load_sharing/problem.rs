@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::allocation::Refusal;
 use super::api::{BODY_DEADLINE, MAX_BODY_BYTES};
+use crate::connection::sessions::ReleaseError;
 use crate::session::Problem;
 
 /// Why a request is refused.
@@ -47,6 +48,15 @@ pub enum Refused {
     /// The request was right, but gets no session.
     #[error(transparent)]
     Allocation(#[from] Refusal),
+}
+
+impl From<ReleaseError> for Refused {
+    fn from(error: ReleaseError) -> Self {
+        match error {
+            ReleaseError::Unknown => Self::NoSession,
+            ReleaseError::OutOfReach => Self::OutOfReach,
+        }
+    }
 }
 
 /// The static name of the problem in a response, for the metrics.

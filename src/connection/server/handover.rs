@@ -11,9 +11,8 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{InitialState, Server};
-use crate::connection::sessions::Sessions;
+use crate::connection::control::{Control, Imported, Pause};
 use crate::connection::{Error, Options, handover};
-use crate::forward::Forwarder;
 use crate::table::Table;
 
 /// How long a successor lets requests queue until its agents are attached.
@@ -47,13 +46,12 @@ pub(super) async fn inherit(
 }
 
 impl InitialState {
-    /// Has `sessions` and `forwarder` go on with what a predecessor had.
+    /// Has `control` go on with what a predecessor had.
     pub(super) fn inherited(
-        mut state: handover::State,
-        sessions: &Sessions,
-        forwarder: &Forwarder,
+        state: handover::State,
+        control: &Control,
     ) -> Result<Self, handover::Error> {
-        let (connections, flows) = state.take_over(sessions, forwarder);
+        let Imported { connections, flows } = control.import(state.control, &state.table);
         info!(connections, flows, "taken over from the former process");
         Ok(Self {
             agents: state.agents,
@@ -98,17 +96,16 @@ impl Server {
         };
         info!("a successor asks for a hand-over");
         self.stop_serving().await;
-        let paused = self.parts.agents.pause().await;
+        let pause = self.parts.control.pause().await;
         let started = Instant::now();
-        match self.give(offer).await {
+        match self.give(offer, &pause).await {
             Ok(()) => {
                 info!(paused = ?started.elapsed(), "handed over");
-                // For ever: what agents hear from now on comes from the successor.
-                std::mem::forget(paused);
+                pause.make_permanent();
                 true
             }
             Err(error) => {
-                drop(paused);
+                drop(pause);
                 self.serve();
                 warn!(paused = ?started.elapsed(), %error, "hand-over failed; this connection server goes on");
                 false
@@ -117,22 +114,23 @@ impl Server {
     }
 
     /// Pauses the data plane and gives everything away, or goes on.
-    async fn give(&self, mut offer: handover::Offer) -> Result<(), handover::Error> {
+    async fn give(&self, mut offer: handover::Offer, pause: &Pause) -> Result<(), handover::Error> {
         let (load_sharing, admin) = (self.load_sharing.try_clone()?, self.admin.try_clone()?);
         let table = self.table.borrow().clone();
-        let handed = self.parts.forwarder.export(&table)?;
+        let control = self.parts.control.export(pause, &table)?;
         let state = handover::State {
             agents: self.parts.agents.hand_over(),
             table,
             load_sharing: load_sharing.into(),
             admin,
-            sessions: self.parts.sessions.hand_over(),
-            handed,
+            control,
         };
         let giving = tokio::task::spawn_blocking(move || (offer.give(&state), state));
         let (given, state) = giving.await.expect("giving does not panic");
         if given.is_err() {
-            self.parts.forwarder.import(state.handed, &state.table);
+            self.parts
+                .control
+                .resume(state.control.forwarder, &state.table);
         }
         given
     }

@@ -8,16 +8,21 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 
 use super::Parts;
+use crate::connection::control::Change;
 use crate::forward;
 use crate::table::Table;
 
 impl Parts {
-    /// Ports first: nobody is told of a port that is not open.
-    pub(super) fn apply(&self, table: &Arc<Table>) -> Result<(), forward::ApplyError> {
-        self.forwarder.apply(table)?;
-        self.sessions.set_table(table);
+    /// Has every part follow `table`, agents last: no client is sent to a port
+    /// that is not open.
+    pub(super) fn apply(
+        &self,
+        change: &Change<'_>,
+        table: &Arc<Table>,
+    ) -> Result<(), forward::ApplyError> {
+        change.set_table(table)?;
         self.reservations.set_policy(table.load_sharing.policy);
-        self.agents.set_table(table);
+        self.agents.set_table(change, table);
         Ok(())
     }
 
@@ -42,8 +47,9 @@ impl Parts {
             if generation <= in_use.borrow().generation {
                 continue;
             }
-            let _step = self.agents.step().await;
-            match self.apply(&current) {
+            // Until the table is in use: a hand-over takes that one along.
+            let change = self.control.begin_change().await;
+            match self.apply(&change, &current) {
                 Ok(()) => {
                     in_use.send_replace(current);
                     info!(generation, "table applied");

@@ -7,7 +7,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use super::{Action, Inner, NO_SESSION, Sessions, canonical};
+use super::{Action, Actions, Inner, NO_SESSION, Sessions};
+use crate::connection::sessions::span::SessionSpan;
 use crate::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use crate::pool::Admission;
 use crate::selection::v1::{self, to_agent::Message};
@@ -20,7 +21,7 @@ const ASK_LIFETIME: Duration = Duration::from_secs(2);
 /// A client that waits for its session to be found.
 #[derive(Debug)]
 pub(super) struct PendingLookup {
-    ticket: PendingId,
+    id: PendingId,
     client: IpAddr,
     since: Instant,
 }
@@ -28,7 +29,7 @@ pub(super) struct PendingLookup {
 impl Inner {
     fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(live) = self.live.get(&port) else {
-            return match self.admission {
+            return match self.rules.admission {
                 Admission::Open => Decision::Admit(NO_SESSION),
                 Admission::Reserved => Decision::Ask,
             };
@@ -65,9 +66,9 @@ impl Sessions {
     pub fn welcomed(&self, slot: Slot) {
         let inner = self.inner.read();
         let ports = inner
-            .asked
+            .pending_lookups
             .keys()
-            .filter(|port| inner.slot(**port) == Some(slot));
+            .filter(|port| inner.rules.slot(**port) == Some(slot));
         for &port in ports {
             inner.look_up(slot, port);
         }
@@ -75,32 +76,24 @@ impl Sessions {
 
     /// An agent's answer to the question `request_id`: the parked clients can
     /// be decided.
-    pub fn looked_up(
-        &self,
-        slot: Slot,
-        request_id: u64,
-        session: Option<v1::Session>,
-    ) -> Vec<Action> {
+    pub fn looked_up(&self, slot: Slot, request_id: u64, session: Option<v1::Session>) -> Actions {
         let Some(port) = u16::try_from(request_id).ok().and_then(ListenPort::new) else {
-            return Vec::new();
+            return Actions::default();
         };
-        let mut actions = session.map_or_else(Vec::new, |session| self.learn(slot, session));
+        let mut actions = session.map_or_else(Actions::default, |session| {
+            self.learn(slot, session, SessionSpan::learned)
+        });
         let mut inner = self.inner.write();
-        let parked = inner.asked.remove(&port).unwrap_or_default();
-        for PendingLookup {
-            ticket,
-            client,
-            since,
-        } in parked
-        {
+        let pending = inner.pending_lookups.remove(&port).unwrap_or_default();
+        for PendingLookup { id, client, since } in pending {
             if since.elapsed() > ASK_LIFETIME {
                 continue;
             }
-            let verdict = match inner.admit(port, client) {
+            let decision = match inner.admit(port, client) {
                 Decision::Ask => Decision::Refuse,
-                verdict => verdict,
+                decision => decision,
             };
-            actions.push(Action::Answer(port, ticket, verdict));
+            actions.push(Action::Answer(port, id, decision));
         }
         actions
     }
@@ -108,22 +101,22 @@ impl Sessions {
 
 impl Gate for Sessions {
     fn admit(&self, port: ListenPort, _transport: Transport, client: SocketAddr) -> Decision {
-        self.inner.read().admit(port, canonical(client.ip()))
+        self.inner.read().admit(port, client.ip().to_canonical())
     }
 
-    fn ask(&self, ticket: PendingId, port: ListenPort, _transport: Transport, client: SocketAddr) {
+    fn ask(&self, id: PendingId, port: ListenPort, _transport: Transport, client: SocketAddr) {
         let now = Instant::now();
         let mut inner = self.inner.write();
-        let Some(slot) = inner.slot(port) else {
+        let Some(slot) = inner.rules.slot(port) else {
             return;
         };
-        let parked = inner.asked.entry(port).or_default();
-        parked.retain(|parked| now.duration_since(parked.since) <= ASK_LIFETIME);
+        let pending = inner.pending_lookups.entry(port).or_default();
+        pending.retain(|client| now.duration_since(client.since) <= ASK_LIFETIME);
         // One question at a time and port, however many clients wait on it.
-        let is_first = parked.is_empty();
-        parked.push(PendingLookup {
-            ticket,
-            client: canonical(client.ip()),
+        let is_first = pending.is_empty();
+        pending.push(PendingLookup {
+            id,
+            client: client.ip().to_canonical(),
             since: now,
         });
         if is_first {
@@ -153,7 +146,7 @@ impl Gate for Sessions {
         if ending.flows.close(traffic)
             && let Some(ended) = inner.ending.remove(&session)
         {
-            ended.trace.ended(ended.cause, &ended.flows.carried);
+            ended.span.ended(ended.cause, &ended.flows.carried);
             let session_id = ended.id;
             inner.send(ended.slot, Message::Ended(v1::Ended { session_id }));
         }

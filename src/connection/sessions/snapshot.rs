@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::{Flows, Live, NO_SESSION, Sessions, canonical};
+use super::{Flows, Live, NO_SESSION, Sessions};
 use crate::connection::sessions::span::{Carried, SessionSpan};
 use crate::forward::SessionKey;
 use crate::selection::v1;
@@ -60,8 +60,8 @@ impl Sessions {
             key: live.key,
             session: live.session.clone(),
             carried: live.flows.lock().carried,
-            client: live.trace.client(),
-            age: live.trace.age(),
+            client: live.span.client(),
+            age: live.span.age(),
         });
         SessionsSnapshot {
             last_key: self.next_key.load(Ordering::Relaxed),
@@ -72,7 +72,7 @@ impl Sessions {
                 .map(|(id, slot)| (id.clone(), *slot))
                 .collect(),
             over: inner
-                .over
+                .last_ended
                 .iter()
                 .map(|(port, id)| (*port, id.clone()))
                 .collect(),
@@ -111,27 +111,31 @@ impl Sessions {
             let Some(port) = ListenPort::new(number) else {
                 continue;
             };
-            let trace = SessionSpan::taken_over(client, age);
-            let row = inner.table.as_ref().and_then(|table| table.find(port));
-            trace.selected(&session, row.map_or("", |(row, _)| &row.server));
+            let span = SessionSpan::taken_over(client, age);
+            let server = inner.rules.row(port).map_or("", |row| &row.server);
+            span.selected(&session, server);
             inner.insert(
                 Live {
                     key,
                     slot,
-                    bound_client: session.bound_client.parse().ok().map(canonical),
+                    bound_client: session
+                        .bound_client
+                        .parse()
+                        .ok()
+                        .map(|client: IpAddr| client.to_canonical()),
                     flows: Mutex::new(Flows {
                         open: open.remove(&key).unwrap_or(0),
                         carried,
                     }),
                     session,
-                    trace,
+                    span,
                 },
                 port,
             );
         }
         // Told again in the greetings: nobody knows whether they arrived.
         inner.released = handed.released.into_iter().collect();
-        inner.over = handed.over.into_iter().collect();
+        inner.last_ended = handed.over.into_iter().collect();
         open.into_keys().collect()
     }
 }

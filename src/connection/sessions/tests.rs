@@ -3,7 +3,7 @@ use std::net::SocketAddr;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
-use crate::forward::{Gate, Transport};
+use crate::forward::{Decision, Gate, PendingId, Transport};
 use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions as Settings};
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, TargetPort};
 
@@ -80,18 +80,34 @@ fn admit(sessions: &Sessions, number: u16, last: u8) -> Decision {
     sessions.admit(port(number), Transport::Tcp, client(last))
 }
 
-/// The data plane does the one thing that it is to do, a cut.
-fn cut(sessions: &Sessions, action: Option<Action>) {
-    let Some(Action::Cut(port, key)) = action else {
-        panic!("not to be cut but {action:?}");
+impl<const N: usize> PartialEq<[Action; N]> for Actions {
+    fn eq(&self, other: &[Action; N]) -> bool {
+        self.clone().into_iter().eq(other.iter().copied())
+    }
+}
+
+/// An agent reports a session.
+fn learn(sessions: &Sessions, slot: Slot, session: v1::Session) -> Actions {
+    sessions.learn(slot, session, SessionSpan::learned)
+}
+
+/// The agent of slot 0 reports a session that is new on its port.
+fn learn_new(sessions: &Sessions, session: v1::Session) {
+    assert_eq!(learn(sessions, Slot(0), session), []);
+}
+
+/// The data plane does the one thing that it must do, a cut.
+fn cut(sessions: &Sessions, actions: Actions) {
+    let actions: Vec<_> = actions.into_iter().collect();
+    let [Action::Cut(port, key)] = actions[..] else {
+        panic!("not one cut but {actions:?}");
     };
     sessions.closed(port, key, Traffic::default());
 }
 
 /// A client gives a session back, which is cut.
 fn release(sessions: &Sessions, id: &str) {
-    let action = sessions.release(id).expect("known").expect("in reach");
-    cut(sessions, action);
+    cut(sessions, sessions.release(id).expect("known and in reach"));
 }
 
 fn opened(id: &str) -> Option<Message> {
@@ -115,7 +131,7 @@ fn ended(id: &str) -> Option<Message> {
 #[test]
 fn only_the_first_and_the_last_connection_are_told() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
@@ -132,14 +148,14 @@ fn only_the_first_and_the_last_connection_are_told() {
 #[test]
 fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(next(&mut sent), opened("a"));
     assert_eq!(
         sessions.end(Slot(0), "a", end::Cause::Finished),
-        Some(Action::Cut(port(PORT), key))
+        [Action::Cut(port(PORT), key)]
     );
     assert!(sessions.is_cutting(Slot(0)));
     assert_eq!(
@@ -149,7 +165,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     );
     assert_eq!(
         sessions.end(Slot(0), "a", end::Cause::Finished),
-        None,
+        [],
         "asked again while cutting"
     );
     sessions.closed(port(PORT), key, Traffic::default());
@@ -163,24 +179,24 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
 #[test]
 fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     let action = sessions.end(Slot(0), "a", end::Cause::Finished);
     assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
     cut(&sessions, action);
     assert_eq!(next(&mut sent), ended("a"));
-    assert_eq!(sessions.end(Slot(0), "never", end::Cause::Finished), None);
+    assert_eq!(sessions.end(Slot(0), "never", end::Cause::Finished), []);
     assert_eq!(next(&mut sent), ended("never"));
 }
 
 #[test]
 fn a_successor_on_the_port_ends_the_former() {
     let (sessions, _outbox, _sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     let Decision::Admit(former) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(
-        sessions.learn(Slot(0), session("b", PORT)),
+        learn(&sessions, Slot(0), session("b", PORT)),
         [Action::Cut(port(PORT), former)]
     );
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
@@ -193,12 +209,12 @@ fn a_successor_on_the_port_ends_the_former() {
 #[test]
 fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     let (sessions, outbox, _sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     sessions.detach(Slot(0), &outbox);
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
-    assert_eq!(sessions.release("a"), Some(Err(())));
+    assert_eq!(sessions.release("a"), Err(ReleaseError::OutOfReach));
     assert_eq!(
         sessions.forget_server(Slot(0)),
         [Action::Cut(port(PORT), key)]
@@ -209,8 +225,8 @@ fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
 #[test]
 fn a_greeting_lists_the_sessions_of_its_server() {
     let (sessions, outbox, _sent) = attached();
-    sessions.learn(Slot(0), session("open", PORT));
-    sessions.learn(Slot(0), session("held", PORT + 1));
+    learn_new(&sessions, session("open", PORT));
+    learn_new(&sessions, session("held", PORT + 1));
     admit(&sessions, PORT, 1);
     sessions.detach(Slot(0), &outbox);
     let (again, _receiver) = unbounded_channel();
@@ -230,11 +246,12 @@ fn a_greeting_lists_the_sessions_of_its_server() {
 #[test]
 fn a_server_cannot_speak_for_the_port_of_another() {
     let (sessions, _outbox, _sent) = attached();
-    assert_eq!(sessions.learn(Slot(1), session("a", PORT)), []);
+    assert_eq!(learn(&sessions, Slot(1), session("a", PORT)), []);
     assert!(sessions.get("a").is_none());
-    assert_eq!(sessions.learn(Slot(0), session("b", 9)), []);
+    assert_eq!(learn(&sessions, Slot(0), session("b", 9)), []);
     assert_eq!(
-        sessions.learn(
+        learn(
+            &sessions,
             Slot(0),
             v1::Session {
                 connection_port: 70_000,
@@ -252,7 +269,7 @@ fn only_the_bound_client_is_admitted() {
         bound_client: "127.0.0.1".to_owned(),
         ..session("a", PORT)
     };
-    sessions.learn(Slot(0), bound);
+    learn_new(&sessions, bound);
     assert_eq!(admit(&sessions, PORT, 2), Decision::Refuse);
     assert!(matches!(admit(&sessions, PORT, 1), Decision::Admit(_)));
     let wrapped: SocketAddr = "[::ffff:127.0.0.1]:9".parse().unwrap();
@@ -273,6 +290,7 @@ fn one_question_answers_every_parked_client() {
     assert_eq!(question.connection_port, u32::from(PORT));
     assert_eq!(next(&mut sent), None);
     let actions = sessions.looked_up(Slot(0), question.request_id, Some(session("a", PORT)));
+    let actions: Vec<_> = actions.into_iter().collect();
     let admitted = |action: &Action| matches!(action, Action::Answer(_, _, Decision::Admit(_)));
     assert_eq!(actions.len(), 2);
     assert!(actions.iter().all(admitted), "{actions:?}");
@@ -291,15 +309,15 @@ fn one_question_answers_every_parked_client() {
 #[test]
 fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
     let (sessions, _outbox, mut sent) = attached();
-    sessions.learn(
-        Slot(0),
+    learn_new(
+        &sessions,
         v1::Session {
             idempotency_key: "k".to_owned(),
             ..session("a", PORT)
         },
     );
     assert!(sessions.get_by_idempotency_key("k").is_some());
-    let action = sessions.release("a").expect("known").expect("in reach");
+    let action = sessions.release("a").expect("known and in reach");
     let release = Message::Release(v1::Release {
         session_id: "a".to_owned(),
     });
@@ -309,7 +327,7 @@ fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
     assert_eq!(next(&mut sent), ended("a"));
     assert!(sessions.get("a").is_none());
     assert!(sessions.get_by_idempotency_key("k").is_none());
-    assert_eq!(sessions.release("a"), None);
+    assert_eq!(sessions.release("a"), Err(ReleaseError::Unknown));
 }
 
 #[test]
@@ -323,8 +341,8 @@ fn open_admission_needs_no_session() {
 #[test]
 fn a_removed_server_loses_its_sessions_only() {
     let (sessions, _outbox, _sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
-    sessions.learn(Slot(1), session("b", PORT + 10));
+    learn_new(&sessions, session("a", PORT));
+    assert_eq!(learn(&sessions, Slot(1), session("b", PORT + 10)), []);
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
@@ -339,7 +357,7 @@ fn a_removed_server_loses_its_sessions_only() {
 #[test]
 fn a_lost_release_is_told_again() {
     let (sessions, outbox, _lost) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     release(&sessions, "a");
     sessions.detach(Slot(0), &outbox);
     let (again, mut sent) = unbounded_channel();
@@ -349,9 +367,9 @@ fn a_lost_release_is_told_again() {
         session_id: "a".to_owned(),
     };
     assert_eq!(next(&mut sent), Some(Message::Release(release)));
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     assert!(sessions.get("a").is_none(), "the agent knew it still");
-    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Released), None);
+    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Released), []);
 }
 
 /// Its agent was restarted before all had heard the end, and one of those brought
@@ -360,8 +378,9 @@ fn a_lost_release_is_told_again() {
 fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     type End = fn(&Sessions);
     fn end(sessions: &Sessions) {
-        if let action @ Some(_) = sessions.end(Slot(0), "a", end::Cause::Unclaimed) {
-            cut(sessions, action);
+        let actions = sessions.end(Slot(0), "a", end::Cause::Unclaimed);
+        if !actions.is_empty() {
+            cut(sessions, actions);
         }
     }
     let cases: [(&str, End, bool); 5] = [
@@ -378,14 +397,14 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             "ended before its port was another session's",
             |sessions| {
                 end(sessions);
-                sessions.learn(Slot(0), session("b", PORT));
+                learn_new(sessions, session("b", PORT));
                 cut(sessions, sessions.end(Slot(0), "b", end::Cause::Unclaimed));
             },
             false,
         ),
         (
             "cut here, as its agent was out of reach",
-            |sessions| cut(sessions, sessions.forget_server(Slot(0)).pop()),
+            |sessions| cut(sessions, sessions.forget_server(Slot(0))),
             false,
         ),
         (
@@ -395,6 +414,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
                 let mut table = table(Admission::Reserved);
                 let rows = std::mem::take(&mut table.rows);
                 sessions.set_table(&Arc::new(table.clone()));
+                sessions.forget_removed(&table);
                 sessions.set_table(&Arc::new(Table { rows, ..table }));
             },
             false,
@@ -402,7 +422,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     ];
     for (what, play, is_over) in cases {
         let (sessions, outbox, _lost) = attached();
-        sessions.learn(Slot(0), session("a", PORT));
+        learn_new(&sessions, session("a", PORT));
         play(&sessions);
         sessions.detach(Slot(0), &outbox);
         let successor = Sessions::default();
@@ -412,7 +432,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             let (again, mut sent) = unbounded_channel();
             sessions.attach(Slot(0), again, |_| ToAgent::default());
             assert_eq!(next(&mut sent), None, "the greeting");
-            assert_eq!(sessions.learn(Slot(0), session("a", PORT)), []);
+            assert_eq!(learn(&sessions, Slot(0), session("a", PORT)), []);
             assert_eq!(sessions.get("a").is_none(), is_over, "{what}: {who}");
             let release = Message::Release(v1::Release {
                 session_id: "a".to_owned(),
@@ -425,14 +445,14 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
 #[test]
 fn a_session_given_back_does_not_come_back_with_late_news() {
     let (sessions, _outbox, _sent) = attached();
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     release(&sessions, "a");
-    sessions.learn(Slot(0), session("a", PORT));
+    learn_new(&sessions, session("a", PORT));
     assert!(
         sessions.get("a").is_none(),
         "told before the agent heard of it"
     );
-    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Finished), None);
-    sessions.learn(Slot(0), session("b", PORT));
+    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Finished), []);
+    learn_new(&sessions, session("b", PORT));
     assert!(sessions.get("b").is_some());
 }

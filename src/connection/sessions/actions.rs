@@ -1,0 +1,53 @@
+//! What the data plane must do after a change of the sessions, outside their
+//! lock. `control` carries it out.
+
+use crate::forward::{Decision, PendingId, SessionKey};
+use crate::table::ListenPort;
+
+/// One thing that the data plane must do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Cut the session's connections and refuse the clients that wait on its
+    /// port, then report the cut itself as a closed flow.
+    Cut(ListenPort, SessionKey),
+    /// Decide on a pending client.
+    Answer(ListenPort, PendingId, Decision),
+}
+
+/// Everything that the data plane must do after one change, in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[must_use = "an ended session's connections go on until the data plane cuts them"]
+pub struct Actions(Vec<Action>);
+
+impl Actions {
+    /// The number of actions.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether the data plane has nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn push(&mut self, action: Action) {
+        self.0.push(action);
+    }
+}
+
+impl FromIterator<Action> for Actions {
+    fn from_iter<I: IntoIterator<Item = Action>>(actions: I) -> Self {
+        Self(actions.into_iter().collect())
+    }
+}
+
+impl IntoIterator for Actions {
+    type Item = Action;
+    type IntoIter = std::vec::IntoIter<Action>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.0.into_iter()
+    }
+}
