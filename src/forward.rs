@@ -62,7 +62,7 @@ use self::listeners::Listener;
 use self::quota::{Bounds, ClientQuota};
 use self::routes::Routes;
 use self::timers::IdleTimes;
-use self::udp::datagrams::DrainingPorts;
+use self::udp::ports::DrainingPorts;
 use self::worker::{Command, Unwatched, Worker};
 use crate::table::{ListenPort, Table};
 

@@ -33,11 +33,13 @@
 //! closed at a tick after its last flow has ended. Until then the table can
 //! have it again.
 //!
-//! - `datagrams`: the arrows; `flow`, `port`: one of each; `batch`: receiving
-//!   several datagrams in one call; `eviction`: the choice of a flow.
+//! - `datagrams`: the arrows; `flow`: one flow; `port`: receiving and sending;
+//!   `ports`: opening, draining and closing; `batch`: receiving several
+//!   datagrams in one call; `eviction`: the choice of a flow.
 
 mod batch;
 pub(super) mod datagrams;
 mod eviction;
 mod flow;
 mod port;
+pub(super) mod ports;

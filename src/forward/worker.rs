@@ -41,7 +41,8 @@ use super::snapshot::{ForwarderSnapshot, WorkerSnapshot};
 use super::tcp::connection::{Side, Signals};
 use super::tcp::streams::Streams;
 use super::timers::{IdleTimes, Timers};
-use super::udp::datagrams::{Datagrams, DrainingPorts};
+use super::udp::datagrams::Datagrams;
+use super::udp::ports::DrainingPorts;
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.

@@ -13,8 +13,9 @@ use super::acceptor::{Accepted, Acceptor};
 use super::coalescing::Coalescing;
 use super::connection::{Connection, Outcome, Side, Signals, connect};
 use super::final_flush::{self, FinalFlushes};
+use super::liveness::Liveness;
+use super::proxy_protocol;
 use super::stream::Stream;
-use super::{liveness, proxy_protocol};
 use crate::forward::counters::count;
 use crate::forward::gate::{Decision, SessionKey, Traffic, Transport};
 use crate::forward::io::{EventSource, Io, STREAM_EVENTS};
@@ -64,12 +65,9 @@ pub(in crate::forward) struct Streams {
     connections: Slab<Connection>,
     /// Connections that want another turn.
     ready: Vec<Key>,
-    /// Connections since the last tick, whose peers are not watched for life.
-    unguarded: Vec<Key>,
+    liveness: Liveness,
     coalescing: Coalescing,
     final_flushes: FinalFlushes,
-    /// Time without a sign of life after which a peer is given up.
-    peer_timeout: Duration,
 }
 
 impl Streams {
@@ -83,10 +81,9 @@ impl Streams {
             quota,
             connections: Slab::default(),
             ready: Vec::new(),
-            unguarded: Vec::new(),
+            liveness: Liveness::new(peer_timeout),
             coalescing: Coalescing::new(now),
             final_flushes: FinalFlushes::new()?,
-            peer_timeout,
         })
     }
 
@@ -202,7 +199,7 @@ impl Streams {
     fn add(&mut self, connection: Connection, io: &mut Io) {
         let session = connection.session;
         let key = self.connections.insert(connection);
-        self.unguarded.push(key);
+        self.liveness.add(key);
         io.sessions.add(session, Transport::Tcp, key);
         io.schedule();
         let Some(connection) = self.connections.get_mut(key) else {
@@ -345,7 +342,7 @@ impl Streams {
             connection.give_back_idle_pipes(&mut io.scratch.pipes);
         }
         io.scratch.pipes.close_unused();
-        self.guard_peers();
+        self.liveness.tick(&mut self.connections);
         self.end_late(io);
         self.final_flushes.tick(io);
     }
@@ -376,22 +373,6 @@ impl Streams {
         }
     }
 
-    /// Makes new connections find out when a peer is gone. One that ends before
-    /// a tick does not pay for that.
-    fn guard_peers(&mut self) {
-        for key in std::mem::take(&mut self.unguarded) {
-            match self.connections.get_mut(key) {
-                Some(connection) if connection.is_connecting => self.unguarded.push(key),
-                Some(connection) => {
-                    // The socket of a peer that is gone already reports that.
-                    let _ = liveness::guard(&connection.client, self.peer_timeout);
-                    let _ = liveness::guard(&connection.server, self.peer_timeout);
-                }
-                None => {}
-            }
-        }
-    }
-
     /// Stops read coalescing. Comes before [`Streams::export`], while the
     /// sockets are still registered.
     pub(in crate::forward) fn stop_coalescing(&mut self, io: &Io) {
@@ -406,7 +387,7 @@ impl Streams {
     /// Takes out all connections.
     pub(in crate::forward) fn export(&mut self, io: &mut Io) -> Vec<ConnectionSnapshot> {
         self.ready.clear();
-        self.unguarded.clear();
+        self.liveness.clear();
         let mut connections = self.final_flushes.export(io);
         let (now, pipes) = (io.now, &mut io.scratch.pipes);
         let live = self.connections.drain();

@@ -1,14 +1,12 @@
 //! The UDP ports and flows of a thread, from the first datagram of a client to
 //! the reported end. The states are drawn in the parent.
 
-use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use fastrand::Rng;
-use parking_lot::Mutex;
 use quinn_udp::UdpSocketState;
 use rustix::event::epoll::EventFlags;
 
@@ -16,6 +14,7 @@ use super::batch::{Batch, ReceiveBatchSize, Run};
 use super::eviction;
 use super::flow::{Flow, connect};
 use super::port::Port;
+use super::ports::{DrainingPorts, Ports};
 use crate::forward::counters::{add, count};
 use crate::forward::gate::{Decision, SessionKey, Traffic, Transport};
 use crate::forward::io::{EventSource, Io};
@@ -29,17 +28,9 @@ use crate::table::ListenPort;
 /// level-triggered, so what is left is reported again.
 const BATCHES_PER_TURN: usize = 4;
 
-/// UDP ports that the table no longer has and whose flows go on. A thread
-/// takes a port out when it has closed it, control when it opens it again.
-pub(in crate::forward) type DrainingPorts = Arc<Mutex<HashSet<ListenPort>>>;
-
 /// A thread's UDP part.
 pub(in crate::forward) struct Datagrams {
-    ports: HashMap<ListenPort, Port>,
-    /// Ports that the table no longer has, until their flows have ended.
-    draining: Vec<ListenPort>,
-    /// The same of all threads, shared with control.
-    draining_ports: DrainingPorts,
+    ports: Ports,
     flows: Slab<Flow>,
     quota: Arc<ClientQuota>,
     /// Most flows of this thread. Each thread has its own share, so that a flood
@@ -56,9 +47,7 @@ impl Datagrams {
         draining_ports: DrainingPorts,
     ) -> Self {
         Self {
-            ports: HashMap::new(),
-            draining: Vec::new(),
-            draining_ports,
+            ports: Ports::new(draining_ports),
             flows: Slab::default(),
             quota,
             flow_share,
@@ -68,7 +57,7 @@ impl Datagrams {
     }
 
     pub(in crate::forward) fn has_deadlines(&self) -> bool {
-        self.flows.len() > 0 || !self.draining.is_empty()
+        self.flows.len() > 0 || self.ports.has_draining()
     }
 
     pub(in crate::forward) fn open_port(
@@ -78,58 +67,22 @@ impl Datagrams {
         state: UdpSocketState,
         io: &Io,
     ) -> rustix::io::Result<()> {
-        let source = EventSource::UdpPort.of_port(number);
-        let watched = io.watch(&socket, source, EventFlags::IN);
-        self.ports.insert(number, Port::new(socket, state));
-        watched
+        self.ports.open(number, socket, state, io)
     }
 
     /// Takes no new flows on a port, and closes it when the last one has ended.
     pub(in crate::forward) fn drain_port(&mut self, number: ListenPort, io: &mut Io) {
-        let Some(port) = self.ports.get_mut(&number) else {
-            return;
-        };
-        if port.flows.is_empty() {
-            self.ports.remove(&number);
-            return;
-        }
-        self.draining_ports.lock().insert(number);
-        self.keep_draining(number, io);
+        self.ports.drain(number, io);
     }
 
-    /// Drains a port that control knows as draining.
+    /// Drains an imported port that control knows as draining.
     pub(in crate::forward) fn keep_draining(&mut self, number: ListenPort, io: &mut Io) {
-        if let Some(port) = self.ports.get_mut(&number) {
-            port.is_draining = true;
-            self.draining.push(number);
-            io.schedule();
-        }
+        self.ports.keep_draining(number, io);
     }
 
     /// The table has a draining port again.
     pub(in crate::forward) fn reopen_port(&mut self, number: ListenPort) {
-        self.draining.retain(|draining| *draining != number);
-        if let Some(port) = self.ports.get_mut(&number) {
-            port.is_draining = false;
-        }
-    }
-
-    /// Closes draining ports without flows.
-    fn close_drained(&mut self) {
-        // Control holds the lock while it opens ports: they can wait a tick.
-        let Some(mut draining_ports) = self.draining_ports.try_lock() else {
-            return;
-        };
-        let ports = &mut self.ports;
-        self.draining.retain(|number| {
-            let has_flows = ports.get(number).is_some_and(|port| !port.flows.is_empty());
-            // A port that is no longer in the set is about to be reopened.
-            let is_over = !has_flows && draining_ports.remove(number);
-            if is_over {
-                ports.remove(number);
-            }
-            !is_over
-        });
+        self.ports.reopen(number);
     }
 
     /// Receives datagrams of clients on a port, a few batches at most. Whether
@@ -144,7 +97,7 @@ impl Datagrams {
         let mut has_received = false;
         for _ in 0..BATCHES_PER_TURN {
             // The port may have been closed since it was reported.
-            let Some(port) = self.ports.get_mut(&number) else {
+            let Some(port) = self.ports.get_mut(number) else {
                 break;
             };
             let received = match port.receive(&mut batch) {
@@ -175,7 +128,7 @@ impl Datagrams {
         pending: &mut PendingClients,
         io: &mut Io,
     ) {
-        if let Some(flow) = self.flow_of(number, run.sender) {
+        if let Some(flow) = self.ports.flow_of(number, run.sender) {
             return self.send_upstream(flow, run, io);
         }
         for datagram in run.datagrams() {
@@ -184,22 +137,18 @@ impl Datagrams {
                 stride: datagram.len(),
                 ..run
             };
-            match self.flow_of(number, run.sender) {
+            match self.ports.flow_of(number, run.sender) {
                 Some(flow) => self.send_upstream(flow, single, io),
                 None => self.meet(number, single, pending, io),
             }
         }
     }
 
-    fn flow_of(&self, number: ListenPort, client: SocketAddr) -> Option<Key> {
-        self.ports.get(&number)?.flows.get(&client).copied()
-    }
-
     fn send_upstream(&mut self, key: Key, run: Run<'_>, io: &mut Io) {
         let Some(flow) = self.flows.get_mut(key) else {
             return;
         };
-        let Some(port) = self.ports.get(&flow.port) else {
+        let Some(port) = self.ports.get(flow.port) else {
             return;
         };
         flow.active = io.now;
@@ -222,7 +171,7 @@ impl Datagrams {
         pending: &mut PendingClients,
         io: &mut Io,
     ) {
-        let Some(port) = self.ports.get(&number) else {
+        let Some(port) = self.ports.get(number) else {
             return;
         };
         if pending.keep_datagram(number, run.sender, run.bytes) {
@@ -282,7 +231,7 @@ impl Datagrams {
         if route.is_some_and(|route| route.target == sender) {
             return true;
         }
-        let is_open = |own: ListenPort| io.routes.has_udp(own) || self.ports.contains_key(&own);
+        let is_open = |own: ListenPort| io.routes.has_udp(own) || self.ports.get(own).is_some();
         port.is_at(sender.ip(), run.local) && ListenPort::new(sender.port()).is_some_and(is_open)
     }
 
@@ -364,7 +313,7 @@ impl Datagrams {
         let flow = self.flows.get_mut(key);
         let is_watched =
             flow.is_some_and(|flow| io.watch(&flow.server, source, EventFlags::IN).is_ok());
-        if let Some(port) = self.ports.get_mut(&number) {
+        if let Some(port) = self.ports.get_mut(number) {
             port.flows.insert(client, key);
         }
         io.schedule();
@@ -383,7 +332,7 @@ impl Datagrams {
             let Some(flow) = self.flows.get_mut(key) else {
                 break;
             };
-            let Some(port) = self.ports.get(&flow.port) else {
+            let Some(port) = self.ports.get(flow.port) else {
                 break;
             };
             let received = match port.receive_from_server(flow, &mut batch) {
@@ -419,7 +368,7 @@ impl Datagrams {
         let Some(flow) = self.flows.remove(key) else {
             return;
         };
-        if let Some(port) = self.ports.get_mut(&flow.port) {
+        if let Some(port) = self.ports.get_mut(flow.port) {
             port.flows.remove(&flow.client);
         }
         let (number, session, traffic) = (flow.port, flow.session, flow.traffic);
@@ -446,23 +395,18 @@ impl Datagrams {
                 self.end(key, io);
             }
         }
-        self.close_drained();
+        self.ports.tick();
     }
 
     /// Takes out all flows.
     pub(in crate::forward) fn export(&mut self, io: &Io) -> Vec<FlowSnapshot> {
-        self.draining.clear();
         let flows = self.flows.drain();
         flows.map(|flow| flow.export(io.now)).collect()
     }
 
     /// Takes out all ports.
     pub(in crate::forward) fn export_ports(&mut self) -> impl Iterator<Item = PortSnapshot> {
-        self.ports.drain().map(|(number, port)| PortSnapshot {
-            port: number,
-            is_draining: port.is_draining,
-            listener: port.into_listener(),
-        })
+        self.ports.export()
     }
 
     /// Continues an exported flow.
