@@ -10,15 +10,14 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use portpool::follow::write_table;
-use portpool::pool::{Admission, LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{
-    FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
-};
+use portpool::pool::{Admission, PortProtocol, Sessions};
+use portpool::table::{PortRange, Table};
 use rustix::process::Signal;
 
 use crate::probe;
 use crate::process::{Tree, unprivileged};
 use crate::sink;
+use crate::tables;
 
 /// First TCP port, the same at proxies and sink.
 pub const FIRST: u16 = 20_000;
@@ -338,40 +337,28 @@ stream {{
 }
 
 fn table(setup: Setup, generation: u64) -> Table {
-    let range = |name: &str, first: u16, count, protocol| PortRange {
+    let range = |name: &str, first, count, protocol| PortRange {
         name: name.to_owned(),
-        connection_port: ListenPort::new(first).expect("not 0"),
-        server_port: TargetPort::new(first).expect("not 0"),
-        count,
         protocol,
-        shared: false,
-        proxy_protocol: ProxyProtocol::None,
+        ..tables::range(first, first, count)
     };
-    let mut ranges = vec![range("main", FIRST, setup.ports, PortProtocol::TCP)];
+    let sink = Some(sink::ADDRESS.into());
+    let mut row = tables::row(
+        0,
+        sink,
+        range("main", FIRST, setup.ports, PortProtocol::TCP),
+    );
     if setup.udp {
-        ranges.push(range("udp", UDP_FIRST, UDP_COUNT, PortProtocol::UDP));
+        row.ranges
+            .push(range("udp", UDP_FIRST, UDP_COUNT, PortProtocol::UDP));
     }
+    let sessions = Sessions {
+        admission: Admission::Open,
+        ..Sessions::default()
+    };
     Table {
-        format_version: FORMAT_VERSION,
-        pool: "bench".to_owned(),
-        pool_uid: "bench".to_owned(),
         generation,
-        advertised_address: None,
-        agent_port: TargetPort::new(7070).expect("not 0"),
-        load_sharing: LoadSharing::default(),
-        sessions: Sessions {
-            admission: Admission::Open,
-            ..Sessions::default()
-        },
-        rows: vec![Row {
-            slot: Slot(0),
-            server: "sink".to_owned(),
-            server_uid: None,
-            address: Some(sink::ADDRESS.into()),
-            state: RowState::Active,
-            draining_since: None,
-            ranges,
-        }],
+        ..tables::table(sessions, vec![row])
     }
 }
 

@@ -22,11 +22,11 @@ mod net;
 mod plot;
 mod probe;
 mod process;
-#[path = "../random.rs"]
-mod random;
 mod report;
 mod sink;
 mod statistics;
+#[path = "../../tests/common/table.rs"]
+mod tables;
 
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader};
@@ -51,7 +51,7 @@ const TWO_CORES: &[usize] = &[0, 1];
 #[derive(Parser, Debug)]
 #[command(max_term_width = 100)]
 struct Options {
-    /// What to measure, by the names of the table; default: everything
+    /// Measures to take, by their names in the table; default: all of them
     #[arg(long, value_delimiter = ',')]
     measures: Vec<String>,
 
@@ -59,15 +59,15 @@ struct Options {
     #[arg(long, value_delimiter = ',')]
     lanes: Vec<String>,
 
-    /// Rounds, 1 or more
+    /// Rounds of each measure, 1 or more
     #[arg(long, default_value_t = 9)]
     rounds: usize,
 
-    /// Rounds with the proxy on both cores, 0 for none; default: half of the others, none for chosen measures
+    /// Rounds with the proxy on both cores, 0 for none; default: half of --rounds, none with --measures
     #[arg(long)]
     both_cores: Option<usize>,
 
-    /// Seconds of one measurement
+    /// Length of one measurement in seconds
     #[arg(long, default_value_t = 0.8)]
     seconds: f64,
 
@@ -79,23 +79,23 @@ struct Options {
     #[arg(long)]
     base: Option<PathBuf>,
 
-    /// Counts samples also while other programs use the proxy's core: to try things, not to publish
+    /// Count samples also while other programs use the proxy's core: to try things, not to publish
     #[arg(long)]
     busy: bool,
 
-    /// Folder that results go to
+    /// Folder for the results
     #[arg(long, default_value = "target/bench")]
     output: PathBuf,
 
-    /// Copies the last complete run from --output to this folder, and measures nothing
+    /// Copy the last complete run from --output to this folder and measure nothing
     #[arg(long, value_name = "FOLDER")]
     publish: Option<PathBuf>,
 
-    /// Is the sink
+    /// Run as the sink
     #[arg(long, hide = true, num_args = 4)]
     sink: Option<Vec<u16>>,
 
-    /// Keeps a processor awake
+    /// Keep a processor awake
     #[arg(long, hide = true)]
     spin: bool,
 }

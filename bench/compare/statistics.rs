@@ -1,7 +1,7 @@
 //! What is made of samples: medians, ratios with an interval, and which
 //! samples count. Pure: no clock, and randomness from a fixed seed.
 
-use crate::random::Random;
+use fastrand::Rng;
 
 /// Resamples of a bootstrap: the bounds of a 95 % interval move by less than
 /// a hundredth of its width from one seed to the next.
@@ -122,12 +122,12 @@ fn median_of_sorted(sorted: &[f64]) -> Option<f64> {
 /// Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13.
 pub fn bootstrap(values: &[f64]) -> Option<Estimate> {
     let median = median(values)?;
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Rng::with_seed(0x9e37_79b9_7f4a_7c15);
     let mut medians: Vec<f64> = (0..RESAMPLES)
         .filter_map(|_| {
             let mut resample: Vec<f64> = values
                 .iter()
-                .map(|_| values[random.below(values.len())])
+                .map(|_| values[random.usize(..values.len())])
                 .collect();
             resample.sort_by(f64::total_cmp);
             median_of_sorted(&resample)

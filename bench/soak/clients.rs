@@ -5,6 +5,7 @@ use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use jiff::Timestamp;
 use portpool::client::Client;
 use portpool::pool::PortProtocol;
@@ -12,7 +13,6 @@ use portpool::session::{Session, SessionRequest};
 use tokio::runtime::Handle;
 
 use crate::faults::{Announced, Scope};
-use crate::random::Random;
 
 /// Longest that a session takes here: what a slow reader needs, with room.
 pub const LONGEST: Duration = Duration::from_secs(8);
@@ -57,15 +57,15 @@ pub fn run(
     stop: &AtomicBool,
     seed: u64,
 ) {
-    let mut random = Random(seed);
+    let mut random = Rng::with_seed(seed);
     let clients: Vec<Client> = load_sharing
         .iter()
         .flat_map(|address| Client::new(address))
         .collect();
     while !stop.load(Ordering::Relaxed) {
-        let index = random.below(clients.len());
+        let index = random.usize(..clients.len());
         let asked = Instant::now();
-        let is_udp = random.below(4) == 0;
+        let is_udp = random.usize(..4) == 0;
         let request = SessionRequest {
             protocol: Some(if is_udp {
                 PortProtocol::UDP
@@ -130,7 +130,7 @@ pub fn run(
             }
         }
         // The others end by themselves; UDP ones only when they are idle.
-        if is_udp || random.below(2) == 0 {
+        if is_udp || random.usize(..2) == 0 {
             let _ = runtime.block_on(clients[index].release(&session.id));
         }
     }
@@ -148,23 +148,27 @@ fn address(session: &Session) -> io::Result<SocketAddr> {
     text.parse().map_err(io::Error::other)
 }
 
+fn random_bytes(random: &mut Rng, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    random.fill(&mut bytes);
+    bytes
+}
+
 /// Sends random bytes in random chunks and checks what comes back, to the end
 /// or, at times, to a reset halfway.
-fn stream(session: &Session, random: &mut Random, counts: &Counts) -> io::Result<()> {
+fn stream(session: &Session, random: &mut Rng, counts: &Counts) -> io::Result<()> {
     let stream = TcpStream::connect_timeout(&address(session)?, SILENCE)?;
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
     // Any order of magnitude as often as any other.
-    let magnitude = 1 + random.below(MOST.ilog2() as usize);
-    let size = 1 + random.below(1 << magnitude);
-    let bytes: Vec<u8> = (0..size.div_ceil(8))
-        .flat_map(|_| random.next().to_le_bytes())
-        .collect();
-    let bytes = &bytes[..size];
-    let is_reset = random.below(8) == 0;
-    let pauses = random.below(8) == 0;
-    let mut chunks = Random(random.next() | 1);
-    let half_close = random.below(2) == 0;
+    let magnitude = random.u32(1..=MOST.ilog2());
+    let size = random.usize(1..=1 << magnitude);
+    let bytes = random_bytes(random, size);
+    let bytes = bytes.as_slice();
+    let is_reset = random.usize(..8) == 0;
+    let pauses = random.usize(..8) == 0;
+    let mut chunks = random.fork();
+    let half_close = random.usize(..2) == 0;
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| write(&stream, bytes, random, half_close));
         let upto = if is_reset { size / 2 } else { size };
@@ -197,16 +201,16 @@ fn stream(session: &Session, random: &mut Random, counts: &Counts) -> io::Result
 fn write(
     mut stream: &TcpStream,
     mut rest: &[u8],
-    random: &mut Random,
+    random: &mut Rng,
     half_close: bool,
 ) -> io::Result<()> {
     while !rest.is_empty() {
-        let most = 1 << random.below(18);
-        let (chunk, later) = rest.split_at(rest.len().min(1 + random.below(most)));
+        let most = 1 << random.usize(..18);
+        let (chunk, later) = rest.split_at(rest.len().min(random.usize(1..=most)));
         stream.write_all(chunk)?;
         rest = later;
-        if random.below(64) == 0 {
-            std::thread::sleep(Duration::from_micros(random.below(3_000) as u64));
+        if random.usize(..64) == 0 {
+            std::thread::sleep(Duration::from_micros(random.u64(..3_000)));
         }
     }
     if half_close {
@@ -218,13 +222,13 @@ fn write(
 fn read(
     mut stream: &TcpStream,
     mut expected: &[u8],
-    random: &mut Random,
+    random: &mut Rng,
     pauses: bool,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 1 << 17];
     let mut pauses_left = if pauses { 20 } else { 0 };
     while !expected.is_empty() {
-        let most = expected.len().min(1 + random.below(buffer.len()));
+        let most = expected.len().min(random.usize(1..=buffer.len()));
         let taken = stream.read(&mut buffer[..most])?;
         if taken == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -236,26 +240,23 @@ fn read(
         expected = later;
         if pauses_left > 0 {
             pauses_left -= 1;
-            std::thread::sleep(Duration::from_millis(random.below(60) as u64));
+            std::thread::sleep(Duration::from_millis(random.u64(..60)));
         }
     }
     Ok(())
 }
 
 /// Datagrams one after the other; one that is lost is sent again, as it may.
-fn datagrams(session: &Session, random: &mut Random, counts: &Counts) -> io::Result<()> {
+fn datagrams(session: &Session, random: &mut Rng, counts: &Counts) -> io::Result<()> {
     let to = address(session)?;
     let socket = UdpSocket::bind((if to.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
     socket.connect(to)?;
     socket.set_read_timeout(Some(DATAGRAM_WAIT))?;
     let mut buffer = vec![0; 65_536];
     let mut sent = Vec::new();
-    for _ in 0..1 + random.below(8) {
-        let size = 8 + random.below(1_400);
-        let datagram: Vec<u8> = (0..size.div_ceil(8))
-            .flat_map(|_| random.next().to_le_bytes())
-            .collect();
-        sent.push(datagram);
+    for _ in 0..random.u32(1..=8) {
+        let size = random.usize(8..1_408);
+        sent.push(random_bytes(random, size));
         let datagram = sent.last().expect("just pushed");
         let mut tries = 0;
         'sent: loop {

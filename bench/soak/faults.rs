@@ -5,10 +5,10 @@ use std::io;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use portpool::table::{RowState, Slot};
 
 use crate::pool::{CONNECTION_SERVERS, Pool, SERVERS};
-use crate::random::Random;
 
 /// Whom a fault may hurt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,11 +70,11 @@ const AGENT: Duration = Duration::from_secs(20);
 pub fn next(
     pool: &mut Pool,
     announced: &Announced,
-    random: &mut Random,
+    random: &mut Rng,
     counts: &mut BTreeMap<&'static str, u64>,
 ) -> io::Result<()> {
-    let slot = 1 + random.below(SERVERS as usize - 1) as u32;
-    let what = match random.below(5) {
+    let slot = random.u32(1..SERVERS);
+    let what = match random.u32(..5) {
         0 => {
             pool.note(&format!("workload {slot} killed"))?;
             announced.announce(Scope::Server(slot), WORKLOAD);

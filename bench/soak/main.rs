@@ -8,8 +8,8 @@
 mod clients;
 mod faults;
 mod pool;
-#[path = "../random.rs"]
-mod random;
+#[path = "../../tests/common/table.rs"]
+mod tables;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -21,12 +21,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use fastrand::Rng;
 use portpool::client::Client;
 
 use crate::clients::Counts;
 use crate::faults::Announced;
 use crate::pool::{CONNECTION_SERVERS, PORTS, Pool, SERVERS};
-use crate::random::Random;
 use crate::watch::Watched;
 
 /// Clients at a time: fewer than ports, so that a session is free again when
@@ -36,14 +36,14 @@ const CLIENTS: u64 = 12;
 const SETTLE: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Runs a pool under churn and faults, and says whether anything was lost.
+/// Runs a pool under churn and faults and reports whether anything was lost.
 #[derive(Parser, Debug)]
 struct Options {
-    /// How long
+    /// Length of the run in minutes
     #[arg(long, default_value_t = 30.0)]
     minutes: f64,
 
-    /// Chooses the order of faults and bytes
+    /// Seed of the faults and the bytes: the same seed gives the same order
     #[arg(long, default_value_t = 1)]
     seed: u64,
 
@@ -51,8 +51,8 @@ struct Options {
     #[arg(long, default_value = "target/release/portpool")]
     portpool: PathBuf,
 
-    /// What the processes log, to files that are kept when the run fails:
-    /// `info` says every session's end, about 25 MB a minute
+    /// Log level of the processes, whose files are kept when the run fails:
+    /// `info` logs the end of every session, about 25 MB a minute
     #[arg(long, default_value = "warn")]
     log: String,
 }
@@ -103,8 +103,8 @@ fn run(options: &Options) -> io::Result<bool> {
         for number in 0..CLIENTS {
             let (load_sharing, announced, counts) = (&load_sharing, &announced, &counts);
             let (runtime, stop) = (runtime.handle().clone(), stop.clone());
-            let seed = options.seed.wrapping_mul(0x9e37_79b9).wrapping_add(number) | 1;
-            let seed = seed.wrapping_mul(0x2545_f491_4f6c_dd1d);
+            // No client has the numbers of another, or those of the faults.
+            let seed = Rng::with_seed(options.seed).u64(..).wrapping_add(number);
             scope.spawn(move || {
                 clients::run(load_sharing, announced, counts, &runtime, &stop, seed);
             });
@@ -147,10 +147,10 @@ fn disturb(
     faults: &mut BTreeMap<&'static str, u64>,
     stop: &AtomicBool,
 ) -> io::Result<()> {
-    let mut random = Random(options.seed.wrapping_mul(0x2545_f491_4f6c_dd1d) | 1);
+    let mut random = Rng::with_seed(options.seed);
     let begun = Instant::now();
     let end = begun + Duration::from_secs_f64(options.minutes * 60.0);
-    let pause = |random: &mut Random| Duration::from_millis(3_000 + random.below(6_000) as u64);
+    let pause = |random: &mut Rng| Duration::from_millis(random.u64(3_000..9_000));
     let mut fault = begun + pause(&mut random);
     let mut line = begun + Duration::from_secs(60);
     while Instant::now() < end && !stop.load(Ordering::Relaxed) {

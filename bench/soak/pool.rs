@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use portpool::follow::write_table;
-use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{
-    FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
-};
+use portpool::pool::Sessions;
+use portpool::table::{Row, Table};
+
+use crate::tables;
 
 /// Servers that are there from start to end.
 pub const SERVERS: u32 = 4;
@@ -51,6 +51,11 @@ pub struct Pool {
 
 impl Pool {
     pub fn start(program: &Path, log: &str) -> io::Result<Self> {
+        let sessions = Sessions {
+            linger_seconds: 0,
+            udp_idle_timeout_seconds: 2,
+            ..Sessions::default()
+        };
         let mut pool = Self {
             program: program.to_owned(),
             log: log.to_owned(),
@@ -58,21 +63,7 @@ impl Pool {
                 .prefix("portpool-soak-")
                 .tempdir()?,
             network: (std::process::id() % 250) as u8,
-            table: Table {
-                format_version: FORMAT_VERSION,
-                pool: "soak".to_owned(),
-                pool_uid: "soak".to_owned(),
-                generation: 1,
-                advertised_address: None,
-                agent_port: TargetPort::new(7_070).expect("not 0"),
-                load_sharing: LoadSharing::default(),
-                sessions: Sessions {
-                    linger_seconds: 0,
-                    udp_idle_timeout_seconds: 2,
-                    ..Sessions::default()
-                },
-                rows: Vec::new(),
-            },
+            table: tables::table(sessions, Vec::new()),
             connection_servers: Vec::new(),
             agents: Vec::new(),
             workloads: Vec::new(),
@@ -96,23 +87,8 @@ impl Pool {
 
     pub fn row(&self, slot: u32) -> Row {
         let first = 20_000 + slot as u16 * PORTS;
-        Row {
-            slot: Slot(slot),
-            server: format!("soak-{slot}"),
-            server_uid: None,
-            draining_since: None,
-            address: Some(self.server_address(slot)),
-            state: RowState::Active,
-            ranges: vec![PortRange {
-                name: "main".to_owned(),
-                connection_port: ListenPort::new(first).expect("not 0"),
-                server_port: TargetPort::new(SERVER_PORT).expect("not 0"),
-                count: PORTS,
-                protocol: PortProtocol::TCPUDP,
-                shared: false,
-                proxy_protocol: ProxyProtocol::None,
-            }],
-        }
+        let range = tables::range(first, SERVER_PORT, PORTS);
+        tables::row(slot, Some(self.server_address(slot)), range)
     }
 
     /// The next generation of the table.

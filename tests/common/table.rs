@@ -1,8 +1,9 @@
-//! The tables that tests begin with: every field has a plain value, and a test
-//! says only what matters to it. Uses the table's types and nothing else, so
-//! that suites without the rest of `common` take it by its path.
+//! The tables that tests and benchmarks begin with: every field has a plain
+//! value, and the caller changes what matters to it. This file uses the table's
+//! types and nothing else, so that tests/robustness and bench/ include it by its
+//! path.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(dead_code, reason = "each program uses a part of it")]
 
 use std::net::IpAddr;
 
@@ -19,7 +20,7 @@ pub fn table(sessions: Sessions, rows: Vec<Row>) -> Table {
         pool_uid: "uid".to_owned(),
         generation: 1,
         advertised_address: None,
-        agent_port: TargetPort::new(7070).unwrap(),
+        agent_port: TargetPort::new(7070).expect("not 0"),
         load_sharing: LoadSharing::default(),
         sessions,
         rows,
@@ -44,8 +45,8 @@ pub fn row(slot: u32, address: Option<IpAddr>, range: PortRange) -> Row {
 pub fn range(first: u16, server_port: u16, count: u16) -> PortRange {
     PortRange {
         name: "main".to_owned(),
-        connection_port: ListenPort::new(first).unwrap(),
-        server_port: TargetPort::new(server_port).unwrap(),
+        connection_port: ListenPort::new(first).expect("not 0"),
+        server_port: TargetPort::new(server_port).expect("not 0"),
         count,
         protocol: PortProtocol::TCPUDP,
         shared: false,
