@@ -177,7 +177,7 @@ impl ClientQuota {
     }
 }
 
-/// Counts one more, unless there are `most` already. Whether it did.
+/// Counts one more, unless there are `most` already. Returns whether it did.
 fn take(count: &AtomicU32, most: &AtomicU32) -> bool {
     let most = most.load(Ordering::Relaxed);
     let more = |count| (count < most).then(|| count + 1);

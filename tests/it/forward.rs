@@ -491,7 +491,7 @@ fn a_client_that_came_before_a_cut_is_not_met_after_it() {
     bench.cut();
     drop(decision);
     bench.all_closed();
-    // What the gate hears of the cut, it hears when all is done.
+    // The gate receives the report of the cut when all is done.
     assert_eq!(bench.forwarder.counters().no_session, 5);
     *bench.gate.decision.lock().unwrap() = Decision::Admit(SessionKey(8));
     for client in &mut early {

@@ -37,7 +37,7 @@ const TIMES: Times = Times {
 const FOUND_OUT: Duration = KEEP_ALIVE_INTERVAL.saturating_add(KEEP_ALIVE_TIMEOUT);
 
 /// How long the data plane keeps a client whose session is asked for.
-const PARKED: Duration = Duration::from_secs(2);
+const PARKED: Duration = portpool::forward::PENDING_DEADLINE;
 
 /// A step of the world. Indices are taken modulo what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -39,7 +39,7 @@ pub(super) enum Accepted {
         socket: OwnedFd,
         address: SocketAddr,
     },
-    /// A client that was gone again.
+    /// A client that has left already.
     Gone,
     /// Nothing, or the port cannot accept now.
     Nothing,

@@ -253,8 +253,8 @@ impl<S: Stream> Connection<S> {
         self.direction_from(source).has_pipe()
     }
 
-    /// Marks `source` as busy if it sends much. Whether it was not marked
-    /// before.
+    /// Marks `source` as busy if it sends much. Returns whether the mark is
+    /// new.
     pub(super) fn mark_busy(&mut self, source: Side) -> bool {
         let sends_much = self.direction_from(source).carries_much();
         sends_much && !std::mem::replace(&mut self.is_busy[source as usize], true)
@@ -294,9 +294,9 @@ impl<S: Stream> Connection<S> {
                 _ => {}
             }
         }
-        let is_over = self.is_over();
+        let is_finished = self.is_finished();
         // If the sockets are closed next anyway, closing sends the end.
-        if !is_over || !self.is_small() {
+        if !is_finished || !self.is_small() {
             if self.upstream.is_done && !was_done.0 {
                 self.server.end();
             }
@@ -304,7 +304,7 @@ impl<S: Stream> Connection<S> {
                 self.client.end();
             }
         }
-        if is_over {
+        if is_finished {
             return Outcome::Finished;
         }
         if progress.contains(&Progress::Yielded) {
@@ -315,7 +315,7 @@ impl<S: Stream> Connection<S> {
     }
 
     /// Whether both directions have ended.
-    pub(super) fn is_over(&self) -> bool {
+    pub(super) fn is_finished(&self) -> bool {
         self.upstream.is_done && self.downstream.is_done
     }
 

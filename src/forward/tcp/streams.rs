@@ -120,7 +120,7 @@ impl Streams {
         self.connections.len() > 0 || !self.final_flushes.is_empty() || self.acceptor.has_pause()
     }
 
-    /// Accepts one client and asks the gate about it. Whether one waited.
+    /// Accepts one client and asks the gate about it. Returns whether one waited.
     pub(in crate::forward) fn accept(
         &mut self,
         port: ListenPort,
@@ -232,7 +232,7 @@ impl Streams {
             return;
         };
         // The time that a finished one waits for its peers does not begin anew.
-        if !connection.is_over() {
+        if !connection.is_finished() {
             connection.active = io.now;
         }
         let outcome = connection.event(side, signals, &mut io.scratch);
@@ -311,7 +311,7 @@ impl Streams {
             End::FinalFlush => self.final_flushes.start(connection, io),
             End::Close => {
                 connection.give_back_pipes(&mut io.scratch.pipes);
-                if !connection.is_over() {
+                if !connection.is_finished() {
                     connection.reset();
                 }
                 // Closed before it is reported: a free port has no connection.
@@ -325,7 +325,7 @@ impl Streams {
     pub(in crate::forward) fn cut(&mut self, key: Key, io: &mut Io) {
         let connection = self.connections.get_mut(key);
         // One that has ended in order and waits for its peers is not cut.
-        if !connection.is_some_and(|connection| connection.is_over()) {
+        if !connection.is_some_and(|connection| connection.is_finished()) {
             count(&io.counters.cut);
         }
         self.end(key, End::Close, io);
@@ -354,7 +354,7 @@ impl Streams {
             let quiet = io.now.duration_since(connection.active);
             let (is_late, late) = if connection.is_connecting {
                 (quiet >= CONNECT_DEADLINE, Late::Connecting)
-            } else if connection.is_over() {
+            } else if connection.is_finished() {
                 (quiet >= final_flush::DEADLINE, Late::Finished)
             } else {
                 (idle.is_some_and(|idle| quiet >= idle), Late::Idle)

@@ -85,8 +85,8 @@ impl Datagrams {
         self.ports.reopen(number);
     }
 
-    /// Receives datagrams of clients on a port, a few batches at most. Whether
-    /// there were any.
+    /// Receives datagrams of clients on a port, a few batches at most. Returns
+    /// whether there were any.
     pub(in crate::forward) fn receive_from_clients(
         &mut self,
         number: ListenPort,
