@@ -133,6 +133,14 @@ pub enum Error {
         /// How.
         status: std::process::ExitStatus,
     },
+    /// The admin port's listener cannot be kept for a successor.
+    #[error(
+        "failed to duplicate the descriptor of the admin port: {0}; is the limit of open files reached (ulimit -n)?"
+    )]
+    AdminDescriptor(#[source] std::io::Error),
+    /// Upgrades by signal cannot be offered.
+    #[error("failed to prepare for upgrades by SIGUSR2: {0}")]
+    Upgrades(#[source] std::io::Error),
     /// The running connection server could not be taken over.
     #[error(transparent)]
     Handover(#[from] handover::Error),
@@ -161,7 +169,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         None => None,
     };
     let mut starter = match &options.handover {
-        Some(_) => Some(Starter::new().map_err(handover::Error::from)?),
+        Some(_) => Some(Starter::new().map_err(Error::Upgrades)?),
         None => None,
     };
     let mut server = Server::start(&options, &first, &follower).await?;

@@ -55,22 +55,22 @@ pub enum SelectError {
 /// What a connection server begins with; from a predecessor, if there was one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentsSnapshot {
-    /// What agents know it by.
+    /// The id that agents know it by.
     pub id: String,
-    /// Where it listens, as agents are told.
-    pub place: String,
-    /// When a slot's agent was last in reach: its sessions are to be cut as
-    /// early as if nothing had been handed over. Not of those that are cut.
+    /// The identity of its listening socket, as agents know it.
+    pub host_identity: String,
+    /// When a slot's agent was last in reach: its sessions are cut as early as
+    /// if nothing had been handed over. Absent once they are cut.
     pub reached: HashMap<Slot, Instant>,
 }
 
 impl AgentsSnapshot {
-    /// Of a connection server that nobody knows yet.
+    /// The state of a connection server that no agent knows yet.
     #[must_use]
-    pub fn new(place: String) -> Self {
+    pub fn new(host_identity: String) -> Self {
         Self {
             id: uuid::Uuid::new_v4().simple().to_string(),
-            place,
+            host_identity,
             reached: HashMap::new(),
         }
     }
@@ -80,8 +80,8 @@ impl AgentsSnapshot {
 pub struct Agents {
     /// Names this connection server to agents; a successor goes on under it.
     id: String,
-    /// Where it listens; a successor goes on with the same socket.
-    place: String,
+    /// The identity of its listening socket, which a successor goes on with.
+    host_identity: String,
     /// When a predecessor last reached agents that no stream was opened to yet.
     reached: Mutex<HashMap<Slot, Instant>>,
     control: Arc<Control>,
@@ -114,16 +114,16 @@ impl Agents {
     /// No streams yet; [`Agents::set_table`] starts them.
     #[must_use]
     pub fn new(
-        handed: AgentsSnapshot,
+        snapshot: AgentsSnapshot,
         control: Arc<Control>,
         sessions: Arc<Sessions>,
         reservations: Arc<Reservations>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
-            id: handed.id,
-            place: handed.place,
-            reached: Mutex::new(handed.reached),
+            id: snapshot.id,
+            host_identity: snapshot.host_identity,
+            reached: Mutex::new(snapshot.reached),
             control,
             sessions,
             reservations,
@@ -134,20 +134,21 @@ impl Agents {
         }
     }
 
-    /// What a successor has to know. Nothing changes here.
+    /// What a successor needs to know. Nothing changes here.
     #[must_use]
-    pub fn hand_over(&self) -> AgentsSnapshot {
+    pub fn export(&self) -> AgentsSnapshot {
         let links = self.links.lock();
         let reached = links.iter().filter_map(|(slot, link)| {
-            let since = match link.stream.lock().is_some() {
-                true => Instant::now(),
-                false => (*link.detached_since.lock())?,
+            let since = if link.stream.lock().is_some() {
+                Instant::now()
+            } else {
+                (*link.detached_since.lock())?
             };
             Some((*slot, since))
         });
         AgentsSnapshot {
             id: self.id.clone(),
-            place: self.place.clone(),
+            host_identity: self.host_identity.clone(),
             reached: reached.collect(),
         }
     }
@@ -209,8 +210,8 @@ impl Agents {
         }
     }
 
-    /// Ends all streams without a goodbye: a successor goes on under the name.
-    pub fn vanish(&self) {
+    /// Ends all streams without a goodbye: a successor goes on under the id.
+    pub fn abandon(&self) {
         self.links.lock().clear();
     }
 

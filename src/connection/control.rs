@@ -101,7 +101,7 @@ impl Control {
     pub fn export(&self, _: &Pause, table: &Arc<Table>) -> io::Result<ControlSnapshot> {
         Ok(ControlSnapshot {
             forwarder: self.forwarder.export(table)?,
-            sessions: self.sessions.hand_over(),
+            sessions: self.sessions.export(),
         })
     }
 
@@ -113,8 +113,7 @@ impl Control {
             mut forwarder,
         } = snapshot;
         let orphans: HashSet<SessionKey> =
-            self.sessions
-                .take_over(sessions, table, forwarder.sessions());
+            self.sessions.import(sessions, table, forwarder.sessions());
         let has_session = |key: &SessionKey| !orphans.contains(key);
         forwarder
             .connections

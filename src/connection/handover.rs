@@ -3,11 +3,11 @@
 //! upgrade cuts nothing. Descriptors go over a Unix socket (`SCM_RIGHTS`).
 //!
 //! ```text
-//! successor                                     predecessor
-//!     │ Ask(version) ─────────────────────────────→ │ our uid? a version we speak?
+//! successor (Import)                            predecessor (Export)
+//!     │ Request(version) ─────────────────────────→ │ our uid? a version we speak?
 //!     │                                             │ requests under way are answered, waiting ones
-//!     │                                             │ sent away; further ones queue in the kernel
-//!     │                                             │ no agent is heard, no table applied
+//!     │                                             │ refused; further ones queue in the kernel
+//!     │                                             │ messages of agents and new tables wait
 //!     │                                             │ data threads pause between two events
 //!     │ ←── Server, Ports, Connections, Flows, … ── │
 //!     │ checks all of it ─── Ready ───────────────→ │
@@ -18,141 +18,87 @@
 //!     │ answers requests
 //! ```
 //!
-//! Until `Go` the predecessor may say `Abort`, and until `Taken` the
-//! successor's death is one: the predecessor then goes on as if nothing had
-//! happened. A successor that has said `Ready` and sees the stream end without
-//! `Abort` knows that the predecessor has died, and goes on instead of it. So
-//! never do both forward, and never neither, as long as one of them lives.
+//! Until `Go` the predecessor may send `Abort`, and until `Taken` the
+//! successor's death has the same effect: the predecessor then goes on as if
+//! nothing had happened. A successor that has sent `Ready` and sees the stream
+//! end without `Abort` knows that the predecessor has died, and goes on instead
+//! of it. So while at least one of them is alive, exactly one forwards.
 //!
 //! - `socket`: where successors ask;
-//! - `frames`: a [`State`] as frames; `values`: what is in them, pure;
-//!   `wire`: the messages themselves, and how a frame is sent;
+//! - `state`: a [`State`] as frames; `values`: what is in them, pure; `v1`: the
+//!   messages, generated from `handover.proto`; `wire`: how a frame is sent;
+//! - `successor`: upgrades by signal;
 //! - this file: the two sides, and who has the state when.
 
-mod frames;
+mod error;
 mod socket;
+mod state;
 pub mod successor;
+#[allow(
+    missing_docs,
+    rustdoc::all,
+    clippy::all,
+    clippy::uninlined_format_args,
+    clippy::semicolon_if_nothing_returned
+)]
+#[rustfmt::skip]
+mod v1;
 mod values;
 mod wire;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::process::geteuid;
 
-use self::frames::{receive_state, send_state};
+pub use self::error::Error;
 pub use self::socket::Socket;
-use self::wire::{Content, Empty};
-use super::agents::AgentsSnapshot;
-use super::control::ControlSnapshot;
-use crate::table::{Table, TableError};
-
-/// Of the protocol between predecessor and successor. Others are refused.
-pub const VERSION: u32 = 1;
-
-/// How long the other side may take for its next frame. Streams stand still
-/// meanwhile, so a successor that hangs is given up soon.
-const FRAME_DEADLINE: Duration = Duration::from_secs(3);
+pub use self::state::State;
+use self::v1::{Empty, frame::Content};
+pub use self::wire::VERSION;
+use self::wire::{FRAME_DEADLINE, set_deadline};
 
 /// How long the predecessor may take to answer the requests under way, and to
 /// pause: its successor waits for that.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(15);
 
-/// Why there was no hand-over.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The socket cannot be used.
-    #[error("failed to use hand-over socket {path}: {source}")]
-    Socket {
-        /// Where.
-        path: PathBuf,
-        /// The system's answer.
-        source: io::Error,
-    },
-    /// The other side is another user's process.
-    #[error(
-        "the process at the other end of the hand-over socket runs as uid {found}, not as {ours}"
-    )]
-    WrongUser {
-        /// Its user.
-        found: u32,
-        /// This process's user.
-        ours: u32,
-    },
-    /// The successor speaks another version.
-    #[error("hand-over protocol version {found} is not spoken here, only {VERSION}")]
-    Version {
-        /// Its version.
-        found: u32,
-    },
-    /// The predecessor does not hand over, and goes on.
-    #[error("the running connection server did not hand over and goes on: {0}")]
-    Refused(String),
-    /// The other side is gone.
-    #[error("the process at the other end of the hand-over socket has ended")]
-    Vanished,
-    /// The other side is silent, or the stream broke.
-    #[error("hand-over failed: {0}")]
-    Stream(#[from] io::Error),
-    /// What came cannot be used.
-    #[error("hand-over failed: {0}")]
-    Malformed(&'static str),
-    /// The table that came is none.
-    #[error("hand-over failed: {0}")]
-    Table(#[from] TableError),
-}
-
-/// Everything that goes from one process to the next.
+/// The predecessor's side of a hand-over that was requested. If it is dropped
+/// before it is complete, the successor gives up.
 #[derive(Debug)]
-pub struct State {
-    /// Of the streams to agents.
-    pub agents: AgentsSnapshot,
-    /// The table in use.
-    pub table: Arc<Table>,
-    /// The listener of the load-sharing port.
-    pub load_sharing: OwnedFd,
-    /// The listener of the admin port.
-    pub admin: OwnedFd,
-    /// The sessions and the data plane.
-    pub control: ControlSnapshot,
-}
-
-/// The predecessor's side of a hand-over that was asked for. Dropped before it
-/// is complete it tells the successor to give up.
-#[derive(Debug)]
-pub struct Offer {
+pub struct Export {
     stream: UnixStream,
     is_settled: bool,
 }
 
-impl Offer {
-    /// Hears what a process that has connected to the socket wants.
+impl Export {
+    /// Receives the request of a process that has connected to the socket.
     ///
     /// # Errors
-    /// When it is not ours, or speaks another version. It has been told why.
-    pub fn hear(stream: UnixStream) -> Result<Self, Error> {
+    /// When it is another user's process, or speaks another version. It has
+    /// been sent the reason.
+    pub fn accept(stream: UnixStream) -> Result<Self, Error> {
         set_deadline(&stream, FRAME_DEADLINE)?;
-        let mut offer = Self {
+        let mut export = Self {
             stream,
             is_settled: false,
         };
-        let heard = offer.check();
-        if let Err(error) = &heard {
-            offer.abort(&error.to_string());
+        let checked = export.check();
+        if let Err(error) = &checked {
+            export.abort(&error.to_string());
         }
-        heard.map(|()| offer)
+        checked.map(|()| export)
     }
 
     fn check(&self) -> Result<(), Error> {
         check_peer(&self.stream)?;
         match wire::receive(&self.stream)? {
-            (Content::Ask(ask), _) if ask.version == VERSION => Ok(()),
-            (Content::Ask(ask), _) => Err(Error::Version { found: ask.version }),
-            _ => Err(Error::Malformed("the first frame is no question")),
+            (Content::Request(request), _) if request.version == VERSION => Ok(()),
+            (Content::Request(request), _) => Err(Error::Version {
+                found: request.version,
+            }),
+            _ => Err(Error::Malformed("the first frame is no request")),
         }
     }
 
@@ -161,46 +107,44 @@ impl Offer {
     ///
     /// # Errors
     /// When the successor has not taken it, and never will: it is still ours.
-    pub fn give(&mut self, state: &State) -> Result<(), Error> {
-        match self.offer(state) {
-            Ok(()) => {}
-            Err(error) => {
-                self.abort(&error.to_string());
-                return Err(error);
-            }
+    pub fn complete(&mut self, state: &State) -> Result<(), Error> {
+        if let Err(error) = self.send(state) {
+            self.abort(&error.to_string());
+            return Err(error);
         }
         wire::send(&self.stream, Content::Go(Empty {}), &[])?;
         self.is_settled = true;
         match wire::receive(&self.stream) {
             Ok((Content::Taken(_), _)) => Ok(()),
-            // It says Taken before it touches anything: it has died.
+            // It sends Taken before it uses anything: it has died.
             Err(Error::Vanished) => Err(Error::Vanished),
             Err(Error::Stream(error)) if error.kind() == io::ErrorKind::ConnectionReset => {
                 Err(Error::Vanished)
             }
-            // It lives and has been told to go on; two must not.
+            // It is alive and was sent Go; two must not forward.
             _ => Ok(()),
         }
     }
 
-    fn offer(&self, state: &State) -> Result<(), Error> {
-        send_state(&self.stream, state)?;
+    /// Sends `state` and waits until the successor has checked it.
+    fn send(&self, state: &State) -> Result<(), Error> {
+        state::send(&self.stream, state)?;
         match wire::receive(&self.stream)? {
             (Content::Ready(_), _) => Ok(()),
-            _ => Err(Error::Malformed("the successor said something unexpected")),
+            _ => Err(Error::Malformed("the successor sent an unexpected frame")),
         }
     }
 
     fn abort(&mut self, reason: &str) {
         if !std::mem::replace(&mut self.is_settled, true) {
             let reason = reason.to_owned();
-            // A successor that is gone has given up already.
-            let _ = wire::send(&self.stream, Content::Abort(wire::Abort { reason }), &[]);
+            // A successor that has died needs no reason.
+            let _ = wire::send(&self.stream, Content::Abort(v1::Abort { reason }), &[]);
         }
     }
 }
 
-impl Drop for Offer {
+impl Drop for Export {
     fn drop(&mut self) {
         self.abort("it failed to prepare");
     }
@@ -208,75 +152,71 @@ impl Drop for Offer {
 
 /// The successor's side: a state that is ready to be taken.
 #[derive(Debug)]
-pub struct Inheritance {
+pub struct Import {
     stream: UnixStream,
     state: State,
 }
 
-/// Asks whoever listens at `path` to hand over, and receives everything.
-/// `None` when nobody listens, or whoever did died before it had given all.
-///
-/// # Errors
-/// When the predecessor refused, and goes on.
-pub fn ask(path: &Path) -> Result<Option<Inheritance>, Error> {
-    let stream = match UnixStream::connect(path) {
-        Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
-            ) =>
-        {
-            return Ok(None);
+impl Import {
+    /// Requests a hand-over from the process that listens at `path`, and
+    /// receives everything. `None` when no process listens, or it died before
+    /// it had sent everything.
+    ///
+    /// # Errors
+    /// When the predecessor refused, and goes on.
+    pub fn request(path: &Path) -> Result<Option<Self>, Error> {
+        use io::ErrorKind::{ConnectionRefused, NotFound};
+        let stream = match UnixStream::connect(path) {
+            Ok(stream) => stream,
+            Err(error) if matches!(error.kind(), NotFound | ConnectionRefused) => {
+                return Ok(None);
+            }
+            Err(source) => {
+                let path = path.to_owned();
+                return Err(Error::Socket { path, source });
+            }
+        };
+        check_peer(&stream)?;
+        set_deadline(&stream, PREPARE_DEADLINE)?;
+        let request = Content::Request(v1::Request { version: VERSION });
+        // A predecessor that refuses at once may have closed the stream, with
+        // its reason waiting in it.
+        let requested = wire::send(&stream, request, &[]);
+        match state::receive(&stream) {
+            Ok(state) => Ok(Some(Self { stream, state })),
+            Err(Error::Vanished) => Ok(None),
+            Err(error) => Err(requested.err().unwrap_or(error)),
         }
-        Err(source) => {
-            let path = path.to_owned();
-            return Err(Error::Socket { path, source });
-        }
-    };
-    check_peer(&stream)?;
-    set_deadline(&stream, PREPARE_DEADLINE)?;
-    // A predecessor that refuses at once may be gone: what it said is there.
-    let asked = wire::send(&stream, Content::Ask(wire::Ask { version: VERSION }), &[]);
-    let state = receive_state(&stream);
-    match state {
-        Ok(state) => Ok(Some(Inheritance { stream, state })),
-        Err(Error::Vanished) => Ok(None),
-        Err(error) => Err(asked.err().unwrap_or(error)),
     }
-}
 
-impl Inheritance {
-    /// What can be taken; not to be touched yet.
+    /// The state that can be taken. It must not be used yet.
     #[must_use]
     pub fn state(&self) -> &State {
         &self.state
     }
 
-    /// Takes it: from now on it is this process's.
+    /// Takes the state: from now on it is this process's.
     ///
     /// # Errors
     /// When the predecessor keeps it.
-    pub fn take(self) -> Result<State, Error> {
+    pub fn complete(self) -> Result<State, Error> {
         let Self { stream, state } = self;
-        // Whether it was heard shows in the answer.
+        // The answer shows whether it arrived.
         let _ = wire::send(&stream, Content::Ready(Empty {}), &[]);
         match wire::receive(&stream) {
             Ok((Content::Go(_), _)) => {
                 wire::send(&stream, Content::Taken(Empty {}), &[]).or_else(died)?;
                 Ok(state)
             }
-            Ok((Content::Abort(wire::Abort { reason }), _)) => Err(Error::Refused(reason)),
-            Ok(_) => Err(Error::Malformed(
-                "the predecessor said something unexpected",
-            )),
-            // It never goes without a word: it has died.
+            Ok((Content::Abort(v1::Abort { reason }), _)) => Err(Error::Refused(reason)),
+            Ok(_) => Err(Error::Malformed("the predecessor sent an unexpected frame")),
+            // It never leaves without Abort: it has died.
             Err(error) => died(error).map(|()| state),
         }
     }
 }
 
-/// Whether `error` says that the other side has died.
+/// Success if `error` means that the other side has died.
 fn died(error: Error) -> Result<(), Error> {
     use io::ErrorKind::{BrokenPipe, ConnectionReset};
     match error {
@@ -286,23 +226,17 @@ fn died(error: Error) -> Result<(), Error> {
     }
 }
 
-fn set_deadline(stream: &UnixStream, deadline: Duration) -> io::Result<()> {
-    stream.set_nonblocking(false)?;
-    stream.set_read_timeout(Some(deadline))?;
-    stream.set_write_timeout(Some(deadline))
-}
-
-/// Both sides trust the other with all that they have.
+/// Both sides trust the other with everything that they have.
 fn check_peer(stream: &UnixStream) -> Result<(), Error> {
     let peer = rustix::net::sockopt::socket_peercred(stream).map_err(io::Error::from)?;
     let (found, ours) = (peer.uid, geteuid());
-    match found == ours {
-        true => Ok(()),
-        false => Err(Error::WrongUser {
-            found: found.as_raw(),
-            ours: ours.as_raw(),
-        }),
+    if found == ours {
+        return Ok(());
     }
+    Err(Error::WrongUser {
+        found: found.as_raw(),
+        ours: ours.as_raw(),
+    })
 }
 
 #[cfg(test)]

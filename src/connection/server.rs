@@ -56,7 +56,7 @@ struct Parts {
     agents: Arc<Agents>,
 }
 
-/// What is there before the parts begin, a predecessor's or new.
+/// What the parts start from: a predecessor's state, or a new one.
 struct InitialState {
     agents: AgentsSnapshot,
     table: Arc<Table>,
@@ -119,18 +119,18 @@ impl Server {
         let control = Arc::new(Control::new(sessions.clone(), forwarder.clone()));
         let mut followed = follower.watch();
         // From here on a predecessor's streams stand still.
-        let inherited = handover::inherit(options, first).await?;
-        let is_successor = inherited.is_some();
-        let beginning = match inherited {
-            Some(inherited) => {
+        let imported = handover::import(options, first).await?;
+        let is_successor = imported.is_some();
+        let initial = match imported {
+            Some(imported) => {
                 // A newer table than the predecessor's is applied next.
                 followed.mark_changed();
-                InitialState::inherited(inherited, &control)?
+                InitialState::imported(imported, &control)?
             }
             None => InitialState::new(options, first).await?,
         };
         let agents = Arc::new(Agents::new(
-            beginning.agents,
+            initial.agents,
             control.clone(),
             sessions.clone(),
             reservations.clone(),
@@ -143,10 +143,10 @@ impl Server {
             forwarder,
             agents,
         };
-        parts.apply(&parts.control.begin_change().await, &beginning.table)?;
-        let (in_use, table) = watch::channel(beginning.table);
+        parts.apply(&parts.control.begin_change().await, &initial.table)?;
+        let (in_use, table) = watch::channel(initial.table);
         let advertise = options.advertise.clone();
-        let admin = beginning.admin.as_fd().try_clone_to_owned();
+        let admin = initial.admin.as_fd().try_clone_to_owned();
         let server = Self {
             router: api::router(Arc::new(wire_api(
                 &parts,
@@ -157,14 +157,14 @@ impl Server {
             parts,
             table,
             is_successor,
-            load_sharing: beginning.load_sharing,
-            admin: admin.map_err(super::handover::Error::from)?,
+            load_sharing: initial.load_sharing,
+            admin: admin.map_err(Error::AdminDescriptor)?,
             serving: None,
             draining: CancellationToken::new(),
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
-        server.serve_admin(beginning.admin, registry);
+        server.serve_admin(initial.admin, registry);
         let (parts, stopping) = (server.parts.clone(), server.stopping.clone());
         server
             .tasks
@@ -310,7 +310,7 @@ fn listen(address: IpAddr, port: u16) -> Result<std::net::TcpListener, Error> {
             socket2::Type::STREAM,
             None,
         )?;
-        // For what is in TIME_WAIT. Never SO_REUSEPORT: see `place`.
+        // For what is in TIME_WAIT. Never SO_REUSEPORT: see `host_identity`.
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             socket.set_only_v6(false)?;

@@ -7,16 +7,24 @@ use std::path::Path;
 use crate::common::agree;
 
 #[test]
-fn selection_protocol_code_is_generated_from_its_proto() {
+fn protocol_code_is_generated_from_its_proto() {
+    let protocols = [
+        ("selection", "src/selection/v1.rs"),
+        ("handover", "src/connection/handover/v1.rs"),
+    ];
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let descriptors = protox::compile(["selection.proto"], [&source]).unwrap();
-    let out = tempfile::tempdir().unwrap();
-    tonic_prost_build::configure()
-        .out_dir(out.path())
-        .compile_fds(descriptors)
-        .unwrap();
-    let code = fs::read_to_string(out.path().join("portpool.selection.v1.rs")).unwrap();
-    agree("src/selection/v1.rs", &code);
+    for (name, path) in protocols {
+        let descriptors = protox::compile([format!("{name}.proto")], [&source]).unwrap();
+        let mut generator = tonic_prost_build::configure();
+        if name != "selection" {
+            generator = generator.extern_path(".portpool.selection.v1", "crate::selection::v1");
+        }
+        let out = tempfile::tempdir().unwrap();
+        let out_dir = generator.out_dir(out.path());
+        out_dir.compile_fds(descriptors).unwrap();
+        let code = out.path().join(format!("portpool.{name}.v1.rs"));
+        agree(path, &fs::read_to_string(code).unwrap());
+    }
 }
 
 #[test]

@@ -451,7 +451,7 @@ impl World {
         let flows = flows.filter(|connection| connection.server == server);
         let keys = flows.map(|connection| connection.key);
         let table = Arc::new(self.table.clone());
-        let orphans = sessions.take_over(former.sessions.hand_over(), &table, keys);
+        let orphans = sessions.import(former.sessions.export(), &table, keys);
         assert!(orphans.is_empty(), "connections without a session");
         former.sessions = sessions;
         for (agent, place) in former.streams.iter_mut().enumerate() {

@@ -1,12 +1,13 @@
-//! Where this connection server listens, said so that no two processes can say
-//! the same at a time. Agents conclude from it that the process which was in
-//! this place before is no more, and with it all that it forwarded.
+//! The identity of the listening socket of this connection server. No two
+//! processes have the same one at a time. So when another connection server
+//! attaches under it, agents know that the former process is dead, and that
+//! everything it forwarded is closed.
 //!
-//! The listening socket of the load-sharing port makes it so: it is bound
-//! without `SO_REUSEPORT`, before agents are greeted, and open for as long as
-//! anything is forwarded; a hand-over passes it on. Such a socket is unique in
-//! its network namespace, and that in the kernel that was booted; the host's
-//! name tells copies of a running virtual machine apart.
+//! The listening socket of the load-sharing port guarantees that: it is bound
+//! without `SO_REUSEPORT` before agents are greeted, and stays open for as long
+//! as anything is forwarded; a hand-over passes it on. Such a socket is unique
+//! in its network namespace, which is unique in the kernel that was booted. The
+//! host's name distinguishes copies of a running virtual machine.
 
 use std::fs;
 use std::io;
@@ -14,11 +15,11 @@ use std::net::TcpListener;
 
 use tracing::debug;
 
-/// The place of the process that opened `load_sharing` in its own network
-/// namespace; empty where the kernel does not tell.
+/// The host identity of the process that opened `load_sharing` in its own
+/// network namespace; empty where the kernel does not reveal it.
 #[must_use]
 pub(in crate::connection) fn of(load_sharing: &TcpListener) -> String {
-    let place = || -> io::Result<String> {
+    let identity = || -> io::Result<String> {
         let read = |path| fs::read_to_string(path).map(|text| text.trim().to_owned());
         let boot = read("/proc/sys/kernel/random/boot_id")?;
         let host = read("/proc/sys/kernel/hostname")?;
@@ -26,8 +27,8 @@ pub(in crate::connection) fn of(load_sharing: &TcpListener) -> String {
         let address = load_sharing.local_addr()?;
         Ok(format!("{boot}/{host}/{}/{address}", network.display()))
     };
-    place().unwrap_or_else(|error| {
-        debug!(%error, "this connection server's place cannot be told");
+    identity().unwrap_or_else(|error| {
+        debug!(%error, "failed to find out this connection server's host identity");
         String::new()
     })
 }
@@ -37,15 +38,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_listener_has_a_place_of_its_own() {
+    fn a_listener_has_an_identity_of_its_own() {
         let [one, other] = [(), ()].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
-        let place = of(&one);
-        assert!((1..=256).contains(&place.len()), "{place}");
-        assert_ne!(place, of(&other));
+        let identity = of(&one);
+        assert!((1..=256).contains(&identity.len()), "{identity}");
+        assert_ne!(identity, of(&other));
         let address = one.local_addr().unwrap();
-        assert!(place.ends_with(&address.to_string()), "{place}");
+        assert!(identity.ends_with(&address.to_string()), "{identity}");
         drop(one);
         let next = TcpListener::bind(address).unwrap();
-        assert_eq!(place, of(&next), "the next one in the same place");
+        assert_eq!(identity, of(&next), "the next one at the same address");
     }
 }

@@ -182,7 +182,7 @@ impl Agents {
             connection_server: self.id.clone(),
             table: table.slice(slot).encode()?,
             sessions: Vec::new(),
-            place: self.place.clone(),
+            place: self.host_identity.clone(),
         })
     }
 

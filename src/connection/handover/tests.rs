@@ -1,17 +1,19 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread;
 
-use proptest::collection::vec;
+use proptest::collection::{btree_map, vec};
 use proptest::prelude::*;
 use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use tokio::time::Instant;
 
-use super::frames::{add, send_server};
-use super::values::{encode_client, encode_connection, encode_flow, encode_port};
+use super::state::{add, receive, send, send_server};
 use super::*;
+use crate::connection::agents::AgentsSnapshot;
+use crate::connection::control::ControlSnapshot;
 use crate::connection::sessions::snapshot::{SessionSnapshot, SessionsSnapshot};
 use crate::connection::sessions::span::Carried;
 use crate::forward::snapshot::{
@@ -20,8 +22,8 @@ use crate::forward::snapshot::{
 };
 use crate::forward::{SessionKey, Traffic, Transport};
 use crate::pool::{LoadSharing, Sessions as Settings};
-use crate::selection::v1;
-use crate::table::{FORMAT_VERSION, ListenPort, Slot, TargetPort};
+use crate::selection;
+use crate::table::{FORMAT_VERSION, ListenPort, Slot, Table, TargetPort};
 
 /// Something that a descriptor can be told by.
 fn descriptor() -> OwnedFd {
@@ -36,7 +38,7 @@ fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
     State {
         agents: AgentsSnapshot {
             id: "connection-server".to_owned(),
-            place: "somewhere".to_owned(),
+            host_identity: "somewhere".to_owned(),
             reached: HashMap::from([(Slot(3), Instant::now())]),
         },
         table: Arc::new(Table {
@@ -63,26 +65,28 @@ fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
 fn describe(state: &State) -> String {
     let handed = &state.control.forwarder;
     let ports = handed.ports.iter();
-    let ports: Vec<_> = ports.map(|p| (encode_port(p), inode(p))).collect();
+    let ports: Vec<_> = ports.map(|p| (v1::Port::from(p), inode(p))).collect();
     let connections = handed.connections.iter();
     let connections =
-        connections.map(|c| (encode_connection(c), inode(&c.client), inode(&c.server)));
+        connections.map(|c| (v1::Connection::from(c), inode(&c.client), inode(&c.server)));
     let connections: Vec<_> = connections.collect();
     let flows = handed.flows.iter();
-    let flows: Vec<_> = flows.map(|f| (encode_flow(f), inode(&f.server))).collect();
+    let flows: Vec<_> = flows
+        .map(|f| (v1::Flow::from(f), inode(&f.server)))
+        .collect();
     let clients = handed.clients.iter().map(|client| {
         let inode = match client {
             ClientSnapshot::Tcp { socket, .. } => inode(socket),
             ClientSnapshot::Udp { .. } => 0,
         };
-        (encode_client(client), inode)
+        (v1::Client::from(client), inode)
     });
     let clients: Vec<_> = clients.collect();
     let own = (inode(&state.load_sharing), inode(&state.admin));
     let (agents, table, sessions) = (&state.agents, &state.table, &state.control.sessions);
-    let (id, place, slots) = (&agents.id, &agents.place, agents.reached.keys());
+    let (id, host, slots) = (&agents.id, &agents.host_identity, agents.reached.keys());
     format!(
-        "{id} {place} {slots:?} {table:?} {own:?} {sessions:?} {ports:?} {connections:?} {flows:?} {clients:?}"
+        "{id} {host} {slots:?} {table:?} {own:?} {sessions:?} {ports:?} {connections:?} {flows:?} {clients:?}"
     )
 }
 
@@ -207,10 +211,10 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
     let live = live.prop_map(|(slot, key, id, port, client, age)| SessionSnapshot {
         slot: Slot(slot),
         key: SessionKey(key),
-        session: v1::Session {
+        session: selection::v1::Session {
             session_id: id,
             connection_port: port.get().into(),
-            ..v1::Session::default()
+            ..selection::v1::Session::default()
         },
         carried: Carried {
             connections: key / 2,
@@ -222,15 +226,17 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
         client,
         age,
     });
-    let released = ("\\PC{0,20}", any::<u32>().prop_map(Slot));
-    let over = (port(), "\\PC{0,20}");
-    let lists = (vec(live, 0..20), vec(released, 0..5), vec(over, 0..5));
-    (any::<u64>(), lists).prop_map(|(last_key, (live, released, over))| SessionsSnapshot {
-        last_key,
-        live,
-        released,
-        over,
-    })
+    let released = btree_map("\\PC{0,20}", any::<u32>().prop_map(Slot), 0..5);
+    let last_ended = btree_map(port(), "\\PC{0,20}", 0..5);
+    let lists = (vec(live, 0..20), released, last_ended);
+    (any::<u64>(), lists).prop_map(
+        |(last_key, (live, released, last_ended))| SessionsSnapshot {
+            last_key,
+            live,
+            released,
+            last_ended,
+        },
+    )
 }
 
 type Predecessor = thread::JoinHandle<(Result<(), Error>, State)>;
@@ -239,7 +245,7 @@ type Predecessor = thread::JoinHandle<(Result<(), Error>, State)>;
 fn predecessor(state: State) -> (UnixStream, Predecessor) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let thread = thread::spawn(move || {
-        let given = Offer::hear(theirs).and_then(|mut offer| offer.give(&state));
+        let given = Export::accept(theirs).and_then(|mut export| export.complete(&state));
         (given, state)
     });
     set_deadline(&ours, FRAME_DEADLINE).unwrap();
@@ -250,17 +256,17 @@ fn say(stream: &UnixStream, content: Content) {
     wire::send(stream, content, &[]).unwrap();
 }
 
-const ASK: Content = Content::Ask(wire::Ask { version: VERSION });
+const REQUEST: Content = Content::Request(v1::Request { version: VERSION });
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
     #[test]
     fn everything_arrives_as_it_was(handed in handed(), sessions in sessions()) {
         let (stream, thread) = predecessor(state(handed, sessions));
-        say(&stream, ASK);
-        let state = receive_state(&stream).unwrap();
+        say(&stream, REQUEST);
+        let state = receive(&stream).unwrap();
         let found = describe(&state);
-        let taken = Inheritance { stream, state }.take().unwrap();
+        let taken = Import { stream, state }.complete().unwrap();
         let (given, before) = thread.join().unwrap();
         prop_assert!(given.is_ok(), "{given:?}");
         prop_assert_eq!(describe(&before), found);
@@ -281,7 +287,7 @@ proptest! {
     fn no_bytes_make_the_decoder_panic(bytes in vec(any::<u8>(), 0..200)) {
         let mut state = state(ForwarderSnapshot::default(), SessionsSnapshot::default());
         if let Some(content) = wire::decode(&bytes) {
-            add(&mut state, content, Vec::new());
+            let _ = add(&mut state, content, Vec::new());
         }
     }
 }
@@ -291,15 +297,15 @@ fn a_port_that_cannot_be_used_is_found_out_before_anything_is_taken() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let state = state(ForwarderSnapshot::default(), SessionsSnapshot::default());
     send_server(&theirs, &state).unwrap();
-    let port = wire::Port {
+    let port = v1::Port {
         port: 20_000,
         is_udp: true,
         is_draining: false,
     };
-    let ports = Content::Ports(wire::Ports { ports: vec![port] });
+    let ports = Content::Ports(v1::Ports { ports: vec![port] });
     let not_udp = descriptor();
     wire::send(&theirs, ports, &[not_udp.as_fd()]).unwrap();
-    let received = receive_state(&ours).map(|_| ());
+    let received = receive(&ours).map(|_| ());
     assert!(matches!(received, Err(Error::Stream(_))), "{received:?}");
 }
 
@@ -334,23 +340,23 @@ fn some_state() -> State {
 fn a_successor_that_dies_before_it_takes_leaves_everything() {
     let die: [fn(&UnixStream); 6] = [
         |_| {},
-        |stream| say(stream, ASK),
+        |stream| say(stream, REQUEST),
         |stream| {
-            say(stream, ASK);
+            say(stream, REQUEST);
             wire::receive(stream).unwrap();
             wire::receive(stream).unwrap();
         },
         |stream| {
-            say(stream, ASK);
+            say(stream, REQUEST);
             read_all(stream);
         },
         |stream| {
-            say(stream, ASK);
+            say(stream, REQUEST);
             read_all(stream);
             say(stream, Content::Ready(Empty {}));
         },
         |stream| {
-            say(stream, ASK);
+            say(stream, REQUEST);
             read_all(stream);
             say(stream, Content::Ready(Empty {}));
             assert_eq!(wire::receive(stream).unwrap().0, Content::Go(Empty {}));
@@ -369,20 +375,20 @@ fn a_successor_that_dies_before_it_takes_leaves_everything() {
 fn a_predecessor_that_dies_leaves_everything_to_a_successor_that_is_ready() {
     for says_go in [false, true] {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        send_state(
+        send(
             &theirs,
             &state(ForwarderSnapshot::default(), SessionsSnapshot::default()),
         )
         .unwrap();
-        let inheritance = Inheritance {
-            state: receive_state(&ours).unwrap(),
+        let import = Import {
+            state: receive(&ours).unwrap(),
             stream: ours,
         };
         if says_go {
             say(&theirs, Content::Go(Empty {}));
         }
         drop(theirs);
-        assert!(inheritance.take().is_ok());
+        assert!(import.complete().is_ok());
     }
 }
 
@@ -390,16 +396,16 @@ fn a_predecessor_that_dies_leaves_everything_to_a_successor_that_is_ready() {
 fn a_predecessor_that_gives_up_keeps_everything() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let small = || state(ForwarderSnapshot::default(), SessionsSnapshot::default());
-    send_state(&theirs, &small()).unwrap();
-    let inheritance = Inheritance {
-        state: receive_state(&ours).unwrap(),
+    send(&theirs, &small()).unwrap();
+    let import = Import {
+        state: receive(&ours).unwrap(),
         stream: ours,
     };
-    drop(Offer {
+    drop(Export {
         stream: theirs,
         is_settled: false,
     });
-    assert!(matches!(inheritance.take(), Err(Error::Refused(_))));
+    assert!(matches!(import.complete(), Err(Error::Refused(_))));
 }
 
 #[test]
@@ -407,11 +413,11 @@ fn another_version_is_refused_and_told_why() {
     let (stream, thread) = predecessor(some_state());
     say(
         &stream,
-        Content::Ask(wire::Ask {
+        Content::Request(v1::Request {
             version: VERSION + 1,
         }),
     );
-    let refused = receive_state(&stream).map(|_| ());
+    let refused = receive(&stream).map(|_| ());
     assert!(matches!(refused, Err(Error::Refused(reason)) if reason.contains("version 2")));
     let given = thread.join().unwrap().0;
     assert!(matches!(given, Err(Error::Version { found: 2 })));

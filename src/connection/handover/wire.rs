@@ -1,5 +1,5 @@
-//! What is said on the hand-over's socket: frames, each with the descriptors
-//! that it speaks of.
+//! Frames on the hand-over's socket, each with the descriptors that it names.
+//! `handover.proto` documents what they hold.
 //!
 //! ```text
 //! ┌──────────────┬───────────────────┬──────────────────────┐
@@ -10,19 +10,27 @@
 //!
 //! Source: unix(7), `SCM_RIGHTS`: at most 253 descriptors a message.
 
-use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use prost::{Message, Oneof};
+use prost::Message;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use super::Error;
-use crate::selection::v1;
+use super::error::Error;
+use super::v1::{Frame, frame::Content};
+
+/// The protocol's version. Both sides must speak the same one.
+pub const VERSION: u32 = 1;
+
+/// How long the other side may take for its next frame. Streams stand still
+/// meanwhile, so a successor that hangs is given up soon.
+pub(super) const FRAME_DEADLINE: Duration = Duration::from_secs(3);
 
 /// Most descriptors of a frame.
 pub(super) const MAX_DESCRIPTORS: usize = 253;
@@ -32,236 +40,11 @@ const MAX_FRAME_BYTES: usize = 64 * 1024 * 1024;
 
 const HEAD_BYTES: usize = 8;
 
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct Frame {
-    #[prost(oneof = "Content", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
-    pub(super) content: Option<Content>,
-}
-
-#[derive(Clone, PartialEq, Oneof)]
-pub(super) enum Content {
-    /// From the successor, first.
-    #[prost(message, tag = "1")]
-    Ask(Ask),
-    /// No hand-over, or no more; the predecessor goes on.
-    #[prost(message, tag = "2")]
-    Abort(Abort),
-    /// Two descriptors: the load-sharing port and the admin port.
-    #[prost(message, tag = "3")]
-    Server(Server),
-    /// One descriptor each.
-    #[prost(message, tag = "4")]
-    Ports(Ports),
-    /// Two descriptors each: client, server.
-    #[prost(message, tag = "5")]
-    Connections(Connections),
-    /// One descriptor each.
-    #[prost(message, tag = "6")]
-    Flows(Flows),
-    /// One descriptor for each TCP client.
-    #[prost(message, tag = "7")]
-    Clients(Clients),
-    #[prost(message, tag = "8")]
-    Sessions(Sessions),
-    /// That was all.
-    #[prost(message, tag = "9")]
-    Done(Empty),
-    /// From the successor: all is here and can be taken.
-    #[prost(message, tag = "10")]
-    Ready(Empty),
-    /// It is yours.
-    #[prost(message, tag = "11")]
-    Go(Empty),
-    /// From the successor, before it touches anything.
-    #[prost(message, tag = "12")]
-    Taken(Empty),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub(super) struct Empty {}
-
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub(super) struct Ask {
-    #[prost(uint32, tag = "1")]
-    pub(super) version: u32,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Abort {
-    #[prost(string, tag = "1")]
-    pub(super) reason: String,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Server {
-    #[prost(string, tag = "1")]
-    pub(super) id: String,
-    /// As in the ConfigMap.
-    #[prost(string, tag = "2")]
-    pub(super) table: String,
-    #[prost(uint64, tag = "3")]
-    pub(super) last_key: u64,
-    #[prost(message, repeated, tag = "4")]
-    pub(super) reached: Vec<Reached>,
-    /// Empty from a predecessor that did not know its own.
-    #[prost(string, tag = "5")]
-    pub(super) place: String,
-}
-
-/// When an agent was last in reach.
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub(super) struct Reached {
-    #[prost(uint32, tag = "1")]
-    pub(super) slot: u32,
-    #[prost(uint64, tag = "2")]
-    pub(super) ago_ms: u64,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Ports {
-    #[prost(message, repeated, tag = "1")]
-    pub(super) ports: Vec<Port>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Message)]
-pub(super) struct Port {
-    #[prost(uint32, tag = "1")]
-    pub(super) port: u32,
-    #[prost(bool, tag = "2")]
-    pub(super) is_udp: bool,
-    #[prost(bool, tag = "3")]
-    pub(super) is_draining: bool,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Connections {
-    #[prost(message, repeated, tag = "1")]
-    pub(super) connections: Vec<Connection>,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Connection {
-    #[prost(uint32, tag = "1")]
-    pub(super) port: u32,
-    #[prost(uint64, tag = "2")]
-    pub(super) session: u64,
-    #[prost(bool, tag = "3")]
-    pub(super) is_connecting: bool,
-    #[prost(uint64, tag = "4")]
-    pub(super) idle_ms: u64,
-    #[prost(message, required, tag = "5")]
-    pub(super) upstream: Direction,
-    #[prost(message, required, tag = "6")]
-    pub(super) downstream: Direction,
-    #[prost(bool, tag = "7")]
-    pub(super) is_broken: bool,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Direction {
-    #[prost(bytes = "vec", tag = "1")]
-    pub(super) kept: Vec<u8>,
-    #[prost(bool, tag = "2")]
-    pub(super) is_read: bool,
-    #[prost(bool, tag = "3")]
-    pub(super) is_done: bool,
-    #[prost(uint64, tag = "4")]
-    pub(super) bytes: u64,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Flows {
-    #[prost(message, repeated, tag = "1")]
-    pub(super) flows: Vec<Flow>,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Flow {
-    #[prost(uint32, tag = "1")]
-    pub(super) port: u32,
-    #[prost(uint64, tag = "2")]
-    pub(super) session: u64,
-    /// `IP:PORT`.
-    #[prost(string, tag = "3")]
-    pub(super) client: String,
-    /// An IP address, or empty.
-    #[prost(string, tag = "4")]
-    pub(super) local: String,
-    #[prost(uint64, tag = "5")]
-    pub(super) idle_ms: u64,
-    #[prost(uint64, tag = "6")]
-    pub(super) upstream_bytes: u64,
-    #[prost(uint64, tag = "7")]
-    pub(super) downstream_bytes: u64,
-    #[prost(bool, tag = "8")]
-    pub(super) is_assured: bool,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Clients {
-    #[prost(message, repeated, tag = "1")]
-    pub(super) clients: Vec<Client>,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Client {
-    #[prost(uint32, tag = "1")]
-    pub(super) port: u32,
-    #[prost(bool, tag = "2")]
-    pub(super) is_udp: bool,
-    #[prost(string, tag = "3")]
-    pub(super) address: String,
-    #[prost(string, tag = "4")]
-    pub(super) local: String,
-    #[prost(bytes = "vec", repeated, tag = "5")]
-    pub(super) datagrams: Vec<Vec<u8>>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct Sessions {
-    #[prost(message, repeated, tag = "1")]
-    pub(super) live: Vec<Session>,
-    #[prost(message, repeated, tag = "2")]
-    pub(super) released: Vec<Released>,
-    #[prost(message, repeated, tag = "3")]
-    pub(super) over: Vec<Over>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct Session {
-    #[prost(uint32, tag = "1")]
-    pub(super) slot: u32,
-    #[prost(uint64, tag = "2")]
-    pub(super) key: u64,
-    #[prost(message, required, tag = "3")]
-    pub(super) session: v1::Session,
-    #[prost(uint64, tag = "4")]
-    pub(super) connections: u64,
-    #[prost(uint64, tag = "5")]
-    pub(super) upstream_bytes: u64,
-    #[prost(uint64, tag = "6")]
-    pub(super) downstream_bytes: u64,
-    /// An IP address, or empty.
-    #[prost(string, tag = "7")]
-    pub(super) client: String,
-    #[prost(uint64, tag = "8")]
-    pub(super) age_ms: u64,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Released {
-    #[prost(string, tag = "1")]
-    pub(super) id: String,
-    #[prost(uint32, tag = "2")]
-    pub(super) slot: u32,
-}
-
-#[derive(Clone, PartialEq, Eq, Message)]
-pub(super) struct Over {
-    #[prost(uint32, tag = "1")]
-    pub(super) port: u32,
-    #[prost(string, tag = "2")]
-    pub(super) id: String,
+/// Has every read and write of `stream` fail after `deadline`.
+pub(super) fn set_deadline(stream: &UnixStream, deadline: Duration) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(deadline))?;
+    stream.set_write_timeout(Some(deadline))
 }
 
 /// Sends a frame with at most [`MAX_DESCRIPTORS`].
@@ -287,7 +70,7 @@ pub(super) fn send(
         &mut control,
         SendFlags::NOSIGNAL,
     );
-    if sent.map_err(std::io::Error::from)? != HEAD_BYTES {
+    if sent.map_err(io::Error::from)? != HEAD_BYTES {
         return Err(Error::Malformed("a frame's head was cut"));
     }
     stream.write_all(&body)?;
@@ -305,7 +88,7 @@ pub(super) fn receive(mut stream: &UnixStream) -> Result<(Content, Vec<OwnedFd>)
         &mut control,
         RecvFlags::CMSG_CLOEXEC,
     );
-    let received = received.map_err(std::io::Error::from)?;
+    let received = received.map_err(io::Error::from)?;
     let rights = control.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(rights) => Some(rights),
         _ => None,
@@ -335,7 +118,7 @@ pub(super) fn receive(mut stream: &UnixStream) -> Result<(Content, Vec<OwnedFd>)
     Ok((content, descriptors))
 }
 
-/// The content of a frame's body; `None` when it has none.
+/// The content of a frame's body; `None` when it does not parse or is empty.
 pub(super) fn decode(body: &[u8]) -> Option<Content> {
     Frame::decode(body).ok()?.content
 }

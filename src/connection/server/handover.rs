@@ -1,7 +1,7 @@
 //! Everything of a running connection server from one process to the next: what
 //! is done here before, while and after [`handover`]'s protocol runs. This side
-//! says which part stands still and when; it alone may pause agents and the data
-//! plane.
+//! decides which part stands still and when; it alone pauses changes and the
+//! data plane.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -12,17 +12,18 @@ use tracing::{info, warn};
 
 use super::{InitialState, Server};
 use crate::connection::control::{Control, Imported, Pause};
-use crate::connection::{Error, Options, handover};
+use crate::connection::handover::{self, Export, Import};
+use crate::connection::{Error, Options};
 use crate::table::Table;
 
 /// How long a successor lets requests queue until its agents are attached.
 const ATTACH_LIMIT: Duration = Duration::from_secs(2);
 
-/// How often it looks.
+/// How often it checks whether they are.
 const ATTACH_CHECK: Duration = Duration::from_millis(2);
 
 /// Everything of a running predecessor, if there is one of the pool of `first`.
-pub(super) async fn inherit(
+pub(super) async fn import(
     options: &Options,
     first: &Table,
 ) -> Result<Option<handover::State>, Error> {
@@ -30,24 +31,24 @@ pub(super) async fn inherit(
         return Ok(None);
     };
     let pool_uid = first.pool_uid.clone();
-    let inheriting = tokio::task::spawn_blocking(move || {
-        let Some(inheritance) = handover::ask(&path)? else {
+    let importing = tokio::task::spawn_blocking(move || {
+        let Some(import) = Import::request(&path)? else {
             return Ok(None);
         };
-        if inheritance.state().table.pool_uid != pool_uid {
+        if import.state().table.pool_uid != pool_uid {
             return Err(handover::Error::Malformed(
                 "the running connection server is another pool's",
             ));
         }
-        inheritance.take().map(Some)
+        import.complete().map(Some)
     });
-    let inherited = inheriting.await.expect("inheriting does not panic")?;
-    Ok(inherited)
+    let imported = importing.await.expect("importing does not panic")?;
+    Ok(imported)
 }
 
 impl InitialState {
     /// Has `control` go on with what a predecessor had.
-    pub(super) fn inherited(
+    pub(super) fn imported(
         state: handover::State,
         control: &Control,
     ) -> Result<Self, handover::Error> {
@@ -63,8 +64,8 @@ impl InitialState {
 }
 
 impl Server {
-    /// Waits until the agents are attached, but not for long: what a successor
-    /// answers before would be that nothing is free.
+    /// Waits until the agents are attached, but not for long: before that, a
+    /// successor would answer that nothing is free.
     pub(super) async fn until_attached(&self) {
         let is_attached = || {
             let table = self.table.borrow();
@@ -84,21 +85,22 @@ impl Server {
     }
 
     /// Hands everything over to the process at the other end of `stream`.
-    /// Whether it has it now; this one has nothing to do any more then.
+    /// Returns whether that process has it now; this one must only close what
+    /// is left then.
     pub(in crate::connection) async fn hand_over(&mut self, stream: UnixStream) -> bool {
-        let hearing = tokio::task::spawn_blocking(move || handover::Offer::hear(stream));
-        let offer = match hearing.await.expect("hearing does not panic") {
-            Ok(offer) => offer,
+        let accepting = tokio::task::spawn_blocking(move || Export::accept(stream));
+        let export = match accepting.await.expect("accepting does not panic") {
+            Ok(export) => export,
             Err(error) => {
                 warn!(%error, "hand-over refused");
                 return false;
             }
         };
-        info!("a successor asks for a hand-over");
+        info!("a successor requests a hand-over");
         self.stop_serving().await;
         let pause = self.parts.control.pause().await;
         let started = Instant::now();
-        match self.give(offer, &pause).await {
+        match self.export(export, &pause).await {
             Ok(()) => {
                 info!(paused = ?started.elapsed(), "handed over");
                 pause.make_permanent();
@@ -114,32 +116,31 @@ impl Server {
     }
 
     /// Pauses the data plane and gives everything away, or goes on.
-    async fn give(&self, mut offer: handover::Offer, pause: &Pause) -> Result<(), handover::Error> {
+    async fn export(&self, mut export: Export, pause: &Pause) -> Result<(), handover::Error> {
         let (load_sharing, admin) = (self.load_sharing.try_clone()?, self.admin.try_clone()?);
         let table = self.table.borrow().clone();
         let control = self.parts.control.export(pause, &table)?;
         let state = handover::State {
-            agents: self.parts.agents.hand_over(),
+            agents: self.parts.agents.export(),
             table,
             load_sharing: load_sharing.into(),
             admin,
             control,
         };
-        let giving = tokio::task::spawn_blocking(move || (offer.give(&state), state));
-        let (given, state) = giving.await.expect("giving does not panic");
-        if given.is_err() {
-            self.parts
-                .control
-                .resume(state.control.forwarder, &state.table);
+        let exporting = tokio::task::spawn_blocking(move || (export.complete(&state), state));
+        let (exported, state) = exporting.await.expect("exporting does not panic");
+        if exported.is_err() {
+            let forwarder = state.control.forwarder;
+            self.parts.control.resume(forwarder, &state.table);
         }
-        given
+        exported
     }
 
-    /// Ends what is left after everything was handed over, without a word to
-    /// anybody.
+    /// Closes what is left after everything was handed over, and sends nothing
+    /// to agents or clients.
     pub(in crate::connection) fn retire(&self) {
         self.stopping.cancel();
-        self.parts.agents.vanish();
+        self.parts.agents.abandon();
         self.parts.forwarder.shutdown();
     }
 

@@ -1,7 +1,7 @@
 //! Sessions that go from one process to its successor, which has their
 //! connections from then on.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,20 +15,20 @@ use crate::forward::SessionKey;
 use crate::selection::v1;
 use crate::table::{ListenPort, Slot, Table};
 
-/// A session as it is handed over.
+/// A live session, for another process.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SessionSnapshot {
     /// The slot of its processing server.
     pub slot: Slot,
-    /// What its connections know it by.
+    /// The key that its connections name.
     pub key: SessionKey,
-    /// The session as its agent told it.
+    /// The session as its agent reported it last.
     pub session: v1::Session,
-    /// What it has carried, but for what live connections have.
+    /// What it has carried, without the bytes of live connections.
     pub carried: Carried,
-    /// Who asked for it, if that was here.
+    /// The address of its requester, if it was requested here.
     pub client: Option<IpAddr>,
-    /// For how long it is known here.
+    /// How long it has been known here.
     pub age: Duration,
 }
 
@@ -39,20 +39,20 @@ pub struct SessionsSnapshot {
     pub last_key: u64,
     /// Live sessions.
     pub live: Vec<SessionSnapshot>,
-    /// Ids of sessions that clients have given back, with their slots: their
-    /// agents may not have heard of it yet.
-    pub released: Vec<(String, Slot)>,
-    /// The session that was over last on each port.
-    pub over: Vec<(ListenPort, String)>,
+    /// The ids of sessions that clients have given back, with their slots: the
+    /// agents have not confirmed their end yet.
+    pub released: BTreeMap<String, Slot>,
+    /// The id of the session that ended last on each port.
+    pub last_ended: BTreeMap<ListenPort, String>,
 }
 
 impl Sessions {
-    /// What a successor has to know. Nothing changes here.
+    /// What a successor needs to know. Nothing changes here.
     ///
     /// Sessions that have ended and whose connections are being cut are not
     /// part of it: the data plane is paused, so there are none.
     #[must_use]
-    pub fn hand_over(&self) -> SessionsSnapshot {
+    pub fn export(&self) -> SessionsSnapshot {
         let inner = self.inner.read();
         debug_assert!(inner.ending.is_empty(), "the data plane is paused");
         let live = inner.live.values().map(|live| SessionSnapshot {
@@ -71,7 +71,7 @@ impl Sessions {
                 .iter()
                 .map(|(id, slot)| (id.clone(), *slot))
                 .collect(),
-            over: inner
+            last_ended: inner
                 .last_ended
                 .iter()
                 .map(|(port, id)| (*port, id.clone()))
@@ -80,13 +80,13 @@ impl Sessions {
     }
 
     /// Goes on with what a predecessor knew. `flows` names the session of each
-    /// connection and flow that has come with it: which sessions are open is
-    /// counted, not told, so that it cannot be otherwise than it is.
+    /// connection and flow that comes along: which sessions are open is counted
+    /// from them, so that the two cannot differ.
     ///
-    /// Returns keys of flows that belong to no session: they are to be cut.
-    pub fn take_over(
+    /// Returns the keys of flows that belong to no session and must be closed.
+    pub fn import(
         &self,
-        handed: SessionsSnapshot,
+        snapshot: SessionsSnapshot,
         table: &Arc<Table>,
         flows: impl Iterator<Item = SessionKey>,
     ) -> HashSet<SessionKey> {
@@ -96,7 +96,7 @@ impl Sessions {
             *open.entry(key).or_default() += 1;
         }
         open.remove(&NO_SESSION);
-        self.next_key.store(handed.last_key, Ordering::Relaxed);
+        self.next_key.store(snapshot.last_key, Ordering::Relaxed);
         let mut inner = self.inner.write();
         for SessionSnapshot {
             slot,
@@ -105,7 +105,7 @@ impl Sessions {
             carried,
             client,
             age,
-        } in handed.live
+        } in snapshot.live
         {
             let number = u16::try_from(session.connection_port).unwrap_or(0);
             let Some(port) = ListenPort::new(number) else {
@@ -133,9 +133,9 @@ impl Sessions {
                 port,
             );
         }
-        // Told again in the greetings: nobody knows whether they arrived.
-        inner.released = handed.released.into_iter().collect();
-        inner.last_ended = handed.over.into_iter().collect();
+        // The greetings repeat the releases, which may not have arrived.
+        inner.released = snapshot.released.into_iter().collect();
+        inner.last_ended = snapshot.last_ended.into_iter().collect();
         open.into_keys().collect()
     }
 }

@@ -427,7 +427,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
         sessions.detach(Slot(0), &outbox);
         let successor = Sessions::default();
         let table = Arc::new(table(Admission::Reserved));
-        successor.take_over(sessions.hand_over(), &table, std::iter::empty());
+        successor.import(sessions.export(), &table, std::iter::empty());
         for (who, sessions) in [("it", sessions), ("its successor", successor)] {
             let (again, mut sent) = unbounded_channel();
             sessions.attach(Slot(0), again, |_| ToAgent::default());
