@@ -50,8 +50,8 @@ pub fn agree(path: &str, expected: &str) {
     );
 }
 
-/// A turn of the tests that load the machine or measure short times: they run
-/// one after another, whichever parts they belong to.
+/// The turn of a test that loads the machine or measures short times. Such
+/// tests run one after another, whichever parts they belong to.
 pub async fn turn() -> tokio::sync::MutexGuard<'static, ()> {
     static TURN: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
     TURN.lock().await
@@ -97,12 +97,12 @@ impl Process {
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
-    /// Waits for its end.
+    /// Waits for the end of the process.
     pub fn wait(&mut self) {
         self.0.wait().unwrap();
     }
 
-    /// Waits until it ends by itself; whether it was content.
+    /// Waits until the process ends by itself; returns whether it succeeded.
     pub fn ends(&mut self) -> bool {
         let deadline = Instant::now() + SOON;
         while Instant::now() < deadline {
@@ -118,7 +118,7 @@ impl Process {
         self.0.try_wait().unwrap().is_none()
     }
 
-    /// Open descriptors.
+    /// The number of open descriptors.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.id()))
             .unwrap()
@@ -150,7 +150,8 @@ pub struct Pool {
 }
 
 impl Pool {
-    /// A table for `servers` servers; `change` may alter it. Nothing runs yet.
+    /// Writes a table for `servers` servers, which `change` may alter. No process
+    /// runs yet.
     pub fn new(servers: u32, change: impl FnOnce(&mut Table)) -> Self {
         let network = network::network();
         let mut pool = Self {
@@ -173,7 +174,7 @@ impl Pool {
         pool
     }
 
-    /// Everything runs, and every port is free.
+    /// Starts everything and waits until every port is free.
     pub async fn running(servers: u32, change: impl FnOnce(&mut Table)) -> Self {
         let mut pool = Self::new(servers, change);
         for slot in 0..servers {
@@ -252,7 +253,7 @@ impl Pool {
         ]
     }
 
-    /// Starts one with its log, at info, in the file that is returned.
+    /// Starts a connection server that logs at level info to the returned file.
     pub fn start_logging_connection_server(&mut self, index: u32, format: &str) -> PathBuf {
         let mut arguments = self.connection_server_arguments(index);
         arguments.push(format!("--log-format={format}"));
@@ -263,12 +264,12 @@ impl Pool {
         path
     }
 
-    /// A connection server that takes over from the one before it.
+    /// Starts a connection server that takes over from the one before it.
     pub fn start_successor(&self, index: u32) -> Process {
         self.start_successor_with(index, &[])
     }
 
-    /// The same with further arguments.
+    /// Starts a successor with further arguments.
     pub fn start_successor_with(&self, index: u32, further: &[&str]) -> Process {
         let mut arguments = self.connection_server_arguments(index);
         arguments.extend(further.iter().map(|&argument| argument.to_owned()));
@@ -295,7 +296,8 @@ impl Pool {
         self.client().request(SessionRequest::default()).await
     }
 
-    /// Waits until the first connection server says so; how long it took.
+    /// Waits until the state that the first connection server reports `holds`;
+    /// returns how long that took.
     pub async fn until(&self, holds: impl Fn(&PoolState) -> bool) -> Duration {
         self.until_of(0, holds).await
     }
@@ -323,7 +325,7 @@ pub fn connect(session: &Session) -> TcpStream {
     stream
 }
 
-/// `GET path` on an admin port or a load-sharing port: the whole answer.
+/// The whole answer to `GET path` on an admin port or a load-sharing port.
 pub fn get(address: IpAddr, port: u16, path: &str) -> String {
     let mut stream = TcpStream::connect((address, port)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();

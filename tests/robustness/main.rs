@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 /// Longest that anything may take, on a machine that is busy with other things.
 pub const SOON: Duration = Duration::from_secs(30);
 
-/// Waits until it holds.
+/// Waits until the condition holds.
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + SOON;
     while !holds() {
@@ -74,8 +74,8 @@ pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
 
 /// What the kernel knows of one end of a connection.
 pub struct Socket {
-    /// It has been told that both sides end, and its own end was not
-    /// acknowledged yet. Linux resets a connection no more then: it forgets it.
+    /// Both sides have ended the connection, and the peer has not acknowledged
+    /// this end yet. Linux then forgets a connection instead of resetting it.
     pub is_ending: bool,
     /// Bytes that the peer's kernel has not acknowledged. An end counts as one.
     pub unacknowledged: usize,

@@ -1,4 +1,4 @@
-//! Fast clients and few ports while a connection server dies: somebody is
+//! Fast clients and few ports while a connection server dies: clients are
 //! served all the time.
 
 use std::net::IpAddr;
