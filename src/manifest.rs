@@ -1,9 +1,9 @@
 //! Reads a `ProcessingPool` from a YAML file and says, with file, line and
 //! column, what is wrong with it.
 //!
-//! The CRD's own schema and CEL rules are applied, so a manifest that passes
-//! here passes the API server; then what no schema can say (`plan::ValidPool`)
-//! and the pod template's fields are checked too.
+//! The schema of the CRD and its rules about several fields (`pool::rules`) are
+//! applied, so a manifest that passes here passes the API server. The fields of the
+//! pod template are checked too.
 //!
 //! - `located`: YAML with the place of every value;
 //! - `schema`: a value against an OpenAPI schema.
@@ -17,12 +17,11 @@ use std::path::{Path, PathBuf};
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
-use kube::core::cel::Validator;
 use serde_json::Value;
 
-use self::located::Document;
+use self::located::{Document, Place};
 use crate::plan::{Problem, ValidPool};
-use crate::pool::ProcessingPool;
+use crate::pool::{ProcessingPool, rules};
 
 /// Largest manifest in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
@@ -30,35 +29,55 @@ const MAX_BYTES: u64 = 1024 * 1024;
 /// Most problems that are reported at once.
 const MAX_PROBLEMS: usize = 20;
 
-/// Line, column and message of a problem; line 0 where the whole file is meant.
-pub type Located = (u64, u64, String);
+/// A problem and its place in the file.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LocatedProblem {
+    /// Line, from 1; 0 when the problem is about the whole file.
+    pub line: u64,
+    /// Column, from 1; 0 when the problem is about the whole file.
+    pub column: u64,
+    /// The field, what is wrong with it, and what is allowed.
+    pub message: String,
+}
+
+impl LocatedProblem {
+    /// A problem with the whole file.
+    fn of_file(message: String) -> Self {
+        Self {
+            line: 0,
+            column: 0,
+            message,
+        }
+    }
+}
 
 /// Why a manifest cannot be used.
 #[derive(Debug)]
 pub struct ManifestError {
     file: PathBuf,
-    problems: Vec<Located>,
+    problems: Vec<LocatedProblem>,
 }
 
 impl fmt::Display for ManifestError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let file = self.file.display();
-        for (index, (line, column, message)) in self.problems.iter().take(MAX_PROBLEMS).enumerate()
-        {
+        for (index, problem) in self.problems.iter().take(MAX_PROBLEMS).enumerate() {
             if index > 0 {
                 writeln!(formatter)?;
             }
-            match line {
-                0 => write!(formatter, "{file}: {message}")?,
-                _ => write!(formatter, "{file}:{line}:{column}: {message}")?,
+            match problem {
+                LocatedProblem {
+                    line: 0, message, ..
+                } => write!(formatter, "{file}: {message}")?,
+                LocatedProblem {
+                    line,
+                    column,
+                    message,
+                } => write!(formatter, "{file}:{line}:{column}: {message}")?,
             }
         }
-        if let Some(more) = self
-            .problems
-            .len()
-            .checked_sub(MAX_PROBLEMS)
-            .filter(|more| *more > 0)
-        {
+        let more = self.problems.len().saturating_sub(MAX_PROBLEMS);
+        if more > 0 {
             write!(formatter, "\n{file}: and {more} more")?;
         }
         Ok(())
@@ -89,17 +108,18 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// An error about the file: problems that only who uses the pool can find.
-    /// One whose path is no field's stands for the whole file.
+    /// An error about the file with `problems` that only the user of the pool can
+    /// find. A problem whose path is not that of a field is about the whole file.
     #[must_use]
     pub fn error(&self, problems: Vec<Problem>) -> ManifestError {
         let located = problems.into_iter().map(|problem| {
             let is_field = ["metadata", "spec"]
                 .iter()
                 .any(|field| problem.path.starts_with(field));
-            match is_field {
-                true => locate(&self.document, problem),
-                false => (0, 0, format!("{}: {}", problem.path, problem.message)),
+            if is_field {
+                locate(&self.document, problem)
+            } else {
+                LocatedProblem::of_file(format!("{}: {}", problem.path, problem.message))
             }
         });
         ManifestError {
@@ -109,20 +129,24 @@ impl Manifest {
     }
 }
 
-fn locate(document: &Document, Problem { path, message }: Problem) -> Located {
-    let (line, column) = document.place(&path);
+fn locate(document: &Document, Problem { path, message }: Problem) -> LocatedProblem {
+    let Place { line, column } = document.place(&path);
     let field = if path.is_empty() { "manifest" } else { &path };
-    (line, column, format!("{field}: {message}"))
+    LocatedProblem {
+        line,
+        column,
+        message: format!("{field}: {message}"),
+    }
 }
 
 /// Reads the pool in the file at `path`.
 ///
 /// # Errors
-/// [`ManifestError`], with every problem found.
+/// The file cannot be read, or all problems that were found in it.
 pub fn load(path: &Path) -> Result<Manifest, ManifestError> {
     let whole = |message: String| ManifestError {
         file: path.to_owned(),
-        problems: vec![(0, 0, message)],
+        problems: vec![LocatedProblem::of_file(message)],
     };
     let size = std::fs::metadata(path)
         .map_err(|error| whole(format!("cannot be read: {error}")))?
@@ -155,14 +179,14 @@ pub fn load(path: &Path) -> Result<Manifest, ManifestError> {
 /// Reads the pool in `text`.
 ///
 /// # Errors
-/// Line, column and message of every problem.
-pub fn parse(text: &str) -> Result<ValidPool, Vec<Located>> {
+/// Every problem with its place.
+pub fn parse(text: &str) -> Result<ValidPool, Vec<LocatedProblem>> {
     read(text).map(|(pool, _)| pool)
 }
 
-fn read(text: &str) -> Result<(ValidPool, Document), Vec<Located>> {
+fn read(text: &str) -> Result<(ValidPool, Document), Vec<LocatedProblem>> {
     let document = Document::parse(text).map_err(|problem| vec![problem])?;
-    let locate = |problems: Vec<Problem>| -> Vec<Located> {
+    let locate = |problems: Vec<Problem>| -> Vec<LocatedProblem> {
         let located = problems
             .into_iter()
             .map(|problem| locate(&document, problem));
@@ -185,19 +209,7 @@ fn read(text: &str) -> Result<(ValidPool, Document), Vec<Located>> {
     }
     let pool: ProcessingPool = serde_json::from_value(document.value.clone())
         .map_err(|error| locate(vec![Problem::new("", error.to_string())]))?;
-    // With defaults in place, as in the API server.
-    let object = serde_json::to_value(&pool)
-        .map_err(|error| locate(vec![Problem::new("", error.to_string())]))?;
-    // First, because it names the entry.
     let pool = ValidPool::new(&pool).map_err(&locate)?;
-    if let Err(errors) = Validator::new().validate(&crd_schema, &object, None) {
-        let broken = errors.into_vec().into_iter();
-        return Err(locate(
-            broken
-                .map(|error| Problem::new(error.field_path, error.message))
-                .collect(),
-        ));
-    }
     if let Err(problem) = &pool.template {
         return Err(locate(vec![problem.clone()]));
     }
@@ -242,23 +254,10 @@ fn check_kind(value: &Value) -> Result<(), Problem> {
     expect("kind", "ProcessingPool")?;
     expect("apiVersion", "portpool.dev/v1alpha1")?;
     match value.pointer("/metadata/name").and_then(Value::as_str) {
-        Some(name) if is_name(name) => Ok(()),
-        // The schema's own rule says the same, but cannot say where.
-        Some(name) => Err(Problem::new(
-            "metadata.name",
-            format!(
-                "must have 1 to 52 lower-case letters, digits and hyphens, begin with a letter and not end with a hyphen; this is {name:?}"
-            ),
-        )),
+        Some(name) => match rules::check_name(name).pop() {
+            Some(problem) => Err(problem),
+            None => Ok(()),
+        },
         None => Err(Problem::new("metadata", "name is missing")),
     }
-}
-
-fn is_name(name: &str) -> bool {
-    let is_allowed =
-        |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '-';
-    (1..=52).contains(&name.len())
-        && name.chars().all(is_allowed)
-        && name.starts_with(|letter: char| letter.is_ascii_lowercase())
-        && !name.ends_with('-')
 }

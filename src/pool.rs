@@ -1,9 +1,13 @@
-//! The `ProcessingPool` custom resource: its fields, bounds, defaults and CEL
-//! rules. No logic: the rules run in the API server and, unchanged, in
-//! `manifest`, which reads pools from files.
+//! The `ProcessingPool` custom resource: its fields, bounds and defaults.
+//!
+//! - `rules`: rules about several fields, for the API server and for this
+//!   program;
+//! - this file: everything else. It has no logic.
 //!
 //! Doc comments here become the CRD's descriptions, which `kubectl explain`
-//! prints; they give unit, bounds and default.
+//! prints. They are written for users and give unit, bounds and default.
+
+pub mod rules;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
@@ -12,8 +16,15 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+/// Most characters of a pool's name: pods and services append up to 11 to it, and
+/// a label has at most 63.
+pub const MAX_NAME_LENGTH: usize = 52;
+
 /// Most processing servers of one pool.
 pub const MAX_REPLICAS: i32 = 1000;
+
+/// Most connection servers of one pool.
+pub const MAX_CONNECTION_SERVERS: i32 = 10;
 
 /// Most processing servers times port entries, the ranges of a table: with
 /// names and addresses of the longest they fit into a ConfigMap's 1 MiB, and
@@ -22,6 +33,24 @@ pub const MAX_RANGES: u32 = 6000;
 
 /// Most port entries of one pool.
 pub const MAX_PORT_ENTRIES: usize = 8;
+
+/// Most characters of a port entry's name, as of a Service's port.
+pub const MAX_PORT_NAME_LENGTH: usize = 15;
+
+/// Most connection ports that one port entry gives a processing server.
+pub const MAX_COUNT: i32 = 10_000;
+
+/// The highest port number.
+pub const MAX_PORT: i32 = 65_535;
+
+/// Most seconds of waits that a user may choose to be long: one week.
+pub const WEEK_SECONDS: i32 = 604_800;
+
+/// Most seconds of waits that keep a port from other clients: one hour.
+pub const HOUR_SECONDS: i32 = 3_600;
+
+/// Most seconds that a session can be allowed to last: 30 days.
+pub const MONTH_SECONDS: i32 = 2_592_000;
 
 /// Where agents answer the selection protocol, on their server's address; no
 /// port entry may include it.
@@ -34,7 +63,7 @@ pub const AGENT_ADMIN_PORT: u16 = 7071;
 /// port nor a connection port.
 pub const CONNECTION_ADMIN_PORT: u16 = 7701;
 
-/// N processing servers behind a connection server. A client asks the load-sharing port, is told a connection port, connects there, and is bridged to the processing server that chose the port.
+/// The desired state of the pool.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "portpool.dev",
@@ -45,7 +74,7 @@ pub const CONNECTION_ADMIN_PORT: u16 = 7701;
     shortname = "pp",
     category = "portpool",
     namespaced,
-    cel,
+    doc = "A pool of processing servers behind a connection server, which gives each client a port of its own on one of the servers for a while. A client asks the load-sharing port for a session, receives a connection port, connects to it, and is forwarded to the processing server that selected the port.",
     derive = "PartialEq",
     status = "ProcessingPoolStatus",
     scale(
@@ -53,7 +82,7 @@ pub const CONNECTION_ADMIN_PORT: u16 = 7701;
         status_replicas_path = ".status.replicas",
         label_selector_path = ".status.selector"
     ),
-    validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message("metadata.name must have at most 52 lower-case letters, digits and hyphens, and begin with a letter: pods and services are named after it"),
+    validation = rules::NAME.to_schema(),
     printcolumn(name = "Desired", type_ = "integer", json_path = ".spec.replicas", description = "Processing servers wanted"),
     printcolumn(name = "Ready", type_ = "integer", json_path = ".status.readyReplicas", description = "Processing servers that are ready"),
     printcolumn(name = "Ports", type_ = "integer", json_path = ".status.ports", description = "Connection ports"),
@@ -66,50 +95,47 @@ pub const CONNECTION_ADMIN_PORT: u16 = 7701;
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.replicas * self.ports.map(entry, entry.count).sum() <= self.connectionServer.connectionPorts.last - self.connectionServer.connectionPorts.first + 1")
-        .message("replicas times the sum of the ports' counts must not exceed the number of connectionServer.connectionPorts: widen the range, or lower replicas or counts"),
-    validation = Rule::new("self.replicas * size(self.ports) <= 6000")
-        .message("replicas times the number of entries of ports must not exceed 6000, so that the port-relationship table fits into a ConfigMap: lower replicas or merge entries"),
-    validation = Rule::new("self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.shared ? 0 : other.count - 1) || other.port > one.port + (one.shared ? 0 : one.count - 1)))")
-        .message("server ports of two entries of ports overlap: port, port+1 and so on, count of them unless shared; move one of them")
+    validation = rules::ENOUGH_PORTS.to_schema(),
+    validation = rules::TABLE_FITS.to_schema(),
+    validation = rules::NO_OVERLAP.to_schema()
 )]
 pub struct ProcessingPoolSpec {
     /// Number of processing servers, 0 to 1000. Default 2.
     #[serde(default = "default_replicas")]
-    #[schemars(range(min = 0, max = 1000))]
+    #[schemars(range(min = 0, max = MAX_REPLICAS))]
     pub replicas: i32,
 
-    /// What each processing server listens on, by name; 1 to 8 entries. Every processing server gets its own connection ports for every entry. Where an entry changes, servers get ports for it anew and the sessions on the former ones end.
-    #[schemars(length(min = 1, max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, the servers get new connection ports for it, and the sessions on the former ports end.
+    #[schemars(length(min = 1, max = MAX_PORT_ENTRIES), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub ports: Vec<PortEntry>,
 
-    /// The server that clients ask and connect to.
+    /// The connection server, which clients send requests and connect to. Default: the defaults of its fields.
     #[serde(default)]
-    #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, clients know the addresses it gave: create another pool"))]
-    #[x_kube(validation = Rule::new("self.loadSharingPort < self.connectionPorts.first || self.loadSharingPort > self.connectionPorts.last").message("loadSharingPort must lie outside connectionPorts"))]
-    #[x_kube(validation = Rule::new("self.loadSharingPort != 7701 && (self.connectionPorts.first > 7701 || self.connectionPorts.last < 7701)").message("neither loadSharingPort nor connectionPorts may include 7701, where connection servers have their admin pages"))]
+    #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, because clients know the addresses that it gave: create another pool"))]
+    #[x_kube(validation = rules::LOAD_SHARING_PORT_OUTSIDE.to_schema())]
+    #[x_kube(validation = rules::ADMIN_PORT_FREE.to_schema())]
     pub connection_server: ConnectionServer,
 
-    /// How a request is given its processing server.
+    /// How the processing server for a request is chosen. Default: the defaults of its fields.
     #[serde(default)]
     pub load_sharing: LoadSharing,
 
-    /// How long sessions may take, and who may connect.
+    /// How long sessions last, and who may connect. Default: the defaults of its fields.
     #[serde(default)]
     pub sessions: Sessions,
 
-    /// Seconds that live sessions may keep a processing server that is to go, because the pool shrinks or its template has changed, 0 to 604800. Default 600. `portpool local` has an option instead.
+    /// Longest time in seconds that live sessions keep a processing server running after the pool has shrunk or the template has changed, 0 to 604800. Default 600. `portpool local` uses its option --drain-seconds instead.
     #[serde(default = "default_drain_seconds")]
-    #[schemars(range(min = 0, max = 604800))]
+    #[schemars(range(min = 0, max = WEEK_SECONDS))]
     pub drain_seconds: i32,
 
-    /// The pod of one processing server, as in a Deployment. `portpool local` runs its containers' command, args and env as processes.
+    /// Template for the pod of a processing server, as in a Deployment. `portpool local` runs the command, args and env of its containers as processes.
     #[schemars(schema_with = "preserved_template")]
     pub template: PodTemplate,
 }
 
-/// A pod template as it was written, unknown fields included: the API server
-/// knows newer fields than this program, and names those that nobody knows.
+/// A pod template as it was written, unknown fields included: the API server may
+/// know newer fields than this program, and it rejects those that it does not know.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct PodTemplate(pub serde_json::Value);
@@ -127,87 +153,87 @@ fn default_replicas() -> i32 {
 fn preserved_template(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
     schemars::json_schema!({
         "type": "object",
-        "description": "The pod of one processing server, as in a Deployment. `portpool local` runs its containers' command, args and env as processes.",
+        "description": "Template for the pod of a processing server, as in a Deployment. `portpool local` runs the command, args and env of its containers as processes.",
         "x-kubernetes-preserve-unknown-fields": true
     })
 }
 
-/// What the operator has found and done.
+/// The observed state of the pool, written by the controller.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ProcessingPoolStatus {
-    /// Generation of the spec that this status is about.
+    /// The metadata.generation of the spec that this status is about.
     pub observed_generation: i64,
 
-    /// Processing servers that exist.
+    /// Number of processing servers that exist.
     pub replicas: i32,
 
-    /// Processing servers that are ready.
+    /// Number of processing servers that are ready.
     pub ready_replicas: i32,
 
-    /// Selects the pods of the processing servers, for the scale subresource.
+    /// Label selector of the pods of the processing servers, for the scale subresource.
     pub selector: String,
 
-    /// Connection ports in the port-relationship table.
+    /// Number of connection ports in the port-relationship table.
     pub ports: i32,
 
-    /// Generation of the port-relationship table.
+    /// Generation of the port-relationship table. It only grows.
     pub table_generation: i64,
 
-    /// Live sessions, when a connection server has told.
+    /// Number of live sessions; absent while no connection server answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sessions: Option<i32>,
 
-    /// Ports that a request could get, when a connection server has told.
+    /// Number of connection ports that a request could get; absent while no connection server answers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub free_ports: Option<i32>,
 
-    /// Where requests go, once known.
+    /// Address that clients send requests to; absent until it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
 
-    /// One sentence: what the pool waits for, or that it is complete.
+    /// One sentence that says what the pool waits for, or that it is complete.
     pub message: String,
 
-    /// Ready: the pool is as its spec says. Progressing: something is being changed. Degraded: something needs attention. ConnectionServerAvailable: requests are answered.
+    /// Conditions of the pool. Ready: the pool is as its spec says. Progressing: the controller is changing something. Degraded: something needs the attention of the user. ConnectionServerAvailable: requests are answered.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
 
-/// A run of ports that each processing server's workload listens on.
+/// A run of ports that the workload of each processing server listens on.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.shared || self.port + self.count - 1 <= 65535").message("port + count - 1 must not exceed 65535"),
-    validation = Rule::new("self.proxyProtocol == 'None' || self.protocol == 'TCP'").message("proxyProtocol V2 needs protocol TCP"),
-    validation = Rule::new("self.protocol == 'UDP' || self.port > 7071 || self.port + (self.shared ? 0 : self.count - 1) < 7070").message("port, and port + count - 1 unless shared, must not include 7070 and 7071, where portpool's agent listens: move the workload's ports")
+    validation = rules::LAST_PORT_EXISTS.to_schema(),
+    validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
+    validation = rules::AGENT_PORTS_FREE.to_schema()
 )]
 pub struct PortEntry {
-    /// Name that requests choose it by: lower-case letters, digits and hyphens, at most 15 characters. Unique in the pool.
+    /// Name by which requests choose this entry: 1 to 15 lower-case letters, digits and hyphens, with no hyphen at either end. Unique in the pool.
     #[schemars(
-        length(min = 1, max = 15),
+        length(min = 1, max = MAX_PORT_NAME_LENGTH),
         regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
     )]
     pub name: String,
 
-    /// First port that the workload listens on, 1 to 65535.
-    #[schemars(range(min = 1, max = 65535))]
+    /// First port that the workload listens on, 1 to 65535. TCP ports 7070 and 7071 are taken by the agent.
+    #[schemars(range(min = 1, max = MAX_PORT))]
     pub port: i32,
 
-    /// Number of sessions one processing server takes here at once, each on its own connection port, 1 to 10000. Unless `shared`, the workload listens on this many ports: port, port+1, and so on. Default 1.
+    /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. Unless `shared` is true, the workload listens on this many ports: port, port + 1, and so on. Default 1.
     #[serde(default = "default_count")]
-    #[schemars(range(min = 1, max = 10000))]
+    #[schemars(range(min = 1, max = MAX_COUNT))]
     pub count: i32,
 
-    /// What is forwarded: TCP, UDP, or both. Default TCP.
+    /// Transport protocols that are forwarded: TCP, UDP or TCPUDP (both on the same numbers). Default TCP.
     #[serde(default)]
     pub protocol: PortProtocol,
 
-    /// Whether all connection ports lead to the one server port `port`, for workloads that serve many clients on one port. Default false: connection port and server port go in step.
+    /// Whether all connection ports lead to the one server port `port`, for workloads that serve many clients on one port. Default false: each connection port leads to a server port of its own.
     #[serde(default)]
     pub shared: bool,
 
-    /// Whether the processing server is told the client's address in a PROXY protocol header at the start of each TCP connection: None or V2. Default None.
+    /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
     #[serde(default)]
     pub proxy_protocol: ProxyProtocol,
 }
@@ -272,27 +298,27 @@ pub enum ProxyProtocol {
     V2,
 }
 
-/// The connection server's part of a pool.
+/// The connection server of a pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ConnectionServer {
-    /// Number of connection servers, 1 to 10. Any of them serves any client. Default 1.
-    #[schemars(range(min = 1, max = 10))]
+    /// Number of connection servers, 1 to 10. Each of them serves any client. Default 1.
+    #[schemars(range(min = 1, max = MAX_CONNECTION_SERVERS))]
     pub replicas: i32,
 
-    /// Port that requests go to (HTTP), 1 to 65535. A change rolls the connection servers out anew; connections through the former ones have drainSeconds to end. Default 7700.
-    #[schemars(range(min = 1, max = 65535))]
+    /// Load-sharing port: the HTTP port that clients send requests to, 1 to 65535, outside connectionPorts and not 7701. A change replaces the connection servers; connections through the former ones have drainSeconds to end. Default 7700.
+    #[schemars(range(min = 1, max = MAX_PORT))]
     pub load_sharing_port: i32,
 
-    /// Range that connection ports are taken from. Keep it outside the kernel's ip_local_port_range, by default 32768 to 60999. A server keeps its ports while the range has them; where a changed range does not, it gets others and the sessions on the former ones end. Default 20000 to 29999.
+    /// Range that connection ports are taken from. Keep it outside the ip_local_port_range of the kernel, which is 32768 to 60999 by default. A processing server keeps its ports while the range includes them; otherwise it gets other ports, and the sessions on the former ones end. Default 20000 to 29999.
     pub connection_ports: ConnectionPorts,
 
-    /// Address that clients are told to connect to: an IP address or a DNS name of at most 253 characters. Default: the one their request came to.
+    /// Address that answers give clients to connect to: an IP address or a DNS name of 1 to 253 characters. Default: the address that the client sent its request to.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[0-9A-Za-z.:_-]+$"))]
     pub advertised_address: Option<String>,
 
-    /// How clients outside the pod network reach the connection server: ClusterIP, NodePort, LoadBalancer or HostNetwork. Default ClusterIP. `portpool local` ignores it.
+    /// How clients outside the pod network reach the connection server: ClusterIP (not at all), NodePort, LoadBalancer or HostNetwork. It cannot be changed. Default ClusterIP. `portpool local` ignores it.
     pub exposure: Exposure,
 }
 
@@ -312,15 +338,15 @@ impl Default for ConnectionServer {
 #[derive(KubeSchema, Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.first <= self.last").message("first must not be above last")
+    validation = rules::IN_ORDER.to_schema()
 )]
 pub struct ConnectionPorts {
-    /// First connection port, 1 to 65535.
-    #[schemars(range(min = 1, max = 65535))]
+    /// First port of the range, 1 to 65535.
+    #[schemars(range(min = 1, max = MAX_PORT))]
     pub first: i32,
 
-    /// Last connection port, 1 to 65535, not below first.
-    #[schemars(range(min = 1, max = 65535))]
+    /// Last port of the range, 1 to 65535, not below first.
+    #[schemars(range(min = 1, max = MAX_PORT))]
     pub last: i32,
 }
 
@@ -336,22 +362,22 @@ impl Default for ConnectionPorts {
 /// How clients outside the pod network reach the connection server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Exposure {
-    /// Only from inside the cluster.
+    /// Clients reach it only from inside the cluster.
     #[default]
     ClusterIP,
-    /// On every node, node port = connection port.
+    /// Clients reach it on every node; the node port is the connection port.
     NodePort,
-    /// By a load balancer of the cluster's provider.
+    /// Clients reach it through a load balancer of the provider of the cluster.
     LoadBalancer,
-    /// On the addresses of the nodes that run the connection servers.
+    /// Clients reach it on the addresses of the nodes that run the connection servers.
     HostNetwork,
 }
 
-/// How a request is given its processing server.
+/// How the processing server for a request is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LoadSharing {
-    /// LeastSessions: the server with the fewest sessions. RoundRobin: each in turn. Packed: the fullest server that has room, so that others run empty. AffinityHash: requests with the same affinity key go to the same server while it has room. Default LeastSessions.
+    /// Policy by which the server is chosen. LeastSessions: the server with the fewest sessions. RoundRobin: each server in turn. Packed: the fullest server that has room, so that others become empty. AffinityHash: requests with the same affinity key go to the same server while it has room. Default LeastSessions.
     pub policy: Policy,
 }
 
@@ -371,34 +397,34 @@ pub enum Policy {
     AffinityHash,
 }
 
-/// How long sessions may take, and who may connect.
+/// How long sessions last, and who may connect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Sessions {
-    /// Seconds that a selected port waits for its client, 1 to 3600. Default 30.
-    #[schemars(range(min = 1, max = 3600))]
+    /// Time in seconds that a selected port waits for its client to connect, 1 to 3600. Default 30.
+    #[schemars(range(min = 1, max = HOUR_SECONDS))]
     pub claim_seconds: i32,
 
-    /// Seconds without a byte after which a TCP connection is reset, 1 to 604800; 0 means never. Default 3600.
-    #[schemars(range(min = 0, max = 604800))]
+    /// Time in seconds without a byte after which a TCP connection is reset, 1 to 604800; 0 means never. Default 3600.
+    #[schemars(range(min = 0, max = WEEK_SECONDS))]
     pub idle_timeout_seconds: i32,
 
-    /// Seconds without a datagram after which a UDP client counts as gone, 1 to 604800. Default 60.
-    #[schemars(range(min = 1, max = 604800))]
+    /// Time in seconds without a datagram after which a UDP client counts as gone, 1 to 604800. Default 60.
+    #[schemars(range(min = 1, max = WEEK_SECONDS))]
     pub udp_idle_timeout_seconds: i32,
 
-    /// Seconds after which a session is ended whatever it does, up to 2592000; 0 means never. Default 0.
-    #[schemars(range(min = 0, max = 2592000))]
+    /// Longest duration of a session in seconds, 1 to 2592000, after which it is ended even if it is in use; 0 means no limit. Default 0.
+    #[schemars(range(min = 0, max = MONTH_SECONDS))]
     pub max_duration_seconds: i32,
 
-    /// Seconds that a session outlives its last connection, so that its client may come back, 0 to 3600. Default 5.
-    #[schemars(range(min = 0, max = 3600))]
+    /// Time in seconds that a session continues after its last connection, so that its client may connect again, 0 to 3600. Default 5.
+    #[schemars(range(min = 0, max = HOUR_SECONDS))]
     pub linger_seconds: i32,
 
     /// Whether a connection needs a session. Reserved: connections to a port without one are reset. Open: they are forwarded. Default Reserved.
     pub admission: Admission,
 
-    /// Who may connect to a session's port. Any: whoever knows it. Requester: only the address that the request came from. Default Any.
+    /// Who may connect to the port of a session. Any: every client that knows the port. Requester: only the address that the request came from. Default Any.
     pub client_binding: ClientBinding,
 }
 
@@ -431,7 +457,7 @@ pub enum Admission {
     Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, ToSchema,
 )]
 pub enum ClientBinding {
-    /// Whoever knows the port.
+    /// Every client that knows the port.
     #[default]
     Any,
     /// Only the address that the request came from.

@@ -1,4 +1,4 @@
-//! YAML as JSON values, with the place of every value.
+//! Parses YAML into JSON values and keeps the place of every value.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -7,46 +7,61 @@ use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor}
 use serde_json::{Map, Value};
 use serde_saphyr::Spanned;
 
-/// Deepest nesting; the deepest manifest that makes sense has about 20 levels.
+use super::LocatedProblem;
+
+/// Deepest allowed nesting; the deepest useful manifest has about 20 levels.
 const MAX_DEPTH: usize = 64;
 
 /// A YAML document.
 #[derive(Debug)]
 pub(super) struct Document {
     pub(super) value: Value,
-    /// Line and column by path, as in `spec.ports[0].count`.
-    places: HashMap<String, (u64, u64)>,
+    /// Places by path, as in `spec.ports[0].count`.
+    places: HashMap<String, Place>,
+}
+
+/// A place in a file.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Line, from 1; 0 when unknown.
+    pub(super) line: u64,
+    /// Column, from 1; 0 when unknown.
+    pub(super) column: u64,
 }
 
 impl Document {
     /// Parses `text`, one YAML document.
     ///
     /// # Errors
-    /// Line, column and message.
-    pub(super) fn parse(text: &str) -> Result<Self, (u64, u64, String)> {
+    /// The first problem of the syntax, or of the nesting.
+    pub(super) fn parse(text: &str) -> Result<Self, LocatedProblem> {
+        let located = |Place { line, column }, message| LocatedProblem {
+            line,
+            column,
+            message,
+        };
         let node: Spanned<Node> = serde_saphyr::from_str(text).map_err(|error| {
-            let place = error
+            let (line, column) = error
                 .location()
                 .map_or((0, 0), |at| (at.line(), at.column()));
             let message = error.without_snippet().to_string();
-            (place.0, place.1, plain(&message))
+            located(Place { line, column }, plain(&message))
         })?;
         let mut document = Self {
             value: Value::Null,
             places: HashMap::new(),
         };
-        document.value = document.add(String::new(), node, 0).map_err(|at| {
-            (
-                at.0,
-                at.1,
+        document.value = document.add(String::new(), node, 0).map_err(|place| {
+            located(
+                place,
                 format!("is nested more than {MAX_DEPTH} levels deep"),
             )
         })?;
         Ok(document)
     }
 
-    /// Line and column of `path`, or of the nearest value around it.
-    pub(super) fn place(&self, path: &str) -> (u64, u64) {
+    /// The place of `path`, or of the nearest value around it.
+    pub(super) fn place(&self, path: &str) -> Place {
         let mut path = path;
         loop {
             if let Some(place) = self.places.get(path) {
@@ -54,18 +69,22 @@ impl Document {
             }
             match path.rfind(['.', '[']) {
                 Some(end) => path = &path[..end],
-                None => return self.places.get("").copied().unwrap_or((1, 1)),
+                None => {
+                    return self
+                        .places
+                        .get("")
+                        .copied()
+                        .unwrap_or(Place { line: 1, column: 1 });
+                }
             }
         }
     }
 
-    fn add(
-        &mut self,
-        path: String,
-        node: Spanned<Node>,
-        depth: usize,
-    ) -> Result<Value, (u64, u64)> {
-        let place = (node.referenced.line(), node.referenced.column());
+    fn add(&mut self, path: String, node: Spanned<Node>, depth: usize) -> Result<Value, Place> {
+        let place = Place {
+            line: node.referenced.line(),
+            column: node.referenced.column(),
+        };
         if depth > MAX_DEPTH {
             return Err(place);
         }
@@ -85,9 +104,12 @@ impl Document {
                     } else {
                         format!("{path}.{}", key.value)
                     };
-                    let key_place = (key.referenced.line(), key.referenced.column());
+                    let key_place = Place {
+                        line: key.referenced.line(),
+                        column: key.referenced.column(),
+                    };
                     let value = self.add(within.clone(), item, depth + 1)?;
-                    // Where the key is, not the value: that is what one looks for.
+                    // The place of the key, not of the value: users search for it.
                     self.places.insert(within, key_place);
                     map.insert(key.value, value);
                 }
@@ -99,8 +121,8 @@ impl Document {
     }
 }
 
-/// The parser's message without what it says to programmers, and without the
-/// place, which is told before it.
+/// The parser's message without hints for programmers, and without the place,
+/// which stands before the message.
 fn plain(message: &str) -> String {
     let line = message.lines().next().unwrap_or_default();
     let line = line.split(" at line ").next().unwrap_or_default();

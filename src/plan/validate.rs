@@ -1,5 +1,6 @@
-//! From a spec to a pool that can be planned: numbers become their types, and
-//! what no schema can say is checked.
+//! From a spec to a pool that can be planned. Numbers become their types, bounds
+//! are checked, and so are the rules about several fields (`pool::rules`). The API
+//! server has checked the same; a pool from a file is checked only here.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -7,53 +8,36 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use kube::ResourceExt;
 
+pub use crate::pool::rules::Problem;
 use crate::pool::{
-    AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Exposure, LoadSharing, MAX_PORT_ENTRIES,
-    MAX_RANGES, MAX_REPLICAS, PodTemplate, PortProtocol, ProcessingPool, ProxyProtocol, Sessions,
+    ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT, MAX_PORT,
+    MAX_PORT_ENTRIES, MAX_REPLICAS, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
+    ProxyProtocol, Sessions, WEEK_SECONDS, rules,
 };
 use crate::table::TargetPort;
 
-/// What is wrong with a spec.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// The field, as in `spec.ports[0].count`.
-    pub path: String,
-    /// What is wrong, and the remedy.
-    pub message: String,
-}
-
-impl Problem {
-    /// A problem with the field at `path`.
-    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
-        Self {
-            path: path.into(),
-            message: message.into(),
-        }
-    }
-}
-
-/// A pool that can be planned: whatever its numbers, planning cannot fail.
+/// A pool that can be planned: planning it cannot fail.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ValidPool {
-    /// The resource's name.
+    /// Name of the resource.
     pub name: String,
-    /// Processing servers.
+    /// Number of processing servers.
     pub replicas: u32,
-    /// What each listens on.
+    /// The ports that each processing server listens on.
     pub entries: Vec<Entry>,
-    /// Where connection ports are taken from.
+    /// The range that connection ports are taken from.
     pub connection_ports: RangeInclusive<u16>,
-    /// Connection servers.
+    /// Number of connection servers.
     pub connection_servers: u32,
-    /// Port that requests go to.
+    /// The port that requests go to.
     pub load_sharing_port: u16,
-    /// Address that clients are told.
+    /// The address that answers give clients.
     pub advertised_address: Option<String>,
     /// How processing servers are chosen.
     pub load_sharing: LoadSharing,
-    /// Times and admission.
+    /// How long sessions last, and who may connect.
     pub sessions: Sessions,
-    /// How long live sessions may keep a server that is to go.
+    /// The longest time that live sessions keep a server from being stopped.
     pub drain_limit: Duration,
     /// How clients outside the pod network reach the connection server.
     pub exposure: Exposure,
@@ -68,225 +52,136 @@ pub struct ValidPool {
 /// A port entry with checked numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// Its name.
+    /// Name of the entry.
     pub name: String,
     /// First server port.
     pub port: TargetPort,
-    /// Connection ports per processing server, at least 1.
+    /// Number of connection ports for each processing server, at least 1.
     pub count: u16,
-    /// What is forwarded.
+    /// The transport protocols that are forwarded.
     pub protocol: PortProtocol,
-    /// All connection ports lead to `port`.
+    /// Whether all connection ports lead to `port`.
     pub shared: bool,
-    /// Whether the server is told the client's address.
+    /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
-}
-
-impl Entry {
-    fn server_ports(&self) -> RangeInclusive<u32> {
-        let first = u32::from(self.port.get());
-        let steps = if self.shared {
-            1
-        } else {
-            u32::from(self.count)
-        };
-        first..=first + steps - 1
-    }
-
-    fn clashes(&self, other: &Self) -> bool {
-        let same_transport = (self.protocol.has_tcp() && other.protocol.has_tcp())
-            || (self.protocol.has_udp() && other.protocol.has_udp());
-        let (one, another) = (self.server_ports(), other.server_ports());
-        same_transport && one.start() <= another.end() && another.start() <= one.end()
-    }
 }
 
 impl ValidPool {
     /// Checks `pool`.
     ///
     /// # Errors
-    /// Every [`Problem`], in the order of the fields.
+    /// All [`Problem`]s with single fields; if there are none, those with rules
+    /// about several fields. Both are in the order of the fields.
     pub fn new(pool: &ProcessingPool) -> Result<Self, Vec<Problem>> {
         let spec = &pool.spec;
-        let mut problems = Vec::new();
-        let replicas = number(
-            spec.replicas,
-            0,
-            MAX_REPLICAS,
-            "spec.replicas",
-            &mut problems,
-        );
-        let entries = entries(pool, &mut problems);
-        let server = &spec.connection_server;
-        let port = |value, path: &str, problems: &mut Vec<Problem>| {
-            u16::try_from(number(value, 1, 65_535, path, problems)).unwrap_or(1)
-        };
-        let load_sharing_port = port(
-            server.load_sharing_port,
-            "spec.connectionServer.loadSharingPort",
-            &mut problems,
-        );
-        let range = server.connection_ports;
-        let first = port(
-            range.first,
-            "spec.connectionServer.connectionPorts.first",
-            &mut problems,
-        );
-        let last = port(
-            range.last,
-            "spec.connectionServer.connectionPorts.last",
-            &mut problems,
-        );
-        let connection_servers = number(
-            server.replicas,
-            1,
-            10,
-            "spec.connectionServer.replicas",
-            &mut problems,
-        );
-        if first > last {
-            let message = format!("must not be above last ({last}); this is {first}");
-            problems.push(Problem::new(
-                "spec.connectionServer.connectionPorts.first",
-                message,
-            ));
-        } else if (first..=last).contains(&load_sharing_port) {
-            let message =
-                format!("{load_sharing_port} must lie outside connectionPorts, {first} to {last}");
-            problems.push(Problem::new(
-                "spec.connectionServer.loadSharingPort",
-                message,
-            ));
+        let mut checker = Checker::default();
+        let replicas = checker.number(spec.replicas, 0..=MAX_REPLICAS, "spec.replicas");
+        let entries = checker.entries(&spec.ports);
+        let server = checker.connection_server(&spec.connection_server);
+        let drain_seconds =
+            checker.number(spec.drain_seconds, 0..=WEEK_SECONDS, "spec.drainSeconds");
+        if checker.problems.is_empty() {
+            checker.problems = rules::check(spec);
         }
-        for (is_taken, path) in [
-            (
-                load_sharing_port == CONNECTION_ADMIN_PORT,
-                "loadSharingPort",
-            ),
-            (
-                (first..=last).contains(&CONNECTION_ADMIN_PORT),
-                "connectionPorts",
-            ),
-        ] {
-            if is_taken {
-                let message = format!(
-                    "must not include {CONNECTION_ADMIN_PORT}, where connection servers have their admin pages"
-                );
-                problems.push(Problem::new(
-                    format!("spec.connectionServer.{path}"),
-                    message,
-                ));
-            }
+        if !checker.problems.is_empty() {
+            return Err(checker.problems);
         }
-        let per_server: u32 = entries.iter().map(|entry| u32::from(entry.count)).sum();
-        let (needed, there) = (
-            per_server * replicas,
-            (u32::from(last) + 1).saturating_sub(first.into()),
-        );
-        if needed > there && first <= last {
-            problems.push(Problem::new("spec.connectionServer.connectionPorts", format!(
-                "{replicas} servers with {per_server} ports each need {needed} connection ports, but {first} to {last} has {there}: widen connectionPorts, or lower replicas or the ports' counts"
-            )));
-        }
-        let ranges = replicas.saturating_mul(u32::try_from(entries.len()).unwrap_or(u32::MAX));
-        if ranges > MAX_RANGES {
-            problems.push(Problem::new("spec.ports", format!(
-                "{replicas} servers with {} entries make {ranges} ranges; {MAX_RANGES} fit into the port-relationship table: lower replicas or merge entries", entries.len()
-            )));
-        }
-        let drain_seconds = number(
-            spec.drain_seconds,
-            0,
-            604_800,
-            "spec.drainSeconds",
-            &mut problems,
-        );
-        if !problems.is_empty() {
-            return Err(problems);
-        }
-        let template = serde_json::from_value(spec.template.0.clone())
-            .map_err(|error| Problem::new("spec.template", error.to_string()));
         Ok(Self {
             name: pool.name_any(),
             replicas,
             entries,
-            connection_ports: first..=last,
-            connection_servers,
-            load_sharing_port,
-            advertised_address: server.advertised_address.clone(),
+            connection_ports: server.connection_ports,
+            connection_servers: server.replicas,
+            load_sharing_port: server.load_sharing_port,
+            advertised_address: spec.connection_server.advertised_address.clone(),
             load_sharing: spec.load_sharing.clone(),
             sessions: spec.sessions.clone(),
             drain_limit: Duration::from_secs(drain_seconds.into()),
-            exposure: server.exposure,
-            template,
+            exposure: spec.connection_server.exposure,
+            template: serde_json::from_value(spec.template.0.clone())
+                .map_err(|error| Problem::new("spec.template", error.to_string())),
             raw_template: spec.template.clone(),
         })
     }
 }
 
-fn entries(pool: &ProcessingPool, problems: &mut Vec<Problem>) -> Vec<Entry> {
-    let listed = &pool.spec.ports;
-    if listed.is_empty() || listed.len() > MAX_PORT_ENTRIES {
-        let message = format!(
-            "must have 1 to {MAX_PORT_ENTRIES} entries; this has {}",
-            listed.len()
-        );
-        problems.push(Problem::new("spec.ports", message));
+/// The numbers of a connection server, checked.
+struct CheckedServer {
+    replicas: u32,
+    load_sharing_port: u16,
+    connection_ports: RangeInclusive<u16>,
+}
+
+/// Checks the bounds of single fields and collects what is wrong. A value out of
+/// bounds is replaced by the nearest bound, so that checking goes on.
+#[derive(Default)]
+struct Checker {
+    problems: Vec<Problem>,
+}
+
+impl Checker {
+    fn report(&mut self, path: impl Into<String>, message: impl Into<String>) {
+        self.problems.push(Problem::new(path, message));
     }
-    let mut entries: Vec<Entry> = Vec::new();
-    for (index, entry) in listed.iter().enumerate() {
-        let path = format!("spec.ports[{index}]");
-        let port = number(entry.port, 1, 65_535, &format!("{path}.port"), problems);
-        let count = number(entry.count, 1, 10_000, &format!("{path}.count"), problems);
-        let entry = Entry {
-            name: entry.name.clone(),
-            port: u16::try_from(port)
-                .ok()
-                .and_then(TargetPort::new)
-                .expect("1 to 65535 was checked"),
-            count: u16::try_from(count).expect("1 to 10000 was checked"),
-            protocol: entry.protocol,
-            shared: entry.shared,
-            proxy_protocol: entry.proxy_protocol,
-        };
-        let last = *entry.server_ports().end();
-        if last > 65_535 {
-            let message = format!("port + count - 1 is {last}, above 65535: lower one of them");
-            problems.push(Problem::new(format!("{path}.count"), message));
+
+    fn number(&mut self, value: i32, bounds: RangeInclusive<i32>, path: &str) -> u32 {
+        let (least, most) = (*bounds.start(), *bounds.end());
+        if !bounds.contains(&value) {
+            self.report(path, format!("must be {least} to {most}; this is {value}"));
         }
-        for reserved in [AGENT_PORT, AGENT_ADMIN_PORT] {
-            if entry.protocol.has_tcp() && entry.server_ports().contains(&u32::from(reserved)) {
-                let message = format!(
-                    "includes {reserved}, where portpool's agent listens: move the workload's ports"
-                );
-                problems.push(Problem::new(format!("{path}.port"), message));
-            }
+        u32::try_from(value.clamp(least, most)).expect("bounds are not negative")
+    }
+
+    fn port(&mut self, value: i32, path: &str) -> u16 {
+        let number = self.number(value, 1..=MAX_PORT, path);
+        u16::try_from(number).expect("a port was checked")
+    }
+
+    fn connection_server(&mut self, server: &ConnectionServer) -> CheckedServer {
+        let path = |field: &str| format!("spec.connectionServer.{field}");
+        let ports = server.connection_ports;
+        let load_sharing_port = self.port(server.load_sharing_port, &path("loadSharingPort"));
+        let first = self.port(ports.first, &path("connectionPorts.first"));
+        let last = self.port(ports.last, &path("connectionPorts.last"));
+        let bounds = 1..=MAX_CONNECTION_SERVERS;
+        CheckedServer {
+            replicas: self.number(server.replicas, bounds, &path("replicas")),
+            load_sharing_port,
+            connection_ports: first..=last,
         }
-        for other in &entries {
-            if other.name == entry.name {
+    }
+
+    fn entries(&mut self, listed: &[PortEntry]) -> Vec<Entry> {
+        if listed.is_empty() || listed.len() > MAX_PORT_ENTRIES {
+            let number = listed.len();
+            let message = format!("must have 1 to {MAX_PORT_ENTRIES} entries; this has {number}");
+            self.report("spec.ports", message);
+        }
+        let mut entries: Vec<Entry> = Vec::new();
+        for (index, entry) in listed.iter().enumerate() {
+            let path = format!("spec.ports[{index}]");
+            if entries.iter().any(|other| other.name == entry.name) {
                 let message = format!(
                     "{:?} is the name of an earlier entry: names are unique",
                     entry.name
                 );
-                problems.push(Problem::new(format!("{path}.name"), message));
-            } else if other.clashes(&entry) {
-                let message = format!(
-                    "ports {} to {last} overlap those of entry {:?}",
-                    entry.port, other.name
-                );
-                problems.push(Problem::new(format!("{path}.port"), message));
+                self.report(format!("{path}.name"), message);
             }
+            entries.push(self.entry(entry, &path));
         }
-        entries.push(entry);
+        entries
     }
-    entries
-}
 
-/// `value` if it is in bounds; else a problem and the nearest bound.
-fn number(value: i32, least: i32, most: i32, path: &str, problems: &mut Vec<Problem>) -> u32 {
-    if !(least..=most).contains(&value) {
-        let message = format!("must be {least} to {most}; this is {value}");
-        problems.push(Problem::new(path, message));
+    fn entry(&mut self, entry: &PortEntry, path: &str) -> Entry {
+        let port = self.port(entry.port, &format!("{path}.port"));
+        let count = self.number(entry.count, 1..=MAX_COUNT, &format!("{path}.count"));
+        Entry {
+            name: entry.name.clone(),
+            port: TargetPort::new(port).expect("a port was checked"),
+            count: u16::try_from(count).expect("a count was checked"),
+            protocol: entry.protocol,
+            shared: entry.shared,
+            proxy_protocol: entry.proxy_protocol,
+        }
     }
-    u32::try_from(value.clamp(least, most)).expect("bounds are not negative")
 }

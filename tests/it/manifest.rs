@@ -2,7 +2,13 @@
 
 use std::path::Path;
 
+use kube::ResourceExt;
+use kube_cel::Validator;
 use portpool::manifest;
+use portpool::pool::{
+    ConnectionPorts, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol,
+    rules,
+};
 use proptest::prelude::*;
 
 const GOOD: &str = "\
@@ -167,9 +173,9 @@ fn wrong_manifests_are_located_and_explained() {
     for (from, to, line, column, words) in cases {
         let text = GOOD.replacen(from, to, 1);
         let problems = manifest::parse(&text).expect_err(to);
-        let hit = problems.iter().any(|(found_line, found_column, message)| {
-            (*found_line == line && (column == 0 || *found_column == column) || words.is_empty())
-                && message.contains(words)
+        let hit = problems.iter().any(|found| {
+            (found.line == line && (column == 0 || found.column == column) || words.is_empty())
+                && found.message.contains(words)
         });
         assert!(
             hit,
@@ -236,6 +242,179 @@ fn every_field_of_the_crd_is_described() {
         &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"],
         "spec",
     );
+}
+
+/// What the CEL rules of the CRD say against `spec`.
+fn broken_cel_rules(validator: &Validator, spec: &ProcessingPoolSpec) -> Vec<String> {
+    let crd = serde_json::to_value(manifest::crd()).unwrap();
+    let mut schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone();
+    schema["properties"]["metadata"] = serde_json::json!({ "type": "object" });
+    let pool = ProcessingPool::new("small", spec.clone());
+    let object = serde_json::to_value(&pool).unwrap();
+    let errors = validator.validate(&schema, &object, None).err();
+    let errors = errors
+        .into_iter()
+        .flat_map(kube_cel::ValidationErrors::into_vec);
+    errors.map(|error| error.message).collect()
+}
+
+fn small_pool() -> ProcessingPoolSpec {
+    serde_json::from_value(serde_json::json!({
+        "ports": [{ "name": "a", "port": 7000, "count": 2 }, { "name": "b", "port": 8000 }],
+        "template": {},
+    }))
+    .unwrap()
+}
+
+#[test]
+fn every_rule_is_the_same_in_cel_and_in_code() {
+    type Change = fn(&mut ProcessingPoolSpec);
+    // A change that breaks a rule, where, and words of the API server's message.
+    let cases: [(Change, &str, &str); 10] = [
+        (
+            |spec| spec.connection_server.connection_ports.last = 20_004,
+            "spec.connectionServer.connectionPorts",
+            "widen the range",
+        ),
+        (
+            |spec| {
+                spec.replicas = 1000;
+                spec.ports = (0..7).map(|index| entry(index, 9000 + index, 1)).collect();
+            },
+            "spec.ports",
+            "fits into a ConfigMap",
+        ),
+        (
+            |spec| spec.ports[1].port = 7001,
+            "spec.ports[1].port",
+            "overlap",
+        ),
+        (
+            |spec| spec.connection_server.load_sharing_port = 20_000,
+            "spec.connectionServer.loadSharingPort",
+            "outside connectionPorts",
+        ),
+        (
+            |spec| spec.connection_server.load_sharing_port = 7701,
+            "spec.connectionServer.loadSharingPort",
+            "7701",
+        ),
+        (
+            |spec| {
+                spec.connection_server.connection_ports = ConnectionPorts {
+                    first: 7701,
+                    last: 8000,
+                };
+            },
+            "spec.connectionServer.connectionPorts",
+            "7701",
+        ),
+        (
+            |spec| spec.connection_server.connection_ports.last = 9,
+            "spec.connectionServer.connectionPorts.first",
+            "must not be above last",
+        ),
+        (
+            |spec| spec.ports[0].port = 65_535,
+            "spec.ports[0].count",
+            "must not exceed 65535",
+        ),
+        (
+            |spec| {
+                spec.ports[0].proxy_protocol = ProxyProtocol::V2;
+                spec.ports[0].protocol = PortProtocol::TCPUDP;
+            },
+            "spec.ports[0].proxyProtocol",
+            "needs protocol TCP",
+        ),
+        (
+            |spec| spec.ports[0].port = 7069,
+            "spec.ports[0].port",
+            "agent listens",
+        ),
+    ];
+    let validator = Validator::new();
+    assert_eq!(rules::check(&small_pool()), []);
+    assert_eq!(broken_cel_rules(&validator, &small_pool()), [""; 0]);
+    for (change, path, words) in cases {
+        let mut spec = small_pool();
+        change(&mut spec);
+        let (here, cel) = (rules::check(&spec), broken_cel_rules(&validator, &spec));
+        let [problem] = here.as_slice() else {
+            panic!("{path}: {here:?}");
+        };
+        assert_eq!(problem.path, path);
+        assert!(cel.iter().any(|message| message.contains(words)), "{cel:?}");
+    }
+}
+
+fn entry(index: i32, port: i32, count: i32) -> PortEntry {
+    PortEntry {
+        name: format!("e{index}"),
+        port,
+        count,
+        protocol: PortProtocol::TCP,
+        shared: false,
+        proxy_protocol: ProxyProtocol::None,
+    }
+}
+
+/// Port entries near the edges of the rules.
+fn near_entry() -> impl Strategy<Value = PortEntry> {
+    let port = prop_oneof![1..=65_535, 7060..=7075, 65_500..=65_535];
+    let count = prop_oneof![1..=12, 1..=10_000];
+    let protocol = prop_oneof![
+        Just(PortProtocol::TCP),
+        Just(PortProtocol::UDP),
+        Just(PortProtocol::TCPUDP)
+    ];
+    let proxy_protocol = prop_oneof![4 => Just(ProxyProtocol::None), 1 => Just(ProxyProtocol::V2)];
+    (port, count, protocol, any::<bool>(), proxy_protocol).prop_map(
+        |(port, count, protocol, shared, proxy_protocol)| PortEntry {
+            protocol,
+            shared,
+            proxy_protocol,
+            ..entry(0, port, count)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+    #[test]
+    fn cel_and_code_agree_on_every_pool(
+        replicas in prop_oneof![0..=5, 0..=1000],
+        entries in proptest::collection::vec(near_entry(), 1..4),
+        load_sharing_port in prop_oneof![7690..=7710, 1..=65_535],
+        first in prop_oneof![7690..=7710, 1..=65_535],
+        length in prop_oneof![-2..=30, 1000..=30_000],
+    ) {
+        let mut spec = small_pool();
+        spec.replicas = replicas;
+        spec.ports = entries;
+        for (index, entry) in spec.ports.iter_mut().enumerate() {
+            entry.name = format!("e{index}");
+        }
+        spec.connection_server.load_sharing_port = load_sharing_port;
+        let last = i32::clamp(first + length, 1, 65_535);
+        spec.connection_server.connection_ports = ConnectionPorts { first, last };
+        let (here, cel) = (rules::check(&spec), broken_cel_rules(&Validator::new(), &spec));
+        prop_assert_eq!(here.is_empty(), cel.is_empty(), "{:?} {:?}", here, cel);
+    }
+
+    #[test]
+    fn names_are_the_same_in_cel_and_in_code(name in "[a-zA-Z0-9-]{0,4}|[a-c-]{50,54}") {
+        let crd = serde_json::to_value(manifest::crd()).unwrap();
+        let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let pool = ProcessingPool::new(&name, small_pool());
+        prop_assert_eq!(pool.name_any(), name.clone());
+        let mut schema = schema.clone();
+        schema["properties"]["metadata"] =
+            serde_json::json!({ "type": "object", "properties": { "name": { "type": "string" } } });
+        let object = serde_json::to_value(&pool).unwrap();
+        let is_good = Validator::new().validate(&schema, &object, None).is_ok();
+        prop_assert_eq!(is_good, rules::check_name(&name).is_empty());
+    }
 }
 
 proptest! {

@@ -409,7 +409,7 @@ async fn a_name_that_a_stranger_has_is_told_and_left_to_him_whatever_the_kind() 
             let parameters = PostParams::default();
             let before = api.create(&parameters, &object).await.unwrap();
             space.apply(&pool, quick(2)).await.unwrap();
-            let words = format!("{kind} strangers/{name} exists and belongs to somebody else");
+            let words = format!("{kind} strangers/{name} exists and belongs to someone else");
             space.degraded(&pool, &words).await;
             // Nothing waits for it but the table, which pods need.
             if kind != "ConfigMap" {

@@ -358,7 +358,7 @@ async fn children_of_a_former_pool_of_the_name_are_not_touched() {
     faulty.space.apply("games", quick(2)).await.unwrap();
     faulty
         .space
-        .degraded("games", "belongs to somebody else")
+        .degraded("games", "belongs to someone else")
         .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(faulty.space.servers("games").await, former);
@@ -444,7 +444,7 @@ async fn a_relabelled_or_orphaned_pod_is_named_and_left_alone() {
         .space
         .degraded(
             "games",
-            "Pod relabelled/games-1 exists and belongs to somebody else",
+            "Pod relabelled/games-1 exists and belongs to someone else",
         )
         .await;
     assert_eq!(faulty.space.servers("games").await, before);

@@ -438,7 +438,7 @@ async fn a_deleted_pool_leaves_nothing_also_while_it_is_being_made() {
     }
     tokio::time::sleep(Duration::from_secs(2)).await;
     space.apply("games", spec(3)).await.unwrap();
-    space.degraded("games", "belongs to somebody else").await;
+    space.degraded("games", "belongs to someone else").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(space.servers("games").await, servers);
     assert_eq!(space.table("games").await, table);

@@ -1,0 +1,315 @@
+//! Rules about several fields of a pool. Each stands here once, in two
+//! languages: as CEL, which the API server evaluates, and as a function, which
+//! names the field at fault and the remedy. `tests/it/manifest.rs` compares the
+//! two over generated pools.
+//!
+//! Bounds of single fields are in the schema (`pool`); the functions expect
+//! values within them.
+
+use std::ops::RangeInclusive;
+
+use kube::core::Rule;
+
+use super::{
+    AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer,
+    MAX_NAME_LENGTH, MAX_PORT, MAX_RANGES, PortEntry, PortProtocol, ProcessingPoolSpec,
+    ProxyProtocol,
+};
+
+/// What is wrong with a field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The field, as in `spec.ports[0].count`.
+    pub path: String,
+    /// What is wrong, and the remedy.
+    pub message: String,
+}
+
+impl Problem {
+    /// A problem with the field at `path`.
+    pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            message: message.into(),
+        }
+    }
+}
+
+/// A rule about several fields of `T`.
+pub(super) struct FieldRule<T: ?Sized> {
+    /// The rule as CEL.
+    cel: fn() -> String,
+    /// What the API server answers where the rule is broken.
+    message: fn() -> String,
+    /// What breaks the rule; paths are relative to the value.
+    problems: fn(&T) -> Vec<Problem>,
+}
+
+impl<T: ?Sized> FieldRule<T> {
+    /// The rule for the schema.
+    pub(super) fn to_schema(&self) -> Rule {
+        Rule::new((self.cel)()).message((self.message)().as_str())
+    }
+}
+
+/// The name of the resource.
+pub(super) const NAME: FieldRule<str> = FieldRule {
+    cel: || {
+        format!(
+            "self.metadata.name.size() <= {MAX_NAME_LENGTH} && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')"
+        )
+    },
+    message: || {
+        format!(
+            "metadata.name must have at most {MAX_NAME_LENGTH} lower-case letters, digits and hyphens, and begin with a letter: pods and services are named after it"
+        )
+    },
+    problems: |name| {
+        let is_allowed =
+            |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || letter == '-';
+        let is_good = (1..=MAX_NAME_LENGTH).contains(&name.len())
+            && name.chars().all(is_allowed)
+            && name.starts_with(|letter: char| letter.is_ascii_lowercase())
+            && !name.ends_with('-');
+        broken(!is_good, "metadata.name", || {
+            format!(
+                "must have 1 to {MAX_NAME_LENGTH} lower-case letters, digits and hyphens, begin with a letter and not end with a hyphen; this is {name:?}"
+            )
+        })
+    },
+};
+
+pub(super) const ENOUGH_PORTS: FieldRule<ProcessingPoolSpec> = FieldRule {
+    cel: || {
+        "self.replicas * self.ports.map(entry, entry.count).sum() <= self.connectionServer.connectionPorts.last - self.connectionServer.connectionPorts.first + 1".to_owned()
+    },
+    message: || {
+        "replicas times the sum of the ports' counts must not exceed the number of connectionServer.connectionPorts: widen the range, or lower replicas or counts".to_owned()
+    },
+    problems: |spec| {
+        let ConnectionPorts { first, last } = spec.connection_server.connection_ports;
+        let per_server: i64 = spec.ports.iter().map(|entry| i64::from(entry.count)).sum();
+        let replicas = spec.replicas;
+        let needed = i64::from(replicas) * per_server;
+        let there = i64::from(last) - i64::from(first) + 1;
+        // A range in the wrong order breaks another rule.
+        broken(
+            needed > there && first <= last,
+            "connectionServer.connectionPorts",
+            || {
+                format!(
+                    "{replicas} servers with {per_server} ports each need {needed} connection ports, but {first} to {last} has {there}: widen connectionPorts, or lower replicas or the ports' counts"
+                )
+            },
+        )
+    },
+};
+
+pub(super) const TABLE_FITS: FieldRule<ProcessingPoolSpec> = FieldRule {
+    cel: || format!("self.replicas * size(self.ports) <= {MAX_RANGES}"),
+    message: || {
+        format!(
+            "replicas times the number of entries of ports must not exceed {MAX_RANGES}, so that the port-relationship table fits into a ConfigMap: lower replicas or merge entries"
+        )
+    },
+    problems: |spec| {
+        let (replicas, entries) = (spec.replicas, spec.ports.len());
+        let ranges = i64::from(replicas) * i64::try_from(entries).unwrap_or(i64::MAX);
+        broken(ranges > i64::from(MAX_RANGES), "ports", || {
+            format!(
+                "{replicas} servers with {entries} entries make {ranges} ranges; {MAX_RANGES} fit into the port-relationship table: lower replicas or merge entries"
+            )
+        })
+    },
+};
+
+pub(super) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
+    cel: || {
+        "self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.shared ? 0 : other.count - 1) || other.port > one.port + (one.shared ? 0 : one.count - 1)))".to_owned()
+    },
+    message: || {
+        "server ports of two entries of ports overlap: port, port+1 and so on, count of them unless shared; move one of them".to_owned()
+    },
+    problems: |spec| {
+        let mut problems = Vec::new();
+        for (index, entry) in spec.ports.iter().enumerate() {
+            let earlier = spec.ports[..index].iter();
+            for other in earlier.filter(|other| other.name != entry.name && clash(other, entry)) {
+                let ports = server_ports(entry);
+                let message = format!(
+                    "ports {} to {} overlap those of entry {:?}: move one of them",
+                    ports.start(),
+                    ports.end(),
+                    other.name
+                );
+                problems.push(Problem::new(format!("ports[{index}].port"), message));
+            }
+        }
+        problems
+    },
+};
+
+pub(super) const LOAD_SHARING_PORT_OUTSIDE: FieldRule<ConnectionServer> = FieldRule {
+    cel: || {
+        "self.loadSharingPort < self.connectionPorts.first || self.loadSharingPort > self.connectionPorts.last".to_owned()
+    },
+    message: || "loadSharingPort must lie outside connectionPorts".to_owned(),
+    problems: |server| {
+        let (port, ConnectionPorts { first, last }) =
+            (server.load_sharing_port, server.connection_ports);
+        broken((first..=last).contains(&port), "loadSharingPort", || {
+            format!("{port} must lie outside connectionPorts, {first} to {last}")
+        })
+    },
+};
+
+pub(super) const ADMIN_PORT_FREE: FieldRule<ConnectionServer> = FieldRule {
+    cel: || {
+        format!(
+            "self.loadSharingPort != {CONNECTION_ADMIN_PORT} && (self.connectionPorts.first > {CONNECTION_ADMIN_PORT} || self.connectionPorts.last < {CONNECTION_ADMIN_PORT})"
+        )
+    },
+    message: || {
+        format!(
+            "neither loadSharingPort nor connectionPorts may include {CONNECTION_ADMIN_PORT}, where connection servers have their admin pages"
+        )
+    },
+    problems: |server| {
+        let admin = i32::from(CONNECTION_ADMIN_PORT);
+        let ConnectionPorts { first, last } = server.connection_ports;
+        let message = || {
+            format!(
+                "must not include {CONNECTION_ADMIN_PORT}, where connection servers have their admin pages"
+            )
+        };
+        let mut problems = broken(
+            server.load_sharing_port == admin,
+            "loadSharingPort",
+            message,
+        );
+        let is_inside = (first..=last).contains(&admin);
+        problems.extend(broken(is_inside, "connectionPorts", message));
+        problems
+    },
+};
+
+pub(super) const IN_ORDER: FieldRule<ConnectionPorts> = FieldRule {
+    cel: || "self.first <= self.last".to_owned(),
+    message: || "first must not be above last".to_owned(),
+    problems: |ports| {
+        let ConnectionPorts { first, last } = ports;
+        broken(first > last, "first", || {
+            format!("must not be above last ({last}); this is {first}")
+        })
+    },
+};
+
+pub(super) const LAST_PORT_EXISTS: FieldRule<PortEntry> = FieldRule {
+    cel: || format!("self.shared || self.port + self.count - 1 <= {MAX_PORT}"),
+    message: || format!("port + count - 1 must not exceed {MAX_PORT}"),
+    problems: |entry| {
+        let last = *server_ports(entry).end();
+        broken(last > MAX_PORT, "count", || {
+            format!("port + count - 1 is {last}, above {MAX_PORT}: lower one of them")
+        })
+    },
+};
+
+pub(super) const PROXY_PROTOCOL_OVER_TCP: FieldRule<PortEntry> = FieldRule {
+    cel: || "self.proxyProtocol == 'None' || self.protocol == 'TCP'".to_owned(),
+    message: || "proxyProtocol V2 needs protocol TCP".to_owned(),
+    problems: |entry| {
+        let is_broken =
+            entry.proxy_protocol != ProxyProtocol::None && entry.protocol != PortProtocol::TCP;
+        broken(is_broken, "proxyProtocol", || {
+            format!(
+                "V2 needs protocol TCP; this is {}: set protocol: TCP, or remove proxyProtocol",
+                entry.protocol.name()
+            )
+        })
+    },
+};
+
+pub(super) const AGENT_PORTS_FREE: FieldRule<PortEntry> = FieldRule {
+    cel: || {
+        format!(
+            "self.protocol == 'UDP' || self.port > {AGENT_ADMIN_PORT} || self.port + (self.shared ? 0 : self.count - 1) < {AGENT_PORT}"
+        )
+    },
+    message: || {
+        format!(
+            "port, and port + count - 1 unless shared, must not include {AGENT_PORT} and {AGENT_ADMIN_PORT}, where portpool's agent listens: move the workload's ports"
+        )
+    },
+    problems: |entry| {
+        let ports = server_ports(entry);
+        let is_included =
+            |port: &u16| entry.protocol.has_tcp() && ports.contains(&i32::from(*port));
+        let included = [AGENT_PORT, AGENT_ADMIN_PORT]
+            .into_iter()
+            .filter(is_included);
+        let problems = included.map(|port| {
+            let message = format!(
+                "includes {port}, where portpool's agent listens: move the workload's ports"
+            );
+            Problem::new("port", message)
+        });
+        problems.collect()
+    },
+};
+
+/// What breaks a rule in `spec`, whose fields are within their bounds. In the
+/// order of the fields; paths begin with `spec`.
+#[must_use]
+pub fn check(spec: &ProcessingPoolSpec) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    for (index, entry) in spec.ports.iter().enumerate() {
+        for rule in [LAST_PORT_EXISTS, PROXY_PROTOCOL_OVER_TCP, AGENT_PORTS_FREE] {
+            problems.extend(within(
+                &format!("spec.ports[{index}]"),
+                (rule.problems)(entry),
+            ));
+        }
+    }
+    problems.extend(within("spec", (NO_OVERLAP.problems)(spec)));
+    let server = &spec.connection_server;
+    let ports = (IN_ORDER.problems)(&server.connection_ports);
+    problems.extend(within("spec.connectionServer.connectionPorts", ports));
+    for rule in [LOAD_SHARING_PORT_OUTSIDE, ADMIN_PORT_FREE] {
+        problems.extend(within("spec.connectionServer", (rule.problems)(server)));
+    }
+    for rule in [ENOUGH_PORTS, TABLE_FITS] {
+        problems.extend(within("spec", (rule.problems)(spec)));
+    }
+    problems
+}
+
+/// What is wrong with `name` as the name of a pool.
+#[must_use]
+pub fn check_name(name: &str) -> Vec<Problem> {
+    (NAME.problems)(name)
+}
+
+fn broken(is_broken: bool, path: &str, message: impl FnOnce() -> String) -> Vec<Problem> {
+    let problem = is_broken.then(|| Problem::new(path, message()));
+    problem.into_iter().collect()
+}
+
+fn within(outer: &str, problems: Vec<Problem>) -> impl Iterator<Item = Problem> {
+    let problems = problems.into_iter();
+    problems.map(move |Problem { path, message }| Problem::new(format!("{outer}.{path}"), message))
+}
+
+/// The ports that `entry` takes on each processing server.
+fn server_ports(entry: &PortEntry) -> RangeInclusive<i32> {
+    let steps = if entry.shared { 0 } else { entry.count - 1 };
+    entry.port..=entry.port.saturating_add(steps)
+}
+
+/// Whether two entries take the same port of the same transport protocol.
+fn clash(one: &PortEntry, other: &PortEntry) -> bool {
+    let same_transport = (one.protocol.has_tcp() && other.protocol.has_tcp())
+        || (one.protocol.has_udp() && other.protocol.has_udp());
+    let (ports, others) = (server_ports(one), server_ports(other));
+    same_transport && ports.start() <= others.end() && others.start() <= ports.end()
+}
