@@ -1,7 +1,7 @@
-//! One of several controllers leads: the one that holds the Lease.
+//! Leader election: of several controllers, the one that holds the Lease leads.
 //!
-//! A lease is no fence: one that was frozen beyond it may write once more.
-//! That is why every write is safe by itself.
+//! A lease is no fence: a controller that was frozen until its lease ran out may
+//! write once more. That is why every write is safe by itself.
 
 use std::time::Duration;
 
@@ -21,11 +21,11 @@ use super::Error;
 const VALID_SECONDS: u64 = 15;
 const GRACE_SECONDS: u64 = 5;
 
-/// How long to wait for the lease to be given back before trying to take it:
-/// it may have run out instead.
+/// How long to wait for the release of the lease before trying to take it: it may
+/// have run out instead.
 const WATCH_TIME: Duration = Duration::from_secs(5);
 
-/// How long to try to take it.
+/// How long one attempt to take the lease may last.
 const TAKE_TIME: Duration = Duration::from_secs(5);
 
 /// The lease while it is held.
@@ -34,7 +34,7 @@ pub(super) struct Held {
     task: JoinHandle<LeaseResult<LeaseManager>>,
 }
 
-/// Waits for the lease `name`, `NAMESPACE/NAME`, and holds it.
+/// Waits for the lease `name`, `NAMESPACE/NAME`, and takes it.
 pub(super) async fn hold(client: &Client, name: &str) -> Result<Held, Error> {
     let (namespace, name) = name
         .split_once('/')
@@ -43,8 +43,8 @@ pub(super) async fn hold(client: &Client, name: &str) -> Result<Held, Error> {
     let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
     info!(namespace, name, identity, "waiting for the lease");
     loop {
-        // The manager sleeps until the lease runs out; we watch, to see it
-        // given back.
+        // The manager sleeps until the lease runs out; this watch sees an earlier
+        // release.
         let free = await_condition(leases.clone(), name, is_free);
         if let Ok(Err(error)) = timeout(WATCH_TIME, free).await {
             debug!(%error, "failed to watch the lease");
@@ -74,18 +74,18 @@ fn is_free(lease: Option<&Lease>) -> bool {
 }
 
 impl Held {
-    /// Completes when another has it, or nobody knows.
+    /// Completes when another controller has the lease, or may have it.
     pub(super) async fn lost(&self) {
-        // Also when the manager has ended.
+        // This completes also when the manager has ended.
         let _ = self.leads.clone().wait_for(|leads| !*leads).await;
     }
 
-    /// Gives it back: a successor need not wait for it to run out.
+    /// Releases the lease, so that a successor need not wait until it runs out.
     pub(super) async fn release(self) {
-        // Closing the channel tells the manager.
+        // The manager sees that the channel is closed.
         drop(self.leads);
         if let Ok(Err(error)) = self.task.await {
-            warn!(%error, "failed to give the lease back");
+            warn!(%error, "failed to release the lease");
         }
     }
 }

@@ -1,6 +1,6 @@
-//! What the controller's watches keep: a store of each kind that pools own, with
-//! the objects that carry our label and no more of them than is looked at. The
-//! only place that knows the kinds; what objects mean is in `observe`.
+//! What the controller's watches keep: a store of each kind that pools own. It has
+//! the objects with portpool's label, without the fields that are never read. Only
+//! this module knows the kinds; what objects mean is in `observation`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::follow::WatchBackoff;
 use crate::plan::objects::{HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL, RANGES_ANNOTATION};
 use crate::pool::ProcessingPool;
 
-/// Annotation that says which pods go first when a pool shrinks.
+/// Annotation with the rank of a pod when its pool shrinks.
 ///
 /// Source: Kubernetes documentation, ReplicaSet, pod deletion cost.
 pub(super) const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
@@ -64,11 +64,11 @@ pub(super) fn resource(kind: &str) -> ApiResource {
 
 type Changes = BoxStream<'static, Result<DynamicObject, watcher::Error>>;
 
-/// What the watches know: objects with our label, without what is not needed.
+/// The objects that the watches show.
 pub(super) struct Stores {
     of_kinds: HashMap<&'static str, Store<DynamicObject>>,
-    /// Ends when every first list is complete. One wait for all reconciles: of
-    /// several that wait for a store itself, it wakes only the last.
+    /// Completes when every first list is complete. All reconciles share this wait,
+    /// because a store wakes only the last of several that wait for it.
     ready: Shared<BoxFuture<'static, ()>>,
 }
 
@@ -97,8 +97,8 @@ impl Stores {
                 watcher(api, ours)
                     .backoff(WatchBackoff::default())
                     .modify(move |object| {
-                        // A list's items have none, and would differ from what is
-                        // desired for ever.
+                        // The items of a list have no types, and would differ from
+                        // what is desired for ever.
                         object.types = Some(types.clone());
                         trim(kind, object);
                     });
@@ -114,7 +114,7 @@ impl Stores {
         let stores: Vec<_> = of_kinds.values().cloned().collect();
         let ready = async move {
             for store in stores {
-                // It fails when the watch has ended, as at shutdown.
+                // This fails when the watch has ended, as at shutdown.
                 let _ = store.wait_until_ready().await;
             }
         };
@@ -124,8 +124,8 @@ impl Stores {
         }
     }
 
-    /// Waits until every first list is complete: what is missing before that
-    /// may exist.
+    /// Waits until every first list is complete. An object that is missing before
+    /// that may exist.
     pub(super) async fn ready(&self) {
         self.ready.clone().await;
     }
@@ -163,8 +163,8 @@ impl Stores {
     }
 }
 
-/// Drops what nothing here looks at: a pool of 1000 pods should fit in a few
-/// megabytes.
+/// Drops the fields that are never read, so that a pool of 1000 pods takes only a
+/// few megabytes.
 fn trim(kind: &str, object: &mut DynamicObject) {
     object.metadata.managed_fields = None;
     if kind == "Pod"

@@ -1,8 +1,9 @@
-//! The Kubernetes objects of a pool, as values. What the operator applies is
-//! made here, and nothing here applies anything.
+//! The Kubernetes objects of a pool, as values. The operator applies them; nothing
+//! here does.
 //!
 //! - `pod`: a processing server: the template with the agent beside it;
-//! - `connection_server`: its Deployment, ServiceAccount, Role and RoleBinding;
+//! - `connection_server`: the Deployment of the connection servers, with its
+//!   ServiceAccount, Role and RoleBinding;
 //! - `network`: Services, NetworkPolicy and PodDisruptionBudgets;
 //! - this file: names, labels, ownership, and when an object must be applied.
 
@@ -21,19 +22,19 @@ use crate::table::{TABLE_KEY, Table};
 /// [`MANAGED_BY`] on its objects.
 pub const MANAGER: &str = "portpool";
 
-/// Label of all objects of the operator, which it watches by.
+/// Label of all objects of the operator; its watches select by it.
 pub const MANAGED_BY: &str = "app.kubernetes.io/managed-by";
 
 /// Label with the pool's name.
 pub const POOL_LABEL: &str = "portpool.dev/pool";
 
-/// Label with what a pod is: [`PROCESSING_SERVER`] or [`CONNECTION_SERVER`].
+/// Label with the role of a pod: [`PROCESSING_SERVER`] or [`CONNECTION_SERVER`].
 pub const COMPONENT_LABEL: &str = "portpool.dev/component";
 
-/// Label of a processing server's pod with its slot.
+/// Label with the slot of a processing server's pod.
 pub const SLOT_LABEL: &str = "portpool.dev/slot";
 
-/// Annotation with the hash of what an object was made from.
+/// Annotation with the hash of what an object was created from.
 pub const HASH_ANNOTATION: &str = "portpool.dev/hash";
 
 /// Annotation of a processing server's pod with the ports that its slot had when
@@ -47,17 +48,17 @@ pub const PROCESSING_SERVER: &str = "processing-server";
 /// Value of [`COMPONENT_LABEL`].
 pub const CONNECTION_SERVER: &str = "connection-server";
 
-/// Where the table is mounted, and its file there.
+/// Folder that the table is mounted at.
 const TABLE_FOLDER: &str = "/etc/portpool/table";
 
-/// What objects need to know beside the pool.
+/// What determines the objects beside the pool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Image with this program, for agents and connection servers.
+    /// Image that contains this program, for agents and connection servers.
     pub image: String,
     /// When the image is pulled: Always, IfNotPresent or Never.
     pub image_pull_policy: String,
-    /// Names of Secrets to pull it with, in the pool's namespace.
+    /// Names of Secrets for pulling the image, in the pool's namespace.
     pub image_pull_secrets: Vec<String>,
 }
 
@@ -66,9 +67,9 @@ pub struct Settings {
 pub struct Owner<'a> {
     /// The pool.
     pub pool: &'a ValidPool,
-    /// Its namespace.
+    /// Namespace of the pool.
     pub namespace: &'a str,
-    /// The uid of its resource.
+    /// Uid of the pool's resource.
     pub uid: &'a str,
 }
 
@@ -84,14 +85,14 @@ pub fn connection_server_name(pool: &str) -> String {
     format!("{pool}-connection-server")
 }
 
-/// Selects the pods of a pool that are `component`.
+/// Selector of the pods of a pool with the role `component`.
 #[must_use]
 pub fn selector(pool: &str, component: &str) -> Value {
     json!({ POOL_LABEL: pool, COMPONENT_LABEL: component })
 }
 
-/// Everything of a pool but its table and its pods, to be applied in this
-/// order.
+/// All objects of a pool except its table and its pods, in the order in which they
+/// are applied.
 #[must_use]
 pub fn objects(owner: Owner<'_>, table: &Table, settings: &Settings) -> Vec<Value> {
     let mut objects = connection_server::access(owner);
@@ -102,8 +103,8 @@ pub fn objects(owner: Owner<'_>, table: &Table, settings: &Settings) -> Vec<Valu
     objects.into_iter().map(with_hash).collect()
 }
 
-/// The ConfigMap with `text`, the encoded table. `resource_version`: the state
-/// that it replaces, so that nobody else's is overwritten.
+/// The ConfigMap with `text`, the encoded table. `resource_version` is the version
+/// that it replaces, so that a write of someone else is not overwritten.
 #[must_use]
 pub fn config_map(owner: Owner<'_>, text: &str, resource_version: Option<&str>) -> Value {
     let mut metadata = metadata(owner, &table_name(&owner.pool.name), "port-table");
@@ -125,9 +126,9 @@ pub fn hash(value: &Value) -> String {
     format!("{:016x}", xxh3_64(value.to_string().as_bytes()))
 }
 
-/// Whether `observed` has everything that `desired` says. What it has beside
-/// that, as defaults do, does not count; what `desired` no longer says is told
-/// by the hash, which is a part of it.
+/// Whether `observed` has everything that `desired` has. Other fields of `observed`
+/// do not count, because the API server adds defaults. A field that was removed from
+/// `desired` changes the hash, which is a part of it.
 #[must_use]
 pub fn covers(observed: &Value, desired: &Value) -> bool {
     match (observed, desired) {
@@ -144,7 +145,7 @@ pub fn covers(observed: &Value, desired: &Value) -> bool {
                     .zip(desired)
                     .all(|(observed, desired)| covers(observed, desired))
         }
-        // The API server leaves out what is empty.
+        // The API server omits empty values.
         (Value::Null, Value::Object(desired)) => desired.is_empty(),
         (Value::Null, Value::Array(desired)) => desired.is_empty(),
         (observed, desired) => observed == desired,
@@ -193,8 +194,8 @@ fn owner_reference(owner: Owner<'_>) -> Value {
     })
 }
 
-/// What `restricted` pod security asks of a container, and no writing to its
-/// image.
+/// What `restricted` pod security requires of a container, with a file system that
+/// cannot be written.
 fn restricted() -> Value {
     json!({
         "allowPrivilegeEscalation": false,
@@ -206,7 +207,7 @@ fn restricted() -> Value {
     })
 }
 
-/// References to the Secrets that the image is pulled with.
+/// References to the Secrets for pulling the image.
 fn pull_secrets(settings: &Settings) -> impl Iterator<Item = Value> {
     let names = settings.image_pull_secrets.iter();
     names.map(|name| json!({ "name": name }))

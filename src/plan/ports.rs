@@ -1,14 +1,14 @@
-//! Which connection ports a slot gets. What a slot has, it keeps for as long
-//! as its port entry stays as it is; new ports are the lowest free ones.
+//! Which connection ports a slot gets. A slot keeps its ports for as long as their
+//! port entry does not change; new ports are the lowest free ones.
 
 use std::ops::RangeInclusive;
 
 use super::validate::{Entry, ValidPool};
 use crate::table::{ListenPort, PortRange, Row, RowState};
 
-/// Gives every active row of `rows` the ports that `pool` asks for. Draining
-/// rows keep what they have. A row that would need ports that draining rows
-/// still hold is removed: it comes when they are gone.
+/// Gives every active row of `rows` the ports that `pool` asks for. Draining rows
+/// keep their ports. A row that would need ports of draining rows is removed; a
+/// later plan adds it when those rows are gone.
 pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
     let mut used = Used::default();
     for row in rows.iter_mut() {
@@ -21,8 +21,8 @@ pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
     rows.retain_mut(|row| row.state == RowState::Draining || complete(row, pool, &mut used));
 }
 
-/// Those of `ranges`, ports that a server says it had, that are well-formed and
-/// that none of `rows` has. A server may say anything: others can change it.
+/// Those of `ranges` that are valid and not in `rows`. `ranges` are the ports that
+/// a server carries; they can be anything, because users can change them.
 pub(super) fn free_of_conflict(ranges: &[PortRange], rows: &[Row]) -> Vec<PortRange> {
     let mut used = Used::default();
     let others = rows.iter().flat_map(|row| &row.ranges);
@@ -37,7 +37,7 @@ pub(super) fn free_of_conflict(ranges: &[PortRange], rows: &[Row]) -> Vec<PortRa
     kept
 }
 
-/// Whether `range` is as one of the pool's entries says.
+/// Whether `range` matches one of the pool's entries.
 fn is_wanted(range: &PortRange, pool: &ValidPool) -> bool {
     let first = u32::from(range.connection_port.get());
     let ports = first..=first + u32::from(range.count) - 1;
@@ -54,7 +54,7 @@ fn is_wanted(range: &PortRange, pool: &ValidPool) -> bool {
         })
 }
 
-/// Drops the ranges of entries that they do not make up exactly.
+/// Drops the ranges of every entry whose ports they do not cover exactly.
 fn drop_partial(ranges: &mut Vec<PortRange>, pool: &ValidPool) {
     for entry in &pool.entries {
         let pieces: Vec<&PortRange> = ranges
@@ -78,7 +78,7 @@ fn drop_partial(ranges: &mut Vec<PortRange>, pool: &ValidPool) {
     }
 }
 
-/// Adds the ranges that `row` lacks. Whether there were enough ports.
+/// Adds the ranges that `row` lacks. Returns whether there were enough ports.
 fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
     let mut ranges = Vec::new();
     for entry in &pool.entries {
@@ -116,7 +116,7 @@ impl Used {
         }
     }
 
-    /// Whether a port of `range` is given already.
+    /// Whether a slot has a port of `range`.
     fn has(&self, range: &PortRange) -> bool {
         let mut ports = range.connection_ports();
         ports.any(|port| self.0[usize::from(port.get())])

@@ -1,4 +1,4 @@
-//! The connection server's Deployment, and what it may do: read its table.
+//! The Deployment of the connection servers, and their right to read the table.
 
 use serde_json::{Value, json};
 
@@ -9,14 +9,14 @@ use super::{
 use crate::pool::{CONNECTION_ADMIN_PORT, Exposure};
 use crate::table::TABLE_KEY;
 
-/// Beyond the drain: for requests being answered, and to end.
+/// Time beyond the drain in which requests are answered and the process exits.
 const STOP_SECONDS: u64 = 5;
 
-/// How long one that is to go still serves as before: nodes and load balancers
-/// hear only a little later that nothing more is to be sent to it.
+/// How long a connection server that must stop still serves as before: nodes and
+/// load balancers learn a little later that they must send nothing more to it.
 const FAREWELL_SECONDS: u64 = 5;
 
-/// ServiceAccount, Role and RoleBinding.
+/// The ServiceAccount, the Role and the RoleBinding.
 pub(super) fn access(owner: Owner<'_>) -> Vec<Value> {
     let name = connection_server_name(&owner.pool.name);
     let metadata = metadata(owner, &name, CONNECTION_SERVER);
@@ -53,7 +53,7 @@ pub(super) fn deployment(owner: Owner<'_>, settings: &Settings) -> Value {
     let pool = owner.pool;
     let name = connection_server_name(&pool.name);
     let on_host = pool.exposure == Exposure::HostNetwork;
-    // On a host's network two cannot have the same ports.
+    // Two connection servers on the network of one host cannot have the same ports.
     let (most_more, most_less) = if on_host { (0, 1) } else { (1, 0) };
     let drain = pool.drain_limit.as_secs();
     let selector = selector(&pool.name, CONNECTION_SERVER);
@@ -107,7 +107,7 @@ fn container(owner: Owner<'_>, settings: &Settings) -> Value {
     let pool = owner.pool;
     let mut args = vec![
         "connection-server".to_owned(),
-        // Mounted as a copy for a start without the API server.
+        // The mounted copy serves a start without the API server.
         format!("--table={TABLE_FOLDER}/{TABLE_KEY}"),
         format!(
             "--config-map={}/{}",
@@ -119,8 +119,8 @@ fn container(owner: Owner<'_>, settings: &Settings) -> Value {
         format!("--drain-seconds={}", pool.drain_limit.as_secs()),
     ];
     let mut env = Vec::new();
-    // Clients outside know the address that they asked; those inside were led
-    // here by a Service, which does not have the connection ports.
+    // Clients outside use the address that they sent the request to. Clients inside
+    // came through a Service, which does not have the connection ports.
     let address = match pool.exposure {
         Exposure::ClusterIP => Some("status.podIP"),
         Exposure::HostNetwork => Some("status.hostIP"),

@@ -1,5 +1,4 @@
-//! How a pool is reached, and by whom: Services, NetworkPolicy and
-//! PodDisruptionBudgets.
+//! The Services, the NetworkPolicy and the PodDisruptionBudgets of a pool.
 
 use std::ops::RangeInclusive;
 
@@ -9,11 +8,11 @@ use super::{CONNECTION_SERVER, Owner, PROCESSING_SERVER, metadata, selector};
 use crate::pool::Exposure;
 use crate::table::Table;
 
-/// Connection ports in one NodePort Service: kube-proxy and the API server
+/// Most connection ports in one NodePort Service: kube-proxy and the API server
 /// handle objects of this size without effort.
 const PORTS_PER_SERVICE: usize = 500;
 
-/// What a cluster gives node ports from, unless it is set up differently.
+/// The range that a cluster takes node ports from by default.
 const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
 
 /// The Service of the load-sharing port, and those of the connection ports
@@ -22,7 +21,7 @@ pub(super) fn services(owner: Owner<'_>, table: &Table) -> Vec<Value> {
     let pool = owner.pool;
     let first = |kind: &str, ports: &[Value]| service(owner, &pool.name, kind, ports);
     match pool.exposure {
-        // The ports of a host need no Service from outside.
+        // Clients reach the ports of a host without a Service.
         Exposure::ClusterIP | Exposure::HostNetwork => {
             vec![first("ClusterIP", &[load_sharing_port(owner, false)])]
         }
@@ -40,8 +39,8 @@ pub(super) fn services(owner: Owner<'_>, table: &Table) -> Vec<Value> {
                     service(owner, &name, "NodePort", ports)
                 })
                 .collect();
-            // Last: the node port that the cluster chooses for it must not be
-            // one of theirs.
+            // It comes last because the cluster chooses its node port, which must
+            // not be one that the others ask for.
             services.push(first("NodePort", &[load_sharing_port(owner, true)]));
             services
         }
@@ -105,8 +104,8 @@ fn service_port(name: &str, port: u16, protocol: &str, is_node_port: bool) -> Va
     value
 }
 
-/// Only the pool's connection servers reach its processing servers. A policy
-/// cannot name pods on a host's network, so there is none then.
+/// Lets only the pool's connection servers reach its processing servers. A policy
+/// cannot select pods on the network of a host, so there is none for HostNetwork.
 pub(super) fn policies(owner: Owner<'_>) -> Vec<Value> {
     if owner.pool.exposure == Exposure::HostNetwork {
         return Vec::new();
@@ -125,7 +124,7 @@ pub(super) fn policies(owner: Owner<'_>) -> Vec<Value> {
     })]
 }
 
-/// At most one server of each role is evicted at a time.
+/// Allows the eviction of one server of each role at a time.
 pub(super) fn budgets(owner: Owner<'_>) -> Vec<Value> {
     let budget = |component: &str| {
         let name = format!("{}-{component}s", owner.pool.name);

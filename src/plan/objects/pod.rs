@@ -1,4 +1,4 @@
-//! A processing server's pod: the template, with the agent as a native sidecar.
+//! The pod of a processing server: the template with the agent as a native sidecar.
 
 use serde_json::{Map, Value, json};
 
@@ -19,8 +19,7 @@ const AGENT: &str = "portpool-agent";
 /// without it.
 const MAX_RANGES_BYTES: usize = 64 * 1024;
 
-/// The pods of the processing servers in `rows`, each created when it is asked
-/// for.
+/// The pods of the processing servers in `rows`, lazily.
 pub fn pods<'a>(
     owner: Owner<'a>,
     settings: &'a Settings,
@@ -63,7 +62,7 @@ pub fn annotated_ranges(annotation: Option<&String>) -> Vec<PortRange> {
     decoded.unwrap_or_default()
 }
 
-/// The hash of what all pods of the pool are made from.
+/// The hash of what all pods of the pool are created from.
 #[must_use]
 pub fn template_hash(owner: Owner<'_>, settings: &Settings) -> String {
     hash(&for_slot(owner, settings, Slot(0)))
@@ -96,7 +95,7 @@ fn for_slot(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
             .collect();
         secrets.extend(more);
     }
-    // First, so that it is there before any other container.
+    // The agent is the first, so that it runs before any other container.
     list(&mut spec, "initContainers").insert(0, agent(owner, settings, slot));
     json!({
         "apiVersion": "v1",
@@ -112,7 +111,7 @@ fn for_slot(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
     })
 }
 
-/// The agent: no token, no privilege, and a restart of its own.
+/// The container of the agent: it has no token and no privilege, and restarts alone.
 fn agent(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
     let drain = owner.pool.drain_limit.as_secs();
     json!({
@@ -151,8 +150,8 @@ fn default(spec: &mut Map<String, Value>, field: &str, value: Value) {
     spec.entry(field).or_insert(value);
 }
 
-/// The list `field` of `spec`. Something else in its place is left to the API
-/// server to refuse.
+/// The list `field` of `spec`. A value that is no list is put into one, so that the
+/// API server refuses it.
 fn list<'a>(spec: &'a mut Map<String, Value>, field: &str) -> &'a mut Vec<Value> {
     let value = spec.entry(field).or_insert_with(|| json!([]));
     if !value.is_array() {
