@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::info::Info;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 use tokio::net::TcpListener;
 
 use crate::table::Table;
@@ -33,6 +33,17 @@ pub struct AdminState {
 pub struct AdminError {
     address: SocketAddr,
     source: io::Error,
+}
+
+/// Makes a metric, for example a counter, and registers it under `name`. `help`
+/// is the sentence that `/metrics` shows with it.
+pub fn register<M>(registry: &mut Registry, name: &str, help: &str) -> M
+where
+    M: Metric + Clone + Default,
+{
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 /// Registers the version that runs.

@@ -3,18 +3,24 @@
 //! to clients.
 //!
 //! ```text
-//! client ─POST /v1/sessions→ api → allocation ─reserve→ load sharing (policy)
-//!                                      └─select→ agents ⇄ processing servers
+//! client ─POST /v1/sessions→ load_sharing ─select→ agents ⇄ processing servers
+//! agents ─sessions, ends→ control ─→ sessions ─cut→ forward
 //! client ─bytes→ forward ⇄ processing server       forward ─admit?→ sessions
 //! ```
 //!
-//! - `load_sharing`: the load-sharing port, from a request to a session;
-//! - `agents`: one stream of the selection protocol per processing server;
-//! - `sessions`: the sessions that agents reported, and the gate of the data
-//!   plane (`crate::forward`);
-//! - `server`: all of these, wired together, from start to stop;
-//! - `handover`: all of it to a new process, without cutting anything;
-//! - this file: what a connection server is told, and its life.
+//! This file has the role's arguments and its life. What runs is in `server`.
+//!
+//! # The modules
+//!
+//! ```text
+//! server        → agents, control, handover, load_sharing, metrics, sessions  wires all parts, from start to stop
+//! handover      → agents, control, sessions             all of it to a new process, without cutting anything
+//! load_sharing  → agents, control, metrics, sessions    the load-sharing port: from a request to a session
+//! agents        → control, load_sharing, metrics, sessions  a stream of the selection protocol per processing server
+//! metrics       → load_sharing, sessions                what is counted
+//! control       → sessions                              changes sessions, then has the data plane follow
+//! sessions      the sessions that agents reported; the gate of the data plane (`crate::forward`)
+//! ```
 
 // A cut that is forgotten does not compile.
 #![deny(unused_must_use)]
@@ -53,7 +59,7 @@ pub struct Options {
     #[arg(long, value_name = "NAMESPACE/NAME")]
     pub config_map: Option<String>,
 
-    /// Address that clients are told unless the table has one; default: the one that they reached this server by
+    /// Address that clients are given unless the table has one; default: the one that they reached this server by
     #[arg(long, value_name = "HOST")]
     pub advertise: Option<String>,
 
@@ -73,7 +79,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     pub data_threads: Option<usize>,
 
-    /// Seconds after which a TCP client or server that shows no sign of life, or takes nothing of what waits for it, is given up; 0: the system's default
+    /// Seconds after which a TCP client or server is given up that shows no sign of life, or takes no data; 0: the system's default
     #[arg(long, value_name = "SECONDS", default_value_t = forward::Config::PEER_TIMEOUT.as_secs())]
     pub peer_timeout_seconds: u64,
 
@@ -94,12 +100,12 @@ pub struct Options {
 /// Why a connection server could not run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The load-sharing port is not to be had.
+    /// The load-sharing port cannot be opened.
     #[error(
         "failed to listen on load-sharing port {address}: {source}; is another program using it?"
     )]
     Listen {
-        /// What was to be bound.
+        /// The address of the port.
         address: SocketAddr,
         /// The system's answer.
         source: std::io::Error,
@@ -113,12 +119,12 @@ pub enum Error {
     /// The table needs more descriptors than the process may have.
     #[error(transparent)]
     OpenFiles(#[from] forward::OpenFilesError),
-    /// No cluster to follow the ConfigMap in.
+    /// The cluster of the ConfigMap cannot be reached.
     #[error("failed to reach the cluster of ConfigMap {name}: {source}")]
     Cluster {
-        /// The ConfigMap.
+        /// The ConfigMap's name.
         name: String,
-        /// Why.
+        /// The client's error.
         source: Box<kube::Error>,
     },
     /// The table cannot be followed.
@@ -130,7 +136,7 @@ pub enum Error {
     /// The successor that this process stood in for has failed.
     #[error("the successor ended with {status}")]
     Successor {
-        /// How.
+        /// The successor's exit status.
         status: std::process::ExitStatus,
     },
     /// The admin port's listener cannot be kept for a successor.
@@ -180,7 +186,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     loop {
         tokio::select! {
             () = &mut shutdown => break,
-            () = or_never(starter.as_mut().map(Starter::asked)) => {
+            () = or_never(starter.as_mut().map(Starter::requested)) => {
                 starter.iter_mut().for_each(|starter| starter.start(1));
             }
             Ok(stream) = or_never(socket.as_ref().map(handover::Socket::accept)) => {
@@ -210,7 +216,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     }
 }
 
-/// What `future` gives; without one, nothing ever.
+/// The output of `future`; without one it never completes.
 async fn or_never<T>(future: Option<impl Future<Output = T>>) -> T {
     match future {
         Some(future) => future.await,

@@ -2,12 +2,12 @@
 //! second receiving part of claim 1, as the client side of the selection
 //! protocol.
 //!
-//! One task per processing server keeps one stream up and carries what comes
-//! in to the sessions and to load sharing (`stream`). Decisions are theirs.
+//! One task per processing server (`link`) keeps one stream up and passes what
+//! arrives on to the sessions and to load sharing, which decide.
 //!
 //! ```text
 //! allocation ─select→ Agents ─stream→ agent
-//! agent ─counts→ load sharing     agent ─session, end→ sessions ─cut→ forwarder
+//! agent ─counts→ load sharing     agent ─session, end→ control
 //! ```
 
 pub(in crate::connection) mod host_identity;
@@ -25,7 +25,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
-use self::link::{Stream, Waiting};
+use self::link::{LinkState, LinkTask, PendingSelect};
 use super::control::{Change, Control};
 use super::load_sharing::reservations::Reservations;
 use super::metrics::Metrics;
@@ -38,13 +38,13 @@ use crate::table::{Row, RowState, Slot, Table};
 /// A selection takes well under a millisecond; a second is a server in trouble.
 const SELECT_DEADLINE: Duration = Duration::from_secs(1);
 
-/// How long agents may take to hear that this connection server stops.
+/// How long agents may take to note that this connection server stops.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why a processing server did not select a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SelectError {
-    /// It said no.
+    /// It refused.
     Refused(refused::Cause),
     /// It did not answer within a second.
     TimedOut,
@@ -52,7 +52,19 @@ pub enum SelectError {
     Detached,
 }
 
-/// What a connection server begins with; from a predecessor, if there was one.
+impl SelectError {
+    /// The static name of the error, for metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refused(cause) => cause.as_str_name(),
+            Self::TimedOut => "TIMED_OUT",
+            Self::Detached => "DETACHED",
+        }
+    }
+}
+
+/// What a connection server starts with; a predecessor's, if there was one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentsSnapshot {
     /// The id that agents know it by.
@@ -78,7 +90,7 @@ impl AgentsSnapshot {
 
 /// The streams to all processing servers.
 pub struct Agents {
-    /// Names this connection server to agents; a successor goes on under it.
+    /// The id of this connection server, which a successor goes on under.
     id: String,
     /// The identity of its listening socket, which a successor goes on with.
     host_identity: String,
@@ -98,10 +110,7 @@ struct Link {
     server_uid: Option<String>,
     row: watch::Sender<Arc<Table>>,
     task: AbortHandle,
-    stream: Arc<Mutex<Option<Stream>>>,
-    /// Since when the stream was down, the last time that it was; `None` when
-    /// the sessions were cut.
-    detached_since: Arc<Mutex<Option<Instant>>>,
+    state: Arc<LinkState>,
 }
 
 impl Drop for Link {
@@ -139,10 +148,10 @@ impl Agents {
     pub fn export(&self) -> AgentsSnapshot {
         let links = self.links.lock();
         let reached = links.iter().filter_map(|(slot, link)| {
-            let since = if link.stream.lock().is_some() {
+            let since = if link.state.is_attached() {
                 Instant::now()
             } else {
-                (*link.detached_since.lock())?
+                (*link.state.detached_since.lock())?
             };
             Some((*slot, since))
         });
@@ -157,7 +166,7 @@ impl Agents {
     /// row to the others. Sessions of removed and replaced servers end.
     pub fn set_table(self: &Arc<Self>, change: &Change<'_>, table: &Arc<Table>) {
         let mut links = self.links.lock();
-        let gone: Vec<Slot> = links
+        let removed: Vec<Slot> = links
             .iter()
             .filter(|(slot, link)| {
                 !table
@@ -166,7 +175,7 @@ impl Agents {
             })
             .map(|(slot, _)| *slot)
             .collect();
-        for slot in gone {
+        for slot in removed {
             links.remove(&slot);
             self.reservations.detach(slot);
             change.forget_server(slot);
@@ -190,23 +199,22 @@ impl Agents {
 
     fn open(self: &Arc<Self>, row: &Row, address: SocketAddr, table: &Arc<Table>) -> Link {
         let (sender, receiver) = watch::channel(table.clone());
-        let stream = Arc::new(Mutex::new(None));
         let reached = self.reached.lock().remove(&row.slot);
-        let detached_since = Arc::new(Mutex::new(Some(reached.unwrap_or_else(Instant::now))));
-        let task = tokio::spawn(Arc::clone(self).keep_attached(
-            row.slot,
+        let state = Arc::new(LinkState::new(reached.unwrap_or_else(Instant::now)));
+        let task = LinkTask {
+            agents: self.clone(),
+            slot: row.slot,
             address,
-            receiver,
-            stream.clone(),
-            detached_since.clone(),
-        ));
+            table: receiver,
+            state: state.clone(),
+        };
+        let task = tokio::spawn(task.run());
         Link {
             address,
             server_uid: row.server_uid.clone(),
             row: sender,
             task: task.abort_handle(),
-            stream,
-            detached_since,
+            state,
         }
     }
 
@@ -228,21 +236,19 @@ impl Agents {
     ) -> Result<v1::Session, SelectError> {
         let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answered) = oneshot::channel();
-        let stream = {
+        let state = {
             let links = self.links.lock();
-            links
-                .get(&slot)
-                .ok_or(SelectError::Detached)?
-                .stream
-                .clone()
+            let link = links.get(&slot).ok_or(SelectError::Detached)?;
+            link.state.clone()
         };
         {
-            // A successor would not know what the answer is for.
+            // A successor would not know which request the answer is for.
             let _change = self.control.begin_change().await;
-            let mut stream = stream.lock();
+            let mut stream = state.stream.lock();
             let stream = stream.as_mut().ok_or(SelectError::Detached)?;
             let answer = sender;
-            stream.pending.insert(request_id, Waiting { answer, span });
+            let pending = PendingSelect { answer, span };
+            stream.pending.insert(request_id, pending);
             let message = Some(Message::Select(v1::Select {
                 request_id,
                 ..request
@@ -253,7 +259,7 @@ impl Agents {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(SelectError::Detached),
             Err(_) => {
-                if let Some(stream) = stream.lock().as_mut() {
+                if let Some(stream) = state.stream.lock().as_mut() {
                     stream.pending.remove(&request_id);
                 }
                 Err(SelectError::TimedOut)
@@ -261,31 +267,31 @@ impl Agents {
         }
     }
 
-    /// Says goodbye to every agent, so that none waits for this connection
-    /// server before it gives ports to others. Nothing may be open any more.
+    /// Sends a goodbye to every agent, so that none waits for this connection
+    /// server before it gives ports to others. No connection may be left.
     pub async fn leave(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         for link in self.links.lock().values() {
-            if let Some(stream) = link.stream.lock().as_ref() {
+            if let Some(stream) = link.state.stream.lock().as_ref() {
                 let message = Some(Message::Goodbye(v1::Goodbye {}));
                 let _ = stream.outbox.send(ToAgent { message });
             }
         }
-        // The agent ends the stream when it has heard.
-        let heard = async {
-            let is_attached = |link: &Link| link.stream.lock().is_some();
+        // The agent answers a goodbye by ending the stream.
+        let ended = async {
+            let is_attached = |link: &Link| link.state.is_attached();
             while self.links.lock().values().any(is_attached) {
                 sleep(Duration::from_millis(1)).await;
             }
         };
-        if timeout(LEAVE_DEADLINE, heard).await.is_err() {
-            warn!("some processing servers did not hear that this connection server stops");
+        if timeout(LEAVE_DEADLINE, ended).await.is_err() {
+            warn!("some processing servers did not take note that this connection server stops");
         }
     }
 }
 
 impl Link {
-    /// Whether the link's server is still the one in `row`.
+    /// Whether the link's server is still the one of `row`.
     fn leads_to(&self, row: &Row, table: &Table) -> bool {
         let is_replaced = matches!(
             (&self.server_uid, &row.server_uid),

@@ -5,8 +5,8 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use prometheus_client::collector::Collector;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
@@ -14,13 +14,11 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::agents::SelectError;
-use super::load_sharing::allocation::{Allocated, Refusal};
 use super::load_sharing::reservations::Reservations;
-use super::load_sharing::servers::LoadSharing;
+use super::load_sharing::servers::Servers;
 use super::sessions::Sessions;
+use crate::admin::register;
 use crate::forward::{CounterTotals, Forwarder, LiveClients};
-use crate::selection::v1::end;
 
 /// Counters of one connection server.
 pub struct Metrics {
@@ -35,25 +33,12 @@ pub struct Metrics {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Outcome {
-    outcome: Name,
+    outcome: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Cause {
-    cause: Name,
-}
-
-/// A label value that is part of the program.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Name(&'static str);
-
-impl EncodeLabelValue for Name {
-    fn encode(
-        &self,
-        encoder: &mut prometheus_client::encoding::LabelValueEncoder<'_>,
-    ) -> Result<(), std::fmt::Error> {
-        EncodeLabelValue::encode(&self.0, encoder)
-    }
+    cause: &'static str,
 }
 
 impl Metrics {
@@ -64,74 +49,61 @@ impl Metrics {
         let buckets = (0..16)
             .map(|power| 0.0001 * f64::from(1 << power))
             .chain([30.0, 300.0]);
-        let metrics = Self {
-            allocations: Family::default(),
-            allocation_seconds: Histogram::new(buckets),
-            not_selected: Family::default(),
-            ended: Family::default(),
-            requests_refused: Family::default(),
-            unknown_messages: Counter::default(),
-        };
-        registry.register(
-            "portpool_allocations",
-            "Requests for a session by outcome",
-            metrics.allocations.clone(),
-        );
+        let allocation_seconds = Histogram::new(buckets);
         registry.register_with_unit(
             "portpool_allocation_duration",
             "Time from request to answer, waiting included",
             Unit::Seconds,
-            metrics.allocation_seconds.clone(),
+            allocation_seconds.clone(),
         );
-        registry.register(
-            "portpool_selections_failed",
-            "Processing servers that were asked and did not select a port, by cause",
-            metrics.not_selected.clone(),
-        );
-        registry.register(
-            "portpool_sessions_ended",
-            "Sessions ended by agents, by cause",
-            metrics.ended.clone(),
-        );
-        registry.register(
-            "portpool_requests_refused",
-            "Requests to the load-sharing port that got a problem, by its name",
-            metrics.requests_refused.clone(),
-        );
-        registry.register(
-            "portpool_unknown_messages",
-            "Messages from agents that this version does not know",
-            metrics.unknown_messages.clone(),
-        );
-        metrics
+        Self {
+            allocation_seconds,
+            allocations: register(
+                registry,
+                "portpool_allocations",
+                "Requests for a session by outcome",
+            ),
+            not_selected: register(
+                registry,
+                "portpool_selections_failed",
+                "Processing servers that were asked and did not select a port, by cause",
+            ),
+            ended: register(
+                registry,
+                "portpool_sessions_ended",
+                "Sessions ended by agents, by cause",
+            ),
+            requests_refused: register(
+                registry,
+                "portpool_requests_refused",
+                "Requests to the load-sharing port that got a problem, by its name",
+            ),
+            unknown_messages: register(
+                registry,
+                "portpool_unknown_messages",
+                "Messages from agents that this version does not know",
+            ),
+        }
     }
 
-    /// A request was answered after `took`.
-    pub fn allocated(&self, result: &Result<Allocated, Refusal>, took: Duration) {
-        let outcome = Name(result.as_ref().map_or_else(Refusal::name, |_| "allocated"));
+    /// A request was answered with `outcome` after `took`.
+    pub fn allocated(&self, outcome: &'static str, took: Duration) {
         self.allocations.get_or_create(&Outcome { outcome }).inc();
         self.allocation_seconds.observe(took.as_secs_f64());
     }
 
     /// A server that was asked did not select a port.
-    pub fn not_selected(&self, error: &SelectError) {
-        let cause = Name(match error {
-            SelectError::Refused(cause) => cause.as_str_name(),
-            SelectError::TimedOut => "TIMED_OUT",
-            SelectError::Detached => "DETACHED",
-        });
+    pub fn not_selected(&self, cause: &'static str) {
         self.not_selected.get_or_create(&Cause { cause }).inc();
     }
 
     /// A request got the problem named `cause`.
     pub fn request_refused(&self, cause: &'static str) {
-        let cause = Name(cause);
         self.requests_refused.get_or_create(&Cause { cause }).inc();
     }
 
     /// An agent ended a session.
-    pub fn session_ended(&self, cause: end::Cause) {
-        let cause = Name(cause.as_str_name());
+    pub fn session_ended(&self, cause: &'static str) {
         self.ended.get_or_create(&Cause { cause }).inc();
     }
 }
@@ -174,8 +146,8 @@ impl Collector for Live {
             ("lingering", 0),
             ("notListening", 0),
         ];
-        let waiting = reservations.inspect(|sharing: &LoadSharing| {
-            for ports in sharing.servers().values().flat_map(|server| &server.ports) {
+        let waiting = reservations.inspect(|servers: &Servers| {
+            for ports in servers.loads().flat_map(|server| &server.ports) {
                 let counts = [
                     ports.free,
                     ports.held,
@@ -187,7 +159,7 @@ impl Collector for Live {
                     state.1 += i64::from(count);
                 }
             }
-            sharing.waiting()
+            servers.waiting()
         });
         let mut family = encoder.encode_descriptor(
             "portpool_ports",
@@ -201,8 +173,6 @@ impl Collector for Live {
         }
         if let Some(forwarder) = self.forwarder.upgrade() {
             encode_forwarding(&mut encoder, &forwarder.counters())?;
-        }
-        if let Some(forwarder) = self.forwarder.upgrade() {
             encode_live(&mut encoder, forwarder.live())?;
         }
         let mut family = encoder.encode_descriptor(
@@ -268,7 +238,7 @@ fn encode_forwarding(
     family(
         encoder,
         "portpool_forwarded_bytes",
-        "Bytes of ended connections and flows",
+        "Bytes forwarded by connections and UDP flows, live ones included",
         "direction",
         &bytes,
     )?;

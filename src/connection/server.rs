@@ -1,7 +1,7 @@
 //! The running parts of a connection server: wired together at the start,
 //! served, and stopped in an order that cuts as little as possible. It owns
-//! every part and the tasks that drive them; when it starts and ends is the
-//! parent's decision, what the parts do is theirs.
+//! every part and the tasks that drive them; the parent decides when it starts
+//! and ends.
 //!
 //! - `handover`: everything from a predecessor, and to a successor;
 //! - `tables`: has the parts follow the table.
@@ -32,7 +32,7 @@ use super::load_sharing::allocation::Allocation;
 use super::load_sharing::api::{self, Api};
 use super::load_sharing::http;
 use super::load_sharing::reservations::Reservations;
-use super::load_sharing::servers::{LoadSharing, Server as ServerCounts};
+use super::load_sharing::servers::{ServerLoad, Servers};
 use super::metrics::{self, Metrics};
 use super::sessions::Sessions;
 use super::{Error, Options};
@@ -43,7 +43,7 @@ use crate::{admin, follow};
 /// How long a stopping connection server waits for requests being answered.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
-/// How often a stopping connection server looks whether sessions are left.
+/// How often a stopping connection server checks whether sessions are left.
 const DRAIN_CHECK: Duration = Duration::from_millis(100);
 
 /// What a table is applied to, and what is handed over.
@@ -80,12 +80,12 @@ impl InitialState {
 pub(super) struct Server {
     parts: Parts,
     table: watch::Receiver<Arc<Table>>,
-    /// Agents and clients know this connection server already.
+    /// Whether agents and clients know this connection server already.
     is_successor: bool,
     router: Router,
     load_sharing: std::net::TcpListener,
     admin: OwnedFd,
-    /// Serves the load-sharing port, with what stops it.
+    /// The task that serves the load-sharing port, with what stops it.
     serving: Option<(CancellationToken, JoinHandle<()>)>,
     draining: CancellationToken,
     stopping: CancellationToken,
@@ -203,13 +203,13 @@ impl Server {
         self.serving = Some((stop, self.tasks.spawn(serving)));
     }
 
-    /// Answers the requests under way and sends waiting ones away. Further ones
+    /// Answers the requests under way and refuses waiting ones. Further ones
     /// queue at the listener.
     async fn stop_serving(&mut self) {
         if let Some((stop, serving)) = self.serving.take() {
             stop.cancel();
             self.parts.reservations.dismiss();
-            // It ends by itself; it does not panic.
+            // The task ends by itself and does not panic.
             let _ = serving.await;
         }
     }
@@ -227,11 +227,9 @@ impl Server {
                 if draining.is_cancelled() {
                     return Err("shutting down".to_owned());
                 }
-                let takes = |sharing: &LoadSharing| {
-                    sharing.servers().values().any(ServerCounts::takes_sessions)
-                };
+                let takes = |servers: &Servers| servers.loads().any(ServerLoad::takes_sessions);
                 // Once ready it stays so: without processing servers clients
-                // should hear that, and live flows should keep their way here.
+                // should get that answer, and live flows should keep their way.
                 let is_empty = rows.borrow().rows.is_empty();
                 if is_empty || reservations.inspect(takes) {
                     was_ready.store(true, Ordering::Relaxed);
@@ -267,7 +265,7 @@ impl Server {
     }
 }
 
-/// How the data plane is to run.
+/// How the data plane runs.
 fn forwarding(options: &Options) -> forward::Config {
     forward::Config {
         limits: options.limits,
@@ -310,7 +308,7 @@ fn listen(address: IpAddr, port: u16) -> Result<std::net::TcpListener, Error> {
             socket2::Type::STREAM,
             None,
         )?;
-        // For what is in TIME_WAIT. Never SO_REUSEPORT: see `host_identity`.
+        // For connections in TIME_WAIT. Never SO_REUSEPORT: see `host_identity`.
         socket.set_reuse_address(true)?;
         if address.is_ipv6() {
             socket.set_only_v6(false)?;

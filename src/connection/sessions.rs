@@ -1,29 +1,29 @@
 //! The sessions this connection server knows, and the gate they make for the
 //! data plane.
 //!
-//! The processing servers' agents own the sessions; what is here is what they
-//! have told, in the order they told it. The rules that keep a port from
-//! serving two clients:
+//! The processing servers' agents own the sessions; here is what they reported,
+//! in the order of their reports. The rules that keep a port from serving two
+//! clients:
 //!
 //! - A connection is admitted under the same lock that ends sessions, so it
-//!   belongs to a live session and its agent is told before anything else is
-//!   sent. While the agent is out of reach, the next greeting tells it; an
-//!   agent gives no port to others that a connection server out of reach may
-//!   have, and sessions here are forgotten before it stops to wait.
-//! - `End` is final: the session goes from the gate, its connections are cut,
+//!   belongs to a live session, and `Opened` is sent to its agent before any
+//!   other message. If the agent is out of reach, the next greeting says so.
+//!   Meanwhile the agent gives no port to others that an unreachable connection
+//!   server may use, and it waits until after the sessions here are forgotten.
+//! - `End` is final: the session leaves the gate, its connections are cut,
 //!   clients that wait to be accepted are refused, and only then `Ended` is
-//!   sent. The agent frees the port only then. An agent that was restarted and
-//!   tells of the session again is told that it was given back.
+//!   sent and the agent frees the port. An agent that was restarted and reports
+//!   the session again is sent a `Release`.
 //!
 //! ```text
 //! data plane ─admit/closed→ Sessions ─Opened/Closed/Ended→ agents
-//! agents ─Session/End→ Sessions ─cut→ data plane
+//! agents ─Session/End→ Sessions ─Actions→ control ─cut→ data plane
 //! ```
 //!
-//! - `gate`: what the data plane asks and tells;
-//! - `handover`: to a successor and from a predecessor;
-//! - this file: what there is, what agents and clients change, and what is told
-//!   of it.
+//! - `gate`: what the data plane asks and reports;
+//! - `actions`: what it must do after a change;
+//! - `snapshot`: to a successor and from a predecessor; `span`: logs;
+//! - this file: the live sessions, and what agents and clients change.
 
 mod actions;
 mod gate;
@@ -53,6 +53,15 @@ pub type Outbox = UnboundedSender<ToAgent>;
 /// The key of connections under `admission: Open`, which belong to no session.
 const NO_SESSION: SessionKey = SessionKey(0);
 
+/// A live session and where it is.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KnownSession {
+    /// The slot of its processing server.
+    pub slot: Slot,
+    /// The session as its agent reported it last.
+    pub session: v1::Session,
+}
+
 /// Why a client cannot give a session back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReleaseError {
@@ -62,7 +71,7 @@ pub enum ReleaseError {
     OutOfReach,
 }
 
-/// The sessions of all processing servers, as far as known here.
+/// The sessions of all processing servers that are known here.
 #[derive(Debug, Default)]
 pub struct Sessions {
     inner: RwLock<Inner>,
@@ -77,14 +86,14 @@ struct Inner {
     port_by_id: HashMap<String, ListenPort>,
     id_by_idempotency_key: HashMap<String, String>,
     ending: HashMap<SessionKey, Ending>,
-    /// Sessions that a client has given back, with their slot, until the agent
-    /// says the end: what it told before it heard of that comes late, and what
-    /// we told may be lost with a stream.
+    /// Sessions released by a client whose agent has not confirmed the end yet,
+    /// with their slot. Late reports about them are ignored, and the release is
+    /// repeated after a reconnect.
     released: HashMap<String, Slot>,
-    /// The session that was over last on each port, until another one is there:
-    /// its agent may be restarted before all have heard the end, and adopt it
-    /// from one that has not. No need to know the ones before: their ports were
-    /// free, so all had heard.
+    /// The session that ended last on each port, until the next one: its agent
+    /// may restart before every connection server has the end, and adopt it from
+    /// one that has not. Earlier ones need not be known: their port was free, so
+    /// every connection server had the end.
     last_ended: HashMap<ListenPort, String>,
     pending_lookups: HashMap<ListenPort, Vec<PendingLookup>>,
 }
@@ -94,8 +103,8 @@ struct Live {
     key: SessionKey,
     slot: Slot,
     bound_client: Option<IpAddr>,
-    // A lock, not an atomic: the agent must hear Opened and Closed in the order
-    // in which the count leaves and reaches zero.
+    // A lock, not an atomic: Opened and Closed must be sent in the order in
+    // which the count leaves and reaches zero.
     flows: Mutex<Flows>,
     session: v1::Session,
     span: SessionSpan,
@@ -114,7 +123,7 @@ impl Flows {
         self.carried.opened();
     }
 
-    /// One has ended. Whether it was the last.
+    /// One has ended. Returns whether it was the last.
     fn close(&mut self, traffic: Traffic) -> bool {
         self.open -= 1;
         self.carried.closed(traffic);
@@ -122,7 +131,7 @@ impl Flows {
     }
 }
 
-/// A session that is over and whose connections are being cut.
+/// A session that has ended and whose connections are being cut.
 #[derive(Debug)]
 struct Ending {
     id: String,
@@ -148,15 +157,15 @@ impl TableRules {
 impl Inner {
     fn send(&self, slot: Slot, message: Message) {
         if let Some(outbox) = self.outboxes.get(&slot) {
-            // A closed outbox is a stream that just broke; the next greeting
-            // tells the agent all it missed.
+            // A closed outbox is a stream that just broke; the next greeting has
+            // everything that the agent missed.
             let _ = outbox.send(ToAgent {
                 message: Some(message),
             });
         }
     }
 
-    /// Knows a session from now on.
+    /// Adds a session.
     fn insert(&mut self, live: Live, port: ListenPort) {
         let id = live.session.session_id.clone();
         if !live.session.idempotency_key.is_empty() {
@@ -184,8 +193,8 @@ impl Inner {
         }
         let mut flows = live.flows.into_inner();
         // The cut itself, which is reported like a flow: a client that connected
-        // in time may still wait to be accepted, and must not be taken for one
-        // of the next session.
+        // in time may still wait to be accepted, and must not count as one of
+        // the next session.
         flows.open += 1;
         let ending = Ending {
             id: id.to_owned(),
@@ -256,7 +265,7 @@ impl Sessions {
                 ..live.session.clone()
             });
         let _ = outbox.send(greet(known.collect()));
-        // Whether these got through the former stream nobody knows.
+        // They may have been lost with the former stream.
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
             let session_id = id.clone();
             let message = Some(Message::Release(v1::Release { session_id }));
@@ -265,8 +274,8 @@ impl Sessions {
         inner.outboxes.insert(slot, outbox);
     }
 
-    /// An agent's stream is gone; it is told nothing. Does nothing when a newer
-    /// stream than `outbox` is up.
+    /// An agent's stream has ended: it is sent nothing more. Does nothing when a
+    /// newer stream than `outbox` is up.
     pub fn detach(&self, slot: Slot, outbox: &Outbox) {
         let mut inner = self.inner.write();
         if inner
@@ -400,12 +409,15 @@ impl Sessions {
         Ok(action.into_iter().collect())
     }
 
-    /// The live session `id`, with the slot of its server.
+    /// The live session `id`.
     #[must_use]
-    pub fn get(&self, id: &str) -> Option<(Slot, v1::Session)> {
+    pub fn get(&self, id: &str) -> Option<KnownSession> {
         let inner = self.inner.read();
         let live = inner.live.get(inner.port_by_id.get(id)?)?;
-        Some((live.slot, live.session.clone()))
+        Some(KnownSession {
+            slot: live.slot,
+            session: live.session.clone(),
+        })
     }
 
     /// The live session on `port`, by id.
@@ -417,12 +429,12 @@ impl Sessions {
 
     /// The live session made under an idempotency key.
     #[must_use]
-    pub fn get_by_idempotency_key(&self, key: &str) -> Option<(Slot, v1::Session)> {
+    pub fn get_by_idempotency_key(&self, key: &str) -> Option<KnownSession> {
         let id = self.inner.read().id_by_idempotency_key.get(key).cloned()?;
         self.get(&id)
     }
 
-    /// Number of live sessions by state, as their agents told last.
+    /// The number of live sessions by state, as their agents reported last.
     #[must_use]
     pub fn count_by_state(&self) -> [(&'static str, i64); 3] {
         use v1::session::State;
@@ -438,7 +450,7 @@ impl Sessions {
         counts
     }
 
-    /// Number of live sessions with connections here.
+    /// The number of live sessions with connections here.
     #[must_use]
     pub fn open_count(&self) -> usize {
         let inner = self.inner.read();

@@ -1,5 +1,5 @@
-//! The stream to one agent: kept up, greeted, read. One that is down for too
-//! long costs the sessions of its server.
+//! The stream to one agent: a task keeps it up, greets, and passes on what the
+//! agent sends. If it is down for too long, the sessions of its server end.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -11,7 +11,8 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::transport::Endpoint;
+use tonic::Streaming;
+use tonic::transport::{Channel, Endpoint};
 use tracing::{debug, info, warn};
 
 use super::{Agents, SelectError};
@@ -30,45 +31,76 @@ use crate::table::{Slot, Table};
 /// How long a connection and its greeting may take.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Pause before the first try to attach again, doubled up to the longest one.
+/// The pause before the first attempt to attach again. It doubles up to the
+/// longest one.
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = CUT_SLACK;
 
-/// What a stream that is up needs to send requests and match answers.
+/// A stream that is up: sends requests and matches answers.
 pub(super) struct Stream {
     pub(super) outbox: Outbox,
-    pub(super) pending: HashMap<u64, Waiting>,
+    pub(super) pending: HashMap<u64, PendingSelect>,
 }
 
-/// A request that waits for its answer.
-pub(super) struct Waiting {
+/// A request to select a port that is not answered yet.
+pub(super) struct PendingSelect {
     pub(super) answer: oneshot::Sender<Result<v1::Session, SelectError>>,
     pub(super) span: SessionSpan,
 }
 
-impl Agents {
-    /// Keeps one stream up for as long as the task runs.
-    pub(super) async fn keep_attached(
-        self: Arc<Self>,
-        slot: Slot,
-        address: SocketAddr,
-        mut table: watch::Receiver<Arc<Table>>,
-        stream: Arc<Mutex<Option<Stream>>>,
-        detached_since: Arc<Mutex<Option<Instant>>>,
-    ) {
+/// Whether the stream is up, shared by the link's task and by requests.
+pub(super) struct LinkState {
+    pub(super) stream: Mutex<Option<Stream>>,
+    /// The time since which the stream was down, the last time that it was;
+    /// `None` when the sessions were cut.
+    pub(super) detached_since: Mutex<Option<Instant>>,
+}
+
+impl LinkState {
+    /// A stream that is down since `detached_since`.
+    pub(super) fn new(detached_since: Instant) -> Self {
+        Self {
+            stream: Mutex::new(None),
+            detached_since: Mutex::new(Some(detached_since)),
+        }
+    }
+
+    pub(super) fn is_attached(&self) -> bool {
+        self.stream.lock().is_some()
+    }
+
+    /// Takes the request `id` out of those that are not answered.
+    fn take_pending(&self, id: u64) -> Option<PendingSelect> {
+        self.stream.lock().as_mut()?.pending.remove(&id)
+    }
+}
+
+/// The task's side of a link.
+pub(super) struct LinkTask {
+    pub(super) agents: Arc<Agents>,
+    pub(super) slot: Slot,
+    pub(super) address: SocketAddr,
+    pub(super) table: watch::Receiver<Arc<Table>>,
+    pub(super) state: Arc<LinkState>,
+}
+
+impl LinkTask {
+    /// Keeps the stream up for as long as the task runs.
+    pub(super) async fn run(mut self) {
+        let (slot, address, state) = (self.slot, self.address, self.state.clone());
         let mut pause = FIRST_PAUSE;
         loop {
-            let since = *detached_since.lock();
+            let since = *state.detached_since.lock();
             let attached = tokio::select! {
-                attached = self.attach(slot, address, &mut table, &stream) => attached,
-                () = overdue(since, &stream) => Err(AttachError::OutOfReach),
+                attached = self.attach() => attached,
+                () = overdue(since, &state) => Err(AttachError::OutOfReach),
             };
             if attached.is_ok() {
-                *detached_since.lock() = Some(Instant::now());
+                *state.detached_since.lock() = Some(Instant::now());
             }
-            stream.lock().take();
-            self.reservations.detach(slot);
-            if self.leaving.load(Ordering::Relaxed) {
+            state.stream.lock().take();
+            self.agents.reservations.detach(slot);
+            if self.agents.leaving.load(Ordering::Relaxed) {
                 return;
             }
             match attached {
@@ -80,56 +112,36 @@ impl Agents {
                     debug!(%slot, %address, %error, "failed to attach to processing server")
                 }
             }
-            let since = *detached_since.lock();
-            if since.is_some_and(|since| since.elapsed() >= CUT_AFTER) {
-                let change = self.control.begin_change().await;
-                *detached_since.lock() = None;
-                let sessions = change.forget_server(slot);
-                if sessions > 0 {
-                    warn!(%slot, %address, sessions, "processing server out of reach; its sessions are cut");
-                }
-            }
+            self.cut_when_overdue().await;
             sleep(pause).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
+    /// Ends the sessions of an agent that was out of reach for too long.
+    async fn cut_when_overdue(&self) {
+        let since = *self.state.detached_since.lock();
+        if since.is_none_or(|since| since.elapsed() < CUT_AFTER) {
+            return;
+        }
+        let (slot, address) = (self.slot, self.address);
+        let change = self.agents.control.begin_change().await;
+        *self.state.detached_since.lock() = None;
+        let sessions = change.forget_server(slot);
+        if sessions > 0 {
+            warn!(%slot, %address, sessions, "processing server out of reach; its sessions are cut");
+        }
+    }
+
     /// Attaches once and serves the stream until it ends.
-    async fn attach(
-        &self,
-        slot: Slot,
-        address: SocketAddr,
-        table: &mut watch::Receiver<Arc<Table>>,
-        stream: &Arc<Mutex<Option<Stream>>>,
-    ) -> Result<(), AttachError> {
-        while self.sessions.is_cutting(slot) {
+    async fn attach(&mut self) -> Result<(), AttachError> {
+        let (slot, address) = (self.slot, self.address);
+        while self.agents.sessions.is_cutting(slot) {
             sleep(Duration::from_millis(1)).await;
         }
-        let endpoint = Endpoint::from_shared(format!("http://{address}"))?
-            .connect_timeout(ATTACH_DEADLINE)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-            .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
-            .keep_alive_while_idle(true);
-        let mut client = SelectionClient::new(endpoint.connect().await?);
+        let mut client = connect(address).await?;
         let (outbox, outgoing) = mpsc::unbounded_channel();
-        let current = table.borrow_and_update().clone();
-        let greeting = self.greeting(slot, &current)?;
-        let greet = |sessions| {
-            let message = Some(Message::Hello(v1::Hello {
-                sessions,
-                ..greeting
-            }));
-            ToAgent { message }
-        };
-        let change = self.control.begin_change().await;
-        change.attach(slot, outbox.clone(), greet);
-        drop(change);
-        let _detach = Detach {
-            sessions: &self.sessions,
-            slot,
-            outbox: &outbox,
-        };
+        let _detach = self.greet(&outbox).await?;
         let outgoing = UnboundedReceiverStream::new(outgoing);
         let welcome = async {
             let mut incoming = client.attach(outgoing).await?.into_inner();
@@ -139,35 +151,71 @@ impl Agents {
                 _ => Err(AttachError::NoWelcome),
             }
         };
-        let (mut incoming, welcome) = timeout(ATTACH_DEADLINE, welcome).await??;
+        let (incoming, welcome) = timeout(ATTACH_DEADLINE, welcome).await??;
         info!(%slot, %address, agent = welcome.agent, generation = welcome.generation, "attached to processing server");
-        *stream.lock() = Some(Stream {
+        *self.state.stream.lock() = Some(Stream {
             outbox: outbox.clone(),
             pending: HashMap::new(),
         });
-        self.reservations.attach(slot);
-        self.sessions.welcomed(slot);
+        self.agents.reservations.attach(slot);
+        self.agents.sessions.welcomed(slot);
+        self.serve(incoming, &outbox).await
+    }
+
+    /// Sends the greeting to `outbox`, which gets every further message.
+    async fn greet(&mut self, outbox: &Outbox) -> Result<Detach, AttachError> {
+        let slot = self.slot;
+        let table = self.table.borrow_and_update().clone();
+        let greeting = v1::Hello {
+            protocol_version: PROTOCOL_VERSION,
+            pool_uid: table.pool_uid.clone(),
+            connection_server: self.agents.id.clone(),
+            table: table.slice(slot).encode()?,
+            sessions: Vec::new(),
+            place: self.agents.host_identity.clone(),
+        };
+        let greet = |sessions| {
+            let message = Some(Message::Hello(v1::Hello {
+                sessions,
+                ..greeting
+            }));
+            ToAgent { message }
+        };
+        let change = self.agents.control.begin_change().await;
+        change.attach(slot, outbox.clone(), greet);
+        Ok(Detach {
+            sessions: self.agents.sessions.clone(),
+            slot,
+            outbox: outbox.clone(),
+        })
+    }
+
+    /// Passes on what the agent sends, and newer tables to the agent.
+    async fn serve(
+        &mut self,
+        mut incoming: Streaming<FromAgent>,
+        outbox: &Outbox,
+    ) -> Result<(), AttachError> {
+        let slot = self.slot;
         loop {
             tokio::select! {
                 message = incoming.message() => match message {
                     Ok(Some(FromAgent { message: Some(message) })) => {
-                        let change = self.control.begin_change().await;
-                        self.receive(&change, slot, message, stream, &outbox);
+                        let change = self.agents.control.begin_change().await;
+                        self.receive(&change, message, outbox);
                     }
-                    Ok(Some(FromAgent { message: None })) => {
-                        self.metrics.unknown_messages.inc();
-                    }
+                    Ok(Some(FromAgent { message: None })) => self.ignore("unknown message"),
                     Ok(None) => return Ok(()),
                     Err(error) => {
                         debug!(%slot, %error, "stream to processing server broke");
                         return Ok(());
                     }
                 },
-                changed = table.changed() => {
+                changed = self.table.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    let table = table.borrow_and_update().slice(slot).encode()?;
+                    let table = self.table.borrow_and_update().slice(slot).encode()?;
                     let message = Some(Message::TableUpdate(v1::TableUpdate { table }));
                     let _ = outbox.send(ToAgent { message });
                 }
@@ -175,100 +223,100 @@ impl Agents {
         }
     }
 
-    fn greeting(&self, slot: Slot, table: &Table) -> Result<v1::Hello, AttachError> {
-        Ok(v1::Hello {
-            protocol_version: PROTOCOL_VERSION,
-            pool_uid: table.pool_uid.clone(),
-            connection_server: self.id.clone(),
-            table: table.slice(slot).encode()?,
-            sessions: Vec::new(),
-            place: self.host_identity.clone(),
-        })
-    }
-
-    fn receive(
-        &self,
-        change: &Change<'_>,
-        slot: Slot,
-        message: from_agent::Message,
-        stream: &Mutex<Option<Stream>>,
-        outbox: &Outbox,
-    ) {
+    fn receive(&self, change: &Change<'_>, message: from_agent::Message, outbox: &Outbox) {
         use from_agent::Message as From;
-        let waiting = |request_id: u64| {
-            let mut stream = stream.lock();
-            stream.as_mut()?.pending.remove(&request_id)
-        };
+        let slot = self.slot;
         match message {
-            From::Counts(counts) => {
-                self.reservations
-                    .counted(slot, port_states(counts.ports), counts.draining)
-            }
+            From::Counts(counts) => match port_states(counts.ports) {
+                Some(ports) => self
+                    .agents
+                    .reservations
+                    .counted(slot, ports, counts.draining),
+                None => self.ignore("counts of an unknown protocol"),
+            },
             From::Selected(v1::Selected {
                 request_id,
                 session: Some(session),
-            }) => {
-                let waiting = waiting(request_id);
-                let span = || match &waiting {
-                    Some(waiting) => waiting.span.clone(),
-                    None => SessionSpan::learned(),
-                };
-                change.learn(slot, session.clone(), span);
-                let session_id = session.session_id.clone();
-                // Nobody waits any more, and nobody was told the port.
-                if waiting.is_none_or(|waiting| waiting.answer.send(Ok(session)).is_err()) {
-                    let message = Some(Message::Release(v1::Release { session_id }));
-                    let _ = outbox.send(ToAgent { message });
-                }
-            }
+            }) => self.selected(change, request_id, session, outbox),
             From::Refused(refused) => {
-                if let Some(waiting) = waiting(refused.request_id) {
+                if let Some(pending) = self.state.take_pending(refused.request_id) {
                     let cause = refused.cause();
-                    let _ = waiting.answer.send(Err(SelectError::Refused(cause)));
+                    let _ = pending.answer.send(Err(SelectError::Refused(cause)));
                 }
             }
             From::Session(session) => change.learn(slot, session, SessionSpan::learned),
             From::End(end) => {
-                self.metrics.session_ended(end.cause());
+                self.agents.metrics.session_ended(end.cause().as_str_name());
                 change.end(slot, &end.session_id, end.cause());
             }
-            From::LookedUp(v1::LookedUp {
-                request_id,
-                session,
-            }) => {
-                change.looked_up(slot, request_id, session);
-            }
-            From::Welcome(_) | From::Selected(_) => {
-                self.metrics.unknown_messages.inc();
-            }
+            From::LookedUp(found) => change.looked_up(slot, found.request_id, found.session),
+            From::Welcome(_) | From::Selected(_) => self.ignore("message out of place"),
         }
+    }
+
+    /// The agent has selected a port for the request `request_id`.
+    fn selected(
+        &self,
+        change: &Change<'_>,
+        request_id: u64,
+        session: v1::Session,
+        outbox: &Outbox,
+    ) {
+        let pending = self.state.take_pending(request_id);
+        let span = || match &pending {
+            Some(pending) => pending.span.clone(),
+            None => SessionSpan::learned(),
+        };
+        change.learn(self.slot, session.clone(), span);
+        let session_id = session.session_id.clone();
+        // The request is over, so no client was told the port.
+        if pending.is_none_or(|pending| pending.answer.send(Ok(session)).is_err()) {
+            let message = Some(Message::Release(v1::Release { session_id }));
+            let _ = outbox.send(ToAgent { message });
+        }
+    }
+
+    /// Counts a message that this version cannot use.
+    fn ignore(&self, reason: &'static str) {
+        debug!(slot = %self.slot, reason, "message from processing server ignored");
+        self.agents.metrics.unknown_messages.inc();
     }
 }
 
-/// Completes when a stream that has been down since `since` is not up again
-/// when its sessions are to be cut. A try to attach may be under way: one that
-/// succeeded later would have told the agent of sessions that are cut.
-async fn overdue(since: Option<Instant>, stream: &Mutex<Option<Stream>>) {
+async fn connect(address: SocketAddr) -> Result<SelectionClient<Channel>, AttachError> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(ATTACH_DEADLINE)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true);
+    Ok(SelectionClient::new(endpoint.connect().await?))
+}
+
+/// Completes when a stream that has been down since `since` is not up again at
+/// the time when its sessions must be cut. An attempt to attach may be under
+/// way: if it succeeded later, its greeting would list sessions that are cut.
+async fn overdue(since: Option<Instant>, state: &LinkState) {
     let Some(since) = since else {
         return std::future::pending().await;
     };
     sleep_until(since + CUT_AFTER).await;
-    if stream.lock().is_some() {
+    if state.is_attached() {
         std::future::pending().await
     }
 }
 
 /// Detaches the sessions however the attachment ends, also when its task is
 /// aborted.
-struct Detach<'a> {
-    sessions: &'a Sessions,
+struct Detach {
+    sessions: Arc<Sessions>,
     slot: Slot,
-    outbox: &'a Outbox,
+    outbox: Outbox,
 }
 
-impl Drop for Detach<'_> {
+impl Drop for Detach {
     fn drop(&mut self) {
-        self.sessions.detach(self.slot, self.outbox);
+        self.sessions.detach(self.slot, &self.outbox);
     }
 }
 
@@ -288,8 +336,9 @@ enum AttachError {
     Table(#[from] crate::table::TableError),
 }
 
-fn port_states(ports: Vec<v1::PortCounts>) -> Vec<PortState> {
-    let states = ports.into_iter().filter_map(|ports| {
+/// The counts of an agent; `None` when one names an unknown protocol.
+fn port_states(ports: Vec<v1::PortCounts>) -> Option<Vec<PortState>> {
+    let states = ports.into_iter().map(|ports| {
         Some(PortState {
             protocol: PortProtocol::from_name(&ports.protocol)?,
             name: ports.name,

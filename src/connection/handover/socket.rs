@@ -1,4 +1,4 @@
-//! Where successors ask for a hand-over.
+//! The Unix socket where successors request a hand-over.
 
 use std::fs;
 use std::io;
@@ -15,7 +15,7 @@ use super::Error;
 pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// Where it is until [`Socket::publish`].
+    /// Its path until [`Socket::publish`].
     hidden: Option<PathBuf>,
 }
 
@@ -29,7 +29,7 @@ impl Socket {
         hidden.push(format!(".{}", std::process::id()));
         let hidden = PathBuf::from(hidden);
         let listen = || {
-            // Left by a process that had our id and died.
+            // A dead process that had our id may have left one.
             let _ = fs::remove_file(&hidden);
             let listener = UnixListener::bind(&hidden)?;
             fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
@@ -48,8 +48,7 @@ impl Socket {
         }
     }
 
-    /// Takes the place of whoever listened at the path before, so that there is
-    /// always one.
+    /// Replaces the socket at the path, so that there is one at any time.
     ///
     /// # Errors
     /// [`Error::Socket`].
@@ -74,9 +73,9 @@ impl Socket {
         stream.into_std()
     }
 
-    /// Removes the socket; not for one that has a successor.
+    /// Removes the socket. A process that has a successor must not.
     pub fn remove(&self) {
-        // What cannot be removed is stale, and the next process sees that.
+        // A socket that stays refuses connections, which the next process sees.
         let _ = fs::remove_file(&self.path);
     }
 }

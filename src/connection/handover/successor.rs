@@ -1,8 +1,8 @@
 //! Upgrades by signal: at SIGUSR2 a connection server starts its own program,
 //! as it is on disk now, as its successor. The process that was started first
-//! stays, so that whoever watches it (a container's runtime, systemd) sees
-//! nothing: once it has handed over it stands in for its successor, which is
-//! to pass signals on and to end with the last one's status.
+//! stays, so that its supervisor (a container's runtime, systemd) notices
+//! nothing: once it has handed over it stands in for its successor, which means
+//! that it passes signals on and ends with the last one's status.
 //!
 //! ```text
 //! connection server ─USR2→ starts successor ─hand-over→ stand-in ─USR2→ starts the next one
@@ -31,12 +31,12 @@ pub(in crate::connection) struct Starter {
     program: PathBuf,
     /// The parent starts successors itself, and kills what it started.
     has_parent: bool,
-    /// Those that run: the one that serves, and one that is to take over.
+    /// The running ones: the one that serves, and one that takes over.
     successors: Vec<Child>,
 }
 
 impl Starter {
-    /// From now on SIGUSR2 is for us.
+    /// Handles SIGUSR2 from now on.
     pub(in crate::connection) fn new() -> io::Result<Self> {
         Ok(Self {
             upgrades: signal(SignalKind::user_defined2())?,
@@ -47,14 +47,14 @@ impl Starter {
     }
 
     /// Completes at SIGUSR2.
-    pub(in crate::connection) async fn asked(&mut self) {
+    pub(in crate::connection) async fn requested(&mut self) {
         if self.upgrades.recv().await.is_none() {
             std::future::pending().await
         }
     }
 
-    /// Starts a successor, which asks for a hand-over; not while there are
-    /// `most` already.
+    /// Starts a successor, which requests a hand-over, unless `most` are running
+    /// already.
     pub(in crate::connection) fn start(&mut self, most: usize) {
         if self.has_parent {
             return warn!("SIGUSR2 is for portpool local, which starts successors");
@@ -78,8 +78,8 @@ impl Starter {
     }
 
     /// Stands in for the successor that has taken over, until the last one has
-    /// ended; its status. `None` when another one has taken over than we
-    /// started.
+    /// ended, and returns its status; `None` when a process has taken over that
+    /// was not started here.
     pub(in crate::connection) async fn stand_in(
         mut self,
         mut shutdown: Pin<&mut impl Future<Output = ()>>,
@@ -104,7 +104,7 @@ impl Starter {
                     is_stopping = true;
                     let running = self.successors.iter().filter_map(Child::id);
                     for pid in running.filter_map(|pid| Pid::from_raw(pid.try_into().ok()?)) {
-                        // Gone already is as good.
+                        // One that has ended needs no signal.
                         let _ = kill_process(pid, Signal::TERM);
                     }
                 }
@@ -114,7 +114,7 @@ impl Starter {
     }
 }
 
-/// To a stand-in.
+/// What a stand-in reacts to.
 enum Happened {
     Ended(Option<ExitStatus>, usize),
     Upgrade,

@@ -12,11 +12,11 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, debug};
 
 use super::reservations::{Reservation, Reservations};
-use super::servers::Filter;
+use super::servers::{Filter, QueuePosition, ServerLoad};
 use crate::connection::agents::{Agents, SelectError};
 use crate::connection::metrics::Metrics;
-use crate::connection::sessions::Sessions;
 use crate::connection::sessions::span::SessionSpan;
+use crate::connection::sessions::{KnownSession, Sessions};
 use crate::pool::{ClientBinding, PortProtocol};
 use crate::selection::v1::{self, refused};
 use crate::session::SessionRequest;
@@ -35,7 +35,7 @@ pub enum Refusal {
     /// No agent is attached.
     #[error("no processing server is attached; see GET /v1/pool")]
     NoServer,
-    /// Too many wait already.
+    /// Too many requests wait already.
     #[error("too many requests are waiting; try again later")]
     QueueFull,
     /// The pool has no port entry of that name and protocol.
@@ -64,8 +64,14 @@ impl Refusal {
     }
 }
 
-/// A session and the slot of its server.
-pub type Allocated = (Slot, v1::Session);
+/// A session that a request got.
+#[derive(Clone, Debug)]
+pub struct Allocated {
+    /// The slot of its server.
+    pub slot: Slot,
+    /// The session as its agent reported it.
+    pub session: v1::Session,
+}
 
 /// Allocates sessions.
 pub struct Allocation {
@@ -86,8 +92,8 @@ struct Wanted {
     idempotency_key: Option<String>,
     affinity_key: Option<String>,
     bound_client: Option<IpAddr>,
-    /// Until when it waits for a free port; `None` when it does not.
-    patience: Option<Instant>,
+    /// The end of its wait for a free port; `None` when it does not wait.
+    wait_until: Option<Instant>,
     give_up: Instant,
     span: SessionSpan,
 }
@@ -115,7 +121,7 @@ impl Allocation {
     /// Gives the request from `client` a session.
     ///
     /// # Errors
-    /// The [`Refusal`] to tell the client.
+    /// The [`Refusal`] to send to the client.
     pub async fn allocate(
         self: &Arc<Self>,
         request: SessionRequest,
@@ -129,7 +135,8 @@ impl Allocation {
             }
             Err(refusal) => Err(refusal),
         };
-        self.metrics.allocated(&result, started.elapsed());
+        let outcome = result.as_ref().map_or_else(Refusal::name, |_| "allocated");
+        self.metrics.allocated(outcome, started.elapsed());
         result
     }
 
@@ -175,7 +182,7 @@ impl Allocation {
             idempotency_key: request.idempotency_key,
             affinity_key: request.affinity_key,
             bound_client: is_bound.then_some(client),
-            patience: (!wait.is_zero()).then(|| now + wait),
+            wait_until: (!wait.is_zero()).then(|| now + wait),
             give_up: now + wait + ASK_LIMIT,
             span: SessionSpan::request(client),
         })
@@ -185,13 +192,16 @@ impl Allocation {
         let lock = self.keys.lock().entry(key.to_owned()).or_default().clone();
         let guard = lock.lock().await;
         let result = match self.sessions.get_by_idempotency_key(key) {
-            Some((slot, session)) if wanted.made(&session) => Ok((slot, session)),
+            Some(known) if wanted.made(&known.session) => {
+                let KnownSession { slot, session } = known;
+                Ok(Allocated { slot, session })
+            }
             Some(_) => Err(Refusal::KeyReused),
             None => self.select(wanted).await,
         };
         drop(guard);
         let mut keys = self.keys.lock();
-        // Ours and the map's: nobody else waits for the key.
+        // Ours and the map's: no other request waits for the key.
         if Arc::strong_count(&lock) == 2 {
             keys.remove(key);
         }
@@ -201,10 +211,10 @@ impl Allocation {
     /// Asks one server after the other until one selects a port.
     async fn select(&self, wanted: &Wanted) -> Result<Allocated, Refusal> {
         let mut excluded = Vec::new();
-        let mut place = None;
+        let mut position = None;
         loop {
             let affinity_key = wanted.affinity_key.as_deref();
-            let reserved = match place {
+            let reserved = match position {
                 None => self
                     .reservations
                     .reserve(&wanted.filter, affinity_key, &excluded),
@@ -213,14 +223,17 @@ impl Allocation {
             let reservation = match reserved {
                 Some(reservation) => reservation,
                 None => {
-                    let (reservation, waited) = self.wait(wanted, place).await?;
-                    place = Some(waited);
+                    let (reservation, waited) = self.wait(wanted, position).await?;
+                    position = Some(waited);
                     excluded.clear();
                     reservation
                 }
             };
             match self.ask(wanted, &reservation).await {
-                Ok(session) => return Ok((reservation.slot, session)),
+                Ok(session) => {
+                    let slot = reservation.slot;
+                    return Ok(Allocated { slot, session });
+                }
                 Err(SelectError::Refused(refused::Cause::KeyReused)) => {
                     return Err(Refusal::KeyReused);
                 }
@@ -230,7 +243,7 @@ impl Allocation {
                         ?error,
                         "processing server did not select a port"
                     );
-                    self.metrics.not_selected(&error);
+                    self.metrics.not_selected(error.name());
                     excluded.push(reservation.slot);
                 }
             }
@@ -268,15 +281,12 @@ impl Allocation {
     async fn wait(
         &self,
         wanted: &Wanted,
-        place: Option<super::servers::Place>,
-    ) -> Result<(Reservation, super::servers::Place), Refusal> {
-        let Some(patience) = wanted.patience else {
-            let has_server = self.reservations.inspect(|sharing| {
-                sharing
-                    .servers()
-                    .values()
-                    .any(super::servers::Server::takes_sessions)
-            });
+        position: Option<QueuePosition>,
+    ) -> Result<(Reservation, QueuePosition), Refusal> {
+        let Some(wait_until) = wanted.wait_until else {
+            let has_server = self
+                .reservations
+                .inspect(|servers| servers.loads().any(ServerLoad::takes_sessions));
             return Err(if has_server {
                 Refusal::NoFreePort
             } else {
@@ -284,11 +294,13 @@ impl Allocation {
             });
         };
         let affinity_key = wanted.affinity_key.as_deref();
-        let waiting = self.reservations.wait(&wanted.filter, affinity_key, place);
+        let waiting = self
+            .reservations
+            .wait(&wanted.filter, affinity_key, position);
         let mut waiting = waiting.ok_or(Refusal::QueueFull)?;
-        let place = waiting.place();
-        match timeout_at(patience, waiting.turn()).await {
-            Ok(Some(reservation)) => Ok((reservation, place)),
+        let position = waiting.position();
+        match timeout_at(wait_until, waiting.turn()).await {
+            Ok(Some(reservation)) => Ok((reservation, position)),
             Ok(None) => Err(Refusal::ShuttingDown),
             Err(_) => Err(Refusal::NoFreePort),
         }

@@ -44,19 +44,19 @@ pub(super) const BODY_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What handlers need.
 pub struct Api {
-    /// Makes sessions.
+    /// The way to a new session.
     pub allocation: Arc<Allocation>,
-    /// Knows sessions.
+    /// The live sessions.
     pub sessions: Arc<Sessions>,
-    /// Knows servers.
+    /// The processing servers' counts.
     pub reservations: Arc<Reservations>,
-    /// Ends sessions.
+    /// The way to end a session.
     pub control: Arc<Control>,
-    /// Counts refusals.
+    /// The counter of refusals.
     pub metrics: Arc<Metrics>,
     /// The table in use.
     pub table: watch::Receiver<Arc<Table>>,
-    /// Address that clients are told where the table has none.
+    /// The address that clients get where the table has none.
     pub advertise: Option<String>,
 }
 
@@ -65,7 +65,7 @@ pub struct Api {
 pub struct Ends {
     /// The client's address.
     pub client: SocketAddr,
-    /// Ours, as the client reached it.
+    /// The address of this side, as the client reached it.
     pub local: SocketAddr,
 }
 
@@ -148,8 +148,8 @@ async fn create_session(
     let request = read_request(&head.headers, body).await?;
     let address = reached_by(&head.uri, &head.headers, ends.local.ip());
     let client = ends.client.ip().to_canonical();
-    let (slot, session) = api.allocation.allocate(request, client).await?;
-    let session = api.describe(slot, &session, &address);
+    let allocated = api.allocation.allocate(request, client).await?;
+    let session = api.describe(allocated.slot, &allocated.session, &address);
     let location = format!("/v1/sessions/{}", session.id);
     let created = (
         StatusCode::CREATED,
@@ -175,12 +175,10 @@ async fn get_session(
     id: Result<Path<String>, PathRejection>,
     request: Request<Body>,
 ) -> Result<Json<Session>, Refused> {
-    let (slot, session) = id
-        .ok()
-        .and_then(|Path(id)| api.sessions.get(&id))
-        .ok_or(Refused::NoSession)?;
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    let known = api.sessions.get(&id).ok_or(Refused::NoSession)?;
     let address = reached_by(request.uri(), request.headers(), ends.local.ip());
-    Ok(Json(api.describe(slot, &session, &address)))
+    Ok(Json(api.describe(known.slot, &known.session, &address)))
 }
 
 /// Give a session back: its connections are cut and its port becomes free.
@@ -220,16 +218,12 @@ impl Api {
     #[must_use]
     pub fn pool_state(&self) -> PoolState {
         let table = self.table.borrow().clone();
-        self.reservations.inspect(|sharing| {
+        self.reservations.inspect(|loads| {
             let servers: Vec<ServerState> = table
                 .rows
                 .iter()
                 .map(|row| {
-                    let server = sharing
-                        .servers()
-                        .get(&row.slot)
-                        .cloned()
-                        .unwrap_or_default();
+                    let server = loads.get(row.slot).cloned().unwrap_or_default();
                     ServerState {
                         slot: row.slot,
                         server: row.server.clone(),
@@ -246,8 +240,8 @@ impl Api {
                 generation: table.generation,
                 policy: table.load_sharing.policy,
                 sessions: servers.iter().map(|server| server.sessions).sum(),
-                free_ports: sharing.free_ports(),
-                waiting: u32::try_from(sharing.waiting()).unwrap_or(u32::MAX),
+                free_ports: loads.free_ports(),
+                waiting: u32::try_from(loads.waiting()).unwrap_or(u32::MAX),
                 servers,
             }
         })
@@ -309,7 +303,7 @@ fn reached_by(uri: &http::Uri, headers: &HeaderMap, local: IpAddr) -> String {
 
 /// Reads and checks the request information.
 async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest, Refused> {
-    // One that says so is not read at all.
+    // A body that announces its size is not read at all.
     if body.size_hint().lower() > MAX_BODY_BYTES as u64 {
         return Err(Refused::TooLarge);
     }
@@ -317,9 +311,12 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
     let body = tokio::time::timeout(BODY_DEADLINE, body)
         .await
         .map_err(|_| Refused::TooSlow)?
-        .map_err(|error| match error.is::<LengthLimitError>() {
-            true => Refused::TooLarge,
-            false => Refused::BrokenOff,
+        .map_err(|error| {
+            if error.is::<LengthLimitError>() {
+                Refused::TooLarge
+            } else {
+                Refused::BrokenOff
+            }
         })?
         .to_bytes();
     if body.is_empty() {
@@ -334,11 +331,13 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
     if !media_type.trim().eq_ignore_ascii_case("application/json") {
         return Err(Refused::NotJson);
     }
-    let request: SessionRequest =
-        serde_json::from_slice(&body).map_err(|error| match error.is_data() {
-            true => Refused::InvalidField(error.to_string()),
-            false => Refused::Malformed(error),
-        })?;
+    let request: SessionRequest = serde_json::from_slice(&body).map_err(|error| {
+        if error.is_data() {
+            Refused::InvalidField(error.to_string())
+        } else {
+            Refused::Malformed(error)
+        }
+    })?;
     check(&request).map_err(Refused::InvalidField)?;
     Ok(request)
 }

@@ -22,7 +22,7 @@ use super::api::Ends;
 const MAX_CONNECTIONS: usize = 8192;
 
 /// Most bytes of a request's head.
-const HEAD_BYTES: usize = 16 * 1024;
+const HEAD_BYTES: u32 = 16 * 1024;
 
 /// How long a request's head may take, which bounds idle connections too.
 const HEAD_DEADLINE: Duration = Duration::from_secs(30);
@@ -48,12 +48,12 @@ pub async fn serve(
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
-        .max_buf_size(HEAD_BYTES);
+        .max_buf_size(HEAD_BYTES as usize);
     builder
         .http2()
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
-        .max_header_list_size(16 * 1024)
+        .max_header_list_size(HEAD_BYTES)
         .keep_alive_interval(HEAD_DEADLINE)
         .keep_alive_timeout(HEAD_DEADLINE);
     tokio::pin!(shutdown);
@@ -74,8 +74,8 @@ pub async fn serve(
                 continue;
             }
         };
-        let has_asked = Arc::new(AtomicBool::new(false));
-        let Some(service) = service(&stream, &router, has_asked.clone()) else {
+        let has_requested = Arc::new(AtomicBool::new(false));
+        let Some(service) = service(&stream, &router, has_requested.clone()) else {
             continue;
         };
         let connection = builder.serve_connection(TokioIo::new(stream), service);
@@ -85,7 +85,7 @@ pub async fn serve(
                 served = connection => if let Err(error) = served {
                     debug!(%error, "connection to the load-sharing port broke");
                 },
-                () = silent(&has_asked) => debug!("connection to the load-sharing port sent no request in time"),
+                () = no_request_in_time(&has_requested) => debug!("connection to the load-sharing port sent no request in time"),
             }
             drop(permit);
         });
@@ -101,19 +101,19 @@ pub async fn serve(
 
 /// Completes when the first request has not come in time. The builder's own
 /// deadline begins only once it knows the HTTP version from the first bytes.
-async fn silent(has_asked: &AtomicBool) {
+async fn no_request_in_time(has_requested: &AtomicBool) {
     tokio::time::sleep(HEAD_DEADLINE).await;
-    if has_asked.load(Ordering::Relaxed) {
+    if has_requested.load(Ordering::Relaxed) {
         std::future::pending().await
     }
 }
 
 /// The router as a service of this connection, which notes that a request came
-/// in `has_asked`; `None` when the connection is gone already.
+/// in `has_requested`; `None` when the connection is gone already.
 fn service(
     stream: &TcpStream,
     router: &Router,
-    has_asked: Arc<AtomicBool>,
+    has_requested: Arc<AtomicBool>,
 ) -> Option<
     impl hyper::service::Service<
         http::Request<hyper::body::Incoming>,
@@ -132,7 +132,7 @@ fn service(
     let router = router.clone();
     Some(hyper::service::service_fn(
         move |request: http::Request<hyper::body::Incoming>| {
-            has_asked.store(true, Ordering::Relaxed);
+            has_requested.store(true, Ordering::Relaxed);
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(ends);
             router.clone().oneshot(request)

@@ -1,6 +1,6 @@
 //! The policies of the load sharing part: which processing server gets a
-//! request. Pure functions of the candidates; who is a candidate (attached,
-//! not draining, with a free port) is decided by `load_sharing`.
+//! request. Pure functions of the candidates; `servers` decides which servers
+//! are candidates: attached, not draining, with a free port.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -12,7 +12,7 @@ use crate::table::Slot;
 pub struct Candidate {
     /// Its slot.
     pub slot: Slot,
-    /// Its live sessions and the requests on their way to it.
+    /// The number of its live sessions and of the requests on their way to it.
     pub sessions: u32,
 }
 
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_is_chosen_from_nobody() {
+    fn without_candidates_none_is_chosen() {
         for policy in [
             Policy::LeastSessions,
             Policy::RoundRobin,

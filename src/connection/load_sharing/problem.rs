@@ -39,11 +39,11 @@ pub enum Refused {
     /// The session's agent is not attached.
     #[error("the session's processing server is not attached now; try again in a second")]
     OutOfReach,
-    /// No such path.
-    #[error("see /openapi.json for what there is")]
+    /// No resource has this path.
+    #[error("see /openapi.json for the paths and methods")]
     NotFound,
-    /// The path has other methods.
-    #[error("see /openapi.json for what there is")]
+    /// The resource has other methods.
+    #[error("see /openapi.json for the paths and methods")]
     MethodNotAllowed,
     /// The request was right, but gets no session.
     #[error(transparent)]

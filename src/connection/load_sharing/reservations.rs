@@ -1,6 +1,5 @@
-//! Load sharing shared between requests: the struct that decides behind a
-//! lock, reservations that settle themselves, and the futures of requests
-//! that wait.
+//! Load sharing shared between requests: [`Servers`] behind a lock, reservations
+//! that settle themselves, and the futures of requests that wait.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,12 +7,12 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::servers::{Filter, LoadSharing, Place};
+use super::servers::{Filter, QueuePosition, Servers, Woken};
 use crate::pool::Policy;
 use crate::session::PortState;
 use crate::table::Slot;
 
-/// Counts of all processing servers, and who waits for them.
+/// Counts of all processing servers, and the requests that wait for them.
 #[derive(Debug, Default)]
 pub struct Reservations {
     inner: Mutex<Inner>,
@@ -21,8 +20,8 @@ pub struct Reservations {
 
 #[derive(Debug, Default)]
 struct Inner {
-    sharing: LoadSharing,
-    waiters: HashMap<Place, oneshot::Sender<Reservation>>,
+    servers: Servers,
+    waiters: HashMap<QueuePosition, oneshot::Sender<Reservation>>,
 }
 
 /// A request on its way to a server; settled when dropped.
@@ -38,14 +37,14 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         let (slot, filter) = (self.slot, &self.filter);
         self.reservations
-            .change(|sharing| sharing.settle(slot, filter));
+            .change(|servers| servers.settle(slot, filter));
     }
 }
 
-/// A request's place in the queue; left when dropped.
+/// A request in the queue, which it leaves when dropped.
 #[derive(Debug)]
 pub struct Waiting {
-    place: Place,
+    position: QueuePosition,
     filter: Filter,
     turn: oneshot::Receiver<Reservation>,
     reservations: Arc<Reservations>,
@@ -58,41 +57,46 @@ impl Waiting {
         (&mut self.turn).await.ok()
     }
 
-    /// The place, to wait there again after a server said no.
+    /// The position, to wait there again after a server refused.
     #[must_use]
-    pub fn place(&self) -> Place {
-        self.place
+    pub fn position(&self) -> QueuePosition {
+        self.position
     }
 }
 
 impl Drop for Waiting {
     fn drop(&mut self) {
         let mut inner = self.reservations.inner.lock();
-        inner.sharing.leave(&self.filter, self.place);
-        inner.waiters.remove(&self.place);
+        inner.servers.leave(&self.filter, self.position);
+        inner.waiters.remove(&self.position);
     }
 }
 
 impl Reservations {
     /// Changes the counts, then wakes the requests that can go now.
-    fn change(self: &Arc<Self>, change: impl FnOnce(&mut LoadSharing)) {
+    fn change(self: &Arc<Self>, change: impl FnOnce(&mut Servers)) {
         let woken: Vec<_> = {
             let mut inner = self.inner.lock();
-            change(&mut inner.sharing);
-            let woken = inner.sharing.wake();
+            change(&mut inner.servers);
+            let woken = inner.servers.wake();
             woken
                 .into_iter()
-                .map(|(place, slot, filter)| {
+                .map(|woken| {
+                    let Woken {
+                        position,
+                        slot,
+                        filter,
+                    } = woken;
                     let reservation = Reservation {
                         slot,
                         filter,
                         reservations: self.clone(),
                     };
-                    (inner.waiters.remove(&place), reservation)
+                    (inner.waiters.remove(&position), reservation)
                 })
                 .collect()
         };
-        // Outside the lock: a reservation nobody takes settles itself.
+        // Outside the lock: a reservation that no request takes settles itself.
         for (waiter, reservation) in woken {
             if let Some(waiter) = waiter {
                 let _ = waiter.send(reservation);
@@ -102,18 +106,18 @@ impl Reservations {
 
     /// Sets the policy.
     pub fn set_policy(self: &Arc<Self>, policy: Policy) {
-        self.change(|sharing| sharing.set_policy(policy));
+        self.change(|servers| servers.set_policy(policy));
     }
 
     /// An agent's stream is up; it counts from its first counts on.
     pub fn attach(self: &Arc<Self>, slot: Slot) {
-        self.change(|sharing| sharing.server(slot).attached = true);
+        self.change(|servers| servers.server(slot).attached = true);
     }
 
-    /// An agent's stream is down: the server gets nothing.
+    /// An agent's stream is down: the server gets no requests.
     pub fn detach(self: &Arc<Self>, slot: Slot) {
-        self.change(|sharing| {
-            let server = sharing.server(slot);
+        self.change(|servers| {
+            let server = servers.server(slot);
             server.attached = false;
             server.ports.clear();
         });
@@ -121,13 +125,13 @@ impl Reservations {
 
     /// The server's row became, or is no longer, `Draining`.
     pub fn set_draining(self: &Arc<Self>, slot: Slot, is_draining: bool) {
-        self.change(|sharing| sharing.server(slot).row_draining = is_draining);
+        self.change(|servers| servers.server(slot).row_draining = is_draining);
     }
 
     /// An agent reported its ports.
     pub fn counted(self: &Arc<Self>, slot: Slot, ports: Vec<PortState>, is_draining: bool) {
-        self.change(|sharing| {
-            let server = sharing.server(slot);
+        self.change(|servers| {
+            let server = servers.server(slot);
             server.ports = ports;
             server.agent_draining = is_draining;
         });
@@ -135,7 +139,7 @@ impl Reservations {
 
     /// Forgets slots that `keep` does not name.
     pub fn retain(self: &Arc<Self>, keep: impl Fn(Slot) -> bool) {
-        self.change(|sharing| sharing.retain(keep));
+        self.change(|servers| servers.retain(keep));
     }
 
     /// Reserves a server now, leaving out `excluded` ones.
@@ -149,7 +153,7 @@ impl Reservations {
         let slot = self
             .inner
             .lock()
-            .sharing
+            .servers
             .reserve(filter, affinity_key, excluded)?;
         let (filter, reservations) = (filter.clone(), self.clone());
         Some(Reservation {
@@ -159,39 +163,39 @@ impl Reservations {
         })
     }
 
-    /// Joins the queue, at `place` if it had one; `None` when it is full.
+    /// Joins the queue, at `position` if it had one; `None` when it is full.
     #[must_use]
     pub fn wait(
         self: &Arc<Self>,
         filter: &Filter,
         affinity_key: Option<&str>,
-        place: Option<Place>,
+        position: Option<QueuePosition>,
     ) -> Option<Waiting> {
         let (sender, turn) = oneshot::channel();
         let mut inner = self.inner.lock();
-        let place = inner.sharing.wait(filter, affinity_key, place)?;
-        inner.waiters.insert(place, sender);
+        let position = inner.servers.wait(filter, affinity_key, position)?;
+        inner.waiters.insert(position, sender);
         drop(inner);
         let waiting = Waiting {
-            place,
+            position,
             filter: filter.clone(),
             turn,
             reservations: self.clone(),
         };
-        // What became free between the last look and now must not be missed.
+        // A port that became free since the last attempt must not be missed.
         self.change(|_| {});
         Some(waiting)
     }
 
-    /// Sends every waiting request away: its [`Waiting::turn`] gives `None`.
+    /// Refuses every waiting request: its [`Waiting::turn`] gives `None`.
     pub fn dismiss(&self) {
         let waiters = std::mem::take(&mut self.inner.lock().waiters);
         drop(waiters);
     }
 
-    /// Looks at the servers and the queue.
-    pub fn inspect<T>(&self, look: impl FnOnce(&LoadSharing) -> T) -> T {
-        look(&self.inner.lock().sharing)
+    /// Reads from the servers and the queue.
+    pub fn inspect<T>(&self, inspect: impl FnOnce(&Servers) -> T) -> T {
+        inspect(&self.inner.lock().servers)
     }
 }
 
@@ -222,7 +226,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_turn_that_nobody_takes_goes_to_the_next() {
+    async fn a_turn_that_no_request_takes_goes_to_the_next() {
         let reservations = Arc::new(Reservations::default());
         reservations.attach(Slot(0));
         let first = reservations.wait(&Filter::default(), None, None).unwrap();
@@ -230,7 +234,7 @@ mod tests {
         reservations.counted(Slot(0), counts(1), false);
         drop(first);
         assert_eq!(second.turn().await.unwrap().slot, Slot(0));
-        assert_eq!(reservations.inspect(LoadSharing::waiting), 0);
+        assert_eq!(reservations.inspect(Servers::waiting), 0);
     }
 
     #[test]

@@ -1,14 +1,14 @@
-//! The load sharing part: a plain struct that knows what every processing
+//! The load servers part: a plain struct that knows what every processing
 //! server's agent reported last, chooses one for a request, and keeps the
 //! requests that wait, in order. No I/O, no locks, no clock.
 //!
 //! ```text
-//! agents ─counts→ LoadSharing ←reserve─ requests
+//! agents ─counts→ Servers ←reserve─ requests
 //!                      └─wake→ requests that waited
 //! ```
 //!
 //! A reservation is a request on its way to a server: it counts against the
-//! server's free ports until the server's answer [settles](LoadSharing::settle)
+//! server's free ports until the server's answer [settles](Servers::settle)
 //! it. The server alone decides; a reservation only keeps two requests from
 //! being sent after the same last port.
 
@@ -91,22 +91,22 @@ impl Filter {
     }
 }
 
-/// A processing server as load sharing sees it.
+/// A processing server as load servers sees it.
 #[derive(Clone, Debug, Default)]
-pub struct Server {
-    /// Its agent's stream is up.
+pub struct ServerLoad {
+    /// Whether its agent's stream is up.
     pub attached: bool,
-    /// Its row says that it takes nothing new.
+    /// Whether its row says that it takes nothing new.
     pub row_draining: bool,
-    /// Its agent says that it takes nothing new.
+    /// Whether its agent says that it takes nothing new.
     pub agent_draining: bool,
-    /// What its agent reported last.
+    /// The ports that its agent reported last.
     pub ports: Vec<PortState>,
-    /// Requests on their way to it, by what they ask for.
+    /// The number of requests on their way to it, by filter.
     reserved: BTreeMap<Filter, u32>,
 }
 
-impl Server {
+impl ServerLoad {
     /// Live sessions, as last reported.
     #[must_use]
     pub fn sessions(&self) -> u32 {
@@ -153,48 +153,64 @@ impl Server {
     }
 }
 
-/// Names a waiting request; smaller ones came earlier.
+/// The position of a request in the queue; smaller ones came earlier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Place(u64);
+pub struct QueuePosition(u64);
+
+/// A request that has waited, and the server that is reserved for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Woken {
+    /// Its position in the queue.
+    pub position: QueuePosition,
+    /// The slot of the reserved server.
+    pub slot: Slot,
+    /// The ports that it can use.
+    pub filter: Filter,
+}
 
 /// A request that waits.
 #[derive(Clone, Debug)]
-struct Waiting {
+struct QueuedRequest {
     affinity_key: Option<String>,
 }
 
 /// The processing servers' counts and the requests that wait for them.
 #[derive(Clone, Debug, Default)]
-pub struct LoadSharing {
+pub struct Servers {
     policy: Policy,
-    servers: BTreeMap<Slot, Server>,
+    loads: BTreeMap<Slot, ServerLoad>,
     last: Option<Slot>,
-    next_place: u64,
+    next_position: u64,
     // By filter first: a request that cannot be served must not make every
     // later one be looked at again and again.
-    waiting: BTreeMap<Filter, BTreeMap<Place, Waiting>>,
+    waiting: BTreeMap<Filter, BTreeMap<QueuePosition, QueuedRequest>>,
 }
 
-impl LoadSharing {
+impl Servers {
     /// Sets the policy.
     pub fn set_policy(&mut self, policy: Policy) {
         self.policy = policy;
     }
 
-    /// The servers by slot.
+    /// The server of `slot`, if its agent was attached before.
     #[must_use]
-    pub fn servers(&self) -> &BTreeMap<Slot, Server> {
-        &self.servers
+    pub fn get(&self, slot: Slot) -> Option<&ServerLoad> {
+        self.loads.get(&slot)
+    }
+
+    /// All servers, by slot.
+    pub fn loads(&self) -> impl Iterator<Item = &ServerLoad> {
+        self.loads.values()
     }
 
     /// The server of `slot`, made when unknown.
-    pub fn server(&mut self, slot: Slot) -> &mut Server {
-        self.servers.entry(slot).or_default()
+    pub fn server(&mut self, slot: Slot) -> &mut ServerLoad {
+        self.loads.entry(slot).or_default()
     }
 
     /// Forgets slots that `keep` does not name.
     pub fn retain(&mut self, keep: impl Fn(Slot) -> bool) {
-        self.servers.retain(|&slot, _| keep(slot));
+        self.loads.retain(|&slot, _| keep(slot));
     }
 
     /// Number of requests that wait.
@@ -207,7 +223,7 @@ impl LoadSharing {
     #[must_use]
     pub fn free_ports(&self) -> u32 {
         let any = Filter::default();
-        self.servers
+        self.loads
             .values()
             .filter(|server| server.takes_sessions())
             .map(|server| server.free(&any))
@@ -240,7 +256,7 @@ impl LoadSharing {
         excluded: &[Slot],
     ) -> Option<Slot> {
         let candidates = self
-            .servers
+            .loads
             .iter()
             .filter(|(slot, _)| !excluded.contains(slot))
             .filter_map(|(&slot, server)| server.candidate(slot, filter));
@@ -254,9 +270,9 @@ impl LoadSharing {
         Some(slot)
     }
 
-    /// The server has answered a reservation, or will not any more.
+    /// The server has answered a reservation, or never will.
     pub fn settle(&mut self, slot: Slot, filter: &Filter) {
-        let Some(server) = self.servers.get_mut(&slot) else {
+        let Some(server) = self.loads.get_mut(&slot) else {
             return;
         };
         if let Some(count) = server.reserved.get_mut(filter) {
@@ -267,43 +283,43 @@ impl LoadSharing {
         }
     }
 
-    /// Lets a request wait; `place` keeps the place of one that waited before.
+    /// Lets a request wait; `position` is that of a request that waited before.
     /// `None` when [`MAX_WAITING`] wait already.
     pub fn wait(
         &mut self,
         filter: &Filter,
         affinity_key: Option<&str>,
-        place: Option<Place>,
-    ) -> Option<Place> {
+        position: Option<QueuePosition>,
+    ) -> Option<QueuePosition> {
         if self.waiting() >= MAX_WAITING {
             return None;
         }
-        let place = place.unwrap_or_else(|| {
-            self.next_place += 1;
-            Place(self.next_place)
+        let position = position.unwrap_or_else(|| {
+            self.next_position += 1;
+            QueuePosition(self.next_position)
         });
         let affinity_key = affinity_key.map(str::to_owned);
         self.waiting
             .entry(filter.clone())
             .or_default()
-            .insert(place, Waiting { affinity_key });
-        Some(place)
+            .insert(position, QueuedRequest { affinity_key });
+        Some(position)
     }
 
     /// Takes a request out of the queue: it gave up.
-    pub fn leave(&mut self, filter: &Filter, place: Place) {
+    pub fn leave(&mut self, filter: &Filter, position: QueuePosition) {
         if let Some(queue) = self.waiting.get_mut(filter) {
-            queue.remove(&place);
+            queue.remove(&position);
             if queue.is_empty() {
                 self.waiting.remove(filter);
             }
         }
     }
 
-    /// Reserves servers for requests that wait, earliest first, as far as free
-    /// ports go: place, slot and filter of each. To be called after every change for the better.
+    /// Reserves servers for requests that wait, earliest first, for as long as
+    /// ports are free. It must be called after every change that may free one.
     #[must_use]
-    pub fn wake(&mut self) -> Vec<(Place, Slot, Filter)> {
+    pub fn wake(&mut self) -> Vec<Woken> {
         let mut woken = Vec::new();
         let mut stuck: Vec<Filter> = Vec::new();
         loop {
@@ -312,17 +328,21 @@ impl LoadSharing {
                 .iter()
                 .filter(|(filter, _)| !stuck.contains(filter))
                 .filter_map(|(filter, queue)| {
-                    let (place, waiting) = queue.first_key_value()?;
-                    Some((*place, filter.clone(), waiting.affinity_key.clone()))
+                    let (position, waiting) = queue.first_key_value()?;
+                    Some((*position, filter.clone(), waiting.affinity_key.clone()))
                 })
-                .min_by_key(|(place, _, _)| *place);
-            let Some((place, filter, affinity_key)) = earliest else {
+                .min_by_key(|(position, _, _)| *position);
+            let Some((position, filter, affinity_key)) = earliest else {
                 return woken;
             };
             match self.take(&filter, affinity_key.as_deref(), &[]) {
                 Some(slot) => {
-                    self.leave(&filter, place);
-                    woken.push((place, slot, filter));
+                    self.leave(&filter, position);
+                    woken.push(Woken {
+                        position,
+                        slot,
+                        filter,
+                    });
                 }
                 None => stuck.push(filter),
             }

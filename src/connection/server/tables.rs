@@ -1,5 +1,5 @@
-//! Has the parts of a connection server follow the table: one table is applied
-//! to all of them, in an order in which no client is told what does not hold yet.
+//! Has the parts of a connection server follow the table. One table is applied
+//! to all of them, in an order in which no client gets a port that is not open.
 
 use std::sync::Arc;
 
@@ -26,8 +26,8 @@ impl Parts {
         Ok(())
     }
 
-    /// Applies every newer table that is followed, then has it used. One that
-    /// cannot be applied is logged and leaves the last one in force.
+    /// Applies every newer table that is followed, then publishes it in `in_use`.
+    /// One that cannot be applied is logged, and the last one stays in force.
     pub(super) async fn keep_applying(
         self,
         mut followed: watch::Receiver<Option<Arc<Table>>>,

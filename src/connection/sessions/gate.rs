@@ -1,7 +1,7 @@
 //! The gate that sessions make for the data plane: whether a client is admitted,
-//! and what follows when its connection is over. A client whose session is not
-//! known here is parked until the port's agent has been asked. Called from the
-//! data plane's threads, so nothing here waits; what agents decide of sessions
+//! and what follows when its connection has ended. A client whose session is not
+//! known here is pending until the port's agent has answered. The data plane's
+//! threads call this, so nothing here waits. What agents decide about sessions
 //! is in the parent, under the same lock.
 
 use std::net::{IpAddr, SocketAddr};
@@ -14,8 +14,7 @@ use crate::pool::Admission;
 use crate::selection::v1::{self, to_agent::Message};
 use crate::table::{ListenPort, Slot};
 
-/// How long the data plane keeps a client whose session is asked for; answers
-/// that come later find nobody.
+/// How long the data plane keeps a pending client. A later answer is ignored.
 const ASK_LIFETIME: Duration = Duration::from_secs(2);
 
 /// A client that waits for its session to be found.
@@ -46,8 +45,8 @@ impl Inner {
         Decision::Admit(live.key)
     }
 
-    /// Asks for the session on `port`. The port is the request's id: there is
-    /// one unanswered question per port.
+    /// Asks the agent for the session on `port`. The port is the request's id, as
+    /// there is one unanswered lookup per port.
     fn look_up(&self, slot: Slot, port: ListenPort) {
         let connection_port = u32::from(port.get());
         let request_id = u64::from(connection_port);
@@ -62,7 +61,8 @@ impl Inner {
 }
 
 impl Sessions {
-    /// The agent has welcomed us: parked clients of its ports are asked for.
+    /// The agent has answered the greeting: sessions of pending clients of its
+    /// ports are looked up.
     pub fn welcomed(&self, slot: Slot) {
         let inner = self.inner.read();
         let ports = inner
@@ -74,8 +74,8 @@ impl Sessions {
         }
     }
 
-    /// An agent's answer to the question `request_id`: the parked clients can
-    /// be decided.
+    /// An agent's answer to the lookup `request_id`, which decides on the pending
+    /// clients of its port.
     pub fn looked_up(&self, slot: Slot, request_id: u64, session: Option<v1::Session>) -> Actions {
         let Some(port) = u16::try_from(request_id).ok().and_then(ListenPort::new) else {
             return Actions::default();
@@ -112,7 +112,7 @@ impl Gate for Sessions {
         };
         let pending = inner.pending_lookups.entry(port).or_default();
         pending.retain(|client| now.duration_since(client.since) <= ASK_LIFETIME);
-        // One question at a time and port, however many clients wait on it.
+        // One lookup at a time and port, however many clients wait for it.
         let is_first = pending.is_empty();
         pending.push(PendingLookup {
             id,

@@ -18,7 +18,7 @@ use crate::selection::v1;
 pub struct SessionSpan {
     span: Span,
     since: Instant,
-    /// Who asked for the session, if that was here.
+    /// The address of the requester, if the session was requested here.
     client: Option<IpAddr>,
 }
 
@@ -33,7 +33,7 @@ impl SessionSpan {
         }
     }
 
-    /// Begins with what an agent tells of a session made elsewhere.
+    /// Begins with an agent's report of a session made elsewhere.
     #[must_use]
     pub fn learned() -> Self {
         Self {
@@ -43,7 +43,7 @@ impl SessionSpan {
         }
     }
 
-    /// Goes on with a session that another process has known for `age`.
+    /// Continues a session that another process has known for `age`.
     #[must_use]
     pub fn taken_over(client: Option<IpAddr>, age: Duration) -> Self {
         let begun = client.map_or_else(Self::learned, Self::request);
@@ -51,13 +51,13 @@ impl SessionSpan {
         Self { since, ..begun }
     }
 
-    /// Who asked for the session, if that was here.
+    /// The address of the requester, if the session was requested here.
     #[must_use]
     pub fn client(&self) -> Option<IpAddr> {
         self.client
     }
 
-    /// For how long it is known here.
+    /// How long it has been known here.
     #[must_use]
     pub fn age(&self) -> Duration {
         self.since.elapsed()
@@ -76,7 +76,7 @@ impl SessionSpan {
         debug!(parent: &self.span, "session selected");
     }
 
-    /// The session is over and its last connection closed, after `carried`.
+    /// The session has ended and its last connection is closed, after `carried`.
     pub fn ended(&self, cause: &'static str, carried: &Carried) {
         let Carried {
             connections,
@@ -95,12 +95,12 @@ impl SessionSpan {
     }
 }
 
-/// What a session has carried through this connection server.
+/// The connections and bytes of a session through this connection server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Carried {
-    /// Connections and UDP flows, live ones included.
+    /// The number of connections and UDP flows, live ones included.
     pub connections: u64,
-    /// What those that have ended carried.
+    /// The bytes of those that have ended.
     pub traffic: Traffic,
 }
 

@@ -12,21 +12,21 @@ fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState 
     }
 }
 
-fn pool(servers: &[(u32, Vec<PortState>)]) -> LoadSharing {
-    let mut sharing = LoadSharing::default();
-    for (slot, ports) in servers {
-        let server = sharing.server(Slot(*slot));
+fn pool(content: &[(u32, Vec<PortState>)]) -> Servers {
+    let mut servers = Servers::default();
+    for (slot, ports) in content {
+        let server = servers.server(Slot(*slot));
         server.attached = true;
         server.ports.clone_from(ports);
     }
-    sharing
+    servers
 }
 
-fn woken(sharing: &mut LoadSharing) -> Vec<(Place, u32)> {
-    let woken = sharing.wake();
+fn woken(servers: &mut Servers) -> Vec<(QueuePosition, u32)> {
+    let woken = servers.wake();
     woken
         .into_iter()
-        .map(|(place, slot, _)| (place, slot.0))
+        .map(|woken| (woken.position, woken.slot.0))
         .collect()
 }
 
@@ -39,23 +39,23 @@ fn named(name: &str) -> Filter {
 
 #[test]
 fn a_last_port_is_reserved_once() {
-    let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 1, 0)])]);
+    let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 1, 0)])]);
     let any = Filter::default();
-    assert_eq!(sharing.reserve(&any, None, &[]), Some(Slot(0)));
-    assert_eq!(sharing.reserve(&any, None, &[]), None);
-    sharing.settle(Slot(0), &any);
-    assert_eq!(sharing.reserve(&any, None, &[]), Some(Slot(0)));
+    assert_eq!(servers.reserve(&any, None, &[]), Some(Slot(0)));
+    assert_eq!(servers.reserve(&any, None, &[]), None);
+    servers.settle(Slot(0), &any);
+    assert_eq!(servers.reserve(&any, None, &[]), Some(Slot(0)));
 }
 
 #[test]
 fn detached_draining_and_excluded_servers_get_nothing() {
     let one = vec![ports("main", PortProtocol::TCP, 9, 0)];
-    let mut sharing = pool(&[(0, one.clone()), (1, one.clone()), (2, one)]);
-    sharing.server(Slot(0)).attached = false;
-    sharing.server(Slot(1)).row_draining = true;
-    assert_eq!(sharing.reserve(&Filter::default(), None, &[Slot(2)]), None);
+    let mut servers = pool(&[(0, one.clone()), (1, one.clone()), (2, one)]);
+    servers.server(Slot(0)).attached = false;
+    servers.server(Slot(1)).row_draining = true;
+    assert_eq!(servers.reserve(&Filter::default(), None, &[Slot(2)]), None);
     assert_eq!(
-        sharing.reserve(&Filter::default(), None, &[]),
+        servers.reserve(&Filter::default(), None, &[]),
         Some(Slot(2))
     );
 }
@@ -66,10 +66,10 @@ fn reservations_of_another_port_name_do_not_count() {
         ports("a", PortProtocol::TCP, 1, 0),
         ports("b", PortProtocol::UDP, 1, 0),
     ];
-    let mut sharing = pool(&[(0, both)]);
-    assert_eq!(sharing.reserve(&named("a"), None, &[]), Some(Slot(0)));
-    assert_eq!(sharing.reserve(&named("a"), None, &[]), None);
-    assert_eq!(sharing.reserve(&named("b"), None, &[]), Some(Slot(0)));
+    let mut servers = pool(&[(0, both)]);
+    assert_eq!(servers.reserve(&named("a"), None, &[]), Some(Slot(0)));
+    assert_eq!(servers.reserve(&named("a"), None, &[]), None);
+    assert_eq!(servers.reserve(&named("b"), None, &[]), Some(Slot(0)));
 }
 
 #[test]
@@ -98,52 +98,52 @@ fn a_filter_admits_ports_that_forward_its_protocol() {
 
 #[test]
 fn requests_are_woken_in_order_and_newcomers_do_not_overtake() {
-    let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 4)])]);
+    let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 4)])]);
     let any = Filter::default();
-    let first = sharing.wait(&any, None, None).unwrap();
-    let second = sharing.wait(&named("main"), None, None).unwrap();
-    let third = sharing.wait(&any, None, None).unwrap();
-    sharing.server(Slot(0)).ports[0].free = 2;
-    assert_eq!(sharing.reserve(&any, None, &[]), None, "others were first");
-    assert_eq!(woken(&mut sharing), [(first, 0), (second, 0)]);
-    assert_eq!(woken(&mut sharing), []);
-    sharing.settle(Slot(0), &any);
-    assert_eq!(woken(&mut sharing), [(third, 0)]);
-    assert_eq!(sharing.waiting(), 0);
+    let first = servers.wait(&any, None, None).unwrap();
+    let second = servers.wait(&named("main"), None, None).unwrap();
+    let third = servers.wait(&any, None, None).unwrap();
+    servers.server(Slot(0)).ports[0].free = 2;
+    assert_eq!(servers.reserve(&any, None, &[]), None, "others were first");
+    assert_eq!(woken(&mut servers), [(first, 0), (second, 0)]);
+    assert_eq!(woken(&mut servers), []);
+    servers.settle(Slot(0), &any);
+    assert_eq!(woken(&mut servers), [(third, 0)]);
+    assert_eq!(servers.waiting(), 0);
 }
 
 #[test]
 fn a_stuck_name_does_not_block_another_one() {
-    let mut sharing = pool(&[(
+    let mut servers = pool(&[(
         0,
         vec![
             ports("a", PortProtocol::TCP, 0, 0),
             ports("b", PortProtocol::TCP, 0, 0),
         ],
     )]);
-    sharing.wait(&named("a"), None, None).unwrap();
-    let b = sharing.wait(&named("b"), None, None).unwrap();
-    sharing.server(Slot(0)).ports[1].free = 1;
-    assert_eq!(woken(&mut sharing), [(b, 0)]);
+    servers.wait(&named("a"), None, None).unwrap();
+    let b = servers.wait(&named("b"), None, None).unwrap();
+    servers.server(Slot(0)).ports[1].free = 1;
+    assert_eq!(woken(&mut servers), [(b, 0)]);
 }
 
 #[test]
 fn a_request_that_waited_keeps_its_place() {
-    let mut sharing = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 0)])]);
+    let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 0)])]);
     let any = Filter::default();
-    let first = sharing.wait(&any, None, None).unwrap();
-    let second = sharing.wait(&any, None, None).unwrap();
-    sharing.leave(&any, first);
-    assert_eq!(sharing.wait(&any, None, Some(first)), Some(first));
-    sharing.server(Slot(0)).ports[0].free = 2;
-    assert_eq!(woken(&mut sharing), [(first, 0), (second, 0)]);
+    let first = servers.wait(&any, None, None).unwrap();
+    let second = servers.wait(&any, None, None).unwrap();
+    servers.leave(&any, first);
+    assert_eq!(servers.wait(&any, None, Some(first)), Some(first));
+    servers.server(Slot(0)).ports[0].free = 2;
+    assert_eq!(woken(&mut servers), [(first, 0), (second, 0)]);
 }
 
 #[test]
 fn the_queue_is_bounded() {
-    let mut sharing = LoadSharing::default();
+    let mut servers = Servers::default();
     for _ in 0..MAX_WAITING {
-        sharing.wait(&Filter::default(), None, None).unwrap();
+        servers.wait(&Filter::default(), None, None).unwrap();
     }
-    assert_eq!(sharing.wait(&Filter::default(), None, None), None);
+    assert_eq!(servers.wait(&Filter::default(), None, None), None);
 }
