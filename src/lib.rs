@@ -33,7 +33,7 @@
 //! pool         the ProcessingPool resource; no tokio
 //! table        → pool                           no tokio
 //! session      → pool, table
-//! selection    the protocol between connection servers and agents
+//! selection    → pool, table, session            the protocol between connection servers and agents
 //! sock_diag    questions to the kernel about sockets; no tokio
 //! plan         → pool, table                     pure
 //! manifest     → pool, plan                      YAML files

@@ -1,8 +1,29 @@
-//! The selection protocol between connection servers and processing servers:
-//! messages and service stubs generated from `selection.proto`, which
-//! documents them, and conversions to the types the rest uses.
+//! The selection protocol between connection servers and the agents of
+//! processing servers.
+//!
+//! `selection.proto` documents the protocol; the messages and service stubs in
+//! `v1` are generated from it. A stream parses each message as it arrives, so
+//! that the rest sees only the types of this module:
+//!
+//! ```text
+//! stream ─v1::ToAgent, v1::FromAgent→ TryFrom ─ToAgent, FromAgent→ books, sessions
+//! stream ←v1::ToAgent, v1::FromAgent─  From   ←ToAgent, FromAgent─ books, sessions
+//! ```
+//!
+//! - `message`: the messages of both directions;
+//! - `wire`: parsing and writing them, and why a message does not parse;
+//! - this file: the numbers that both sides must agree on.
+
+mod message;
+mod wire;
 
 use std::time::Duration;
+
+pub use self::message::{
+    ConnectionServerId, Counts, EndCause, FromAgent, Hello, RefusalCause, Select, Session, ToAgent,
+    Welcome,
+};
+pub use self::wire::{FieldError, MessageError, RequestKind};
 
 /// Version spoken by this code.
 pub const PROTOCOL_VERSION: u32 = 1;

@@ -1,6 +1,9 @@
-//! The load-sharing API's types: a request for a session, its answer, and the
-//! problem details of a refusal. Shared by the connection server, which
-//! speaks them, and the client module.
+//! What a session is to everyone who handles one: its id, its state and the
+//! filter that its request put on ports; and the types of the load-sharing API,
+//! which the connection server and the client module share.
+//!
+//! The messages about sessions between connection servers and agents are in
+//! `selection`.
 
 use std::fmt;
 
@@ -15,6 +18,78 @@ pub const MAX_KEY_BYTES: usize = 128;
 
 /// Longest time a request may wait for a port, in seconds.
 pub const MAX_WAIT_SECONDS: u32 = 300;
+
+/// Longest id of a session or of a connection server, in bytes: twice the 32
+/// hexadecimal digits that this code makes.
+pub const MAX_ID_BYTES: usize = 64;
+
+/// Defines an id: text of 1 to [`MAX_ID_BYTES`] bytes, cheap to clone.
+macro_rules! text_id {
+    ($(#[$documentation:meta])* $name:ident) => {
+        $(#[$documentation])*
+        #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub struct $name(std::sync::Arc<str>);
+
+        impl $name {
+            /// The id that is written `text`; `None` unless that has 1 to 64 bytes.
+            #[must_use]
+            pub fn new(text: &str) -> Option<Self> {
+                let fits = (1..=$crate::session::MAX_ID_BYTES).contains(&text.len());
+                fits.then(|| Self(text.into()))
+            }
+
+            /// An id that no one else has: random, 32 hexadecimal digits.
+            #[must_use]
+            pub fn random() -> Self {
+                Self(uuid::Uuid::new_v4().simple().to_string().into())
+            }
+
+            /// The id as it is written.
+            #[must_use]
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl std::fmt::Display for $name {
+            fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                self.0.fmt(formatter)
+            }
+        }
+    };
+}
+pub(crate) use text_id;
+
+text_id! {
+    /// Names a session: 1 to 64 bytes, chosen by the connection server that the
+    /// session was requested from, and never used for another one.
+    SessionId
+}
+
+/// Which ports a request can use: those that it could be given on any
+/// processing server.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortFilter {
+    /// Only ports of this name.
+    pub port_name: Option<String>,
+    /// Only ports that forward this protocol; a `TCPUDP` port forwards all.
+    pub protocol: Option<PortProtocol>,
+}
+
+impl PortFilter {
+    /// Whether a port of this name and protocol serves the request.
+    #[must_use]
+    pub fn admits(&self, port_name: &str, protocol: PortProtocol) -> bool {
+        let protocol_fits = match self.protocol {
+            None => true,
+            Some(PortProtocol::TCP) => protocol.has_tcp(),
+            Some(PortProtocol::UDP) => protocol.has_udp(),
+            Some(PortProtocol::TCPUDP) => protocol == PortProtocol::TCPUDP,
+        };
+        let wanted = self.port_name.as_deref();
+        protocol_fits && wanted.is_none_or(|wanted| wanted == port_name)
+    }
+}
 
 /// Request information: what a client asks the load-sharing port for. An
 /// empty object asks for any port.

@@ -1,0 +1,202 @@
+//! The messages of the selection protocol as the rest of the code uses them:
+//! every id, port and address in them is a valid one.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+
+use crate::pool::PortProtocol;
+use crate::session::{PortFilter, PortState, SessionId, SessionState, text_id};
+use crate::table::ListenPort;
+
+text_id! {
+    /// Names a connection server to agents: 1 to 64 bytes, chosen at random when
+    /// it starts. A process that takes over from another one keeps its id.
+    ConnectionServerId
+}
+
+/// A message from a connection server to an agent.
+#[derive(Clone, Debug, PartialEq)]
+pub enum ToAgent {
+    /// The greeting, which is the first message.
+    Hello(Hello),
+    /// A newer table, cut down to this server's row and encoded.
+    TableUpdate(String),
+    /// The request to select one of the available connection ports.
+    Select(Select),
+    /// The first connection on the session is open at the sender.
+    Opened(SessionId),
+    /// The last connection on the session has closed at the sender.
+    Closed(SessionId),
+    /// The client gave the session back; or the session was over at the sender
+    /// before the agent was restarted and reported it as live.
+    Release(SessionId),
+    /// The answer to [`FromAgent::End`]: the sender has no connection of the
+    /// session and will admit none.
+    Ended(SessionId),
+    /// The question which session a connection port belongs to now.
+    Lookup {
+        /// Unique among the unanswered requests of the stream.
+        request_id: u64,
+        /// The connection port in question.
+        port: ListenPort,
+    },
+    /// The last message of a connection server that stops for good.
+    Goodbye,
+}
+
+/// Who attaches, and what it knows of this processing server already.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hello {
+    /// The pool's uid.
+    pub pool_uid: String,
+    /// The id of the sender.
+    pub connection_server: ConnectionServerId,
+    /// The table cut down to this server's row, encoded.
+    pub table: String,
+    /// Sessions that the sender believes to be live on this server.
+    pub sessions: Vec<Session>,
+    /// Where the sender listens, such that no two processes have the same at a
+    /// time; empty where the kernel does not report it. At most 256 bytes.
+    pub host_identity: String,
+}
+
+/// The request to select a connection port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Select {
+    /// Unique among the unanswered requests of the stream.
+    pub request_id: u64,
+    /// The id of the session to make.
+    pub session_id: SessionId,
+    /// The key under which the same request gives the same live session.
+    pub idempotency_key: Option<String>,
+    /// The ports that the request can use.
+    pub filter: PortFilter,
+    /// The requester's address when only it may connect.
+    pub bound_client: Option<IpAddr>,
+}
+
+/// A message from an agent to a connection server.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FromAgent {
+    /// The answer to a greeting, which is the first message.
+    Welcome(Welcome),
+    /// The ports by name and state, after the change that caused the message.
+    Counts(Counts),
+    /// The processing server has selected a port.
+    Selected {
+        /// The request that this answers.
+        request_id: u64,
+        /// The session on the selected port.
+        session: Session,
+    },
+    /// The processing server has not selected a port.
+    Refused {
+        /// The request that this answers.
+        request_id: u64,
+        /// Why it has not.
+        cause: RefusalCause,
+    },
+    /// A session that is new to the receiver, or whose state has changed.
+    Session(Session),
+    /// A session is over: its connections are to be cut.
+    End {
+        /// The session.
+        session_id: SessionId,
+        /// Why it is over.
+        cause: EndCause,
+    },
+    /// The answer to [`ToAgent::Lookup`].
+    LookedUp {
+        /// The request that this answers.
+        request_id: u64,
+        /// The session on the port, if one is live there.
+        session: Option<Session>,
+    },
+}
+
+/// The first message of an agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Welcome {
+    /// Random per process of the agent.
+    pub agent: String,
+    /// The generation of the row in use after the greeting; 0 when there is none.
+    pub generation: u64,
+}
+
+/// The ports of a processing server by name and state.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// One entry per name and protocol.
+    pub ports: Vec<PortState>,
+    /// Whether no port is offered any more, because the server is being removed.
+    pub draining: bool,
+}
+
+/// A session on a processing server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Session {
+    /// The id, chosen by the connection server that requested the session.
+    pub id: SessionId,
+    /// The key under which the same request gives this session.
+    pub idempotency_key: Option<String>,
+    /// The connection port that was selected for it.
+    pub port: ListenPort,
+    /// The name of the port's entry in the pool.
+    pub port_name: String,
+    /// What the port forwards.
+    pub protocol: PortProtocol,
+    /// The only address that may connect, if it is bound to one.
+    pub bound_client: Option<IpAddr>,
+    /// Where it is in its life.
+    pub state: SessionState,
+    /// While it is held: when the claim ends. To the millisecond.
+    pub claim_deadline: Timestamp,
+    /// When the port was selected. To the millisecond.
+    pub created: Timestamp,
+    /// In a greeting: whether the sender has connections open on it.
+    pub open_here: bool,
+}
+
+/// Why a processing server selected no port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RefusalCause {
+    /// A cause that this version does not know.
+    Unspecified,
+    /// Nothing that matches is free.
+    NoFreePort,
+    /// The server is being removed.
+    Draining,
+    /// The server's row has no port of that name or protocol.
+    UnknownPort,
+    /// The session id is in use.
+    DuplicateId,
+    /// The agent was restarted and offers no ports before connection servers
+    /// have had time to report their sessions.
+    Recovering,
+    /// A field is not as `selection.proto` says.
+    Malformed,
+    /// The key belongs to a live session that a different request made.
+    KeyReused,
+}
+
+/// Why a session is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EndCause {
+    /// A cause that this version does not know.
+    Unspecified,
+    /// No one connected before the claim deadline.
+    Unclaimed,
+    /// The client gave it back.
+    Released,
+    /// The last connection closed and the linger time passed.
+    Finished,
+    /// It reached the longest time that the pool allows.
+    MaxDuration,
+    /// The server was removed, or its drain deadline passed.
+    Drained,
+    /// The connection server that made it is gone.
+    OwnerGone,
+    /// The agent does not know it, or its port belongs to another one now.
+    Unknown,
+}
