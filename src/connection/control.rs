@@ -5,10 +5,10 @@
 //! hand-over ─pause→ Pause: waits for every Change, and none begins while it lives
 //! ```
 //!
-//! Whoever changes sessions holds a [`Change`], which carries out what follows
-//! at once. So no caller can forget a cut, and none needs to know that a
-//! hand-over may be waiting. What a session is, and when it ends, is decided by
-//! [`Sessions`].
+//! A caller that changes sessions holds a [`Change`], which carries out at once
+//! what follows. So no caller can forget a cut, and none needs to know that a
+//! hand-over may be waiting. [`Sessions`] decide what a session is and when it
+//! ends.
 
 use std::collections::HashSet;
 use std::io;

@@ -62,9 +62,19 @@ struct InitialState {
     table: Arc<Table>,
     load_sharing: std::net::TcpListener,
     admin: TcpListener,
+    is_successor: bool,
 }
 
 impl InitialState {
+    /// A predecessor's state, if there is one. Its streams stand still until the
+    /// parts go on with it.
+    async fn find(options: &Options, first: &Arc<Table>, control: &Control) -> Result<Self, Error> {
+        match handover::import(options, first).await? {
+            Some(state) => Ok(Self::imported(state, control)?),
+            None => Self::new(options, first).await,
+        }
+    }
+
     async fn new(options: &Options, first: &Arc<Table>) -> Result<Self, Error> {
         let load_sharing = listen(options.listen, options.load_sharing_port)?;
         Ok(Self {
@@ -72,6 +82,7 @@ impl InitialState {
             table: first.clone(),
             load_sharing,
             admin: admin::bind(options.admin).await?,
+            is_successor: false,
         })
     }
 }
@@ -100,10 +111,7 @@ impl Server {
         first: &Arc<Table>,
         follower: &follow::Follower,
     ) -> Result<Self, Error> {
-        forward::check_open_files(first.connection_port_count())?;
-        if let Some(overlap) = forward::ephemeral_overlap(first) {
-            warn!(%overlap, "connection ports lie inside the kernel's ip_local_port_range: outgoing connections may occupy them");
-        }
+        check_host(first)?;
         let mut registry = Registry::default();
         admin::register_build_info(&mut registry);
         follower.rejected().register(&mut registry);
@@ -118,17 +126,11 @@ impl Server {
         )));
         let control = Arc::new(Control::new(sessions.clone(), forwarder.clone()));
         let mut followed = follower.watch();
-        // From here on a predecessor's streams stand still.
-        let imported = handover::import(options, first).await?;
-        let is_successor = imported.is_some();
-        let initial = match imported {
-            Some(imported) => {
-                // A newer table than the predecessor's is applied next.
-                followed.mark_changed();
-                InitialState::imported(imported, &control)?
-            }
-            None => InitialState::new(options, first).await?,
-        };
+        let initial = InitialState::find(options, first, &control).await?;
+        if initial.is_successor {
+            // A newer table than the predecessor's is applied next.
+            followed.mark_changed();
+        }
         let agents = Arc::new(Agents::new(
             initial.agents,
             control.clone(),
@@ -145,18 +147,13 @@ impl Server {
         };
         parts.apply(&parts.control.begin_change().await, &initial.table)?;
         let (in_use, table) = watch::channel(initial.table);
-        let advertise = options.advertise.clone();
+        let api = wire_api(&parts, metrics, table.clone(), options.advertise.clone());
         let admin = initial.admin.as_fd().try_clone_to_owned();
         let server = Self {
-            router: api::router(Arc::new(wire_api(
-                &parts,
-                metrics,
-                table.clone(),
-                advertise,
-            ))),
+            router: api::router(Arc::new(api)),
             parts,
             table,
-            is_successor,
+            is_successor: initial.is_successor,
             load_sharing: initial.load_sharing,
             admin: admin.map_err(Error::AdminDescriptor)?,
             serving: None,
@@ -263,6 +260,15 @@ impl Server {
         self.parts.forwarder.shutdown();
         self.parts.agents.leave().await;
     }
+}
+
+/// Checks that this host can open the connection ports of `table`.
+fn check_host(table: &Table) -> Result<(), Error> {
+    forward::check_open_files(table.connection_port_count())?;
+    if let Some(overlap) = forward::ephemeral_overlap(table) {
+        warn!(%overlap, "connection ports lie inside the kernel's ip_local_port_range: outgoing connections may occupy them");
+    }
+    Ok(())
 }
 
 /// How the data plane runs.

@@ -269,7 +269,7 @@ impl LinkTask {
         };
         change.learn(self.slot, session.clone(), span);
         let session_id = session.session_id.clone();
-        // The request is over, so no client was told the port.
+        // The request has ended, so no client knows the port.
         if pending.is_none_or(|pending| pending.answer.send(Ok(session)).is_err()) {
             let message = Some(Message::Release(v1::Release { session_id }));
             let _ = outbox.send(ToAgent { message });

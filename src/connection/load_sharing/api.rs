@@ -30,8 +30,8 @@ use crate::connection::sessions::Sessions;
 use crate::pool::PortProtocol;
 use crate::selection::v1;
 use crate::session::{
-    MAX_KEY_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session, SessionRequest,
-    SessionState,
+    MAX_KEY_BYTES, MAX_PORT_NAME_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session,
+    SessionRequest, SessionState,
 };
 use crate::table::{Slot, Table};
 
@@ -346,7 +346,7 @@ fn check(request: &SessionRequest) -> Result<(), String> {
     let keys = [
         ("idempotencyKey", &request.idempotency_key, MAX_KEY_BYTES),
         ("affinityKey", &request.affinity_key, MAX_KEY_BYTES),
-        ("portName", &request.port_name, 15),
+        ("portName", &request.port_name, MAX_PORT_NAME_BYTES),
     ];
     for (name, value, most) in keys {
         if let Some(value) = value

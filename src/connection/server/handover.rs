@@ -59,6 +59,7 @@ impl InitialState {
             table: state.table,
             load_sharing: state.load_sharing.into(),
             admin: TcpListener::from_std(state.admin.into())?,
+            is_successor: true,
         })
     }
 }
