@@ -39,7 +39,7 @@ use std::time::Duration;
 
 use self::handover::successor::Starter;
 use self::server::Server;
-use crate::{admin, follow, forward};
+use crate::{admin, cluster, follow, forward};
 
 /// Runs a connection server: gives clients connection ports and forwards them
 /// to the processing servers.
@@ -229,17 +229,14 @@ async fn follower(options: &Options) -> Result<follow::Follower, Error> {
     let Some(config_map) = &options.config_map else {
         return Ok(follow::follow_file(&options.table)?);
     };
-    let client = follow::cluster().await.map_err(|source| Error::Cluster {
+    let client = cluster::connect().await.map_err(|source| Error::Cluster {
         name: config_map.clone(),
         source: Box::new(source),
     })?;
-    let (namespace, name) = config_map
-        .split_once('/')
-        .unwrap_or(("default", config_map));
+    let Ok(config_map) = config_map.parse();
     Ok(follow::follow_config_map(
         client,
-        namespace,
-        name,
+        config_map,
         &options.table,
     ))
 }

@@ -5,18 +5,19 @@
 //! file, ConfigMap ─change, decode, accept?→ watch<Arc<Table>> → connection server, agent
 //! ```
 //!
-//! A reader never goes back: an older generation of the same pool, a table of
-//! another pool and a text that is no table leave the last one in force, are
-//! logged once and counted.
+//! A reader never goes back. An older generation of the same pool, a table of
+//! another pool and a text that is no table are logged once and counted; the last
+//! table stays in force.
 //!
-//! - `file`, `cluster`: where texts come from;
-//! - `acceptor`: which of them count;
+//! - `file`, `config_map`: where texts come from;
+//! - `acceptor`: which of them replace the table in force;
 //! - this file: what a reader holds.
 
 mod acceptor;
-mod cluster;
+mod config_map;
 mod file;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -25,33 +26,52 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 pub use self::acceptor::{Rejected, RejectedTables, accept};
-pub use self::cluster::{WatchBackoff, cluster, follow_config_map};
+pub use self::config_map::{ConfigMapName, follow_config_map};
 pub use self::file::{follow_file, write_table};
 use crate::table::Table;
 
-/// Why a file cannot be followed.
-#[derive(Debug, thiserror::Error)]
-pub enum FollowError {
-    /// The folder cannot be watched.
-    #[error("failed to watch folder {folder} of the port-relationship table: {source}")]
-    Watch {
-        /// The table's folder.
-        folder: PathBuf,
-        /// The system's answer.
-        source: notify::Error,
-    },
-    /// The follower ended before a first table came.
-    #[error("no valid port-relationship table came from {0}")]
-    Ended(PathBuf),
+/// Where a table comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TableSource {
+    /// The file with this path.
+    File(PathBuf),
+    /// The entry [`TABLE_KEY`](crate::table::TABLE_KEY) of this ConfigMap.
+    ConfigMap(ConfigMapName),
 }
 
-/// A followed file. Stops following when dropped.
+impl fmt::Display for TableSource {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(formatter),
+            Self::ConfigMap(name) => write!(formatter, "ConfigMap {name}"),
+        }
+    }
+}
+
+/// Why a table cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum FollowError {
+    /// The folder of a table's file cannot be watched.
+    #[error("failed to watch folder {folder} of the port-relationship table: {source}")]
+    Watch {
+        /// Folder of the table's file.
+        folder: PathBuf,
+        /// Error of the operating system.
+        source: notify::Error,
+    },
+    /// The follower ended before there was a valid table.
+    #[error("no valid port-relationship table came from {0}")]
+    Ended(TableSource),
+}
+
+/// A table that is followed. Following stops when this is dropped.
 #[derive(Debug)]
 pub struct Follower {
-    path: PathBuf,
+    source: TableSource,
     current: watch::Receiver<Option<Arc<Table>>>,
     rejected: RejectedTables,
     task: AbortHandle,
+    /// Watches the folder of a file for as long as it is kept.
     _watcher: Option<RecommendedWatcher>,
 }
 
@@ -69,16 +89,16 @@ impl Follower {
     pub async fn first(&mut self) -> Result<Arc<Table>, FollowError> {
         let found = self.current.wait_for(Option::is_some).await;
         let found = found.ok().and_then(|table| table.clone());
-        found.ok_or_else(|| FollowError::Ended(self.path.clone()))
+        found.ok_or_else(|| FollowError::Ended(self.source.clone()))
     }
 
-    /// The last valid table, `None` before the first.
+    /// A watch of the last valid table, which is `None` before the first.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Option<Arc<Table>>> {
         self.current.clone()
     }
 
-    /// What was turned down so far.
+    /// The counts of the tables that were rejected so far.
     #[must_use]
     pub fn rejected(&self) -> RejectedTables {
         self.rejected.clone()

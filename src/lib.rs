@@ -37,13 +37,14 @@
 //! sock_diag    questions to the kernel about sockets; no tokio
 //! plan         → pool, table                     pure
 //! manifest     → pool, plan                      YAML files
-//! follow       → table                           a file or ConfigMap as a watch
+//! cluster      kube's client, and how watches retry
+//! follow       → table, cluster                  a file or ConfigMap as a watch
 //! admin        → table                           /livez, /readyz, /metrics
 //! forward      → pool, table, sock_diag          the data plane: epoll, own threads; no tokio
-//! connection   → pool, table, session, selection, follow, admin, forward  a role
+//! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role
 //! agent        → pool, table, selection, follow, admin, sock_diag  a role
 //! client       → pool, session
-//! operator     → pool, table, session, plan, follow, client, admin  a role
+//! operator     → pool, table, session, plan, cluster, client, admin  a role
 //! local        → pool, table, session, plan, manifest, follow, client, forward
 //! echo, telemetry
 //! agent::book                          pure
@@ -69,6 +70,7 @@
 pub mod admin;
 pub mod agent;
 pub mod client;
+pub mod cluster;
 pub mod connection;
 pub mod echo;
 pub mod follow;

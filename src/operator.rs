@@ -57,10 +57,9 @@ use self::context::Context;
 use self::memory::Memory;
 use self::metrics::Metrics;
 use self::stores::Stores;
-use crate::admin;
-use crate::follow::{self, WatchBackoff};
 use crate::plan::objects::{MANAGER, Settings};
 use crate::pool::ProcessingPool;
+use crate::{admin, cluster};
 
 /// Time for which changes of a pool are collected, so that one reconcile sees them.
 const DEBOUNCE: Duration = Duration::from_millis(100);
@@ -147,7 +146,7 @@ pub enum Error {
 /// # Errors
 /// The cluster or the admin port cannot be used, or the lease was lost.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    let client = follow::cluster().await.map_err(Error::Cluster)?;
+    let client = cluster::connect().await.map_err(Error::Cluster)?;
     check_resource(&client, &options).await?;
     let mut registry = Registry::default();
     admin::register_build_info(&mut registry);
@@ -290,7 +289,7 @@ async fn controller(
     let pools = within(&client, scope.as_deref());
     let (pool_store, writer) = reflector::store();
     let pool_changes = watcher(pools, watcher::Config::default())
-        .backoff(WatchBackoff::default())
+        .backoff(cluster::watch_backoff())
         .modify(|pool| pool.metadata.managed_fields = None)
         .reflect(writer)
         .applied_objects();

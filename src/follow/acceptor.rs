@@ -1,6 +1,6 @@
-//! Which texts become the table in force: the rule that a reader never goes back,
-//! and what counts and logs the texts that are turned down. Knows nothing of
-//! where texts come from.
+//! Which texts become the table in force: the rule that a reader never goes back.
+//! Texts that are rejected are counted and logged here. Where texts come from is
+//! in `file` and `config_map`.
 
 use std::sync::Arc;
 
@@ -13,32 +13,32 @@ use tracing::warn;
 
 use crate::table::{Table, TableError};
 
-/// Why a new text leaves the last table in force.
+/// Why a new table does not replace the one in force.
 #[derive(Debug, thiserror::Error)]
 pub enum Rejected {
-    /// Not a table.
+    /// The text is no table.
     #[error(transparent)]
     Invalid(#[from] TableError),
-    /// Older than the one in force.
+    /// The table is older than the one in force.
     #[error("generation {found} is older than {current}, which is in force")]
     Older {
-        /// Of the new text.
+        /// Generation of the new table.
         found: u64,
-        /// In force.
+        /// Generation of the table in force.
         current: u64,
     },
-    /// Of another pool.
+    /// The table belongs to another pool.
     #[error("table belongs to pool uid {found}, not to {current}")]
     OtherPool {
-        /// Of the new text.
+        /// Uid of the pool that the new table belongs to.
         found: String,
-        /// In force.
+        /// Uid of the pool that the table in force belongs to.
         current: String,
     },
 }
 
 impl Rejected {
-    /// Static name, for metrics.
+    /// The name of the cause in metrics.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
@@ -69,7 +69,7 @@ pub fn accept(current: Option<&Table>, text: &str) -> Result<Option<Table>, Reje
     Ok((table.generation > current.generation).then_some(table))
 }
 
-/// Counts the tables that were turned down, by cause. Clones share the counts.
+/// Counts of the tables that were rejected, by cause. Clones share the counts.
 #[derive(Clone, Debug)]
 pub struct RejectedTables(Family<Cause, Counter>);
 
@@ -81,7 +81,8 @@ struct Cause {
 impl Default for RejectedTables {
     fn default() -> Self {
         let counts = Family::<Cause, Counter>::default();
-        // All from the start, so that a first one shows as a step from nought.
+        // All causes are there from the start, so that the first rejection shows
+        // as a step from 0.
         for cause in ["invalid", "older", "other_pool"] {
             drop(counts.get_or_create(&Cause { cause }));
         }
@@ -90,7 +91,7 @@ impl Default for RejectedTables {
 }
 
 impl RejectedTables {
-    /// Shows the counts in `registry`.
+    /// Registers the counts in `registry`.
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
             "portpool_tables_rejected",
@@ -99,22 +100,24 @@ impl RejectedTables {
         );
     }
 
-    /// A table was turned down for `reason`.
+    /// Counts a table that was rejected for `reason`.
     pub fn count(&self, reason: &Rejected) {
         let cause = reason.name();
         self.0.get_or_create(&Cause { cause }).inc();
     }
 }
 
-/// Decides on texts, and publishes the tables among them.
+/// Decides which texts become the table in force, and publishes that table.
 pub(super) struct TableAcceptor {
+    /// The text that was decided on last; `None` while there is none.
     last_text: Option<String>,
     sender: watch::Sender<Option<Arc<Table>>>,
     rejected: RejectedTables,
 }
 
 impl TableAcceptor {
-    /// Publishes by `sender`, and counts what it turns down in `rejected`.
+    /// An acceptor that publishes tables by `sender`, and counts in `rejected`
+    /// those that it rejects.
     pub(super) fn new(sender: watch::Sender<Option<Arc<Table>>>, rejected: RejectedTables) -> Self {
         Self {
             last_text: None,
@@ -123,13 +126,13 @@ impl TableAcceptor {
         }
     }
 
-    /// There is no text now. Whether that is news: there was one, or no table
-    /// has come yet.
+    /// Notes that there is no text now. Returns whether that is worth a message:
+    /// there was a text before, or there was never a valid table.
     pub(super) fn lose(&mut self) -> bool {
         self.last_text.take().is_some() || self.sender.borrow().is_none()
     }
 
-    /// Judges `text`, unless it is the one before.
+    /// Decides on `text`, unless it is the same as the last one.
     pub(super) fn take(&mut self, text: String) {
         if self.last_text.as_ref() == Some(&text) {
             return;

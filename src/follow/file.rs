@@ -1,6 +1,6 @@
-//! The table in a file: watched by events of its folder, looked at every few
-//! seconds besides, and written so that readers never see a part. What a text is
-//! worth is `acceptor`'s.
+//! The table in a file. Reading: an event of the folder, or the passing of a few
+//! seconds, makes the follower read the file; `acceptor` decides whether its text
+//! counts. Writing: readers never see a part of a table.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,17 +12,18 @@ use tokio::sync::{Notify, watch};
 use tracing::info;
 
 use super::acceptor::{RejectedTables, TableAcceptor};
-use super::{FollowError, Follower};
+use super::{FollowError, Follower, TableSource};
 use crate::table::Table;
 
-/// How often the file is looked at without an event, for file systems that
-/// have none.
+/// Longest time between two reads of the file, for file systems that report no
+/// events.
 const RECHECK: Duration = Duration::from_secs(5);
 
-/// Follows the table in `path`, which need not exist yet; its folder must.
+/// Follows the table in the file at `path`. The file need not exist yet, but its
+/// folder must.
 ///
 /// # Errors
-/// [`FollowError::Watch`].
+/// [`FollowError::Watch`] when the folder cannot be watched.
 pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
@@ -41,7 +42,7 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
     };
     let task = tokio::spawn(file.follow(changed)).abort_handle();
     Ok(Follower {
-        path: path.to_owned(),
+        source: TableSource::File(path.to_owned()),
         current,
         rejected,
         task,
@@ -49,9 +50,10 @@ pub fn follow_file(path: &Path) -> Result<Follower, FollowError> {
     })
 }
 
-/// Has `changed` notified of whatever happens in `folder`. The folder, not the
-/// file: writers replace the file, and a ConfigMap volume replaces the
-/// `..data` link beside it. Reading is no change: our own would wake us again.
+/// Notifies `changed` of every change in `folder`. A watch of the file alone would
+/// not do, because writers replace the file, and a ConfigMap volume replaces the
+/// `..data` link beside it. Reading is no change: the follower's own reads would
+/// wake it again.
 fn watch_folder(folder: &Path, changed: Arc<Notify>) -> notify::Result<RecommendedWatcher> {
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         if !event.is_ok_and(|event| event.kind.is_access()) {
@@ -62,6 +64,7 @@ fn watch_folder(folder: &Path, changed: Arc<Notify>) -> notify::Result<Recommend
     Ok(watcher)
 }
 
+/// A file that is followed.
 struct File {
     path: PathBuf,
     acceptor: TableAcceptor,
@@ -70,15 +73,15 @@ struct File {
 impl File {
     async fn follow(mut self, changed: Arc<Notify>) {
         loop {
-            self.look();
+            self.read();
             let _ = tokio::time::timeout(RECHECK, changed.notified()).await;
         }
     }
 
-    fn look(&mut self) {
+    fn read(&mut self) {
         match std::fs::read_to_string(&self.path) {
             Ok(text) => self.acceptor.take(text),
-            // Said once, until the file is back.
+            // This is logged once, until the file can be read again.
             Err(error) => {
                 if self.acceptor.lose() {
                     info!(path = %self.path.display(), %error, "port-relationship table cannot be read now");
@@ -88,11 +91,11 @@ impl File {
     }
 }
 
-/// Writes `table` to `path` so that readers see the old one or the new one,
-/// never a part.
+/// Writes `table` to the file at `path`. Readers see the old table or the new one,
+/// never a part of it.
 ///
 /// # Errors
-/// The encoding's or the file system's.
+/// The table cannot be encoded, or the file system refuses the write.
 pub fn write_table(path: &Path, table: &Table) -> io::Result<()> {
     let text = table.encode().map_err(io::Error::other)?;
     let draft = path.with_extension("draft");

@@ -13,7 +13,7 @@ use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
 
-use crate::follow::WatchBackoff;
+use crate::cluster;
 use crate::plan::objects::{HASH_ANNOTATION, MANAGED_BY, MANAGER, POOL_LABEL, RANGES_ANNOTATION};
 use crate::pool::ProcessingPool;
 
@@ -95,7 +95,7 @@ impl Stores {
             };
             let changes =
                 watcher(api, ours)
-                    .backoff(WatchBackoff::default())
+                    .backoff(cluster::watch_backoff())
                     .modify(move |object| {
                         // The items of a list have no types, and would differ from
                         // what is desired for ever.
