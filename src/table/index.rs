@@ -4,29 +4,41 @@ use std::sync::Arc;
 
 use super::{ListenPort, PortRange, Row, Table};
 
-/// A table that finds the row of a connection port. Takes 12 bytes for each
-/// range beside the table, however many ports that has.
+/// A table in which the row of a connection port can be found. It takes 12 bytes for
+/// each range beside the table, whatever the number of ports in it.
 #[derive(Clone, Debug)]
 pub struct PortIndex {
     table: Arc<Table>,
-    /// First connection port, index of the row, index of the range in it;
-    /// sorted.
-    starts: Box<[(ListenPort, u32, u32)]>,
+    /// All ranges, sorted by their first connection port.
+    starts: Box<[Start]>,
+}
+
+/// A range in a table.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    /// First connection port of the range.
+    port: ListenPort,
+    /// Index of the row.
+    row: u32,
+    /// Index of the range in the row.
+    range: u32,
 }
 
 impl PortIndex {
     /// Indexes `table`, in which no connection port occurs twice.
     #[must_use]
     pub fn new(table: Arc<Table>) -> Self {
-        let mut starts: Vec<_> = (0u32..)
-            .zip(&table.rows)
-            .flat_map(|(row, content)| {
-                (0u32..)
-                    .zip(&content.ranges)
-                    .map(move |(range, run)| (run.connection_port, row, range))
+        let rows = (0u32..).zip(&table.rows);
+        let starts = rows.flat_map(|(row, content)| {
+            let ranges = (0u32..).zip(&content.ranges);
+            ranges.map(move |(range, run)| Start {
+                port: run.connection_port,
+                row,
+                range,
             })
-            .collect();
-        starts.sort_unstable();
+        });
+        let mut starts: Vec<_> = starts.collect();
+        starts.sort_unstable_by_key(|start| start.port);
         let starts = starts.into_boxed_slice();
         Self { table, starts }
     }
@@ -34,10 +46,10 @@ impl PortIndex {
     /// The row and range that `port` belongs to.
     #[must_use]
     pub fn find(&self, port: ListenPort) -> Option<(&Row, &PortRange)> {
-        let after = self.starts.partition_point(|(first, ..)| *first <= port);
-        let (_, row, range) = self.starts[after.checked_sub(1)?];
-        let row = &self.table.rows[row as usize];
-        let range = &row.ranges[range as usize];
+        let after = self.starts.partition_point(|start| start.port <= port);
+        let start = self.starts[after.checked_sub(1)?];
+        let row = &self.table.rows[start.row as usize];
+        let range = &row.ranges[start.range as usize];
         range.target(port).map(|_| (row, range))
     }
 }

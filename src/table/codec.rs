@@ -1,0 +1,140 @@
+//! The only encoder and decoder of the table, and what a text must be to count as
+//! one.
+
+use serde::Deserialize;
+
+use super::{FORMAT_VERSION, MAX_ENCODED_BYTES, PortRange, Slot, Table};
+
+/// Why a text is no table, or a table cannot be encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// The text is not JSON of the table's shape.
+    #[error("port-relationship table is not valid: {0}")]
+    Syntax(#[from] serde_json::Error),
+    /// The table was written by a newer portpool.
+    #[error(
+        "port-relationship table has format version {found}; this portpool reads {FORMAT_VERSION}: upgrade it"
+    )]
+    Format {
+        /// Format version of the text.
+        found: u32,
+    },
+    /// The table is larger than a ConfigMap can be.
+    #[error(
+        "port-relationship table is {bytes} bytes; at most {MAX_ENCODED_BYTES} fit into a ConfigMap: lower spec.replicas or merge port entries"
+    )]
+    TooLarge {
+        /// Size of the encoded table.
+        bytes: usize,
+    },
+    /// The table has generation 0.
+    #[error("port-relationship table has generation 0; generations start at 1")]
+    Generation,
+    /// Rows are out of order, or a slot occurs twice.
+    #[error("slot {slot} is out of order or occurs twice in the port-relationship table")]
+    Slot {
+        /// Slot of the later one of the two rows.
+        slot: Slot,
+    },
+    /// A run has no ports, or ports above 65535.
+    #[error("slot {slot}, port {name:?}: a run must have 1 or more ports, none above 65535")]
+    Range {
+        /// Slot with the run.
+        slot: Slot,
+        /// Name of the run's port entry.
+        name: String,
+    },
+    /// A connection port leads to two destinations.
+    #[error("connection port {port} is given to slot {first} and to slot {second}")]
+    DuplicatePort {
+        /// The connection port.
+        port: u32,
+        /// Lower one of the two slots.
+        first: Slot,
+        /// Higher one of the two slots.
+        second: Slot,
+    },
+}
+
+impl Table {
+    /// The table as compact JSON, the value of `table.json` in the ConfigMap.
+    ///
+    /// # Errors
+    /// [`TableError::TooLarge`] above [`MAX_ENCODED_BYTES`], and everything
+    /// that [`Table::decode`] would reject.
+    pub fn encode(&self) -> Result<String, TableError> {
+        self.check()?;
+        let text = serde_json::to_string(self)?;
+        if text.len() > MAX_ENCODED_BYTES {
+            return Err(TableError::TooLarge { bytes: text.len() });
+        }
+        Ok(text)
+    }
+
+    /// Decodes `text`, the `table.json` entry of a pool's ConfigMap.
+    ///
+    /// Unknown fields are ignored, so that an older reader follows a newer
+    /// writer of the same format version. In the result, rows are sorted by
+    /// slot and every connection port occurs once.
+    ///
+    /// # Errors
+    /// The [`TableError`] that names the row or port at fault.
+    pub fn decode(text: &str) -> Result<Self, TableError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Format {
+            format_version: u32,
+        }
+        if text.len() > MAX_ENCODED_BYTES {
+            return Err(TableError::TooLarge { bytes: text.len() });
+        }
+        // The version comes first, because a newer shape is no syntax error.
+        let Format { format_version } = serde_json::from_str(text)?;
+        if format_version != FORMAT_VERSION {
+            return Err(TableError::Format {
+                found: format_version,
+            });
+        }
+        let table: Self = serde_json::from_str(text)?;
+        table.check()?;
+        Ok(table)
+    }
+
+    /// Checks what the types do not say: generation, order of rows, ports.
+    fn check(&self) -> Result<(), TableError> {
+        if self.generation == 0 {
+            return Err(TableError::Generation);
+        }
+        for pair in self.rows.windows(2) {
+            if pair[0].slot >= pair[1].slot {
+                return Err(TableError::Slot { slot: pair[1].slot });
+            }
+        }
+        let mut runs: Vec<(&PortRange, Slot)> = Vec::new();
+        for row in &self.rows {
+            for range in &row.ranges {
+                if !range.is_valid() {
+                    let name = range.name.clone();
+                    return Err(TableError::Range {
+                        slot: row.slot,
+                        name,
+                    });
+                }
+                runs.push((range, row.slot));
+            }
+        }
+        runs.sort_by_key(|(range, slot)| (range.connection_port, *slot));
+        for pair in runs.windows(2) {
+            let [(before, first), (after, second)] = [pair[0], pair[1]];
+            let port = u32::from(after.connection_port.get());
+            if port <= before.last_connection_port() {
+                return Err(TableError::DuplicatePort {
+                    port,
+                    first: first.min(second),
+                    second: first.max(second),
+                });
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,137 @@
+use proptest::prelude::*;
+
+use super::*;
+
+pub(super) fn range(first: u16, count: u16) -> PortRange {
+    PortRange {
+        name: "main".to_owned(),
+        connection_port: ListenPort::new(first).unwrap(),
+        server_port: TargetPort::new(7000).unwrap(),
+        count,
+        protocol: PortProtocol::TCP,
+        shared: false,
+        proxy_protocol: ProxyProtocol::None,
+    }
+}
+
+pub(super) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
+    Row {
+        slot,
+        server: format!("a-pool-with-a-long-name-{slot}"),
+        server_uid: Some("6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10".to_owned()),
+        address: Some("2001:db8:1234:5678:9abc:def0:1234:5678".parse().unwrap()),
+        state: RowState::Active,
+        draining_since: None,
+        ranges,
+    }
+}
+
+pub(super) fn table(rows: Vec<Row>) -> Table {
+    Table {
+        format_version: FORMAT_VERSION,
+        pool: "pool".to_owned(),
+        pool_uid: "uid".to_owned(),
+        generation: 3,
+        advertised_address: Some("games.example.org".to_owned()),
+        agent_port: TargetPort::new(7070).unwrap(),
+        load_sharing: LoadSharing::default(),
+        sessions: Sessions::default(),
+        rows,
+    }
+}
+
+#[test]
+fn sixty_four_thousand_ports_stay_far_below_a_config_map() {
+    let rows = (0..1000).map(|slot| {
+        row(
+            Slot(slot),
+            vec![range(1024 + 64 * u16::try_from(slot).unwrap(), 64)],
+        )
+    });
+    let table = table(rows.collect());
+    assert_eq!(table.connection_port_count(), 64_000);
+    let text = table.encode().unwrap();
+    assert!(text.len() < MAX_ENCODED_BYTES / 2, "{} bytes", text.len());
+    assert_eq!(Table::decode(&text).unwrap(), table);
+}
+
+#[test]
+fn the_encoding_is_as_committed() {
+    let golden = r#"{"formatVersion":1,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Reserved","clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"}]}]}"#;
+    assert_eq!(
+        table(vec![row(Slot(0), vec![range(20_000, 4)])])
+            .encode()
+            .unwrap(),
+        golden
+    );
+}
+
+#[test]
+fn what_is_no_table_is_named() {
+    let good = table(vec![
+        row(Slot(0), vec![range(20_000, 4)]),
+        row(Slot(1), vec![range(20_010, 4)]),
+    ]);
+    type Change = fn(&mut Table);
+    let cases: [(Change, &str); 6] = [
+        (|table| table.format_version = 2, "format version 2"),
+        (|table| table.generation = 0, "generation 0"),
+        (|table| table.rows.swap(0, 1), "slot 0 is out of order"),
+        (
+            |table| table.rows[1].ranges[0].connection_port = ListenPort::new(20_003).unwrap(),
+            "20003 is given to slot 0 and to slot 1",
+        ),
+        (|table| table.rows[1].ranges[0].count = 0, "1 or more ports"),
+        (
+            |table| table.rows[1].ranges[0].server_port = TargetPort::new(65_534).unwrap(),
+            "none above 65535",
+        ),
+    ];
+    for (change, words) in cases {
+        let mut table = good.clone();
+        change(&mut table);
+        let text = serde_json::to_string(&table).unwrap();
+        let error = Table::decode(&text).unwrap_err().to_string();
+        assert!(error.contains(words), "{words}: {error}");
+    }
+    assert!(
+        Table::decode(&" ".repeat(MAX_ENCODED_BYTES + 1))
+            .unwrap_err()
+            .to_string()
+            .contains("1048577 bytes")
+    );
+}
+
+#[test]
+fn ports_go_in_step_or_are_shared() {
+    let port = |number| ListenPort::new(number).unwrap();
+    let in_step = range(20_000, 4);
+    assert_eq!(in_step.target(port(20_003)), TargetPort::new(7003));
+    assert_eq!(in_step.target(port(20_004)), None);
+    assert_eq!(in_step.target(port(19_999)), None);
+    let shared = PortRange {
+        shared: true,
+        ..in_step
+    };
+    assert_eq!(shared.target(port(20_003)), TargetPort::new(7000));
+}
+
+proptest! {
+    #[test]
+    fn no_text_panics(text in "\\PC{0,200}") {
+        let _ = Table::decode(&text);
+    }
+
+    #[test]
+    fn decoding_is_the_inverse_of_encoding(
+        rows in proptest::collection::btree_map(0u32..500, (1u16..60, any::<bool>()), 0..40), generation in 1u64..,
+    ) {
+        let mut next = 1024;
+        let rows = rows.into_iter().map(|(slot, (count, shared))| {
+            next += count;
+            row(Slot(slot), vec![PortRange { shared, ..range(next - count, count) }])
+        });
+        let table = Table { generation, ..table(rows.collect()) };
+        prop_assert_eq!(Table::decode(&table.encode().unwrap()).unwrap(), table);
+    }
+}
