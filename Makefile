@@ -9,10 +9,10 @@ all: lint test
 help:  ## What there is
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-run:  ## Build portpool and run a pool on this machine (POOL=examples/echo.yaml)
-	cargo build --release --locked
-	@echo "In another terminal: target/release/portpool connect 127.0.0.1:7700"
-	target/release/portpool local -f $(POOL)
+run:  ## Build portpool (quickly, less optimized) and run a pool on this machine (POOL=examples/echo.yaml)
+	cargo build --profile quick --locked
+	@echo "In another terminal: target/quick/portpool connect 127.0.0.1:7700"
+	target/quick/portpool local -f $(POOL)
 
 check:  ## Format, lint, unit and data-plane tests, in a few minutes: needs no root, Go or network
 	cargo fmt --all --check
@@ -37,17 +37,18 @@ cluster: tools-present  ## A real one-node Kubernetes on this machine (root, no 
 	tools/image && tools/example-images && tools/cluster load target/image/*.tar
 	@tools/cluster up
 
-cluster-down:  ## Ends it; leaves nothing behind
+cluster-down:  ## Stop the node of make cluster and remove everything it made
 	tools/cluster down
 
-lint:  ## Formatting, clippy, documentation, and licences where cargo-deny is installed
+lint:  ## Formatting, clippy, documentation, and dependencies where cargo-deny is installed
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	@if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(grep -slE '^#!.*bash' tools/*); \
 	else echo "shellcheck is not installed, scripts are not checked: apt-get install shellcheck"; fi
+# The advisories need the network: .github/workflows/advisories.yml checks them.
 	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
-	else echo "cargo-deny is not installed, licences are not checked: cargo install --locked cargo-deny"; fi
+	else echo "cargo-deny is not installed, dependencies are not checked: cargo install --locked cargo-deny"; fi
 
 scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, and 200 pools
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \

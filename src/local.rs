@@ -105,8 +105,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         move |source| Error::System { action, source }
     };
     let binary = std::env::current_exe().map_err(system("find this program"))?;
-    let folder = TemporaryFolder::new().map_err(system("make a folder for the table"))?;
-    let mut running = Running::new(options, manifest.pool, binary, folder.0.clone());
+    let folder = tempfile::Builder::new().prefix("portpool-").tempdir();
+    let folder = folder.map_err(system("make a folder for the table"))?;
+    let mut running = Running::new(options, manifest.pool, binary, folder.path().to_owned());
     running.start().map_err(system("write the table"))?;
     let mut upgrades = signal(SignalKind::user_defined2()).map_err(system("wait for SIGUSR2"))?;
     tokio::pin!(shutdown);
@@ -132,23 +133,5 @@ fn connection_address(index: u32) -> IpAddr {
     match index {
         0 => Ipv4Addr::LOCALHOST.into(),
         _ => Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 0, 255, 0)) + index).into(),
-    }
-}
-
-/// A folder that is removed at the end.
-struct TemporaryFolder(PathBuf);
-
-impl TemporaryFolder {
-    fn new() -> io::Result<Self> {
-        let path = std::env::temp_dir().join(format!("portpool-{}", uuid::Uuid::new_v4().simple()));
-        std::fs::create_dir(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for TemporaryFolder {
-    fn drop(&mut self) {
-        // What cannot be removed is a few kilobytes in the temporary folder.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
