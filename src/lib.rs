@@ -1,27 +1,104 @@
 //! portpool gives a client *its own port on its own server for a while*.
 //!
 //! A `ProcessingPool` is N processing servers behind a connection server. A
-//! client asks one well-known load-sharing port, is told a connection port,
-//! connects there, and is bridged to the processing server that chose the
-//! port. Source: US 8,544,018 B2, claim 1, whose words the types use.
+//! client asks the one well-known load-sharing port, receives a connection
+//! port, connects there, and is bridged to the processing server that selected
+//! the port. Source: US 8,544,018 B2, claim 1, whose words the types use.
 //!
-//! # The parts
+//! # The processes
 //!
 //! ```text
-//! ProcessingPool ─plan→ port-relationship table ─follow→ connection server, agents
-//!
-//! client ─POST /v1/sessions→ load sharing ─Select→ agent ─port→ client
-//! client ─bytes→ connection port ─forward⇄ processing server
-//! connection server ─opened, closed→ agent     agent ─counts, sessions→ connection servers
+//!               ┌─ connection server ─────────────────────────────────┐
+//! client ─HTTP→ │ tokio: load_sharing ─ agents ─ sessions ─ handover  │ ←gRPC→ agent ┐
+//!               │              control │ ↑ gate                       │        workload ┘ one pod
+//! client ─TCP→  │ threads: forward, one event loop for each processor │ ←TCP, UDP→ workload
+//!        ─UDP→  └─────────────────────────────────────────────────────┘
+//! controller: watches pools, plans, writes the table (a ConfigMap), starts and stops pods
 //! ```
 //!
-//! Who decides what:
-//! - **The agent beside a workload decides the port.** It alone knows which
-//!   are free, so any number of connection servers can serve a pool.
-//! - **The connection server decides the server**, from counts that agents
-//!   stream to it.
-//! - **The table decides what leads where**; nothing in the data path waits
-//!   for whoever writes it.
+//! `portpool local` runs the same processes on one machine: it stands in for
+//! the controller, and the table is a file. Who decides what:
+//!
+//! - **The agent decides the port.** It alone knows which of its ports are
+//!   free, so any number of connection servers can serve a pool.
+//! - **The connection server decides the processing server**, from counts that
+//!   the agents stream to it.
+//! - **The controller decides the table.** Nothing in the data path waits for
+//!   it, or for the API server.
+//!
+//! # A session's life
+//!
+//! 1. `connection::load_sharing` receives `POST /v1/sessions` and chooses a
+//!    processing server, or lets the request wait in a queue.
+//! 2. `connection::agents` sends `Select` to that server's agent.
+//! 3. The agent's book takes the port that has been free for longest, and the
+//!    session is *held*; every connection server receives the session.
+//! 4. The client connects to the port. `forward` asks the gate
+//!    (`connection::sessions`), which admits the client and reports `Opened`.
+//! 5. The session is *busy* while any connection server has a connection of it.
+//! 6. After the last `Closed` it *lingers*: the client may come back.
+//! 7. The agent sends `End` to all connection servers; each cuts what is left
+//!    of the session and answers `Ended`.
+//! 8. When all have answered, or can have no connection any more, the port is
+//!    free.
+//!
+//! A connection port serves one session at a time: that is what may never
+//! break. `tests/it/model.rs` plays orders of events, crashes included, against
+//! it.
+//!
+//! # Where to look
+//!
+//! | question | file |
+//! |---|---|
+//! | Why was this request refused? | `connection/load_sharing/problem.rs` |
+//! | Which processing server does a request get, and which request is next? | `connection/load_sharing/servers.rs`, `policy.rs` |
+//! | May this client use this port? | `connection/sessions/gate.rs` |
+//! | What happens to a datagram of a client whose session ended? | `forward/udp/datagrams.rs`; `connection/sessions/gate.rs` decides |
+//! | When does a connection or a flow end, and how? | the diagrams in `forward/tcp.rs` and `forward/udp.rs` |
+//! | Who frees a port, also after a crash? | the diagram in `agent/book.rs`; `agent/book/connection_servers.rs` |
+//! | Which pods start and stop, also when a node is lost? | `plan.rs`, from what `operator/observe.rs` saw |
+//! | Which connection ports does a slot get? | `plan/ports.rs` |
+//! | How does a new process take over the connections? | `connection/handover.rs` |
+//!
+//! # Glossary
+//!
+//! - **slot**: a place in a pool, numbered from 0. It keeps its connection
+//!   ports when its pod is replaced.
+//! - **processing server**: the pod (or processes) in a slot: one workload and
+//!   one agent.
+//! - **workload**: the user's program. It listens on the server ports.
+//! - **agent**: portpool's sidecar beside a workload. It owns the sessions.
+//! - **connection server**: the process that clients reach. A pool may have
+//!   several.
+//! - **load-sharing port**: its HTTP port, where clients ask for sessions.
+//! - **connection port**: a port of the connection server that leads to one
+//!   port of one processing server.
+//! - **table**: the port-relationship table, which says which connection port
+//!   leads where.
+//! - **generation**: the table's version. It only grows, and readers refuse
+//!   an older one.
+//! - **session**: one client's right to one connection port for a while.
+//! - **free, held, busy, lingering, not listening**: the states of a connection
+//!   port: offered; selected, and its client has not connected yet; with open
+//!   connections; kept for its client for a moment; not offered, because the
+//!   workload does not listen there.
+//! - **claim**: the client's first connection of a session, due before the
+//!   claim deadline.
+//! - **book**: the agent's record of its ports and sessions.
+//! - **host identity**: what proves to an agent that the connection server's
+//!   former process is dead.
+//! - **gate**: what the data plane asks whether a client may use a port. Its
+//!   answer is a **decision**.
+//! - **pending**: a client whose decision waits for the agent's answer.
+//! - **flow**: the datagrams of one client on one UDP port.
+//! - **coalescing**: reading a busy sender once a millisecond, so that one
+//!   system call moves more.
+//! - **final flush**: delivering what a gone peer had sent, before the reset.
+//! - **drain**: to take nothing new while what is there goes on, up to a
+//!   deadline.
+//! - **hand-over**: a new process takes the connections of the old one: the
+//!   old one exports a **snapshot**, the new one imports it.
+//! - **reconcile**: to observe, validate, plan, apply and report.
 //!
 //! # The modules
 //!
@@ -30,42 +107,32 @@
 //! A module that is pure, or marked "no tokio", waits for nothing.
 //!
 //! ```text
-//! pool         the ProcessingPool resource; no tokio
-//! table        → pool                           no tokio
-//! session      → pool, table
-//! selection    → pool, table, session            the protocol between connection servers and agents
-//! sock_diag    questions to the kernel about sockets; no tokio
-//! plan         → pool, table                     pure
-//! manifest     → pool, plan                      YAML files
-//! cluster      kube's client, and how watches retry
-//! follow       → table, cluster                  a file or ConfigMap as a watch
-//! admin        → table                           /livez, /readyz, /metrics
-//! forward      → pool, table, sock_diag          the data plane: epoll, own threads; no tokio
-//! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role
+//! operator     → pool, table, session, plan, cluster, client, admin  a role: the controller
+//! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role; its head draws its inside
 //! agent        → pool, table, selection, follow, admin, sock_diag  a role
-//! client       → pool, session
-//! operator     → pool, table, session, plan, cluster, client, admin  a role
-//! local        → pool, table, session, plan, manifest, follow, client, forward
-//! echo, telemetry
+//! local        → pool, table, session, plan, manifest, follow, client, forward  a whole pool on one machine
+//! client       → pool, session                  request, connect, release
+//! echo         a workload to try things with
+//!
+//! forward      → pool, table, sock_diag          the data plane: epoll, own threads; no tokio
+//! plan         → pool, table                     pure: the next table, which pods start and stop, their objects
+//! manifest     → pool, plan                      YAML files
+//! follow       → table, cluster                  a file or ConfigMap as a watch of the last valid table
+//! cluster      kube's client, and how watches retry
+//! selection    → pool, table, session            the protocol between connection servers and agents
+//! admin        → table                           /livez, /readyz, /metrics
+//! session      → pool, table                     the types of the load-sharing API
+//! table        → pool                            the port-relationship table; no tokio
+//! pool         the ProcessingPool resource; no tokio
+//! sock_diag    questions to the kernel about sockets; no tokio
+//! telemetry    logs
+//!
 //! agent::book                          pure
 //! connection::load_sharing::policy     pure
 //! connection::load_sharing::servers    pure
 //! connection::handover::values         pure
 //! local::container                     pure
 //! ```
-//!
-//! Decisions are functions of values: `plan`, `connection::load_sharing::policy`,
-//! `connection::load_sharing::servers` and `agent::book` know no socket, clock or
-//! lock. I/O is around them.
-//!
-//! # What may not happen
-//!
-//! A connection port serves one session at a time. A port is freed only when
-//! every connection server has said that no connection of its session is left,
-//! or has been out of reach for longer than it keeps connections itself. A
-//! connection server that hands over to a new process (`connection::handover`)
-//! has said nothing of the kind: to agents it is the same one.
-//! `tests/it/model.rs` plays orders of events against these rules.
 
 pub mod admin;
 pub mod agent;
