@@ -29,6 +29,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
+
 /// Longest that anything may take, on a machine that is busy with other things.
 pub const SOON: Duration = Duration::from_secs(30);
 
@@ -41,35 +43,11 @@ pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-/// Numbers that look random and are the same each time.
-pub struct Dice(u64);
-
-impl Dice {
-    /// Those of `seed`.
-    pub fn new(seed: u64) -> Self {
-        Self(seed | 1)
-    }
-
-    /// Any number; its upper bits are the random ones.
-    pub fn roll(&mut self) -> u64 {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        self.0
-    }
-
-    /// A number below `bound`, which is at most 2^32.
-    pub fn below(&mut self, bound: usize) -> usize {
-        usize::try_from(self.roll() >> 32).unwrap() % bound
-    }
-}
-
 /// Bytes that are easy to check and hard to get right by accident.
 pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
-    let mut dice = Dice::new(seed);
-    let step = || (dice.roll() >> 56) as u8;
-    std::iter::repeat_with(step).take(length).collect()
+    let mut bytes = vec![0; length];
+    Rng::with_seed(seed).fill(&mut bytes);
+    bytes
 }
 
 /// What the kernel knows of one end of a connection.

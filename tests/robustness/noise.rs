@@ -6,8 +6,10 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
+
 use crate::target::Proxy;
-use crate::{Dice, End, SOON, pattern, reset, socket};
+use crate::{End, SOON, pattern, reset, socket};
 
 /// Longest message of one side: more than the sockets on the way hold.
 const LONGEST: usize = 2 << 20;
@@ -40,7 +42,7 @@ struct Party {
 }
 
 impl Party {
-    fn new(stream: TcpStream, dice: &mut Dice) -> Self {
+    fn new(stream: TcpStream, random: &mut Rng) -> Self {
         stream.set_nonblocking(true).unwrap();
         let habits = [
             Habit::Ends,
@@ -48,13 +50,13 @@ impl Party {
             Habit::EndsAndResets,
             Habit::Resets,
         ];
-        let most = [1, 100, 64 << 10, LONGEST, LONGEST][dice.below(5)];
-        let length = dice.below(most);
+        let most = [1, 100, 64 << 10, LONGEST, LONGEST][random.usize(..5)];
+        let length = random.usize(..most);
         Self {
             stream: Some(stream),
-            habit: habits[dice.below(habits.len())],
-            slowness: [1, 1, 8][dice.below(3)],
-            bytes: pattern(length, dice.roll()),
+            habit: habits[random.usize(..habits.len())],
+            slowness: [1, 1, 8][random.usize(..3)],
+            bytes: pattern(length, random.u64(..)),
             sent: 0,
             has_ended: false,
             is_cut: false,
@@ -66,7 +68,7 @@ impl Party {
 
     /// Sends a piece, or does what it does in the end. Whether anything
     /// happened.
-    fn send(&mut self, dice: &mut Dice) -> bool {
+    fn send(&mut self, random: &mut Rng) -> bool {
         let Some(stream) = &mut self.stream else {
             return false;
         };
@@ -74,7 +76,7 @@ impl Party {
             return false;
         }
         if self.sent < self.bytes.len() {
-            let length = (1 + dice.below(100_000)).min(self.bytes.len() - self.sent);
+            let length = (1 + random.usize(..100_000)).min(self.bytes.len() - self.sent);
             return match stream.write(&self.bytes[self.sent..self.sent + length]) {
                 Ok(length) => {
                     self.sent += length;
@@ -96,7 +98,7 @@ impl Party {
             self.is_cut = !self.has_ended;
             return true;
         }
-        if self.has_ended && dice.below(20) > 0 {
+        if self.has_ended && random.usize(..20) > 0 {
             return false;
         }
         let socket = socket(stream);
@@ -111,16 +113,16 @@ impl Party {
 
     /// Reads a piece, which must be what `peer` sends. Whether anything
     /// happened.
-    fn receive(&mut self, peer: &Self, dice: &mut Dice) -> bool {
+    fn receive(&mut self, peer: &Self, random: &mut Rng) -> bool {
         let is_over = matches!(self.end, Some(End::Closed(_))) || self.is_over();
         let Some(stream) = self.stream.as_mut().filter(|_| !is_over) else {
             return false;
         };
-        if dice.below(self.slowness) > 0 {
+        if random.usize(..self.slowness) > 0 {
             return false;
         }
         let mut space = [0; 64 << 10];
-        let most = 1 + dice.below(space.len());
+        let most = 1 + random.usize(..space.len());
         match stream.read(&mut space[..most]) {
             Ok(0) if self.end.is_some() => self.stream = None,
             Ok(0) => self.end = Some(End::Closed(self.received)),
@@ -177,13 +179,13 @@ fn is_reset(error: &std::io::Error) -> bool {
 }
 
 /// Lets every party act in turn until all are over.
-fn play(pairs: &mut [[Party; 2]], dice: &mut Dice) {
+fn play(pairs: &mut [[Party; 2]], random: &mut Rng) {
     let mut moved = Instant::now();
     while !pairs.iter().flatten().all(Party::is_over) {
         let mut has_moved = false;
         for [client, server] in &mut *pairs {
-            has_moved |= client.send(dice) | client.receive(server, dice);
-            has_moved |= server.send(dice) | server.receive(client, dice);
+            has_moved |= client.send(random) | client.receive(server, random);
+            has_moved |= server.send(random) | server.receive(client, random);
         }
         if has_moved {
             moved = Instant::now();
@@ -202,15 +204,15 @@ fn random_bytes_and_ends_change_and_lose_nothing() {
     let listeners: Vec<_> = (0..4).map(|index| proxy.listener(index)).collect();
     let (mut bytes, mut resets) = (0, 0);
     for round in 0..ROUNDS {
-        let mut dice = Dice::new(0x5eed + 1000 * round);
+        let mut random = Rng::with_seed(0x5eed + 1000 * round);
         let mut pairs = Vec::new();
         for number in 0..CONNECTIONS {
             let index = number % 4;
             let client = proxy.connect(index);
             let (server, _) = listeners[usize::from(index)].accept().unwrap();
-            pairs.push([client, server].map(|stream| Party::new(stream, &mut dice)));
+            pairs.push([client, server].map(|stream| Party::new(stream, &mut random)));
         }
-        play(&mut pairs, &mut dice);
+        play(&mut pairs, &mut random);
         for [client, server] in &pairs {
             client.expect_whole(server);
             server.expect_whole(client);
