@@ -16,7 +16,7 @@
 //! inside from any other file.
 //!
 //! Every arrow that the code uses is drawn, and every arrow drawn is used. Code
-//! for tests only does not count.
+//! for tests only does not count. Every file is a module of its program.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs;
@@ -205,7 +205,28 @@ impl Sources {
         found
     }
 
-    /// Cycles of more than two files, the shortest through each arrow. A file and the files inside its module are one thing.
+    /// The modules whose files no `mod` line includes, so that they are never
+    /// compiled.
+    fn forgotten(&self) -> Vec<String> {
+        let line = Regex::new(r"(?m)^(?:pub(?:\(\w+\))? )?mod (\w+);").unwrap();
+        let is_included = |parent: &[String], name: &str| {
+            let mut included = self
+                .texts
+                .get(parent)
+                .into_iter()
+                .flat_map(|text| line.captures_iter(text));
+            included.any(|included| &included[1] == name)
+        };
+        let is_forgotten = |module: &&Module| {
+            let parts = module.split_last();
+            parts.is_some_and(|(name, parent)| !is_included(parent, name))
+        };
+        let forgotten = self.texts.keys().filter(is_forgotten);
+        forgotten.map(|module| module.join("::")).collect()
+    }
+
+    /// Cycles of more than two files, the shortest through each arrow. A file
+    /// and the files inside its module count as one.
     fn long_cycles(&self) -> Vec<String> {
         let is_family =
             |one: &Module, other: &Module| one.starts_with(other) || other.starts_with(one);
@@ -377,6 +398,27 @@ fn no_cycle_has_more_than_two_files() {
 }
 
 #[test]
+fn every_file_is_a_module() {
+    for (folder, root) in [
+        ("src", "lib.rs"),
+        ("tests/it", "main.rs"),
+        ("tests/e2e", "main.rs"),
+        ("tests/robustness", "main.rs"),
+        ("bench/compare", "main.rs"),
+        ("bench/soak", "main.rs"),
+    ] {
+        let sources = Sources::read(folder, root);
+        assert!(sources.texts.len() > 1, "{folder} has files");
+        let found = sources.forgotten();
+        assert!(
+            found.is_empty(),
+            "no `mod` line in {folder} includes {}",
+            found.join(", ")
+        );
+    }
+}
+
+#[test]
 fn kubes_client_is_used_at_the_edge_only() {
     let sources = Sources::read("src", "lib.rs");
     let is_edge = |at: &Module| {
@@ -460,6 +502,15 @@ fn an_arrow_that_is_not_drawn_or_not_used_is_found() {
         .violations(),
         ["in ``, new is not drawn"]
     );
+}
+
+#[test]
+fn a_file_that_is_no_module_is_found() {
+    let of_root =
+        |root: &str| sample(&[("", root), ("a", "mod b;"), ("a::b", ""), ("c", "")]).forgotten();
+    assert!(of_root("pub(crate) mod a;\nmod c;").is_empty());
+    assert_eq!(of_root("mod a;\n// mod c;"), ["c"]);
+    assert_eq!(of_root("mod c;\nmod ab;"), ["a"]);
 }
 
 #[test]
