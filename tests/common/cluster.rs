@@ -1,6 +1,7 @@
 //! A real API server with etcd, and what a test does in a namespace of its own.
 
 use std::collections::BTreeMap;
+use std::fmt::Debug;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -12,11 +13,12 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, ResourceExt};
 use portpool::pool::ProcessingPool;
 use portpool::table::{TABLE_KEY, Table};
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{Process, SOON};
@@ -334,6 +336,31 @@ pub async fn until(what: &str, holds: impl AsyncFn() -> bool) -> Duration {
     started.elapsed()
 }
 
+/// Merges `change` into an object.
+pub async fn patch<K>(api: &Api<K>, name: &str, change: Value)
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    let parameters = PatchParams::default();
+    let patched = api.patch(name, &parameters, &Patch::Merge(change)).await;
+    patched.unwrap();
+}
+
+/// Merges `change` into an object's status.
+pub async fn patch_status<K: DeserializeOwned>(api: &Api<K>, name: &str, change: Value) {
+    let parameters = PatchParams::default();
+    let change = Patch::Merge(change);
+    let patched = api.patch_status(name, &parameters, &change).await;
+    patched.unwrap();
+}
+
+pub async fn delete<K>(api: &Api<K>, name: &str)
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    api.delete(name, &DeleteParams::default()).await.unwrap();
+}
+
 /// A namespace with a controller of its own, and a stand-in for the node: it
 /// makes pods ready.
 pub struct Space {
@@ -355,6 +382,13 @@ impl Space {
     pub async fn new(name: &str) -> Self {
         let mut space = Self::without_controller(ApiServer::shared().await, name).await;
         space.start_controller();
+        space
+    }
+
+    /// A namespace with a controller and the ready pool `games` of this spec.
+    pub async fn with_pool(name: &str, spec: Value) -> Self {
+        let space = Self::new(name).await;
+        space.make_ready("games", spec).await;
         space
     }
 
@@ -433,6 +467,13 @@ impl Space {
         self.pools()
             .patch(name, &parameters, &Patch::Apply(&object))
             .await
+    }
+
+    /// Applies the spec and waits until the pool is as it says; returns how long
+    /// that took.
+    pub async fn make_ready(&self, pool: &str, spec: Value) -> Duration {
+        self.apply(pool, spec).await.unwrap();
+        self.ready(pool).await
     }
 
     pub async fn pool(&self, name: &str) -> ProcessingPool {

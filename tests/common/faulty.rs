@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::cluster::{ApiServer, Space, quick};
 use super::proxy::{Call, Fault, Proxy};
 
@@ -19,6 +21,14 @@ impl Faulty {
         let space = Space::without_controller(server, name).await;
         let proxy = Proxy::start(space.client.clone()).await;
         Self { space, proxy }
+    }
+
+    /// With the controller started and the ready pool `games` of this spec.
+    pub async fn with_pool(name: &str, spec: Value) -> Self {
+        let mut faulty = Self::new(name).await;
+        faulty.start();
+        faulty.space.make_ready("games", spec).await;
+        faulty
     }
 
     pub fn start(&mut self) {
@@ -43,8 +53,7 @@ impl Faulty {
     /// Creates two servers, grows to three, shrinks to one.
     pub async fn scenario(&self) {
         for replicas in [2, 3, 1] {
-            self.space.apply("games", quick(replicas)).await.unwrap();
-            self.space.ready("games").await;
+            self.space.make_ready("games", quick(replicas)).await;
         }
     }
 

@@ -137,6 +137,13 @@ impl Proxy {
         self.delivered.notified().await;
     }
 
+    /// How many requests come within this time.
+    pub async fn requests_within(&self, time: Duration) -> u64 {
+        let before = self.requests.load(Ordering::Relaxed);
+        tokio::time::sleep(time).await;
+        self.requests.load(Ordering::Relaxed) - before
+    }
+
     async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Result<Answer, std::io::Error> {
         let (head, body) = request.into_parts();
         let body = body

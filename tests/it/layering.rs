@@ -208,7 +208,7 @@ impl Sources {
     /// The modules whose files no `mod` line includes, so that they are never
     /// compiled.
     fn forgotten(&self) -> Vec<String> {
-        let line = Regex::new(r"(?m)^(?:pub(?:\(\w+\))? )?mod (\w+);").unwrap();
+        let line = Regex::new(r"(?m)^(?:pub(?:\([^)]+\))? )?mod (\w+);").unwrap();
         let is_included = |parent: &[String], name: &str| {
             let mut included = self
                 .texts

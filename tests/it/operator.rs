@@ -8,11 +8,9 @@ mod whole_path;
 
 use std::time::Duration;
 
-use crate::common::cluster::{KINDS, Space, quick, spec, until};
+use crate::common::cluster::{KINDS, Space, delete, patch, patch_status, quick, spec, until};
 use futures::StreamExt;
-use kube::api::{
-    DeleteParams, DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams,
-};
+use kube::api::{DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use serde_json::{Value, json};
 
@@ -20,9 +18,7 @@ const QUIET: Duration = Duration::from_secs(8);
 
 #[tokio::test]
 async fn a_pool_becomes_ready_owns_everything_and_is_then_left_alone() {
-    let space = Space::new("becomes-ready").await;
-    space.apply("games", spec(2)).await.unwrap();
-    space.ready("games").await;
+    let space = Space::with_pool("becomes-ready", spec(2)).await;
     let pool = space.pool("games").await;
     let status = pool.status.clone().unwrap();
     assert_eq!(
@@ -106,22 +102,16 @@ async fn a_pool_becomes_ready_owns_everything_and_is_then_left_alone() {
 
 #[tokio::test]
 async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
-    let space = Space::new("scaling").await;
-    space.apply("games", quick(2)).await.unwrap();
-    space.ready("games").await;
+    let space = Space::with_pool("scaling", quick(2)).await;
     let before = space.table("games").await.unwrap();
-    space.apply("games", quick(5)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", quick(5)).await;
     let grown = space.table("games").await.unwrap();
     for row in &before.rows {
         assert_eq!(grown.row(row.slot).unwrap().ranges, row.ranges);
     }
-    let cost = json!({ "metadata": { "annotations": { "controller.kubernetes.io/pod-deletion-cost": "-7" } } });
-    space
-        .pods()
-        .patch("games-2", &PatchParams::default(), &Patch::Merge(&cost))
-        .await
-        .unwrap();
+    let cost = json!({ "controller.kubernetes.io/pod-deletion-cost": "-7" });
+    let cost = json!({ "metadata": { "annotations": cost } });
+    patch(&space.pods(), "games-2", cost).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     // The deletion cost comes before the number.
     let scale = json!({ "spec": { "replicas": 4 } });
@@ -135,39 +125,27 @@ async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
     })
     .await;
     assert!(!space.servers("games").await.contains_key("games-2"));
-    space.apply("games", quick(1)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", quick(1)).await;
     assert_eq!(
         space.servers("games").await.into_keys().collect::<Vec<_>>(),
         ["games-0"]
     );
     let shrunk = space.table("games").await.unwrap();
     assert_eq!(shrunk.rows, before.rows[..1]);
-    space.apply("games", quick(0)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", quick(0)).await;
     assert!(space.servers("games").await.is_empty());
 }
 
 #[tokio::test]
 async fn a_failed_or_deleted_pod_is_replaced_in_its_slot() {
-    let space = Space::new("replaced").await;
-    space.apply("games", spec(2)).await.unwrap();
-    space.ready("games").await;
+    let space = Space::with_pool("replaced", spec(2)).await;
     let (ports, pods) = (
         space.table("games").await.unwrap().rows,
         space.servers("games").await,
     );
     let failed = json!({ "status": { "phase": "Failed", "reason": "Evicted" } });
-    space
-        .pods()
-        .patch_status("games-0", &PatchParams::default(), &Patch::Merge(&failed))
-        .await
-        .unwrap();
-    space
-        .pods()
-        .delete("games-1", &DeleteParams::default())
-        .await
-        .unwrap();
+    patch_status(&space.pods(), "games-0", failed).await;
+    delete(&space.pods(), "games-1").await;
     until("two other pods", async || {
         let now = space.servers("games").await;
         now.len() == 2
@@ -188,9 +166,7 @@ async fn a_failed_or_deleted_pod_is_replaced_in_its_slot() {
 
 #[tokio::test]
 async fn a_table_that_is_changed_or_deleted_is_restored() {
-    let space = Space::new("restored").await;
-    space.apply("games", spec(2)).await.unwrap();
-    space.ready("games").await;
+    let space = Space::with_pool("restored", spec(2)).await;
     let good = space.table("games").await.unwrap();
     let maps = space.objects("", "ConfigMap", "configmaps");
     let mut forged = good.clone();
@@ -202,14 +178,8 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
         forged.encode().unwrap().into(),
     ];
     for text in tampers {
-        let patch = json!({ "data": { "table.json": text } });
-        maps.patch(
-            "games-port-table",
-            &PatchParams::default(),
-            &Patch::Merge(&patch),
-        )
-        .await
-        .unwrap();
+        let change = json!({ "data": { "table.json": text } });
+        patch(&maps, "games-port-table", change).await;
         let took = until("the table is back", async || {
             space
                 .table("games")
@@ -224,9 +194,7 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
         generation > forged.generation,
         "readers never go back: {generation}"
     );
-    maps.delete("games-port-table", &DeleteParams::default())
-        .await
-        .unwrap();
+    delete(&maps, "games-port-table").await;
     let took = until("the table is back", async || {
         space
             .table("games")
@@ -235,10 +203,10 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
     })
     .await;
     assert!(took < Duration::from_secs(5), "{took:?}");
-    // Without memory the generation still grows.
+    // A controller that restarts still increases the generation.
     let mut space = space;
     let generation = space.table("games").await.unwrap().generation;
-    until("the status knows", async || {
+    until("the status has the generation", async || {
         space
             .pool("games")
             .await
@@ -250,9 +218,7 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
     })
     .await;
     space.controller.take();
-    maps.delete("games-port-table", &DeleteParams::default())
-        .await
-        .unwrap();
+    delete(&maps, "games-port-table").await;
     space.start_controller();
     until("the table is back", async || {
         space
@@ -264,10 +230,8 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
 }
 
 #[tokio::test]
-async fn an_invalid_template_is_told_in_the_api_servers_words_and_tears_nothing_down() {
-    let space = Space::new("invalid-template").await;
-    space.apply("games", spec(2)).await.unwrap();
-    space.ready("games").await;
+async fn an_invalid_template_is_reported_in_the_api_servers_words_and_stops_no_server() {
+    let space = Space::with_pool("invalid-template", spec(2)).await;
     let before = space.servers("games").await;
     let broken: [(&str, Value, &str); 3] = [
         (
@@ -294,32 +258,29 @@ async fn an_invalid_template_is_told_in_the_api_servers_words_and_tears_nothing_
         space.degraded("games", words).await;
         assert!(!space.is_ready("games").await);
         assert_eq!(space.servers("games").await, before);
-        space.apply("games", spec(2)).await.unwrap();
-        space.ready("games").await;
+        space.make_ready("games", spec(2)).await;
         assert_eq!(space.servers("games").await, before);
     }
-    // While it is wrong, what runs is looked after.
+    // While the template is wrong, running servers are still managed.
     let mut wrong = spec(2);
     wrong["template"]["spec"]["comand"] = json!(["x"]);
     space.apply("games", wrong).await.unwrap();
     space.degraded("games", "unknown field").await;
     let rows = space.table("games").await.unwrap().rows;
     let maps = space.objects("", "ConfigMap", "configmaps");
-    let parameters = DeleteParams::default();
-    maps.delete("games-port-table", &parameters).await.unwrap();
+    delete(&maps, "games-port-table").await;
     until("the table is back", async || {
         let table = space.table("games").await;
         table.is_some_and(|table| table.rows == rows)
     })
     .await;
-    // What this program cannot read at all.
+    // A template that portpool cannot parse.
     let mut wrong = spec(2);
     wrong["template"]["spec"]["containers"] = "none".into();
     space.apply("games", wrong).await.unwrap();
     space.degraded("games", "spec.template: invalid type").await;
     assert_eq!(space.servers("games").await, before);
-    space.apply("games", spec(2)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", spec(2)).await;
 }
 
 #[tokio::test]
@@ -330,8 +291,7 @@ async fn a_bad_image_takes_a_quarter_is_named_and_can_be_mended() {
         spec["template"]["spec"]["containers"][0]["image"] = image.into();
         spec
     };
-    space.apply("games", with("good:1")).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", with("good:1")).await;
     space.apply("games", with("bad:2")).await.unwrap();
     space
         .degraded("games", "ImagePullBackOff: no such image")
@@ -342,8 +302,7 @@ async fn a_bad_image_takes_a_quarter_is_named_and_can_be_mended() {
         .iter()
         .filter(|pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("bad:2"));
     assert_eq!(bad.count(), 1, "the others go on");
-    space.apply("games", with("good:3")).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", with("good:3")).await;
     let pods = space.pods().list(&ListParams::default()).await.unwrap();
     assert!(
         pods.iter()
@@ -366,12 +325,11 @@ async fn a_pod_that_no_node_takes_is_named_and_can_be_mended() {
             "pod games-0 cannot be scheduled: 0/1 nodes are available",
         )
         .await;
-    space.apply("games", with("good:1")).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", with("good:1")).await;
 }
 
-/// An object of the same kind and shape as `ours`, but nobody's.
-fn strangers(ours: &DynamicObject, kind: &str, name: &str) -> DynamicObject {
+/// An object of the same kind and shape as `ours`, which portpool does not own.
+fn foreign_object(ours: &DynamicObject, kind: &str, name: &str) -> DynamicObject {
     let mut object = ours.clone();
     object.metadata = ObjectMeta {
         name: Some(name.to_owned()),
@@ -388,10 +346,8 @@ fn strangers(ours: &DynamicObject, kind: &str, name: &str) -> DynamicObject {
 }
 
 #[tokio::test]
-async fn a_name_that_a_stranger_has_is_told_and_left_to_him_whatever_the_kind() {
-    let space = Space::new("strangers").await;
-    space.apply("games", quick(1)).await.unwrap();
-    space.ready("games").await;
+async fn an_object_of_someone_else_is_reported_and_left_alone_whatever_its_kind() {
+    let space = Space::with_pool("foreign-objects", quick(1)).await;
     let of_pool = ListParams::default().labels("portpool.dev/pool=games");
     let mut cases = Vec::new();
     for (group, kind, plural) in KINDS {
@@ -405,13 +361,13 @@ async fn a_name_that_a_stranger_has_is_told_and_left_to_him_whatever_the_kind() 
         async |(index, (api, kind, ours)): (usize, (Api<DynamicObject>, &str, DynamicObject))| {
             let pool = format!("taken-{index}");
             let name = ours.name_any().replacen("games", &pool, 1);
-            let object = strangers(&ours, kind, &name);
+            let object = foreign_object(&ours, kind, &name);
             let parameters = PostParams::default();
             let before = api.create(&parameters, &object).await.unwrap();
             space.apply(&pool, quick(2)).await.unwrap();
-            let words = format!("{kind} strangers/{name} exists and belongs to someone else");
+            let words = format!("{kind} foreign-objects/{name} exists and belongs to someone else");
             space.degraded(&pool, &words).await;
-            // Nothing waits for it but the table, which pods need.
+            // Only a foreign table holds up the pool: pods need it.
             if kind != "ConfigMap" {
                 until("the other slot works", async || {
                     space
@@ -431,7 +387,7 @@ async fn a_name_that_a_stranger_has_is_told_and_left_to_him_whatever_the_kind() 
             );
             assert_eq!(after.data["spec"], before.data["spec"], "{words}");
             assert_eq!(after.data["data"], before.data["data"], "{words}");
-            api.delete(&name, &DeleteParams::default()).await.unwrap();
+            delete(&api, &name).await;
             space.ready(&pool).await;
         };
     futures::stream::iter(cases.into_iter().enumerate())
@@ -441,37 +397,18 @@ async fn a_name_that_a_stranger_has_is_told_and_left_to_him_whatever_the_kind() 
 
 #[tokio::test]
 async fn what_is_edited_by_hand_is_put_back() {
-    let space = Space::new("edited").await;
-    space.apply("games", spec(1)).await.unwrap();
-    space.ready("games").await;
+    let space = Space::with_pool("edited", spec(1)).await;
     let deployments = space.objects("apps", "Deployment", "deployments");
     let services = space.objects("", "Service", "services");
     let roles = space.objects("rbac.authorization.k8s.io", "Role", "roles");
-    let patch = json!({ "spec": { "replicas": 3 } });
-    deployments
-        .patch(
-            "games-connection-server",
-            &PatchParams::default(),
-            &Patch::Merge(&patch),
-        )
-        .await
-        .unwrap();
-    let patch = json!({ "rules": [] });
-    roles
-        .patch(
-            "games-connection-server",
-            &PatchParams::default(),
-            &Patch::Merge(&patch),
-        )
-        .await
-        .unwrap();
-    services
-        .delete("games", &DeleteParams::default())
-        .await
-        .unwrap();
+    let name = "games-connection-server";
+    let replicas = json!({ "spec": { "replicas": 3 } });
+    patch(&deployments, name, replicas).await;
+    patch(&roles, name, json!({ "rules": [] })).await;
+    delete(&services, "games").await;
     until("all is back", async || {
-        let deployment = deployments.get("games-connection-server").await.unwrap();
-        let role = roles.get("games-connection-server").await.unwrap();
+        let deployment = deployments.get(name).await.unwrap();
+        let role = roles.get(name).await.unwrap();
         deployment.data["spec"]["replicas"] == 1
             && role.data["rules"]
                 .as_array()
@@ -483,25 +420,11 @@ async fn what_is_edited_by_hand_is_put_back() {
     let mut with = spec(1);
     with["connectionServer"] = json!({ "replicas": 2 });
     space.apply("games", with).await.unwrap();
-    until("two", async || {
-        deployments
-            .get("games-connection-server")
-            .await
-            .unwrap()
-            .data["spec"]["replicas"]
-            == 2
-    })
-    .await;
+    let has =
+        async |replicas| deployments.get(name).await.unwrap().data["spec"]["replicas"] == replicas;
+    until("the deployment has two", async || has(2).await).await;
     space.apply("games", spec(1)).await.unwrap();
-    until("one", async || {
-        deployments
-            .get("games-connection-server")
-            .await
-            .unwrap()
-            .data["spec"]["replicas"]
-            == 1
-    })
-    .await;
+    until("the deployment has one", async || has(1).await).await;
     space.ready("games").await;
 }
 
@@ -514,8 +437,7 @@ async fn connection_ports_come_before_the_load_sharing_ports_node_port() {
             json!({ "exposure": "NodePort", "connectionPorts": { "first": 32000, "last": 32099 } });
         spec
     };
-    space.apply("games", exposed(1)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", exposed(1)).await;
     let services = space.objects("", "Service", "services");
     let node_port = async |service: &str| {
         let service = services.get_opt(service).await.unwrap();
@@ -526,8 +448,7 @@ async fn connection_ports_come_before_the_load_sharing_ports_node_port() {
     let chosen = Patch::Strategic(json!({ "spec": { "ports": [port] } }));
     let parameters = PatchParams::default();
     services.patch("games", &parameters, &chosen).await.unwrap();
-    space.apply("games", exposed(2)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", exposed(2)).await;
     until("both have ports of their own", async || {
         let load_sharing = node_port("games").await;
         load_sharing.is_some_and(|port| !(32_000..32_008).contains(&port))
@@ -542,13 +463,11 @@ async fn connection_ports_come_before_the_load_sharing_ports_node_port() {
 #[tokio::test]
 async fn a_controller_of_two_namespaces_leaves_the_pools_of_a_third_alone() {
     let mut other = Space::new("third").await;
-    other.apply("games", quick(2)).await.unwrap();
-    other.ready("games").await;
+    other.make_ready("games", quick(2)).await;
     other.controller = None;
-    // There is much to do.
+    // The third namespace has work to do.
     let maps = other.objects("", "ConfigMap", "configmaps");
-    let parameters = DeleteParams::default();
-    maps.delete("games-port-table", &parameters).await.unwrap();
+    delete(&maps, "games-port-table").await;
     other.apply("games", quick(3)).await.unwrap();
     other.apply("unseen", quick(1)).await.unwrap();
     let versions = async || {
@@ -578,13 +497,12 @@ async fn a_controller_of_two_namespaces_leaves_the_pools_of_a_third_alone() {
     first.controller = Some(controller);
     for replicas in [2, 3] {
         for space in [&first, &second] {
-            space.apply("games", quick(replicas)).await.unwrap();
-            space.ready("games").await;
+            space.make_ready("games", quick(replicas)).await;
         }
     }
     assert_eq!(versions().await, before);
 
-    // Whoever looks after them does it.
+    // A controller of that namespace does the work.
     other.start_controller();
     other.ready("games").await;
     other.ready("unseen").await;

@@ -237,15 +237,13 @@ async fn every_field_is_refused_or_told_and_recovers() {
         refused(&space, "groups", path, schema).await;
         let mut without = base();
         remove(&mut without, path);
-        space.apply("groups", without).await.unwrap();
-        space.ready("groups").await;
+        space.make_ready("groups", without).await;
     }
 }
 
 /// A running pool whose field gets values that it cannot have.
 async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
-    space.apply(pool, base()).await.unwrap();
-    space.ready(pool).await;
+    space.make_ready(pool, base()).await;
     let (before, generation) = (
         world(space, pool).await,
         space.pool(pool).await.metadata.generation,
@@ -257,7 +255,7 @@ async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
         let error = answer.expect_err(&format!("{path}: {value}")).to_string();
         let name = path.rsplit('.').next().unwrap().trim_end_matches("[]");
         assert!(error.contains(name), "{path}: {value}: {error}");
-        // Bounds are told with the whole path; a wrong type by its place.
+        // Errors about bounds have the whole path; those about types the position.
         let patched = space
             .pools()
             .patch(
@@ -278,8 +276,7 @@ async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
 async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: bool) {
     let path = case.path;
     let back = async || {
-        space.apply(pool, base()).await.unwrap();
-        space.ready(pool).await;
+        space.make_ready(pool, base()).await;
         world(space, pool).await
     };
     let before = back().await;
@@ -292,7 +289,7 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
     } else {
         answer.unwrap();
         space.ready(pool).await;
-        // The range's end is seen only when the range is full.
+        // The end of the range has an effect only when the range is full.
         if path != "connectionServer.connectionPorts.last" {
             assert_ne!(world(space, pool).await, before, "{path} has no effect");
         }
@@ -308,7 +305,8 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
                 "{path}: {error}"
             );
         }
-        // Without, it is 600: nobody tells here that servers have no sessions.
+        // The default is 600. Nothing reports idle servers here, so that a drain
+        // would take all of it.
         (false, "drainSeconds") => {
             answer.unwrap();
             until("the default is in force", async || {

@@ -1,11 +1,11 @@
-//! What a pool tells, what a cluster's users see of it, and that nothing is
-//! written while nothing changes.
+//! What a pool reports, what a cluster's users see of it, and that the controller
+//! writes nothing while nothing changes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::common::cluster::{Space, quick, until};
+use crate::common::cluster::{Space, patch, patch_status, quick, until};
 use crate::common::faulty::Faulty;
 use futures::TryStreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -42,16 +42,13 @@ async fn an_idle_pool_causes_no_writes_also_after_a_restart() {
         faulty.space.controller = Some(faulty.space.controller_with(&kubeconfig, port, &lease));
     };
     start(&mut faulty);
-    faulty.space.apply("games", quick(3)).await.unwrap();
-    faulty.space.ready("games").await;
-    // Others may add what is theirs.
-    let theirs = Patch::Merge(json!({ "metadata": { "annotations": { "test/theirs": "yes" } } }));
-    let parameters = PatchParams::default();
+    faulty.space.make_ready("games", quick(3)).await;
+    // Other programs may add annotations.
+    let theirs = json!({ "metadata": { "annotations": { "test/theirs": "yes" } } });
     let services = faulty.space.objects("", "Service", "services");
-    services.patch("games", &parameters, &theirs).await.unwrap();
-    let pods = faulty.space.pods();
-    pods.patch("games-0", &parameters, &theirs).await.unwrap();
-    // A successor, which knows everything from lists.
+    patch(&services, "games", theirs.clone()).await;
+    patch(&faulty.space.pods(), "games-0", theirs).await;
+    // A successor, which learns everything from lists.
     faulty.space.controller.as_ref().unwrap().terminate();
     tokio::time::sleep(Duration::from_secs(1)).await;
     start(&mut faulty);
@@ -174,19 +171,14 @@ async fn ready_is_never_said_of_what_is_not() {
     ];
     let count = u64::try_from(steps.len()).unwrap();
     for step in steps {
-        space.apply("games", step).await.unwrap();
-        space.ready("games").await;
+        space.make_ready("games", step).await;
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // A pod that is lost.
-    let failed = Patch::Merge(json!({ "status": { "phase": "Failed" } }));
-    let parameters = PatchParams::default();
-    space
-        .pods()
-        .patch_status("games-0", &parameters, &failed)
-        .await
-        .unwrap();
-    until("it is told", async || !space.is_ready("games").await).await;
+    // A pod fails.
+    let failed = json!({ "status": { "phase": "Failed" } });
+    patch_status(&space.pods(), "games-0", failed).await;
+    let is_unready = async || !space.is_ready("games").await;
+    until("the condition is not true", is_unready).await;
     space.ready("games").await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(!checking.is_finished(), "{:?}", checking.await);
@@ -196,12 +188,12 @@ async fn ready_is_never_said_of_what_is_not() {
 }
 
 #[tokio::test]
-async fn events_tell_of_transitions_and_of_nothing_twice() {
+async fn each_transition_emits_one_event() {
     let space = Space::new("events").await;
     let events: Api<Event> = Api::namespaced(space.client.clone(), "events");
-    let told = async || {
+    let reported = async || {
         let events = events.list(&ListParams::default()).await.unwrap().items;
-        let mut told: Vec<(String, String, i32)> = events
+        let mut reported: Vec<(String, String, i32)> = events
             .into_iter()
             .map(|event| {
                 let again = event.series.map_or(0, |series| series.count - 1);
@@ -212,16 +204,15 @@ async fn events_tell_of_transitions_and_of_nothing_twice() {
                 )
             })
             .collect();
-        told.sort();
-        told
+        reported.sort();
+        reported
     };
     let normal = |reason: &str| ("Normal".to_owned(), reason.to_owned(), 0);
     let warning = |reason: &str| ("Warning".to_owned(), reason.to_owned(), 0);
-    space.apply("games", quick(2)).await.unwrap();
-    space.ready("games").await;
-    until("both are told", async || {
-        let told = told().await;
-        told.contains(&normal("ServersNotReady")) && told.contains(&normal("Complete"))
+    space.make_ready("games", quick(2)).await;
+    until("both are reported", async || {
+        let reported = reported().await;
+        reported.contains(&normal("ServersNotReady")) && reported.contains(&normal("Complete"))
     })
     .await;
     let mut bad = quick(2);
@@ -229,13 +220,13 @@ async fn events_tell_of_transitions_and_of_nothing_twice() {
     space.apply("games", bad).await.unwrap();
     space.degraded("games", "unknown field").await;
     until("a warning", async || {
-        told().await.contains(&warning("Refused"))
+        reported().await.contains(&warning("Refused"))
     })
     .await;
-    // Blocked pools are looked at again; it is no news.
-    let before = told().await;
+    // The controller retries blocked pools without further events.
+    let before = reported().await;
     tokio::time::sleep(Duration::from_secs(12)).await;
-    assert_eq!(told().await, before);
+    assert_eq!(reported().await, before);
     let others = before.iter().filter(|(kind, reason, _)| {
         let known = [
             "ServersNotReady",
@@ -251,9 +242,7 @@ async fn events_tell_of_transitions_and_of_nothing_twice() {
 
 #[tokio::test]
 async fn kubectl_finds_scales_and_shows_pools() {
-    let space = Space::new("kubectl").await;
-    space.apply("games", quick(2)).await.unwrap();
-    space.ready("games").await;
+    let space = Space::with_pool("kubectl", quick(2)).await;
     let get = async |path: &str, accept: &str| -> Value {
         let request = http::Request::get(path).header(http::header::ACCEPT, accept);
         space
@@ -322,14 +311,9 @@ async fn everything_runs_under_restricted_pod_security() {
     let mut space = Space::new("restricted").await;
     space.controller.take();
     let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(space.client.clone());
-    let enforce =
-        json!({ "metadata": { "labels": { "pod-security.kubernetes.io/enforce": "restricted" } } });
-    let parameters = PatchParams::default();
-    let enforce = Patch::Merge(&enforce);
-    namespaces
-        .patch("restricted", &parameters, &enforce)
-        .await
-        .unwrap();
+    let labels = json!({ "pod-security.kubernetes.io/enforce": "restricted" });
+    let enforce = json!({ "metadata": { "labels": labels } });
+    patch(&namespaces, "restricted", enforce).await;
     let admits = async |pod: Value| {
         let dry = PostParams {
             dry_run: true,
@@ -346,8 +330,7 @@ async fn everything_runs_under_restricted_pod_security() {
     let kubeconfig = space.server.kubeconfig().to_owned();
     let controller = space.controller_with(&kubeconfig, space.admin_port, &[]);
     // The agent is admitted beside a restricted workload.
-    space.apply("games", restricted(2)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", restricted(2)).await;
     // So is the connection server.
     let deployments = space.objects("apps", "Deployment", "deployments");
     let deployment = deployments.get("games-connection-server").await.unwrap();
@@ -389,21 +372,16 @@ async fn every_exposure_has_its_services_in_the_api_server() {
     };
     let inside = vec![(7700, "TCP".to_owned(), None)];
     for (name, exposure) in [("inside", "ClusterIP"), ("host", "HostNetwork")] {
-        space.apply(name, with(exposure, 20_000)).await.unwrap();
-        space.ready(name).await;
+        space.make_ready(name, with(exposure, 20_000)).await;
         assert_eq!(ports(name).await, inside, "{exposure}");
     }
-    // Ports that no node has are told in the API server's words.
+    // Node ports outside the valid range are reported in the API server's words.
     space
         .apply("nodes", with("NodePort", 20_000))
         .await
         .unwrap();
     space.degraded("nodes", "not in the valid range").await;
-    space
-        .apply("nodes", with("NodePort", 31_400))
-        .await
-        .unwrap();
-    space.ready("nodes").await;
+    space.make_ready("nodes", with("NodePort", 31_400)).await;
     let on_nodes = ports("nodes-ports-0").await;
     assert_eq!(on_nodes.len(), 16);
     assert!(
@@ -425,11 +403,7 @@ async fn every_exposure_has_its_services_in_the_api_server() {
     .await;
     assert_eq!(ports("balanced").await.len(), 17);
     let given = json!({ "status": { "loadBalancer": { "ingress": [{ "ip": "192.0.2.7" }] } } });
-    let parameters = PatchParams::default();
-    services
-        .patch_status("balanced", &parameters, &Patch::Merge(given))
-        .await
-        .unwrap();
+    patch_status(&services, "balanced", given).await;
     space.ready("balanced").await;
     let status = space.pool("balanced").await.status.unwrap();
     assert_eq!(status.address.as_deref(), Some("192.0.2.7:7700"));

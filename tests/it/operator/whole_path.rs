@@ -16,13 +16,13 @@ use portpool::session::{Session, SessionRequest};
 use portpool::table::TABLE_KEY;
 use serde_json::json;
 
-/// Address of the connection server. The agents' are 127.250.0.10 and up, so
-/// that one test at a time may have them.
+/// Address of the connection server. The agents' addresses begin at
+/// 127.250.0.10, so that one test at a time may use them.
 const CONNECTION_SERVER: &str = "127.251.0.1";
 
 static ADDRESSES: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// What runs for the pods: agents with workloads, and a connection server.
+/// The programs of the pods: agents with workloads, and a connection server.
 struct Node {
     space: Space,
     folder: tempfile::TempDir,
@@ -55,8 +55,7 @@ impl Node {
             .create(&PostParams::default(), &pod.unwrap())
             .await
             .unwrap();
-        space.apply("games", spec(replicas)).await.unwrap();
-        space.ready("games").await;
+        space.make_ready("games", spec(replicas)).await;
         let mut node = Self {
             space,
             folder: tempfile::tempdir().unwrap(),
@@ -74,7 +73,7 @@ impl Node {
         self.folder.path().join(TABLE_KEY).display().to_string()
     }
 
-    /// What the kubelet does with the ConfigMap volume.
+    /// Writes the table to the file, as the kubelet does for the ConfigMap volume.
     async fn mount(&self) {
         let table = self.space.table("games").await.unwrap();
         portpool::follow::write_table(self.table_file().as_ref(), &table).unwrap();
@@ -94,7 +93,7 @@ impl Node {
         self.connection_server = Some(process);
     }
 
-    /// Starts and ends agents and workloads as there are pods.
+    /// Runs an agent and a workload for each pod, and ends those of other pods.
     async fn run_pods(&mut self) {
         let selector = "portpool.dev/component=processing-server";
         let pods = self
@@ -133,19 +132,18 @@ impl Node {
         }
     }
 
-    /// Has the controller make it `replicas` servers; how long that took.
+    /// Scales the pool to `replicas` servers; returns how long that took.
     async fn scale(&self, replicas: u32) -> Duration {
-        self.space.apply("games", spec(replicas)).await.unwrap();
-        self.space.ready("games").await
+        self.space.make_ready("games", spec(replicas)).await
     }
 
-    /// Has what runs follow what the controller has made.
+    /// Mounts the present table and runs what the present pods need.
     async fn follow(&mut self) {
         self.mount().await;
         self.run_pods().await;
     }
 
-    /// Expects the `pods` of before, uids by name, to be there still.
+    /// Asserts that `pods`, uids by name, still exist.
     async fn expect_still(&self, pods: &BTreeMap<String, String>) {
         let now = self.space.servers("games").await;
         assert!(
@@ -187,7 +185,7 @@ async fn sessions_go_through_and_hold_servers_while_a_pool_shrinks() {
     node.until_free(8).await;
     let (session, mut stream) = node.session().await;
     echo(&mut stream, "through the cluster");
-    until("the status tells of the session", async || {
+    until("the status counts the session", async || {
         let status = node.space.pool("games").await.status.unwrap();
         status.sessions == Some(1) && status.free_ports == Some(7)
     })
@@ -267,7 +265,7 @@ async fn without_the_api_server_sessions_are_made_and_connection_servers_restart
         })
     })
     .await;
-    echo(&mut after, "nobody was cut");
+    echo(&mut after, "no connection was cut");
 }
 
 #[tokio::test]
@@ -298,7 +296,7 @@ async fn an_etcd_that_stands_still_disturbs_no_session() {
     node.expect_still(&pods).await;
     node.follow().await;
     node.until_free(11).await;
-    echo(&mut stream, "nobody was cut");
+    echo(&mut stream, "no connection was cut");
 }
 
 #[tokio::test]
@@ -312,14 +310,12 @@ async fn a_changed_pool_ends_sessions_only_on_ports_that_go() {
     other["sessions"] = json!({ "claimSeconds": 40, "lingerSeconds": 1 });
     other["loadSharing"] = json!({ "policy": "Packed" });
     other["connectionServer"] = json!({ "connectionPorts": { "first": 19_000, "last": 29_999 } });
-    node.space.apply("games", other.clone()).await.unwrap();
-    node.space.ready("games").await;
+    node.space.make_ready("games", other.clone()).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     echo(&mut stream, "still here");
     // Another range does.
     other["connectionServer"] = json!({ "connectionPorts": { "first": 21_000, "last": 21_099 } });
-    node.space.apply("games", other).await.unwrap();
-    node.space.ready("games").await;
+    node.space.make_ready("games", other).await;
     until("the port is closed", async || {
         TcpStream::connect((CONNECTION_SERVER, session.port)).is_err()
     })
@@ -346,16 +342,14 @@ async fn of_two_controllers_one_leads_and_the_other_takes_over() {
     let mut first = start(ports[0]);
     until("the first leads", async || leads(ports[0])).await;
     let second = start(ports[1]);
-    space.apply("games", quick(2)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", quick(2)).await;
     assert!(!leads(ports[1]), "one at a time");
     // Killed: the lease must run out.
     first.kill();
     let took = until("the second leads", async || leads(ports[1])).await;
     assert!(took < Duration::from_secs(20), "{took:?}");
-    space.apply("games", quick(3)).await.unwrap();
-    space.ready("games").await;
-    // Told to stop: the lease is given back.
+    space.make_ready("games", quick(3)).await;
+    // On SIGTERM it gives the lease back.
     let third = start(ports[2]);
     until("the third waits", async || {
         metric(ports[2], "portpool_build_info") == 1
@@ -372,13 +366,12 @@ async fn of_two_controllers_one_leads_and_the_other_takes_over() {
             .is_some_and(|table| table.generation > 3)
     })
     .await;
-    // Frozen beyond the lease: whoever comes next is not disturbed by it later.
+    // A leader that was frozen beyond its lease does not disturb the next one.
     third.signal(rustix::process::Signal::STOP);
     let fourth = start(ports[1]);
     let took = until("the fourth leads", async || leads(ports[1])).await;
     assert!(took < Duration::from_secs(25), "{took:?}");
-    space.apply("games", quick(2)).await.unwrap();
-    space.ready("games").await;
+    space.make_ready("games", quick(2)).await;
     let (table, servers) = (space.table("games").await, space.servers("games").await);
     third.signal(rustix::process::Signal::CONT);
     tokio::time::sleep(Duration::from_secs(3)).await;
@@ -422,9 +415,8 @@ async fn a_deleted_pool_leaves_nothing_also_while_it_is_being_made() {
         tokio::time::sleep(Duration::from_secs(1)).await;
         assert_eq!(space.owned().await, Vec::<String>::new(), "{parameters:?}");
     }
-    // Orphans are nobody's: they stay, and a new pool of the name says so.
-    space.apply("games", spec(2)).await.unwrap();
-    space.ready("games").await;
+    // Orphans have no owner: they stay, and a new pool of the name reports them.
+    space.make_ready("games", spec(2)).await;
     let (servers, table) = (space.servers("games").await, space.table("games").await);
     let orphan = DeleteParams {
         propagation_policy: Some(PropagationPolicy::Orphan),
