@@ -192,7 +192,7 @@ pub fn bulk(
     Ok(window.end(taken, faults))
 }
 
-/// Connections on which an echo has been heard.
+/// Connections that have echoed once.
 fn echoing(lane: Lane, epoll: &Epoll) -> io::Result<Vec<TcpStream>> {
     let connections = (0..CONNECTIONS).map(|number| {
         let stream = probe::echoes(lane.at(FIRST + number))?;

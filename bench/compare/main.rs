@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Every round runs each measure on each lane, in an order that rotates, with
-//! proxies started anew. What is told is the median of the rounds' ratios to
+//! proxies started anew. The result is the median of the rounds' ratios to
 //! the better rival, with its interval.
 //!
 //! - `load`, `sink`, `net`: the load; `measures`, `lifecycle`: what is measured;
@@ -111,18 +111,18 @@ fn main() -> ExitCode {
         let [first, last, udp_first, udp_last] = ports[..] else {
             unreachable!("four numbers");
         };
-        return told(sink::run(first..=last, udp_first..=udp_last));
+        return exit_code(sink::run(first..=last, udp_first..=udp_last));
     }
     if let Some(folder) = &options.publish {
-        return told(report::publish(&options.output, folder));
+        return exit_code(report::publish(&options.output, folder));
     }
     if let Some(code) = namespace::enter() {
         return code;
     }
-    told(run(&options))
+    exit_code(run(&options))
 }
 
-fn told(result: io::Result<()>) -> ExitCode {
+fn exit_code(result: io::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

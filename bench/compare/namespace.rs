@@ -12,7 +12,7 @@ use signal_hook::iterator::Signals;
 
 use crate::process::{Tree, command, is_root};
 
-/// Tells the program that it is inside.
+/// Set in the process that runs inside.
 const INSIDE: &str = "PORTPOOL_BENCH_NAMESPACE";
 
 /// Settings inside, with reasons.

@@ -47,7 +47,7 @@ pub fn command(program: &Path, processors: &[usize]) -> Command {
 }
 
 /// The same as a user without capabilities: root is exempt from the budget of
-/// pipes that everybody else has.
+/// pipes that other users have.
 pub fn unprivileged(program: &Path, processors: &[usize]) -> Command {
     if !is_root() {
         return command(program, processors);

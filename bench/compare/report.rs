@@ -48,7 +48,7 @@ pub struct Judged {
     pub discarded: BTreeMap<(Lane, String, Discard), usize>,
 }
 
-/// Leaves out what does not count and gathers the rest.
+/// Discards the samples that do not count and groups the others.
 pub fn judge(samples: &[Sample], pass: &str) -> Judged {
     let of_pass: Vec<&Sample> = samples
         .iter()
@@ -345,7 +345,7 @@ fn versions(run: &Run) -> Value {
         else {
             continue;
         };
-        // nginx tells it on standard error.
+        // nginx prints its version on standard error.
         let text = [output.stdout, output.stderr].concat();
         let line = String::from_utf8_lossy(&text)
             .lines()

@@ -137,7 +137,7 @@ impl Sink {
         loop {
             for (token, _) in self.epoll.wait(None)? {
                 if let Some(listener) = self.listeners.get(token) {
-                    // Gone again before it was taken is not the sink's affair.
+                    // A connection that ended before it was accepted is no error.
                     if let Ok((stream, _)) = listener.accept() {
                         self.open_connection(stream)?;
                     }

@@ -14,13 +14,13 @@ use tokio::runtime::Handle;
 
 use crate::faults::{Announced, Scope};
 
-/// Longest that a session takes here: what a slow reader needs, with room.
+/// Longest duration of a session: the time of a slow reader, with a margin.
 pub const LONGEST: Duration = Duration::from_secs(8);
 /// Longest silence of a connection that works.
 const SILENCE: Duration = Duration::from_secs(5);
 /// Most bytes of a session.
 const MOST: usize = 2 << 20;
-/// A datagram that is not back by then is sent again, so often.
+/// Time after which an unanswered datagram is sent again, and how often.
 const DATAGRAM_WAIT: Duration = Duration::from_millis(700);
 const DATAGRAM_TRIES: usize = 4;
 
@@ -33,13 +33,13 @@ pub struct Counts {
     pub datagrams_resent: AtomicU64,
     pub half_closes: AtomicU64,
     pub resets: AtomicU64,
-    /// Nothing was free.
+    /// Requests that found no free port.
     pub exhausted: AtomicU64,
     /// Failures within announced faults.
     pub excused: AtomicU64,
     /// Failures outside of them.
     pub lost: AtomicU64,
-    /// Bytes that are not what was sent. Nothing excuses them.
+    /// Bytes that differ from those sent. No fault excuses them.
     pub corrupted: AtomicU64,
 }
 
@@ -79,7 +79,7 @@ pub fn run(
         let session = match runtime.block_on(clients[index].request(request)) {
             Ok(session) => session,
             Err(error) => {
-                // Which server was chosen is not told.
+                // The client does not know which server was chosen.
                 let is_excused = announced.any_since(asked);
                 let counter = match (error.is_exhausted(), is_excused) {
                     (true, _) => &counts.exhausted,

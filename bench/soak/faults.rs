@@ -10,7 +10,7 @@ use portpool::table::{RowState, Slot};
 
 use crate::pool::{CONNECTION_SERVERS, Pool, SERVERS};
 
-/// Whom a fault may hurt.
+/// The sessions that a fault may end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// Sessions on this slot.
@@ -110,8 +110,8 @@ pub fn next(
     Ok(())
 }
 
-/// The guest server's life goes on by a step: it comes, drains, and goes once
-/// it has been given time to be empty. No session may notice.
+/// Takes the guest server one step further: it is added, drains, and is removed
+/// after enough time to become idle. No session may notice.
 fn guest(pool: &mut Pool) -> io::Result<&'static str> {
     match pool.table.row(Slot(SERVERS)).map(|row| row.state) {
         None => {
@@ -134,7 +134,7 @@ fn guest(pool: &mut Pool) -> io::Result<&'static str> {
     }
 }
 
-/// Takes the guest out of the table and ends it.
+/// Removes the guest from the table and ends its processes.
 pub fn remove_guest(pool: &mut Pool) -> io::Result<()> {
     pool.change(|table| table.rows.truncate(SERVERS as usize))?;
     pool.agents[SERVERS as usize] = None;

@@ -1,6 +1,6 @@
-//! `make soak`: a pool of real processes under churn and faults for as long as
-//! asked. Every byte is checked; what fails outside of an announced fault is a
-//! failure of the run, as are memory and descriptors that grow.
+//! `make soak`: a pool of real processes under churn and faults for a given time.
+//! Every byte is checked. The run fails if a session fails outside of an
+//! announced fault, or if memory or descriptors grow.
 //!
 //! - `clients`: sessions, TCP and UDP; `faults`: kills and table changes;
 //! - `pool`: the processes; `watch`: their memory and descriptors.
@@ -103,7 +103,7 @@ fn run(options: &Options) -> io::Result<bool> {
         for number in 0..CLIENTS {
             let (load_sharing, announced, counts) = (&load_sharing, &announced, &counts);
             let (runtime, stop) = (runtime.handle().clone(), stop.clone());
-            // No client has the numbers of another, or those of the faults.
+            // Each client has random numbers of its own, and so have the faults.
             let seed = Rng::with_seed(options.seed).u64(..).wrapping_add(number);
             scope.spawn(move || {
                 clients::run(load_sharing, announced, counts, &runtime, &stop, seed);
@@ -121,7 +121,8 @@ fn run(options: &Options) -> io::Result<bool> {
         stop.store(true, Ordering::Relaxed);
         result
     })?;
-    // As it was at the start; what was killed last comes back by itself.
+    // The table is as at the start. Processes that were killed last recover by
+    // themselves.
     faults::remove_guest(&mut pool)?;
     let mut settled = true;
     for address in &load_sharing {
@@ -137,7 +138,7 @@ fn run(options: &Options) -> io::Result<bool> {
     Ok(passed)
 }
 
-/// Faults and looks until the time is over.
+/// Causes faults and watches the processes until the time is over.
 fn disturb(
     options: &Options,
     pool: &mut Pool,
@@ -166,7 +167,7 @@ fn disturb(
             println!(
                 "{:5.1} min  {}",
                 begun.elapsed().as_secs_f64() / 60.0,
-                told(watched, counts, faults)
+                summary(watched, counts, faults)
             );
             line += Duration::from_secs(60);
         }
@@ -178,7 +179,7 @@ fn number(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
-fn told(watched: &[Watched], counts: &Counts, faults: &BTreeMap<&'static str, u64>) -> String {
+fn summary(watched: &[Watched], counts: &Counts, faults: &BTreeMap<&'static str, u64>) -> String {
     let faults: Vec<String> = faults
         .iter()
         .map(|(what, count)| format!("{what} {count}"))

@@ -13,7 +13,7 @@ use portpool::table::{Row, Table};
 
 use crate::tables;
 
-/// Servers that are there from start to end.
+/// Servers that exist from start to end.
 pub const SERVERS: u32 = 4;
 pub const CONNECTION_SERVERS: u32 = 2;
 /// Ports of each server.
@@ -39,7 +39,7 @@ impl Drop for Process {
 /// The table and every process. Slot `SERVERS` comes and goes.
 pub struct Pool {
     program: PathBuf,
-    /// What the processes log.
+    /// Log filter of the processes.
     log: String,
     folder: tempfile::TempDir,
     network: u8,
@@ -165,13 +165,13 @@ impl Pool {
         Ok(())
     }
 
-    /// Has the logs say what was done to the pool.
+    /// Notes a fault in a log beside those of the processes.
     pub fn note(&self, what: &str) -> io::Result<()> {
         let mut file = self.log_file("faults")?;
         writeln!(file, "{} {what}", jiff::Timestamp::now())
     }
 
-    /// Keeps the logs; where they are.
+    /// Keeps the logs; returns their folder.
     pub fn keep_logs(&mut self) -> &Path {
         self.folder.disable_cleanup(true);
         self.folder.path()
@@ -184,7 +184,7 @@ impl Pool {
             .open(self.folder.path().join(format!("{name}.log")))
     }
 
-    /// Further processes of the same `name` log to the same file.
+    /// Starts a process. Processes of the same `name` log to the same file.
     fn spawn(&self, name: &str, arguments: &[String]) -> io::Result<Process> {
         let log = self.log_file(name)?;
         let mut command = Command::new(&self.program);

@@ -3,10 +3,11 @@
 use std::fs;
 use std::time::Instant;
 
-/// Before that, memory still settles: the trend is told, not judged.
+/// Seconds until memory has settled: the trend is printed before, and judged
+/// after.
 const JUDGED_AFTER: f64 = 600.0;
 
-/// Growth over the time watched that passes for noise of an allocator: the
+/// Growth over the time watched that counts as noise of the allocator: the
 /// larger of both.
 const GROWTH_BYTES: f64 = 2.0 * 1024.0 * 1024.0;
 const GROWTH_PART: f64 = 0.1;
@@ -71,8 +72,8 @@ impl Watched {
     }
 }
 
-/// What it has allocated. Pages of the program's file are left out: they come
-/// and go as other programs need memory, and are most of a debug build.
+/// Allocated bytes. Pages of the program's file do not count: they come and go
+/// as other programs need memory, and are most of a debug build.
 fn allocated(pid: u32) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status
@@ -109,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leak_is_told_from_noise() {
+    fn a_leak_is_distinguished_from_noise() {
         let mebibyte = 1024.0 * 1024.0;
         let noisy = watched(|look| 20.0 * mebibyte + (look * 7.0 % 3.0) * mebibyte);
         assert!(noisy.growth().1, "{:?}", noisy.growth());

@@ -1,4 +1,4 @@
-//! A real API server with etcd, and what a test does in a namespace of its own.
+//! A real API server with etcd, and namespaces with a controller in it.
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
@@ -25,7 +25,7 @@ use super::{Process, SOON};
 
 const TOKEN: &str = "test-admin";
 
-/// A program that ends with the test, also when that is killed.
+/// A program that ends with the test, even if the test is killed.
 struct Server {
     child: Child,
     // The kernel ties a child to the thread that started it.
@@ -58,8 +58,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // Killed itself, the supervisor could not kill what it runs. Asked
-        // twice, it does not wait for that.
+        // SIGKILL would leave the supervisor's program running. At the second
+        // SIGTERM, the supervisor kills it without waiting.
         let pid = rustix::process::Pid::from_child(&self.child);
         for _ in 0..2 {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
@@ -69,7 +69,7 @@ impl Drop for Server {
     }
 }
 
-/// The programs' folder, as `tools/control-plane` has it.
+/// The folder of the programs, which `tools/control-plane` prints.
 fn assets() -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/control-plane");
     let output = Command::new(script)
@@ -83,9 +83,9 @@ fn assets() -> PathBuf {
     PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
 }
 
-/// A port outside the kernel's ephemeral range: while a server is away, a
-/// client that tries its port could otherwise be given that very port, and
-/// connect to itself.
+/// A port outside the kernel's ephemeral range. While a server is stopped, the
+/// kernel could otherwise give its port to a client that tries to connect, and
+/// the client would connect to itself.
 fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
@@ -97,7 +97,7 @@ fn free_port() -> u16 {
     }
 }
 
-/// A running API server with the resource installed.
+/// A running API server that has the custom resource.
 pub struct ApiServer {
     pub port: u16,
     kubeconfig: PathBuf,
@@ -109,7 +109,7 @@ pub struct ApiServer {
 }
 
 impl ApiServer {
-    /// The one of this test process. It stops when no test uses it.
+    /// The shared server of this test process. It stops when no test uses it.
     pub async fn shared() -> Arc<Self> {
         static SHARED: Mutex<Weak<ApiServer>> = Mutex::new(Weak::new());
         let server = {
@@ -127,12 +127,12 @@ impl ApiServer {
         server
     }
 
-    /// One of a test's own, to be stopped and started.
+    /// A server of one test, which may stop and start it.
     pub async fn own() -> Self {
         Self::own_with(&[]).await
     }
 
-    /// The same, with more arguments.
+    /// The same with `more` arguments.
     pub async fn own_with(more: &[String]) -> Self {
         let server = Self::start(more);
         server.installed().await;
@@ -175,7 +175,7 @@ impl ApiServer {
             "--authorization-mode=RBAC,Node".to_owned(),
             "--endpoint-reconciler-type=none".to_owned(),
             "--service-cluster-ip-range=10.99.0.0/16".to_owned(),
-            // Needs a controller manager otherwise.
+            // This plugin needs a controller manager.
             "--disable-admission-plugins=ServiceAccount".to_owned(),
         ];
         arguments.extend_from_slice(more);
@@ -201,18 +201,18 @@ impl ApiServer {
         *self.api_server.lock().unwrap() = Some(server);
     }
 
-    /// Kills the API server; etcd keeps what it knew.
+    /// Kills the API server; etcd keeps its objects.
     pub fn stop(&self) {
         self.api_server.lock().unwrap().take();
     }
 
-    /// Stops etcd with SIGSTOP, or lets it go on.
+    /// Stops etcd with SIGSTOP or continues it.
     pub fn pause_etcd(&self, is_paused: bool) {
         let signal = match is_paused {
             true => rustix::process::Signal::STOP,
             false => rustix::process::Signal::CONT,
         };
-        // The program, not what supervises it.
+        // Signal the program, not its supervisor.
         let supervisor = self.etcd.child.id();
         let threads = std::fs::read_dir(format!("/proc/{supervisor}/task")).unwrap();
         let mut paused = 0;
@@ -230,7 +230,7 @@ impl ApiServer {
         assert_eq!(paused, 1, "etcd is the supervisor's only child");
     }
 
-    /// Starts kube-controller-manager: garbage collection, Deployments.
+    /// Starts kube-controller-manager, which collects garbage and runs Deployments.
     pub fn start_controller_manager(&self, more: &[&str]) {
         let key = self.folder.path().join("key.pem").display().to_string();
         let mut arguments = vec![
@@ -264,7 +264,7 @@ impl ApiServer {
         Client::try_from(config).unwrap()
     }
 
-    /// Waits until it answers, and installs the resource.
+    /// Waits until the server answers, and installs the custom resource.
     pub async fn installed(&self) {
         let client = self.client().await;
         let started = Instant::now();
@@ -291,7 +291,7 @@ impl ApiServer {
             pools.list(&ListParams::default()).await.is_ok()
         })
         .await;
-        // The garbage collector looks only every 30 s what kinds there are.
+        // The garbage collector looks for new kinds only every 30 s.
         until("the resource is discovered", async || {
             let request = http::Request::get("/apis").header(
                 http::header::ACCEPT,
@@ -326,11 +326,11 @@ pub fn write_kubeconfig_with(path: &Path, server: &str, token: &str) {
     std::fs::write(path, config.to_string()).unwrap();
 }
 
-/// Waits until `holds`.
+/// Waits until `holds`; returns how long that took.
 pub async fn until(what: &str, holds: impl AsyncFn() -> bool) -> Duration {
     let started = Instant::now();
     while !holds().await {
-        assert!(started.elapsed() < 2 * SOON, "did not come to pass: {what}");
+        assert!(started.elapsed() < 2 * SOON, "not in time: {what}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     started.elapsed()
@@ -361,8 +361,8 @@ where
     api.delete(name, &DeleteParams::default()).await.unwrap();
 }
 
-/// A namespace with a controller of its own, and a stand-in for the node: it
-/// makes pods ready.
+/// A namespace with a controller of its own. A stand-in for the kubelet makes
+/// its pods ready.
 pub struct Space {
     pub server: Arc<ApiServer>,
     pub client: Client,
@@ -443,7 +443,7 @@ impl Space {
         Api::namespaced_with(self.client.clone(), &self.name, &resource)
     }
 
-    /// Kinds and names of the objects that portpool has made here.
+    /// Kinds and names of the objects that portpool has created here.
     pub async fn owned(&self) -> Vec<String> {
         let ours = ListParams::default().labels("app.kubernetes.io/managed-by=portpool");
         let mut names = Vec::new();
@@ -513,7 +513,7 @@ impl Space {
         started.elapsed()
     }
 
-    /// Waits until Degraded tells `words`.
+    /// Waits until the pool is degraded, with `words` in the message.
     pub async fn degraded(&self, pool: &str, words: &str) {
         until(&format!("{pool} is degraded: {words}"), async || {
             let (status, _, message) = self.condition(pool, "Degraded").await;
@@ -545,13 +545,13 @@ impl Space {
             .collect()
     }
 
-    /// A counter or gauge of the controller, all labels added up.
+    /// A counter or gauge of the controller, summed over all labels.
     pub async fn metric(&self, name: &str) -> u64 {
         metric(self.admin_port, name)
     }
 }
 
-/// What a program's admin port at `address` tells; empty when it is not there.
+/// The metrics of the admin port at `address`; empty if it does not answer.
 pub fn metrics(address: &str) -> String {
     use std::io::{Read, Write};
     let mut text = String::new();
@@ -580,15 +580,15 @@ pub fn spec(replicas: u32) -> Value {
     })
 }
 
-/// The same without draining: where nobody tells of sessions, it would take all
-/// of its time.
+/// The same without draining, which would take its full time: nothing reports
+/// idle servers here.
 pub fn quick(replicas: u32) -> Value {
     let mut spec = spec(replicas);
     spec["drainSeconds"] = 0.into();
     spec
 }
 
-/// Group, kind and plural of all that a pool may own.
+/// Group, kind and plural of the objects that a pool may own.
 pub const KINDS: [(&str, &str, &str); 9] = [
     ("", "Pod", "pods"),
     ("", "ConfigMap", "configmaps"),
@@ -601,8 +601,8 @@ pub const KINDS: [(&str, &str, &str); 9] = [
     ("policy", "PodDisruptionBudget", "poddisruptionbudgets"),
 ];
 
-/// What a node and the Deployment controller would report. Pods whose image
-/// begins with `bad` or `nowhere` do not run.
+/// Reports the status of pods and Deployments as a node and the Deployment
+/// controller would. Pods whose image begins with `bad` or `nowhere` do not run.
 async fn kubelet(client: Client, namespace: String) {
     let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
     let deployments: Api<Deployment> = Api::namespaced(client, &namespace);

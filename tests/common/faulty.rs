@@ -1,4 +1,5 @@
-//! A controller behind the faulty proxy, a scenario for it, and the oracle.
+//! A controller behind the faulty proxy, a scenario for it, and what must hold
+//! after it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,7 +33,7 @@ impl Faulty {
     }
 
     pub fn start(&mut self) {
-        // Killed before its successor starts.
+        // The former controller is killed before its successor starts.
         self.space.controller.take();
         let kubeconfig = self.proxy.kubeconfig.clone();
         let more = ["--resync-seconds=2".to_owned()];
@@ -42,6 +43,7 @@ impl Faulty {
         self.space.controller = Some(controller);
     }
 
+    /// Pods created and pods deleted.
     pub fn counts(&self) -> (u64, u64) {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         (
@@ -57,7 +59,7 @@ impl Faulty {
         }
     }
 
-    /// The whole scenario under a fault.
+    /// Runs the whole scenario under a fault.
     pub async fn survives(name: &str, rule: impl Fn(&Call) -> Fault + Send + Sync + 'static) {
         let mut faulty = Self::new(name).await;
         faulty.proxy.rule(rule);
@@ -66,7 +68,7 @@ impl Faulty {
         faulty.check().await;
     }
 
-    /// What must hold after [`Self::scenario`], and go on to hold.
+    /// Asserts what must hold, and continue to hold, after [`Self::scenario`].
     pub async fn check(&self) {
         for _ in 0..2 {
             assert_eq!(self.space.servers("games").await.len(), 1);

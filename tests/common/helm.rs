@@ -1,4 +1,4 @@
-//! Helm, and what it makes of the chart.
+//! Helm, and the chart as it renders it.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ use serde_json::Value;
 /// The chart's folder.
 pub const CHART: &str = "charts/portpool";
 
-/// Runs helm in the repository: whether it succeeded, and what it told.
+/// Runs helm in the repository; returns whether it succeeded, and its output.
 pub fn helm(arguments: &[&str]) -> (bool, String) {
     static PROGRAM: OnceLock<String> = OnceLock::new();
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -26,11 +26,11 @@ pub fn helm(arguments: &[&str]) -> (bool, String) {
         .current_dir(root)
         .output()
         .unwrap();
-    let told = [output.stdout, output.stderr].concat();
-    (output.status.success(), String::from_utf8(told).unwrap())
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(text).unwrap())
 }
 
-/// What the chart makes of the values in `more`, release and namespace
+/// The chart rendered with the arguments `more`; release and namespace are
 /// `portpool`.
 pub fn template(more: &[&str]) -> String {
     let mut arguments = vec!["template", "portpool", CHART, "--namespace=portpool"];
@@ -40,12 +40,12 @@ pub fn template(more: &[&str]) -> String {
     text
 }
 
-/// The objects of it.
+/// The objects that [`template`] renders.
 pub fn render(more: &[&str]) -> Vec<Value> {
     documents(&template(more))
 }
 
-/// The objects in a YAML file of several.
+/// The objects of a YAML file.
 pub fn documents(text: &str) -> Vec<Value> {
     let documents = text
         .split("\n---\n")

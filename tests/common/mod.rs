@@ -1,5 +1,5 @@
-//! What tests share: pools of real roles as processes on loopback addresses of
-//! their own, tables, and a real API server.
+//! What tests share: pools whose roles are processes on their own loopback
+//! addresses, tables, and a real API server.
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(
@@ -29,7 +29,7 @@ use portpool::table::{Row, Table};
 /// Longest that anything may take here.
 pub const SOON: Duration = Duration::from_secs(20);
 
-/// Ports of each server, and its first one.
+/// The number of ports of each server, and the first of them.
 pub const COUNT: u16 = 4;
 pub const SERVER_PORT: u16 = 7000;
 
@@ -87,7 +87,7 @@ impl Process {
         self.0.id()
     }
 
-    /// SIGTERM.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.signal(rustix::process::Signal::TERM);
     }
@@ -125,7 +125,7 @@ impl Process {
             .count()
     }
 
-    /// SIGKILL.
+    /// Sends SIGKILL and waits for the end of the process.
     pub fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
@@ -314,7 +314,7 @@ impl Pool {
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        panic!("did not come to pass; last seen: {last:#?}");
+        panic!("the pool is not as expected in time; last seen: {last:#?}");
     }
 }
 
@@ -356,17 +356,17 @@ pub fn echo(stream: &mut TcpStream, message: &str) {
     assert_eq!(answer, message.as_bytes());
 }
 
-/// Whether the other side ends the connection soon, in order or by a reset.
-/// Bytes are no end, and neither is silence.
+/// Whether the peer ends or resets the connection soon. `false` if it sends
+/// bytes or does nothing.
 pub fn is_cut(stream: &mut TcpStream) -> bool {
     stream.set_read_timeout(Some(SOON)).unwrap();
     match stream.read(&mut [0]) {
         Ok(length) => length == 0,
         Err(error) => match error.kind() {
             ErrorKind::ConnectionReset => true,
-            // Which of them a time-out is depends on the system.
+            // A time-out is one of these, depending on the system.
             ErrorKind::WouldBlock | ErrorKind::TimedOut => false,
-            _ => panic!("neither cut nor silent: {error}"),
+            _ => panic!("neither an end nor a time-out: {error}"),
         },
     }
 }

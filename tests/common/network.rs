@@ -1,5 +1,5 @@
-//! Loopback addresses that no other test uses. Needs nothing of `common`, so
-//! that tests/robustness takes it by its path.
+//! Loopback addresses that no other test uses. This file uses nothing of
+//! `common`, so that tests/robustness includes it by its path.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::sync::LazyLock;
@@ -19,7 +19,7 @@ static PROCESS: LazyLock<(u8, TcpListener)> = LazyLock::new(|| {
 });
 
 /// The first three bytes of a network for one test. After 256 tests the numbers
-/// begin anew: the tests that had them have ended long before.
+/// start over; the tests that used them have long ended.
 pub fn network() -> [u8; 3] {
     static NEXT: AtomicU8 = AtomicU8::new(1);
     [127, PROCESS.0, NEXT.fetch_add(1, Ordering::Relaxed)]

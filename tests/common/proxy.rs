@@ -1,8 +1,8 @@
-//! A faulty way to the API server: between a controller and it, and told by
-//! the test what to do with each request.
+//! A faulty proxy between a controller and the API server. The test decides
+//! what happens to each request.
 //!
 //! Source of the method: Sieve (OSDI '22), which perturbs what a controller
-//! sees instead of what it is.
+//! sees, not the controller itself.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -25,34 +25,35 @@ use kube::client::Body;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-/// A request on its way.
+/// A request that the proxy has received.
 #[derive(Clone, Debug)]
 pub struct Call {
     pub method: Method,
     pub path: String,
     pub is_watch: bool,
-    /// Counts writes from 1; dry runs, events and leases are none.
+    /// The number of the write, from 1; dry runs, events and leases have none.
     pub write: Option<u64>,
-    /// Counts requests from 1.
+    /// The number of the request, from 1.
     pub number: u64,
 }
 
-/// What becomes of a request.
+/// What the proxy does with a request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
     Pass,
-    /// An answer of ours; the API server does not hear of it.
+    /// The proxy answers itself; the API server does not see the request.
     Answer(u16, &'static str),
-    /// It is carried out, and its answer lost.
+    /// The API server carries it out, and the answer is lost.
     LoseReply,
-    /// It is carried out, its answer held back, and [`Proxy::held`] notified.
+    /// The API server carries it out. The answer is held back, and
+    /// [`Proxy::held`] is notified.
     Hold,
-    /// [`Proxy::held`] is notified, and it is carried out only after
-    /// [`Proxy::release`], as if it had been long on its way.
+    /// [`Proxy::held`] is notified. The API server receives the request only
+    /// after [`Proxy::release`], as if the network had delayed it.
     Late,
-    /// The answer that the first request of this path had.
+    /// The answer is that of the first request for this path.
     Stale,
-    /// Each watch is cut after so many events.
+    /// Each watch is cut after this many events.
     CutWatch(usize),
     /// Watch events of this type are dropped.
     DropEvents(&'static str),
@@ -63,7 +64,7 @@ pub enum Fault {
 type Rule = Box<dyn Fn(&Call) -> Fault + Send + Sync>;
 type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
 
-/// The proxy, and what it has seen.
+/// The proxy and its counters.
 pub struct Proxy {
     client: Client,
     rule: Mutex<Rule>,
@@ -77,8 +78,8 @@ pub struct Proxy {
     holding: AtomicBool,
     released: Notify,
     delivered: Notify,
-    /// Method and path of everything that is not read, the dry runs, events
-    /// and leases too.
+    /// Method and path of all requests but reads, including dry runs, events and
+    /// leases.
     pub log: Mutex<Vec<String>>,
     pub kubeconfig: PathBuf,
     _folder: tempfile::TempDir,
@@ -121,23 +122,23 @@ impl Proxy {
         proxy
     }
 
-    /// From now on.
+    /// Sets the rule for all further requests.
     pub fn rule(&self, rule: impl Fn(&Call) -> Fault + Send + Sync + 'static) {
         *self.rule.lock().unwrap() = Box::new(rule);
     }
 
-    /// Whether a [`Fault::Late`] request waits to be let go.
+    /// Whether a [`Fault::Late`] request waits for [`Self::release`].
     pub fn is_holding(&self) -> bool {
         self.holding.load(Ordering::Relaxed)
     }
 
-    /// Lets the [`Fault::Late`] request go, and waits until it is answered.
+    /// Forwards the [`Fault::Late`] request and waits for its answer.
     pub async fn release(&self) {
         self.released.notify_one();
         self.delivered.notified().await;
     }
 
-    /// How many requests come within this time.
+    /// Waits for `time`; returns how many requests came meanwhile.
     pub async fn requests_within(&self, time: Duration) -> u64 {
         let before = self.requests.load(Ordering::Relaxed);
         tokio::time::sleep(time).await;
@@ -184,7 +185,7 @@ impl Proxy {
             }
         }
         let upstream = upstream.body(Body::from(body.to_vec())).unwrap();
-        // Not given up with the connection of a controller that is killed.
+        // A task of its own, which outlives the connection of a killed controller.
         let (proxy, counted) = (self.clone(), call.clone());
         let is_late = fault == Fault::Late;
         let sending = tokio::spawn(async move {
@@ -209,7 +210,7 @@ impl Proxy {
             Fault::Hold => {
                 self.held.notify_one();
                 std::future::pending::<Infallible>().await;
-                unreachable!("pending for ever")
+                unreachable!("a pending future never completes")
             }
             fault if call.is_watch => Ok(watch(answer, fault)),
             _ => {
@@ -266,7 +267,7 @@ fn refusal(code: u16, reason: &str) -> Answer {
     full(code, status.to_string().into())
 }
 
-/// The events of a watch, one line each, as the fault has them.
+/// The answer to a watch, whose events (one per line) the fault changes.
 fn watch(answer: Response<Body>, fault: Fault) -> Answer {
     let mut rest = BytesMut::new();
     let mut seen = 0;

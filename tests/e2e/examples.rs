@@ -1,9 +1,9 @@
-//! Every manifest in `examples/` is applied as it is, and used from inside of
-//! the cluster by the programs that it is for.
+//! Each manifest in `examples/` is applied unchanged. Clients inside of the
+//! cluster then use its pool.
 
 use k8s_openapi::api::core::v1::Service;
 
-use crate::world::{LIMIT, World, image, run, tell, until};
+use crate::world::{LIMIT, World, image, print_time, run, until};
 
 /// `ADDRESS:PORT` of a pool's load-sharing port inside of the cluster.
 async fn inside(world: &World, pool: &str) -> String {
@@ -13,17 +13,21 @@ async fn inside(world: &World, pool: &str) -> String {
     format!("{}:{}", spec.cluster_ip.unwrap(), ports[0].port)
 }
 
-/// Runs `command` in the client pod until it says `wanted`: the pool's ports
-/// are offered a little later than it is ready.
-async fn says(world: &World, pod: &str, command: &[&str], input: &str, wanted: &str) {
-    until(&format!("{command:?} says {wanted:?}"), LIMIT, async || {
-        let said = world.exec(pod, command, input)?;
-        if said.contains(wanted) {
-            Ok(())
-        } else {
-            Err(said)
-        }
-    })
+/// Runs `command` in the client pod until it prints `wanted`: a pool is ready a
+/// little before its ports are offered.
+async fn prints(world: &World, pod: &str, command: &[&str], input: &str, wanted: &str) {
+    until(
+        &format!("{command:?} prints {wanted:?}"),
+        LIMIT,
+        async || {
+            let text = world.exec(pod, command, input)?;
+            if text.contains(wanted) {
+                Ok(())
+            } else {
+                Err(text)
+            }
+        },
+    )
     .await;
 }
 
@@ -48,16 +52,16 @@ async fn every_example_runs_and_is_used() {
         )
         .unwrap();
         let pool = file.file_stem().unwrap().to_str().unwrap();
-        tell(&format!("{pool}: ready"), world.ready(pool).await);
+        print_time(&format!("{pool}: ready"), world.ready(pool).await);
         let address = inside(&world, pool).await;
         let connect = ["portpool", "connect", &address];
         match pool {
             "echo" => {
-                says(&world, "client", &connect, "hello\n", "hello\n").await;
+                prints(&world, "client", &connect, "hello\n", "hello\n").await;
                 let udp = [&connect[..], &["--udp"]].concat();
-                says(&world, "client", &udp, "datagram\n", "datagram\n").await;
+                prints(&world, "client", &udp, "datagram\n", "datagram\n").await;
             }
-            "redis" => says(&world, "client", &connect, "PING\r\n", "+PONG").await,
+            "redis" => prints(&world, "client", &connect, "PING\r\n", "+PONG").await,
             "iperf3" => iperf3(&world, &address).await,
             _ => panic!("{path} has no client here: add one"),
         }
@@ -78,12 +82,12 @@ async fn iperf3(world: &World, address: &str) {
         .client_pod("iperf3-client", "networkstatic/iperf3:latest", &idle)
         .await;
     until("iperf3 sends and receives", LIMIT, async || {
-        let told = world.exec("client", &["portpool", "request", address], "")?;
-        let (host, port) = told.trim().rsplit_once(':').ok_or_else(|| told.clone())?;
+        let text = world.exec("client", &["portpool", "request", address], "")?;
+        let (host, port) = text.trim().rsplit_once(':').ok_or_else(|| text.clone())?;
         let client = ["iperf3", "--client", host, "--port", port, "--time", "1"];
-        let told = world.exec("iperf3-client", &client, "")?;
-        let receiver = told.lines().find(|line| line.ends_with("receiver"));
-        println!("iperf3: {}", receiver.ok_or_else(|| told.clone())?.trim());
+        let text = world.exec("iperf3-client", &client, "")?;
+        let receiver = text.lines().find(|line| line.ends_with("receiver"));
+        println!("iperf3: {}", receiver.ok_or_else(|| text.clone())?.trim());
         Ok(())
     })
     .await;

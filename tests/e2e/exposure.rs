@@ -4,13 +4,13 @@ use portpool::pool::ProcessingPool;
 use serde_json::json;
 
 use crate::traffic::{Live, echo_udp};
-use crate::world::{LIMIT, LOAD_SHARING_PORT, World, echo_pool, expect, tell, until};
+use crate::world::{LIMIT, LOAD_SHARING_PORT, World, echo_pool, expect, print_time, until};
 
-/// TCP and UDP, on every server.
+/// Uses every server over TCP and UDP.
 async fn is_used(world: &World, pool: &str) {
-    tell("pool of 2: ready", world.ready(pool).await);
+    print_time("pool of 2: ready", world.ready(pool).await);
     let took = world.live("all ports are free", |state| state.free_ports == 8);
-    tell("and all ports offered after", took.await);
+    print_time("and all ports offered after", took.await);
     let asker = world.asker();
     let (first, second) = (Live::new(&asker).await, Live::new(&asker).await);
     assert_ne!(first.session.server, second.session.server);
@@ -41,7 +41,7 @@ async fn the_host_network_leads_to_processing_servers() {
     spec["connectionServer"]["exposure"] = "HostNetwork".into();
     spec["connectionServer"]["replicas"] = 1.into();
     if std::env::var_os("PORTPOOL_E2E_ADDRESS").is_some() {
-        // Where a node's address cannot be reached from here.
+        // The node's own address may be unreachable from here.
         spec["connectionServer"]["advertisedAddress"] = json!(world.address);
     }
     world.apply("games", &spec).await;

@@ -1,5 +1,5 @@
-//! What clients see while parts are scaled, killed or away, and how long it
-//! takes until everything is back.
+//! What clients see while parts are scaled, killed or stopped, and how long it
+//! takes until everything works again.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use portpool::table::RowState;
 use serde_json::json;
 
 use crate::traffic::{Live, Traffic};
-use crate::world::{Away, LIMIT, RELEASE, World, crash, expect, run, tell, until};
+use crate::world::{Away, LIMIT, RELEASE, World, crash, expect, print_time, run, until};
 
 fn is_ready(pod: &Pod) -> bool {
     let status = pod.status.as_ref();
@@ -27,7 +27,7 @@ async fn live_sessions_survive_scaling_from_2_to_5_to_1() {
     let world = World::with_pool("e2e-scaling", 2).await;
     let mut first = Live::new(&world.asker()).await;
     world.scale("games", 5).await;
-    tell("scaled from 2 to 5: ready", world.ready("games").await);
+    print_time("scaled from 2 to 5: ready", world.ready("games").await);
     world.all_offered(5).await;
     let mut sessions = Vec::new();
     for _ in 0..4 {
@@ -59,7 +59,7 @@ async fn live_sessions_survive_scaling_from_2_to_5_to_1() {
         .into_iter()
         .partition(|live| live.session.server == *stays);
     drop(leaving);
-    tell(
+    print_time(
         "scaled from 5 to 1: ready after the last session of the others",
         world.ready("games").await,
     );
@@ -100,12 +100,12 @@ async fn a_deleted_pod_comes_back_with_its_ports_while_others_serve() {
     .await;
     kept.check();
     world.ready("games").await;
-    tell("deleted processing server: pool ready", started.elapsed());
+    print_time("deleted processing server: pool ready", started.elapsed());
     let what = "seven ports are free, the eighth has its session";
     world
         .live(what, |state| state.free_ports == 7 && state.sessions == 1)
         .await;
-    tell(
+    print_time(
         "deleted processing server: all ports offered",
         started.elapsed(),
     );
@@ -120,7 +120,7 @@ async fn a_deleted_pod_comes_back_with_its_ports_while_others_serve() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]
-async fn nobody_sees_that_the_controllers_are_killed() {
+async fn clients_do_not_notice_that_the_controllers_are_killed() {
     let world = World::with_pool("e2e-controller", 2).await;
     let traffic = Traffic::start(world.asker());
     let controllers: Api<Pod> = Api::namespaced(world.client.clone(), RELEASE);
@@ -131,7 +131,7 @@ async fn nobody_sees_that_the_controllers_are_killed() {
     let started = Instant::now();
     world.scale("games", 3).await;
     world.ready("games").await;
-    tell(
+    print_time(
         "both controllers killed: scaled from 2 to 3",
         started.elapsed(),
     );
@@ -163,16 +163,16 @@ async fn a_killed_connection_server_is_replaced_while_the_other_serves() {
         expect(ready, |ready| ready.len() == 2)
     })
     .await;
-    tell("killed connection server: two are ready", started.elapsed());
-    // Agents keep ports that it may still forward to, lest two clients get
-    // one: all of these few, as clients come so fast.
+    print_time("killed connection server: two are ready", started.elapsed());
+    // Agents keep the ports that the killed server may still forward to, so that
+    // no two clients get one. With so many clients, that is every port.
     traffic.goes_on(50).await;
-    tell(
+    print_time(
         "killed connection server: 50 more clients are served",
         started.elapsed(),
     );
     let report = traffic.end().await;
-    // Those whose connection it had, and those that kube-proxy still sent there.
+    // Its own connections fail, and those that kube-proxy still sends there.
     assert!(
         report.sessions > 0 && report.longest_gap < Duration::from_secs(20),
         "{report:?}"
@@ -193,7 +193,7 @@ async fn traffic_goes_on_without_the_kubelet() {
         return world.end().await;
     };
     let traffic = Traffic::start(world.asker());
-    // Gone for the API, but nobody is there to end it.
+    // The API has the deletion, but no kubelet ends the pod.
     let deleted = if live.session.server == "games-0" {
         "games-1"
     } else {
@@ -222,7 +222,7 @@ async fn traffic_goes_on_without_the_kubelet() {
     })
     .await;
     world.ready("games").await;
-    tell(
+    print_time(
         "kubelet back: the pod deleted meanwhile is replaced",
         started.elapsed(),
     );
@@ -241,7 +241,7 @@ async fn traffic_goes_on_without_the_api_server() {
         return world.end().await;
     };
     let traffic = Traffic::start(world.asker());
-    // A controller holds its lease for some 15 s: leaders have to give up.
+    // A lease lasts for some 15 s: the leading controller has to stop.
     let controllers: Api<Pod> = Api::namespaced(world.client.clone(), RELEASE);
     let gone = Instant::now();
     while gone.elapsed() < Duration::from_secs(25) {
@@ -257,7 +257,7 @@ async fn traffic_goes_on_without_the_api_server() {
         run("kubectl", &["get", "--raw=/readyz"], "")
     })
     .await;
-    tell("API server back: it answers", started.elapsed());
+    print_time("API server back: it answers", started.elapsed());
     let api: Api<portpool::pool::ProcessingPool> = world.api();
     let patch = Patch::Merge(json!({ "spec": { "replicas": 3 } }));
     until("the pool can be scaled", LIMIT, async || {
@@ -274,13 +274,13 @@ async fn traffic_goes_on_without_the_api_server() {
         })
     })
     .await;
-    tell(
+    print_time(
         "API server back: the controller has scaled from 2 to 3",
         started.elapsed(),
     );
-    // Scheduler and kubelet try again ever more seldom, up to once in 30 s.
+    // The scheduler and the kubelet back off to one attempt in 30 s.
     world.ready("games").await;
-    tell("API server back: pool ready", started.elapsed());
+    print_time("API server back: pool ready", started.elapsed());
     live.check();
     drop(live);
     world.end().await;
@@ -299,7 +299,7 @@ async fn an_edited_or_deleted_table_is_restored() {
             expect(table.rows, |found| *found == rows)
         })
         .await;
-        tell(what, started.elapsed());
+        print_time(what, started.elapsed());
         assert!(started.elapsed() < Duration::from_secs(5));
     };
     for text in ["{}", "no table at all"] {

@@ -1,5 +1,5 @@
-//! What is wrong is told in the pool's condition and in an event, what runs
-//! goes on, and the pool recovers by itself when the cause is gone.
+//! The pool's condition and an event report a mistake, running servers continue,
+//! and the pool recovers by itself when the cause is gone.
 
 use std::time::Instant;
 
@@ -11,11 +11,11 @@ use portpool::table::RowState;
 use serde_json::json;
 
 use crate::traffic::Live;
-use crate::world::{LIMIT, RELEASE, World, echo_pool, expect, tell, until};
+use crate::world::{LIMIT, RELEASE, World, echo_pool, expect, print_time, until};
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]
-async fn an_image_that_cannot_be_pulled_is_told_and_mended() {
+async fn an_image_that_cannot_be_pulled_is_reported_and_can_be_corrected() {
     let world = World::with_pool("e2e-image", 2).await;
     let mut spec = echo_pool(2);
     let mut sessions = [
@@ -25,7 +25,7 @@ async fn an_image_that_cannot_be_pulled_is_told_and_mended() {
     let good = spec["template"]["spec"]["containers"][0]["image"].take();
     spec["template"]["spec"]["containers"][0]["image"] = "registry.invalid/nothing:1".into();
     world.apply("games", &spec).await;
-    // Both have a session, so that the one to be replaced first waits for it.
+    // Both servers have a session: the one that is replaced first drains.
     let (draining, _) = until("a server drains", LIMIT, async || {
         let rows = world.table("games").await?.rows;
         let draining = rows.into_iter().find(|row| row.state == RowState::Draining);
@@ -38,8 +38,8 @@ async fn an_image_that_cannot_be_pulled_is_told_and_mended() {
     sessions.sort_by_key(|live| live.session.server != draining);
     let [ends, mut stays] = sessions;
     drop(ends);
-    tell(
-        "bad image: told",
+    print_time(
+        "bad image: reported",
         world.degraded("games", "registry.invalid/nothing:1").await,
     );
     stays.check();
@@ -47,7 +47,7 @@ async fn an_image_that_cannot_be_pulled_is_told_and_mended() {
     world.apply("games", &spec).await;
     let started = Instant::now();
     world.ready("games").await;
-    tell("image mended: ready", started.elapsed());
+    print_time("image mended: ready", started.elapsed());
     stays.check();
     drop(stays);
     world.end().await;
@@ -55,7 +55,7 @@ async fn an_image_that_cannot_be_pulled_is_told_and_mended() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]
-async fn a_quota_is_told_and_what_runs_goes_on() {
+async fn a_quota_is_reported_and_running_servers_continue() {
     let world = World::with_pool("e2e-quota", 2).await;
     let mut live = Live::new(&world.asker()).await;
     let quotas: Api<ResourceQuota> = world.api();
@@ -71,8 +71,8 @@ async fn a_quota_is_told_and_what_runs_goes_on() {
     })
     .await;
     world.scale("games", 3).await;
-    tell(
-        "quota: told",
+    print_time(
+        "quota: reported",
         world.degraded("games", "exceeded quota: few").await,
     );
     live.check();
@@ -82,7 +82,7 @@ async fn a_quota_is_told_and_what_runs_goes_on() {
         .unwrap();
     let started = Instant::now();
     world.ready("games").await;
-    tell("quota gone: ready", started.elapsed());
+    print_time("quota gone: ready", started.elapsed());
     live.check();
     drop(live);
     world.end().await;
@@ -90,7 +90,7 @@ async fn a_quota_is_told_and_what_runs_goes_on() {
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]
-async fn missing_rights_are_told() {
+async fn missing_rights_are_reported() {
     let world = World::with_pool("e2e-rights", 2).await;
     let mut live = Live::new(&world.asker()).await;
     let roles: Api<ClusterRole> = Api::all(world.client.clone());
@@ -112,8 +112,8 @@ async fn missing_rights_are_told() {
         .await
         .unwrap();
     world.scale("games", 3).await;
-    tell(
-        "missing right: told",
+    print_time(
+        "missing right: reported",
         world.degraded("games", "is forbidden").await,
     );
     live.check();
@@ -124,7 +124,7 @@ async fn missing_rights_are_told() {
         .unwrap();
     let started = Instant::now();
     world.ready("games").await;
-    tell("right given: ready", started.elapsed());
+    print_time("right given: ready", started.elapsed());
     live.check();
     drop(live);
     world.end().await;

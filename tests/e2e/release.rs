@@ -1,4 +1,4 @@
-//! The release: changed while clients come and go, and removed.
+//! The release: upgraded while clients come and go, tested, and uninstalled.
 
 use std::time::Instant;
 
@@ -8,7 +8,7 @@ use kube::api::DeleteParams;
 use portpool::pool::ProcessingPool;
 
 use crate::traffic::{Live, Traffic};
-use crate::world::{LIMIT, RELEASE, World, expect, helm, install, run, tell, until};
+use crate::world::{LIMIT, RELEASE, World, expect, helm, install, print_time, run, until};
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]
@@ -19,8 +19,8 @@ async fn an_upgrade_replaces_everything_and_fails_no_client() {
     let next = format!("{}-next", env!("CARGO_PKG_VERSION"));
     let started = Instant::now();
     install(&[&format!("--set=image.tag={next}")]);
-    tell("upgrade: new controllers serve", started.elapsed());
-    // What has no session is replaced first; the last server waits for it.
+    print_time("upgrade: new controllers serve", started.elapsed());
+    // Idle servers are replaced first; the last one drains.
     let what = "all connection servers and all idle servers are of the next version";
     until(what, LIMIT, async || {
         let mut pods = world.pods("processing-server").await;
@@ -40,14 +40,14 @@ async fn an_upgrade_replaces_everything_and_fails_no_client() {
         expect(old.map(|(name, _)| name).collect::<Vec<_>>(), Vec::is_empty)
     })
     .await;
-    tell(
+    print_time(
         "upgrade: idle servers and connection servers replaced",
         started.elapsed(),
     );
     live.check();
     drop(live);
     world.ready("games").await;
-    tell("upgrade: complete", started.elapsed());
+    print_time("upgrade: complete", started.elapsed());
     let report = traffic.end().await;
     assert!(
         report.sessions > 0 && report.failures.is_empty(),
@@ -56,8 +56,8 @@ async fn an_upgrade_replaces_everything_and_fails_no_client() {
     world.end().await;
 }
 
-/// Kind and name of every object but events: of those with or without
-/// namespace, as `scope` says, the ones that `more` selects.
+/// Kinds and names of all objects but events. `scope` chooses those with or
+/// without a namespace, and `more` selects among them.
 fn names(scope: &str, more: &[&str]) -> Vec<String> {
     let kinds = ["api-resources", "--verbs=list", "--output=name", scope];
     let kinds = run("kubectl", &kinds, "").unwrap();
@@ -75,23 +75,23 @@ async fn helm_test_passes_bytes_and_leaves_nothing() {
     let there = || names("--namespaced=true", &["--namespace", RELEASE]);
     let before = there();
     let started = Instant::now();
-    let told = helm(&["test", RELEASE, "--namespace", RELEASE, "--logs"]);
-    tell("helm test: passed", started.elapsed());
-    println!("{told}");
+    let text = helm(&["test", RELEASE, "--namespace", RELEASE, "--logs"]);
+    print_time("helm test: passed", started.elapsed());
+    println!("{text}");
     for answer in ["hello over tcp", "hello over udp"] {
-        assert!(told.lines().any(|line| line.contains(answer)), "{answer}");
+        assert!(text.lines().any(|line| line.contains(answer)), "{answer}");
     }
     until("the test's objects are gone", LIMIT, async || {
-        // Pods of the release before may still end.
+        // Pods of the former release may still be ending.
         let left = there().into_iter().filter(|name| !before.contains(name));
         expect(left.collect::<Vec<_>>(), Vec::is_empty)
     })
     .await;
-    tell("helm test: nothing is left", started.elapsed());
+    print_time("helm test: nothing is left", started.elapsed());
     world.end().await;
 }
 
-/// What is in the cluster of the release and of pools, by kind and name.
+/// Objects of the release and of pools in the cluster, by kind and name.
 fn left_overs() -> Vec<String> {
     let release = format!("--selector=app.kubernetes.io/instance={RELEASE}");
     let pools = "--selector=app.kubernetes.io/managed-by=portpool";
@@ -101,7 +101,7 @@ fn left_overs() -> Vec<String> {
         names("--namespaced=true", &["--all-namespaces", pools]),
         names("--namespaced=true", &["--namespace", RELEASE]),
     ];
-    // What every namespace has.
+    // Every namespace has these.
     let usual = ["configmap/kube-root-ca.crt", "serviceaccount/default"];
     let found = found.into_iter().flatten();
     found.filter(|name| !usual.contains(&&**name)).collect()
@@ -121,7 +121,7 @@ async fn uninstalling_leaves_nothing_but_kept_definitions() {
         "--timeout=120s",
     ];
     helm(&uninstall);
-    // Kept, as the chart does by default: pools and clients go on.
+    // The chart keeps the definition by default, and with it pools and clients.
     let pools: Api<ProcessingPool> = world.api();
     assert!(pools.get("games").await.is_ok());
     live.check();
@@ -131,7 +131,7 @@ async fn uninstalling_leaves_nothing_but_kept_definitions() {
     let definition = "processingpools.portpool.dev";
     assert!(definitions.get(definition).await.is_ok());
 
-    // Taken on again by the next release.
+    // The next release takes the pool over.
     install(&["--set=crds.keep=false", "--take-ownership"]);
     world.scale("games", 3).await;
     world.ready("games").await;
@@ -145,7 +145,7 @@ async fn uninstalling_leaves_nothing_but_kept_definitions() {
         expect(left_overs(), Vec::is_empty)
     })
     .await;
-    tell("uninstalled: nothing is left", started.elapsed());
+    print_time("uninstalled: nothing is left", started.elapsed());
     assert!(definitions.get_opt(definition).await.unwrap().is_none());
     world.delete_namespace().await;
 }

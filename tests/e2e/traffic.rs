@@ -14,7 +14,7 @@ use crate::world::{LIMIT, expect, until};
 /// Longest that a client waits for bytes.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A session over which bytes go to and fro.
+/// A session and the connection that uses it.
 pub struct Live {
     pub session: Session,
     stream: std::net::TcpStream,
@@ -56,21 +56,21 @@ pub fn echo_udp(session: &Session) {
     panic!("no datagram came back from {session:?}");
 }
 
-/// Clients that come one after another, for as long as it is kept.
+/// Clients that come one after another until [`Self::end`].
 pub struct Traffic {
     stopping: Arc<AtomicBool>,
     sessions: Arc<AtomicU32>,
     clients: tokio::task::JoinHandle<Report>,
 }
 
-/// What clients have seen.
+/// The results of all clients.
 #[derive(Debug)]
 pub struct Report {
     /// Sessions over which bytes were exchanged.
     pub sessions: u32,
-    /// What went wrong otherwise, and how long after the start.
+    /// Errors, and how long after the start they occurred.
     pub failures: Vec<(Duration, String)>,
-    /// Longest time from one session's end to the next one's.
+    /// Longest time between the ends of two successive sessions.
     pub longest_gap: Duration,
 }
 
@@ -87,7 +87,7 @@ impl Traffic {
         }
     }
 
-    /// Waits until so many more sessions were used.
+    /// Waits until `sessions` more sessions have been used.
     pub async fn goes_on(&self, sessions: u32) {
         let wanted = self.sessions.load(Ordering::Relaxed) + sessions;
         until("clients come and go", LIMIT, async || {
@@ -98,7 +98,7 @@ impl Traffic {
         .await;
     }
 
-    /// What they have seen.
+    /// Stops the clients and prints what happened to them.
     pub async fn end(self) -> Report {
         self.stopping.store(true, Ordering::Relaxed);
         let report = self.clients.await.unwrap();
@@ -148,7 +148,7 @@ async fn come_and_go(
     report
 }
 
-/// One client: asks, connects, exchanges bytes, gives back.
+/// One client: requests a session, connects, exchanges bytes and releases it.
 async fn once(client: &Client) -> Result<(), String> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let session = client.request(SessionRequest::default()).await;
@@ -179,7 +179,7 @@ async fn once(client: &Client) -> Result<(), String> {
     let released = client.release(&session.id).await;
     done?;
     match released {
-        // Its end was seen before it was given back.
+        // The session ended before it was released.
         Err(ClientError::Refused(problem)) if problem.status == 404 => Ok(()),
         other => other.map_err(|error| at("release", &error)),
     }

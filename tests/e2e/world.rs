@@ -16,7 +16,7 @@ use portpool::table::{TABLE_KEY, Table};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-/// Where the release is.
+/// Name and namespace of the release.
 pub const RELEASE: &str = "portpool";
 
 /// Longest that anything but starting images and draining may take.
@@ -35,7 +35,7 @@ pub fn image() -> String {
     format!("ghcr.io/portpool/portpool:{}", env!("CARGO_PKG_VERSION"))
 }
 
-/// Runs `program`; its output, or what it said went wrong.
+/// Runs `program` and returns its output, or its error output if it fails.
 pub fn run(program: &str, arguments: &[&str], input: &str) -> Result<String, String> {
     let mut child = Command::new(program)
         .args(arguments)
@@ -49,12 +49,12 @@ pub fn run(program: &str, arguments: &[&str], input: &str) -> Result<String, Str
     let _ = stdin.write_all(input.as_bytes());
     drop(stdin);
     let output = child.wait_with_output().unwrap();
-    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
     if output.status.success() {
-        return Ok(told);
+        return Ok(text);
     }
     let error = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{program} {}: {told}{error}", arguments.join(" ")))
+    Err(format!("{program} {}: {text}{error}", arguments.join(" ")))
 }
 
 pub fn helm(arguments: &[&str]) -> String {
@@ -63,7 +63,7 @@ pub fn helm(arguments: &[&str]) -> String {
     run(program.trim(), arguments, "").unwrap()
 }
 
-/// Installs the chart, or changes what is installed; waits until it serves.
+/// Installs or upgrades the chart and waits until it serves.
 pub fn install(more: &[&str]) {
     let mut arguments = vec!["upgrade", "--install", RELEASE, "charts/portpool"];
     arguments.extend(["--namespace", RELEASE, "--create-namespace"]);
@@ -77,11 +77,11 @@ pub fn install(more: &[&str]) {
     helm(&arguments);
 }
 
-/// A program of the node that is away for as long as this is kept.
+/// A stopped program of the node. It starts again when this is dropped.
 pub struct Away(&'static str);
 
 impl Away {
-    /// Kills `program`. None where nobody has said how.
+    /// Stops `program`; `None` if no script for that is configured.
     pub fn new(program: &'static str) -> Option<Self> {
         if std::env::var_os("PORTPOOL_E2E_CLUSTER").is_none() {
             println!("left out: PORTPOOL_E2E_CLUSTER names no script that stops {program}");
@@ -103,8 +103,8 @@ fn node_program(verb: &str, program: &str) {
     run(&cluster, &[verb, program], "").unwrap();
 }
 
-/// Kills a container with SIGKILL; where nobody has said how, deletes its pod
-/// without asking.
+/// Kills a container with SIGKILL. If no script for that is configured, deletes
+/// its pod without a grace period.
 pub async fn crash(pods: &Api<Pod>, pod: &str, container: &str) {
     match std::env::var("PORTPOOL_E2E_CLUSTER") {
         Ok(cluster) => {
@@ -117,8 +117,8 @@ pub async fn crash(pods: &Api<Pod>, pod: &str, container: &str) {
     }
 }
 
-/// Waits until `look` finds something; it says otherwise what it sees. How
-/// long it took.
+/// Waits until `look` succeeds; its error is what it saw instead. Returns the
+/// result and how long it took.
 pub async fn until<T>(
     what: &str,
     limit: Duration,
@@ -130,14 +130,14 @@ pub async fn until<T>(
             Ok(found) => return (found, started.elapsed()),
             Err(seen) => assert!(
                 started.elapsed() < limit,
-                "did not come to pass in {limit:?}: {what}; last seen: {seen}"
+                "not within {limit:?}: {what}; last seen: {seen}"
             ),
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 
-/// `value` if it is as wanted, else what it is.
+/// `value` if it is as wanted, else its text as the error.
 pub fn expect<T: Debug>(value: T, is_wanted: impl FnOnce(&T) -> bool) -> Result<T, String> {
     if is_wanted(&value) {
         Ok(value)
@@ -167,8 +167,8 @@ impl World {
     pub async fn with_pool(name: &str, replicas: u32) -> Self {
         let world = Self::new(name).await;
         world.apply("games", &echo_pool(replicas)).await;
-        tell("pool: ready", world.ready("games").await);
-        tell("all ports offered after", world.all_offered(replicas).await);
+        print_time("pool: ready", world.ready("games").await);
+        print_time("all ports offered after", world.all_offered(replicas).await);
         world
     }
 
@@ -185,8 +185,8 @@ impl World {
         }
         until("earlier tests' namespaces are gone", LIMIT, async || {
             let left = namespaces.list(&old).await.map_err(|e| e.to_string())?;
-            let told = left.iter().map(|one| (one.name_any(), one.status.clone()));
-            expect(told.collect::<Vec<_>>(), Vec::is_empty)
+            let left = left.iter().map(|one| (one.name_any(), one.status.clone()));
+            expect(left.collect::<Vec<_>>(), Vec::is_empty)
         })
         .await;
         let (key, value) = OURS.split_once('=').unwrap();
@@ -210,9 +210,9 @@ impl World {
         }
     }
 
-    /// Deletes the pools and waits until all that they own is gone, then the
-    /// namespace: that would look again only after half of the pods' longest
-    /// time to end.
+    /// Deletes the pools, waits until all that they own is gone, and deletes the
+    /// namespace. Deleting the namespace alone takes longer: its controller
+    /// looks again only after half of the pods' grace period.
     pub async fn end(self) {
         let pools: Api<ProcessingPool> = self.api();
         let pods: Api<Pod> = self.api();
@@ -230,7 +230,7 @@ impl World {
             expect(left.collect::<Vec<_>>(), Vec::is_empty)
         })
         .await;
-        tell("pool deleted: everything of it is gone", took);
+        print_time("pool deleted: all its objects are gone", took);
         self.delete_namespace().await;
     }
 
@@ -271,7 +271,7 @@ impl World {
             .unwrap();
     }
 
-    /// `kubectl scale`.
+    /// Scales the pool, as `kubectl scale` does.
     pub async fn scale(&self, name: &str, replicas: u32) {
         let api: Api<ProcessingPool> = self.api();
         let patch = json!({ "spec": { "replicas": replicas } });
@@ -303,16 +303,18 @@ impl World {
         until(&what, LIMIT, look).await.1
     }
 
-    /// Waits until the pool says that it is degraded, in `words`; and tells so
-    /// in an event.
+    /// Waits until the pool is degraded, with `words` in its condition and in
+    /// an event.
     pub async fn degraded(&self, pool: &str, words: &str) -> Duration {
         let what = format!("pool {pool} is degraded: {words}");
-        let (told, took) = until(&what, LIMIT, async || {
-            let told = self.condition(pool, "Degraded").await?;
-            expect(told, |[is, _, text]| is == "True" && text.contains(words))
+        let (condition, took) = until(&what, LIMIT, async || {
+            let condition = self.condition(pool, "Degraded").await?;
+            expect(condition, |[is, _, text]| {
+                is == "True" && text.contains(words)
+            })
         })
         .await;
-        println!("condition Degraded: {}: {}", told[1], told[2]);
+        println!("condition Degraded: {}: {}", condition[1], condition[2]);
         let events: Api<k8s_openapi::api::events::v1::Event> = self.api();
         let what = format!("an event says {words}");
         until(&what, LIMIT, async || {
@@ -329,12 +331,12 @@ impl World {
         took
     }
 
-    /// Asks the pool's load-sharing port, which is a node port.
+    /// A client of the pool's load-sharing port, which is a node port.
     pub fn asker(&self) -> portpool::client::Client {
         portpool::client::Client::new(&format!("{}:{LOAD_SHARING_PORT}", self.address)).unwrap()
     }
 
-    /// Waits until the connection server that answers says so.
+    /// Waits until the state that a connection server reports `holds`.
     pub async fn live(&self, what: &str, holds: impl Fn(&PoolState) -> bool) -> Duration {
         let client = self.asker();
         let look = async || {
@@ -344,7 +346,7 @@ impl World {
         until(what, LIMIT, look).await.1
     }
 
-    /// Waits until `replicas` servers offer what has no session.
+    /// Waits until each port of `replicas` servers is free or has a session.
     pub async fn all_offered(&self, replicas: u32) -> Duration {
         let what = format!("all ports of {replicas} servers are free");
         let is_so = |state: &PoolState| {
@@ -362,7 +364,7 @@ impl World {
         Table::decode(&text.unwrap_or_default()).map_err(|error| error.to_string())
     }
 
-    /// Pods of a component by name, those that are being deleted left out.
+    /// Pods of a component by name, without those that are being deleted.
     pub async fn pods(&self, component: &str) -> BTreeMap<String, Pod> {
         let api: Api<Pod> = self.api();
         let selector = format!("portpool.dev/component={component}");
@@ -372,8 +374,8 @@ impl World {
         pods.map(|pod| (pod.name_any(), pod)).collect()
     }
 
-    /// A pod where programs are run that ask from inside of the cluster.
-    /// `idle`: what it does meanwhile.
+    /// Starts a pod in which [`Self::exec`] runs clients inside of the cluster.
+    /// Its own program is `idle`.
     pub async fn client_pod(&self, name: &str, image: &str, idle: &[&str]) {
         let pods: Api<Pod> = self.api();
         let pod = json!({
@@ -433,7 +435,7 @@ pub fn echo_pool(replicas: u32) -> Value {
     })
 }
 
-/// Tells what was measured.
-pub fn tell(what: &str, took: Duration) {
+/// Prints a measured time.
+pub fn print_time(what: &str, took: Duration) {
     println!("{what}: {:.1} s", took.as_secs_f64());
 }

@@ -1,5 +1,5 @@
-//! Ports come and go while something else goes wrong: sessions go on, of ports
-//! that stay and of ports that go, and nothing is left.
+//! Ports come and go while something else goes wrong. Sessions on ports that
+//! stay and on ports that go continue, and nothing is left behind.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
@@ -31,7 +31,7 @@ fn resize(proxy: &mut Proxy, count: u16) {
     });
 }
 
-/// A thread that does something again and again until it is told to stop.
+/// A thread that repeats an action until [`Self::end`].
 struct Fault {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
@@ -39,7 +39,7 @@ struct Fault {
 }
 
 impl Fault {
-    /// `act` is given the number of its call.
+    /// `act` receives the number of its call.
     fn begin(mut act: impl FnMut(usize) + Send + 'static) -> Self {
         let (stop, done) = (Arc::<AtomicBool>::default(), Arc::<AtomicUsize>::default());
         let (is_over, count) = (stop.clone(), done.clone());
@@ -52,7 +52,7 @@ impl Fault {
         Self { stop, done, thread }
     }
 
-    /// Waits until it has happened `count` times more.
+    /// Waits until `act` has run `count` more times.
     fn goes_on(&self, count: usize) {
         let before = self.done.load(Ordering::Relaxed);
         until("the fault goes on", || {
@@ -60,7 +60,7 @@ impl Fault {
         });
     }
 
-    /// How often it has happened, if it never failed.
+    /// Stops the thread; returns how often `act` has run. Panics if it failed.
     fn end(mut self) -> usize {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
@@ -78,7 +78,7 @@ impl Drop for Fault {
 }
 
 /// One connection of a storm: reset at once, or served first and then reset or
-/// closed. Whoever comes to a port that stays is served.
+/// closed. A client of a port that stays is always served.
 fn storm(number: usize, address: SocketAddr, is_kept: bool) {
     let client = TcpStream::connect(address);
     assert!(client.is_ok() || !is_kept, "{address}: {client:?}");
@@ -113,7 +113,7 @@ fn ports_come_and_go_amid_a_storm_of_connections_and_resets() {
         let addresses = addresses.clone();
         Fault::begin(move |call| {
             let number = 2 * call + of_two;
-            // Three to each port before the next: each kind meets each.
+            // Three in a row for each port, so that each port has each kind.
             let index = number / 3 % addresses.len();
             storm(number, addresses[index], index < usize::from(KEPT));
         })
@@ -133,12 +133,12 @@ fn ports_come_and_go_amid_a_storm_of_connections_and_resets() {
     proxy.expect_clean();
 }
 
-/// Sends until nothing is taken any more; returns how many bytes were.
+/// Sends until the peer takes no more; returns how many bytes it took.
 fn fill(to: &mut TcpStream, bytes: &[u8]) -> usize {
     to.set_nonblocking(true).unwrap();
     let (mut sent, mut refused) = (0, 0);
     while refused < 20 {
-        assert!(sent < bytes.len(), "nothing held it back");
+        assert!(sent < bytes.len(), "the proxy did not stop reading");
         match to.write(&bytes[sent..]) {
             Ok(length) => (sent, refused) = (sent + length, 0),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
@@ -165,12 +165,12 @@ fn ports_come_and_go_amid_shut_windows() {
     only_for!(Portpool; WHY_NOT);
     let mut proxy = Proxy::start(|setup| setup.ports = PORTS);
     let bytes = [1, 2].map(|seed| pattern(64 << 20, seed));
-    // Nobody reads, on ports that stay and on ports that go.
+    // No peer reads, on ports that stay and on ports that go.
     let mut stuck: Vec<_> = [0, 1, PORTS - 2, PORTS - 1]
         .into_iter()
         .map(|index| {
             let (mut client, mut server) = proxy.pair(index);
-            // The machine's memory is not what is tested.
+            // Small buffers: the machine's memory is not under test.
             for stream in [&client, &server].map(socket2::SockRef::from) {
                 stream.set_recv_buffer_size(64 << 10).unwrap();
                 stream.set_send_buffer_size(64 << 10).unwrap();
@@ -227,12 +227,12 @@ fn ports_come_and_go_amid_a_flood_of_datagrams() {
             round_trip(client, server, b"two")
         })
         .collect();
-    // Every datagram of the flood is another client's, and nobody answers it.
+    // Each datagram of the flood is from another client, and no server answers.
     let sources: Vec<_> = (20..220).map(|host| proxy.address(host)).collect();
     let flooded: Vec<_> = (2..PORTS - 1).map(|index| proxy.port(index)).collect();
     let flood = Fault::begin(move |number| {
         let client = UdpSocket::bind((sources[number % sources.len()], 0)).unwrap();
-        // A port that is closed may say so.
+        // A closed port may report an error.
         let _ = client.send_to(b"flood", flooded[number % flooded.len()]);
     });
     for round in 0..ROUNDS {

@@ -30,9 +30,9 @@ fn a_servers_reset_reaches_the_client() {
     proxy.expect_clean();
 }
 
-/// Sends a million bytes, has the proxy's kernel acknowledge what it takes,
-/// resets, and reads slowly at the other end. Returns how many bytes had been
-/// acknowledged and how many arrived, in order, before the reset.
+/// Sends a million bytes, waits until the proxy's kernel acknowledges no more,
+/// resets, and reads slowly at the other end. Returns how many bytes were
+/// acknowledged, and how the other end saw the connection end.
 fn bytes_before_a_reset(mut from: TcpStream, mut to: TcpStream) -> (usize, End) {
     let sent = pattern(1_000_000, 7);
     from.set_write_timeout(Some(Duration::from_secs(1)))
@@ -44,7 +44,7 @@ fn bytes_before_a_reset(mut from: TcpStream, mut to: TcpStream) -> (usize, End) 
             Err(_) => break,
         }
     }
-    // Until it takes no more: the receiver does not read.
+    // The receiver does not read, so that the proxy stops taking bytes.
     let (mut last, mut same) = (usize::MAX, 0);
     until("the proxy takes no more", || {
         let now = socket(&from).unwrap().unacknowledged;
@@ -71,8 +71,8 @@ fn bytes_before_a_reset(mut from: TcpStream, mut to: TcpStream) -> (usize, End) 
     (acknowledged, end)
 }
 
-/// `from` is reset while much is under way: what was acknowledged arrives at
-/// `to` first.
+/// Resets `from` while much is under way, and asserts that the acknowledged
+/// bytes arrive at `to` before the reset.
 fn bytes_then_reset(from: TcpStream, to: TcpStream) {
     let (acknowledged, end) = bytes_before_a_reset(from, to);
     println!("{acknowledged} bytes acknowledged, then {end:?}");
@@ -107,9 +107,12 @@ fn a_reset_does_not_wait_for_a_reader_that_takes_nothing() {
         .set_write_timeout(Some(Duration::from_secs(1)))
         .unwrap();
     let sent = pattern(64 << 20, 7);
-    assert!(client.write_all(&sent).is_err(), "nothing held it back");
+    assert!(
+        client.write_all(&sent).is_err(),
+        "the proxy did not stop reading"
+    );
     reset(client);
-    // The server neither reads nor closes: the proxy must let go by itself.
+    // The server neither reads nor closes: the proxy must end this by itself.
     proxy.expect_clean();
     drop(server);
 }
@@ -170,10 +173,10 @@ fn what_was_sent_before_the_end_is_flushed_to_a_slow_reader() {
     proxy.expect_clean();
 }
 
-/// A server sends a quarter of a megabyte and ends, the client has ended and
-/// reads nothing for `pause`; then it must find everything. Meanwhile the proxy
-/// holds the connection, so that a kernel without memory does not reset it, but
-/// not for more than 30 s.
+/// Both sides end, after 256 KiB from the server. The client reads nothing for
+/// `pause` and must then find everything. Meanwhile the proxy holds the
+/// connection, so that a kernel without memory does not reset it, but for at most
+/// 30 s.
 fn end_with_a_late_reader(pause: Duration, is_held: bool) {
     let proxy = Proxy::start(|_| {});
     let (mut client, mut server) = proxy.pair(0);
@@ -213,32 +216,32 @@ fn a_reader_that_takes_nothing_is_given_up() {
         .unwrap();
     assert!(server.write_all(&pattern(64 << 20, 7)).is_err());
     drop(server);
-    // The client keeps its window shut: nothing but a limit ends this.
+    // The client does not read: only a limit ends this.
     proxy.expect_clean();
     drop(client);
 }
 
 #[test]
-fn an_idle_flood_is_let_go() {
+fn an_idle_flood_is_closed() {
     let proxy = Proxy::start(|setup| setup.idle_seconds = 2);
     let listener = proxy.listener(0);
     let idle: Vec<_> = (0..200)
         .map(|_| (proxy.connect(0), listener.accept().unwrap().0))
         .collect();
     assert!(proxy.census().sockets >= 400);
-    // Kept open at both ends: the proxy must let go by itself.
+    // Both ends stay open: the proxy must close the connections by itself.
     proxy.expect_clean();
     drop(idle);
 }
 
 #[test]
-fn a_half_closed_connection_that_is_silent_is_let_go() {
+fn an_idle_half_closed_connection_is_closed() {
     let proxy = Proxy::start(|setup| setup.idle_seconds = 2);
     let listener = proxy.listener(0);
     let pairs: Vec<_> = (0..2)
         .map(|_| (proxy.connect(0), listener.accept().unwrap().0))
         .collect();
-    // One is ended by its client, the other one by its server.
+    // The client ends one connection, the server the other.
     let (mut first, mut second) = (&pairs[0].1, &pairs[1].0);
     pairs[0].0.shutdown(Shutdown::Write).unwrap();
     pairs[1].1.shutdown(Shutdown::Write).unwrap();
@@ -246,7 +249,7 @@ fn a_half_closed_connection_that_is_silent_is_let_go() {
         living.set_read_timeout(Some(SOON)).unwrap();
         assert_eq!(living.read(&mut [0]).unwrap(), 0);
     }
-    // Whose turn it is says nothing, and nobody closes.
+    // Neither side sends or closes.
     proxy.expect_clean();
     drop(pairs);
 }
@@ -261,8 +264,8 @@ fn a_server_that_vanished_is_found_out() {
     vanish(here!(), "10.77.0.2", false);
 }
 
-/// The side with address `gone` loses it: nothing that is sent there arrives,
-/// and nobody says so. The other side must hear of it.
+/// The side with address `gone` loses it: packets to it vanish without an error.
+/// The other side must still see an end.
 fn vanish(test: &str, gone: &str, is_client: bool) {
     if !is_inside(test) {
         return;

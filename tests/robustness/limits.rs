@@ -1,5 +1,5 @@
-//! More clients than there may be: refused, counted, and served when there is
-//! room again.
+//! More clients than the limits allow: they are refused, counted, and served
+//! when there is room again.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -72,11 +72,11 @@ pub fn fate(client: &mut TcpStream, wait: Duration) -> Fate {
     }
 }
 
-/// The fates of clients that each sent a byte. Those that nobody has answered
-/// after `wait` count as waiting.
+/// Sends a byte from each client and counts the served, refused and, after
+/// `wait`, still waiting ones.
 fn fates(clients: &mut [TcpStream], wait: Duration) -> (usize, usize, usize) {
     for client in &mut *clients {
-        // One that is refused already may not take it.
+        // A client that is already refused may fail to send.
         let _ = client.write_all(b"x");
     }
     std::thread::sleep(wait);
@@ -115,9 +115,9 @@ fn ten_times_the_limit_are_refused_and_others_live() {
     std::thread::sleep(Duration::from_secs(1));
     let (served, refused, waiting) = fates(&mut clients, Duration::from_secs(2));
     println!("{served} served, {refused} refused, {waiting} wait");
-    // nginx counts what it has open otherwise, too.
+    // nginx also counts its other connections.
     assert!(served.abs_diff(LIMIT) <= LIMIT / 10, "{served} served");
-    assert_eq!(waiting, 0, "{waiting} are told nothing");
+    assert_eq!(waiting, 0, "{waiting} clients got no answer");
     if proxy.target == Target::Portpool {
         assert_eq!((served, refused), (LIMIT, 9 * LIMIT));
         assert_eq!(proxy.refused("limit_total"), 900.0);
@@ -128,7 +128,7 @@ fn ten_times_the_limit_are_refused_and_others_live() {
     proxy.expect_clean();
 }
 
-/// Every place that a flood had comes back, flood after flood.
+/// Connections of a flood no longer count once they have ended.
 #[test]
 fn after_ten_times_the_limit_as_many_are_served_as_before() {
     const LIMIT: usize = 50;
@@ -145,7 +145,7 @@ fn after_ten_times_the_limit_as_many_are_served_as_before() {
         until("the limit is met", || {
             proxy.census().sockets >= before + 2 * LIMIT
         });
-        // Half of them say that they are gone, the others just go.
+        // Half of the clients reset, the others close.
         for (number, client) in flood.into_iter().enumerate() {
             if number % 2 == 0 {
                 crate::reset(client);

@@ -1,7 +1,7 @@
-//! What the network and peers can do to a forwarder, and what must come of it.
+//! What the network and peers can do to a forwarder, and how it must react.
 //!
-//! Black-box: the proxy is a process of its own, looked at through its ports,
-//! `/proc` and, where it is portpool, its metrics. `PORTPOOL_TEST_TARGET`
+//! The tests are black-box: the proxy is a process of its own, observed through
+//! its ports, `/proc` and, for portpool, its metrics. `PORTPOOL_TEST_TARGET`
 //! points the suite at `haproxy` or `nginx` instead; `make robustness` runs it
 //! against all three and writes docs/robustness.md. Each test ends with
 //! [`target::Proxy::expect_clean`]: no descriptor, session or memory is left.
@@ -38,19 +38,19 @@ pub const SOON: Duration = Duration::from_secs(30);
 pub fn until(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + SOON;
     while !holds() {
-        assert!(Instant::now() < deadline, "did not come to pass: {what}");
+        assert!(Instant::now() < deadline, "not in time: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-/// Bytes that are easy to check and hard to get right by accident.
+/// Random bytes, the same for each seed.
 pub fn pattern(length: usize, seed: u64) -> Vec<u8> {
     let mut bytes = vec![0; length];
     Rng::with_seed(seed).fill(&mut bytes);
     bytes
 }
 
-/// What the kernel knows of one end of a connection.
+/// The kernel's state of one end of a connection.
 pub struct Socket {
     /// Both sides have ended the connection, and the peer has not acknowledged
     /// this end yet. Linux then forgets a connection instead of resetting it.
@@ -59,7 +59,7 @@ pub struct Socket {
     pub unacknowledged: usize,
 }
 
-/// The kernel's view of `stream`; `None` of one that is no longer connected.
+/// The kernel's state of `stream`; `None` if it is no longer connected.
 pub fn socket(stream: &TcpStream) -> Option<Socket> {
     let hexadecimal = |address: SocketAddr| {
         let IpAddr::V4(ip) = address.ip() else {
@@ -116,7 +116,7 @@ pub fn end_of(stream: &mut TcpStream) -> End {
     }
 }
 
-/// Whether a message gets through and back.
+/// Asserts that a message arrives in both directions.
 pub fn echoes(client: &mut TcpStream, server: &mut TcpStream, message: &[u8]) {
     let mut space = vec![0; message.len()];
     for (from, to) in [(1, 2), (2, 1)] {
@@ -131,7 +131,7 @@ pub fn echoes(client: &mut TcpStream, server: &mut TcpStream, message: &[u8]) {
     }
 }
 
-/// The name of the test that it stands in, without the crate's.
+/// The path of the surrounding test, without the crate's name.
 #[macro_export]
 macro_rules! here {
     () => {{
@@ -142,7 +142,7 @@ macro_rules! here {
     }};
 }
 
-/// Leaves the test unless the target is one of these, and says so.
+/// Returns from the test, with a note, unless the target is one of these.
 #[macro_export]
 macro_rules! only_for {
     ($($target:ident),+; $reason:expr) => {

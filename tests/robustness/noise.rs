@@ -1,6 +1,6 @@
 //! Random bytes in random pieces through many connections at once, both ways,
-//! with random half-closes and resets: nothing is changed, nothing is lost that
-//! was acknowledged, and nobody takes a part for the whole.
+//! with random half-closes and resets. No byte is changed, no acknowledged byte
+//! is lost, and no peer takes a part for the whole.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -28,7 +28,7 @@ enum Habit {
 struct Party {
     stream: Option<TcpStream>,
     habit: Habit,
-    /// In so many turns it reads once.
+    /// It reads once in this many turns.
     slowness: usize,
     bytes: Vec<u8>,
     sent: usize,
@@ -66,8 +66,8 @@ impl Party {
         }
     }
 
-    /// Sends a piece, or does what it does in the end. Whether anything
-    /// happened.
+    /// Sends a piece or, after the last one, follows its habit. Returns whether
+    /// anything happened.
     fn send(&mut self, random: &mut Rng) -> bool {
         let Some(stream) = &mut self.stream else {
             return false;
@@ -85,7 +85,7 @@ impl Party {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => false,
                 Err(error) => {
                     assert!(is_reset(&error), "sending: {error}");
-                    // The reader is not told a second time.
+                    // `receive` does not see this error a second time.
                     self.is_cut = true;
                     self.end = self.end.or(Some(End::Reset(self.received)));
                     true
@@ -103,7 +103,7 @@ impl Party {
         }
         let socket = socket(stream);
         if socket.as_ref().is_some_and(|socket| socket.is_ending) {
-            // An end lost on the way now would leave the proxy without a word.
+            // If the end were lost now, a reset could not reach the proxy.
             return false;
         }
         let waiting = socket.map_or(self.sent, |socket| socket.unacknowledged);
@@ -111,7 +111,7 @@ impl Party {
         self.stream.take().map(reset).is_some()
     }
 
-    /// Reads a piece, which must be what `peer` sends. Whether anything
+    /// Reads a piece, which must be what `peer` sent. Returns whether anything
     /// happened.
     fn receive(&mut self, peer: &Self, random: &mut Rng) -> bool {
         let is_over = matches!(self.end, Some(End::Closed(_))) || self.is_over();
@@ -151,7 +151,7 @@ impl Party {
         self.stream.is_none() || has_sent && matches!(self.end, Some(End::Closed(_)))
     }
 
-    /// Asserts it to have heard how `peer` ended, after all of its bytes.
+    /// Asserts that it saw how `peer` ended, after all of its bytes.
     fn expect_whole(&self, peer: &Self) {
         if self.reset_after.is_some() {
             return;
@@ -166,7 +166,7 @@ impl Party {
                 let is_whole = acknowledged.is_some_and(|bytes| received >= bytes);
                 assert!(is_whole, "{received} of {acknowledged:?} and a reset");
             }
-            None => panic!("it heard of no end"),
+            None => panic!("it saw no end"),
         }
     }
 }

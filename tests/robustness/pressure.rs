@@ -61,7 +61,7 @@ fn a_thousand_readers_that_do_not_read_cost_bounded_memory() {
     for _ in 0..READERS {
         let socket =
             socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-        // The machine's memory is not what is tested.
+        // Small buffers: the machine's memory is not under test.
         socket.set_recv_buffer_size(4096).unwrap();
         socket.connect(&proxy.port(0).into()).unwrap();
         let (server, _) = listener.accept().unwrap();
@@ -71,7 +71,7 @@ fn a_thousand_readers_that_do_not_read_cost_bounded_memory() {
         server.set_nonblocking(true).unwrap();
         connections.push((TcpStream::from(socket), server));
     }
-    // Until nobody takes anything any more.
+    // Until no connection takes any more bytes.
     let mut stuck = 0;
     while stuck < 3 {
         stuck += 1;
@@ -188,8 +188,8 @@ fn many_idle_connections_do_not_make_others_dearer() {
         alone / ROUNDS,
         beside / ROUNDS
     );
-    // 1.2 times when nothing else runs. Other tests wake the processors, which
-    // makes it up to 3; what looks at every connection would make it far more.
+    // The factor is 1.2 on an idle machine. Other tests wake the processors,
+    // which raises it to 3. A scan of all connections would raise it far more.
     assert!(beside < alone * 4, "{alone:?}, then {beside:?}");
     drop((idle, listener));
     proxy.expect_clean();

@@ -1,5 +1,5 @@
-//! The way to the server: refused, silent, unreachable, or out of ports; and
-//! addresses of both families.
+//! The way to the server: it refuses, does not answer or is unreachable, or the
+//! proxy has no source port left. Addresses of both families.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,13 +19,13 @@ fn a_client_whose_server_refuses_is_reset() {
     proxy.expect_clean();
 }
 
-/// A listener whose queue is full: the kernel answers nobody.
-struct Silent {
+/// A listener whose queue is full, so that the kernel answers no client.
+struct FullListener {
     _listener: socket2::Socket,
     _queued: Vec<socket2::Socket>,
 }
 
-impl Silent {
+impl FullListener {
     fn on(address: SocketAddr) -> Self {
         let new = || socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None);
         let listener = new().unwrap();
@@ -49,20 +49,20 @@ impl Silent {
 #[test]
 fn a_client_whose_server_does_not_answer_is_reset_in_time() {
     let proxy = Proxy::start(|_| {});
-    let silent = Silent::on((proxy.server, SERVER).into());
+    let full = FullListener::on((proxy.server, SERVER).into());
     let started = Instant::now();
     let mut client = proxy.connect(0);
     assert_eq!(end_of(&mut client), End::Reset(0));
     assert!(started.elapsed() >= Duration::from_secs(1), "it must try");
     proxy.counts("connect_timed_out", 1.0);
-    drop((client, silent));
+    drop((client, full));
     proxy.expect_clean();
 }
 
 #[test]
 fn a_client_that_is_gone_while_its_server_is_asked_is_forgotten() {
     let proxy = Proxy::start(|_| {});
-    let silent = Silent::on((proxy.server, SERVER).into());
+    let full = FullListener::on((proxy.server, SERVER).into());
     let before = proxy.census().sockets;
     let clients: Vec<_> = (0..20).map(|_| proxy.connect(0)).collect();
     until("servers are asked", || {
@@ -76,7 +76,7 @@ fn a_client_that_is_gone_while_its_server_is_asked_is_forgotten() {
     if proxy.target == Target::Portpool {
         assert_eq!(proxy.refused("connect_timed_out"), 0.0, "after {took:?}");
     }
-    drop(silent);
+    drop(full);
     proxy.expect_clean();
 }
 
@@ -117,7 +117,7 @@ fn without_source_ports_clients_are_reset_and_served_when_there_are_some() {
     std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range).unwrap();
     let listener = proxy.listener(0);
     listener.set_nonblocking(true).unwrap();
-    // Clients have addresses of their own, and so their own source ports.
+    // Clients have other addresses than the proxy, and so other source ports.
     let mut clients: Vec<TcpStream> = (0..PORTS + 20)
         .map(|number| proxy.connect_from(u8::try_from(10 + number / 8).unwrap(), 0))
         .collect();
@@ -125,7 +125,7 @@ fn without_source_ports_clients_are_reset_and_served_when_there_are_some() {
     until("ports run out", || {
         servers.extend(listener.accept());
         servers.len() >= PORTS / 2 && {
-            // Some have been turned away: they are readable.
+            // Refused clients are readable.
             let is_over = |client: &mut TcpStream| {
                 client.set_nonblocking(true).unwrap();
                 matches!(client.read(&mut [0]), Ok(0)) || client.take_error().unwrap().is_some()
@@ -140,7 +140,7 @@ fn without_source_ports_clients_are_reset_and_served_when_there_are_some() {
     });
     proxy.counts("no_source_port", 1.0);
     drop((clients, servers));
-    // Those ports come back: at the latest when TIME_WAIT, a second here, is over.
+    // The ports are free again when TIME_WAIT, a second here, is over.
     until("clients are served again", || {
         let Ok(mut client) = TcpStream::connect(proxy.port(0)) else {
             return false;
@@ -191,7 +191,7 @@ fn one_listener_takes_both_families() {
         client.set_read_timeout(Some(crate::SOON)).unwrap();
         assert_eq!(client.recv(&mut space).unwrap(), 8, "{address}");
     }
-    // Flows of clients that are silent stay until they expire.
+    // Idle flows stay until they expire, so that no clean state is expected.
     drop(proxy);
 }
 
@@ -221,7 +221,7 @@ fn a_port_that_others_hold_is_named() {
     if !is_inside(here!()) {
         return;
     }
-    // Taken for IPv4 only: `::` without IPV6_V6ONLY wants it as well.
+    // IPv4 is enough: `::` without IPV6_V6ONLY needs the port there as well.
     let held = TcpListener::bind(("0.0.0.0", FIRST + 1)).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let plain = Setup::plain("::".parse().unwrap(), "127.0.0.2".parse().unwrap());

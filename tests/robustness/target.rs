@@ -53,7 +53,7 @@ pub fn not_applicable(test: &str, reason: &str) {
     }
 }
 
-/// How the proxy is to run. What the target cannot be told stays unsaid.
+/// How the proxy runs. Settings that a target does not have are ignored.
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub listen: IpAddr,
@@ -73,7 +73,7 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// No limits, and nobody is given up soon.
+    /// No limits, and long time-outs.
     pub fn plain(listen: IpAddr, server: IpAddr) -> Self {
         Self {
             listen,
@@ -155,7 +155,7 @@ impl Proxy {
         proxy
     }
 
-    /// One connection through it, so that what it makes once is made.
+    /// Makes one connection, so that the proxy allocates what it needs only once.
     fn warm_up(&mut self) {
         let listener = self.listener(0);
         listener.set_nonblocking(true).unwrap();
@@ -230,8 +230,8 @@ impl Proxy {
         socket.into()
     }
 
-    /// A client that is refused may hear it while it still connects: it goes on
-    /// as one that was reset.
+    /// A client may be refused while it still connects; it is returned as one
+    /// that was reset.
     fn finish_connecting(&self, socket: &socket2::Socket, index: u16) {
         match socket.connect(&self.port(index).into()) {
             Ok(()) => {}
@@ -311,7 +311,7 @@ impl Proxy {
         Duration::from_nanos(nanoseconds.sum())
     }
 
-    /// Processor time of a round, the least of a few: others disturb.
+    /// The least processor time of a few rounds: other programs disturb some.
     pub fn least_cost(&self, mut round: impl FnMut()) -> Duration {
         let costs = (0..4).map(|_| {
             let before = self.processor_time();
@@ -321,9 +321,9 @@ impl Proxy {
         costs.min().unwrap()
     }
 
-    /// Expects rounds of `count` each to cost as much at the end as before.
-    /// What grows by each client would cost seven times as much by then; being
-    /// woken for each costs up to three times what a batch does.
+    /// Asserts that rounds of `count` clients cost as much at the end as before.
+    /// A cost that grows with each client would be seven times as high by then;
+    /// one wake-up for each client costs up to three times as much as a batch.
     pub fn expect_constant_cost(&self, count: u32, mut round: impl FnMut()) {
         round();
         let first = self.least_cost(&mut round);
@@ -369,8 +369,8 @@ impl Proxy {
         }
     }
 
-    /// The end of a test: what is left, now that all clients and servers of
-    /// the test are gone, is what was there before.
+    /// Ends a test: all its clients and servers are gone, and the proxy must
+    /// hold no more than before.
     pub fn expect_clean(self) {
         self.expect_clean_within(MEMORY_KEPT);
     }

@@ -13,7 +13,7 @@ use crate::{here, only_for, until};
 
 const WHY_NOT: &str = "it does not forward UDP";
 
-/// Receives a datagram at the server and sends it back; from where it came.
+/// Receives a datagram at the server and sends it back; returns its source.
 fn answer(server: &UdpSocket) -> SocketAddr {
     let mut space = vec![0; 65_535];
     let (length, from) = server.recv_from(&mut space).unwrap();
@@ -21,7 +21,7 @@ fn answer(server: &UdpSocket) -> SocketAddr {
     from
 }
 
-/// Sends a datagram there and back.
+/// Sends a datagram to the server and back; returns the flow's source address.
 pub fn round_trip(client: &UdpSocket, server: &UdpSocket, datagram: &[u8]) -> SocketAddr {
     client.send(datagram).unwrap();
     let from = answer(server);
@@ -44,7 +44,7 @@ fn datagrams_of_every_size_arrive_as_they_were() {
 }
 
 #[test]
-fn a_silent_flow_expires_and_begins_anew() {
+fn an_idle_flow_expires_and_begins_anew() {
     only_for!(Portpool, Nginx; WHY_NOT);
     let proxy = Proxy::start(|setup| (setup.has_udp, setup.udp_idle_seconds) = (true, 1));
     let (client, server) = (proxy.udp_client(9, 0), proxy.udp_server(0));
@@ -57,7 +57,7 @@ fn a_silent_flow_expires_and_begins_anew() {
     // A client that sends and is never answered expires too.
     let unanswered = proxy.udp_client(10, 1);
     let mute = proxy.udp_server(1);
-    unanswered.send(b"anybody?").unwrap();
+    unanswered.send(b"unanswered").unwrap();
     mute.recv(&mut [0; 16]).unwrap();
     drop((client, server, unanswered, mute));
     proxy.expect_clean();
@@ -68,7 +68,7 @@ fn a_server_that_is_gone_is_found_out_and_found_again() {
     only_for!(Portpool, Nginx; WHY_NOT);
     let proxy = Proxy::start(|setup| (setup.has_udp, setup.udp_idle_seconds) = (true, 2));
     let client = proxy.udp_client(9, 0);
-    // ICMP: nobody listens.
+    // No server listens: the proxy receives ICMP errors.
     for _ in 0..3 {
         client.send(b"lost").unwrap();
         std::thread::sleep(Duration::from_millis(50));
@@ -159,11 +159,11 @@ fn one_source_cannot_take_all_flows() {
 }
 
 #[test]
-fn a_flood_of_new_clients_locks_nobody_out() {
+fn a_flood_of_new_clients_locks_no_client_out() {
     const FLOWS: u32 = 100;
     only_for!(Portpool, Nginx; WHY_NOT);
     let proxy = Proxy::start(|setup| {
-        // Longer than the flood takes: real clients are silent meanwhile.
+        // Longer than the flood takes: real clients are idle meanwhile.
         (setup.has_udp, setup.udp_idle_seconds) = (true, 15);
         (setup.flows, setup.flows_per_source) = (Some(FLOWS), Some(FLOWS));
     });
@@ -239,7 +239,7 @@ fn clients_of_one_port_get_their_own_answers() {
     only_for!(Portpool, Nginx; WHY_NOT);
     let proxy = Proxy::start(|setup| (setup.has_udp, setup.udp_idle_seconds) = (true, 5));
     let server = proxy.udp_server(0);
-    // Of few addresses, so that only their ports tell most of them apart.
+    // Few addresses, so that most clients differ only in their ports.
     let clients: Vec<_> = (0..CLIENTS)
         .map(|number| proxy.udp_client(20 + number % 3, 0))
         .collect();
@@ -350,8 +350,8 @@ fn send_forged(from: SocketAddr, to: SocketAddr, payload: &[u8]) {
     socket.send_to(&datagram, &to.into()).unwrap();
 }
 
-/// Whatever comes to a server is answered. How many datagrams are, until none
-/// has come for a second, or there are far more than were sent.
+/// Answers every datagram that a server receives, until none has come for a
+/// second or there are far more than were sent. Returns how many were answered.
 fn answers_of(servers: &[UdpSocket]) -> usize {
     const ENDLESS: usize = 1000;
     let (mut last, mut answered, mut space) = (Instant::now(), 0, [0; 64]);
@@ -370,7 +370,7 @@ fn answers_of(servers: &[UdpSocket]) -> usize {
 }
 
 #[test]
-fn datagrams_from_all_its_own_ports_reach_nobody() {
+fn datagrams_from_all_its_own_ports_reach_no_server() {
     const EACH: usize = 5;
     only_for!(Portpool, Nginx; WHY_NOT);
     if !is_inside(here!()) {
@@ -380,7 +380,7 @@ fn datagrams_from_all_its_own_ports_reach_nobody() {
     let servers: Vec<_> = (0..4).map(|index| proxy.udp_server(index)).collect();
     let client = proxy.udp_client(9, 0);
     let flow = round_trip(&client, &servers[0], b"before");
-    // Each port's to each, its own among them.
+    // From each port to each port, including itself.
     for _ in 0..EACH {
         for (from, to) in (0..4).flat_map(|from| (0..4).map(move |to| (from, to))) {
             send_forged(proxy.port(from), proxy.port(to), b"round and round");
@@ -456,7 +456,7 @@ fn a_datagram_from_one_of_its_own_ports_starts_no_loop() {
     let proxy = Proxy::start(|setup| (setup.has_udp, setup.udp_idle_seconds) = (true, 2));
     let servers = [proxy.udp_server(0), proxy.udp_server(1)];
     send_forged(proxy.port(1), proxy.port(0), b"round and round");
-    // Both servers answer whatever comes.
+    // Both servers answer every datagram.
     let (deadline, mut answered, mut space) = (Instant::now() + Duration::from_secs(2), 0, [0; 64]);
     while Instant::now() < deadline {
         for server in &servers {

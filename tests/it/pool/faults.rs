@@ -1,4 +1,4 @@
-//! What dies, what lives on, and within how long capacity returns.
+//! What each fault ends, what continues, and how soon capacity returns.
 
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ async fn a_killed_agent_takes_no_session_and_knows_them_again() {
     pool.until(|state| !state.servers[0].attached).await;
     echo(&mut stream, "meanwhile");
     let mut late = connect(&held);
-    echo(&mut late, "a client that was told its port before");
+    echo(&mut late, "a client that had its port before");
     pool.start_agent(0);
     pool.until(|state| state.servers[0].attached).await;
     echo(&mut stream, "after");
@@ -255,13 +255,12 @@ async fn a_bound_session_admits_its_requester_only() {
     let address: SocketAddr = format!("{}:{}", session.address, session.port)
         .parse()
         .unwrap();
-    let stranger =
-        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-    stranger
+    let other = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    other
         .bind(&SocketAddr::from(([127, 0, 0, 99], 0)).into())
         .unwrap();
-    stranger.connect(&address.into()).unwrap();
-    assert!(is_cut(&mut stranger.into()));
+    other.connect(&address.into()).unwrap();
+    assert!(is_cut(&mut other.into()));
     echo(&mut connect(&session), "the requester");
 }
 

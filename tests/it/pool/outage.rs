@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-/// Longest that a client waits for anything before it begins anew.
+/// Longest that a client waits before it requests another session.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Clients that take session after session, each request and each connection
@@ -56,7 +56,7 @@ impl Clients {
         self.served.lock().len()
     }
 
-    /// Longest time from `start` until now in which nobody was served.
+    /// Longest time between `start` and now in which no client was served.
     async fn longest_gap(self, start: Instant) -> Duration {
         self.stop.store(true, Ordering::Relaxed);
         let end = Instant::now();
@@ -75,8 +75,8 @@ impl Clients {
     }
 }
 
-/// Asks, connects and is answered; a client that is refused tries the next
-/// connection server, and one that gives up gives its session back.
+/// Requests a session, connects and exchanges bytes. A client that is refused
+/// tries the next connection server, and one that gives up releases its session.
 async fn take_session(servers: &[(Client, IpAddr)], turn: &AtomicUsize) -> Option<()> {
     let next = || &servers[turn.fetch_add(1, Ordering::Relaxed) % servers.len()];
     let session = next().0.request(SessionRequest::default()).await.ok()?;
@@ -109,7 +109,7 @@ async fn two_connection_servers() -> Pool {
 }
 
 #[tokio::test]
-async fn a_killed_connection_server_keeps_no_ports_once_another_is_in_its_place() {
+async fn a_killed_connection_server_keeps_no_ports_once_another_replaces_it() {
     let _turn = turn().await;
     let mut pool = two_connection_servers().await;
     let clients = Clients::start(&pool, 2 * usize::from(COUNT));
@@ -124,7 +124,7 @@ async fn a_killed_connection_server_keeps_no_ports_once_another_is_in_its_place(
     let gap = clients.longest_gap(killed).await;
     assert!(
         gap < Duration::from_secs(3),
-        "nobody was served for {gap:?}"
+        "no client was served for {gap:?}"
     );
     let all = u32::from(COUNT);
     pool.until_of(1, |state| state.free_ports == all).await;
@@ -134,7 +134,7 @@ async fn a_killed_connection_server_keeps_no_ports_once_another_is_in_its_place(
 async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
     let _turn = turn().await;
     let mut pool = two_connection_servers().await;
-    // Fewer than ports: what they have when it dies is kept back.
+    // Fewer clients than ports: agents keep the ports that the dead server used.
     let clients = Clients::start(&pool, usize::from(COUNT) / 2);
     while clients.served() < 200 {
         sleep(Duration::from_millis(10)).await;
@@ -145,14 +145,14 @@ async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
     let gap = clients.longest_gap(killed).await;
     assert!(
         gap < Duration::from_secs(2),
-        "nobody was served for {gap:?}"
+        "no client was served for {gap:?}"
     );
     let all = u32::from(COUNT);
     pool.until_of(1, |state| state.free_ports == all).await;
 }
 
 #[tokio::test]
-async fn a_successor_listens_in_the_place_of_the_first() {
+async fn a_successor_takes_over_the_ports_of_its_predecessor() {
     let _turn = turn().await;
     let mut pool = Pool::new(1, |_| {});
     pool.start_workload(0);
@@ -165,7 +165,7 @@ async fn a_successor_listens_in_the_place_of_the_first() {
     assert!(first.ends());
     let mut stream = connect(&pool.request().await.unwrap());
     echo(&mut stream, "through the second");
-    // One that it had not told of could still be claimed.
+    // The client might still claim a port that the server had not reported as busy.
     let is_busy = |state: &PoolState| state.servers[0].ports[0].busy == 1;
     pool.until_of(1, is_busy).await;
     second.kill();
