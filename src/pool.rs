@@ -1,13 +1,16 @@
 //! The `ProcessingPool` custom resource: its fields, bounds and defaults.
 //!
+//! - `ports`, `sessions`: parts of the spec;
 //! - `rules`: rules about several fields, for the API server and for this
 //!   program;
-//! - this file: everything else. It has no logic.
+//! - this file: the rest of the spec, the status, and the bounds. It has no logic.
 //!
 //! Doc comments here become the CRD's descriptions, which `kubectl explain`
 //! prints. They are written for users and give unit, bounds and default.
 
+mod ports;
 pub mod rules;
+mod sessions;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
@@ -15,6 +18,9 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+pub use self::ports::{PortEntry, PortProtocol, ProxyProtocol};
+pub use self::sessions::{Admission, ClientBinding, Sessions};
 
 /// Most characters of a pool's name: pods and services append up to 11 to it, and
 /// a label has at most 63.
@@ -26,15 +32,16 @@ pub const MAX_REPLICAS: i32 = 1000;
 /// Most connection servers of one pool.
 pub const MAX_CONNECTION_SERVERS: i32 = 10;
 
-/// Most processing servers times port entries, the ranges of a table: with
-/// names and addresses of the longest they fit into a ConfigMap's 1 MiB, and
-/// leave room for ranges in pieces.
+/// Most processing servers times port entries, which are the ranges of a table. With
+/// the longest names and addresses, they fit into the 1 MiB of a ConfigMap and leave
+/// room for ranges in pieces.
 pub const MAX_RANGES: u32 = 6000;
 
 /// Most port entries of one pool.
 pub const MAX_PORT_ENTRIES: usize = 8;
 
-/// Most characters of a port entry's name, as of a Service's port.
+/// Most characters of the name of a port entry: the limit of the name of a port in
+/// Kubernetes. All of them are ASCII, so this is also the limit in bytes.
 pub const MAX_PORT_NAME_LENGTH: usize = 15;
 
 /// Most connection ports that one port entry gives a processing server.
@@ -43,24 +50,24 @@ pub const MAX_COUNT: i32 = 10_000;
 /// The highest port number.
 pub const MAX_PORT: i32 = 65_535;
 
-/// Most seconds of waits that a user may choose to be long: one week.
+/// Longest wait, in seconds, for the waits that users may need to be long: one week.
 pub const WEEK_SECONDS: i32 = 604_800;
 
-/// Most seconds of waits that keep a port from other clients: one hour.
+/// Longest wait, in seconds, that keeps a port from other clients: one hour.
 pub const HOUR_SECONDS: i32 = 3_600;
 
-/// Most seconds that a session can be allowed to last: 30 days.
+/// Longest limit, in seconds, of the duration of a session: 30 days.
 pub const MONTH_SECONDS: i32 = 2_592_000;
 
-/// Where agents answer the selection protocol, on their server's address; no
-/// port entry may include it.
+/// Port on which agents serve the selection protocol, on the address of their server.
+/// No port entry may include it.
 pub const AGENT_PORT: u16 = 7070;
 
-/// Where agents serve their admin pages; no TCP port entry may include it.
+/// Port on which agents serve their admin pages. No TCP port entry may include it.
 pub const AGENT_ADMIN_PORT: u16 = 7071;
 
-/// Where connection servers serve their admin pages; neither the load-sharing
-/// port nor a connection port.
+/// Port on which connection servers serve their admin pages. It is neither the
+/// load-sharing port nor a connection port.
 pub const CONNECTION_ADMIN_PORT: u16 = 7701;
 
 /// The desired state of the pool.
@@ -200,116 +207,6 @@ pub struct ProcessingPoolStatus {
     pub conditions: Vec<Condition>,
 }
 
-/// A run of ports that the workload of each processing server listens on.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-#[x_kube(
-    validation = rules::LAST_PORT_EXISTS.to_schema(),
-    validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
-    validation = rules::AGENT_PORTS_FREE.to_schema()
-)]
-pub struct PortEntry {
-    /// Name by which requests choose this entry: 1 to 15 lower-case letters, digits and hyphens, with no hyphen at either end. Unique in the pool.
-    #[schemars(
-        length(min = 1, max = MAX_PORT_NAME_LENGTH),
-        regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
-    )]
-    pub name: String,
-
-    /// First port that the workload listens on, 1 to 65535. TCP ports 7070 and 7071 are taken by the agent.
-    #[schemars(range(min = 1, max = MAX_PORT))]
-    pub port: i32,
-
-    /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. Unless `shared` is true, the workload listens on this many ports: port, port + 1, and so on. Default 1.
-    #[serde(default = "default_count")]
-    #[schemars(range(min = 1, max = MAX_COUNT))]
-    pub count: i32,
-
-    /// Transport protocols that are forwarded: TCP, UDP or TCPUDP (both on the same numbers). Default TCP.
-    #[serde(default)]
-    pub protocol: PortProtocol,
-
-    /// Whether all connection ports lead to the one server port `port`, for workloads that serve many clients on one port. Default false: each connection port leads to a server port of its own.
-    #[serde(default)]
-    pub shared: bool,
-
-    /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
-    #[serde(default)]
-    pub proxy_protocol: ProxyProtocol,
-}
-
-fn default_count() -> i32 {
-    1
-}
-
-/// Transport protocols of a port.
-#[derive(
-    Clone,
-    Copy,
-    Debug,
-    Default,
-    PartialEq,
-    Eq,
-    Hash,
-    PartialOrd,
-    Ord,
-    Serialize,
-    Deserialize,
-    JsonSchema,
-    ToSchema,
-)]
-pub enum PortProtocol {
-    /// TCP connections.
-    #[default]
-    TCP,
-    /// UDP datagrams.
-    UDP,
-    /// Both on the same number.
-    TCPUDP,
-}
-
-impl PortProtocol {
-    /// Whether TCP is forwarded.
-    #[must_use]
-    pub fn has_tcp(self) -> bool {
-        self != Self::UDP
-    }
-
-    /// Whether UDP is forwarded.
-    #[must_use]
-    pub fn has_udp(self) -> bool {
-        self != Self::TCP
-    }
-
-    /// The name used in manifests and in the selection protocol.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::TCP => "TCP",
-            Self::UDP => "UDP",
-            Self::TCPUDP => "TCPUDP",
-        }
-    }
-
-    /// The protocol called `name`.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        [Self::TCP, Self::UDP, Self::TCPUDP]
-            .into_iter()
-            .find(|protocol| protocol.name() == name)
-    }
-}
-
-/// Versions of the PROXY protocol sent to the processing server.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum ProxyProtocol {
-    /// No header.
-    #[default]
-    None,
-    /// The binary header, version 2.
-    V2,
-}
-
 /// The connection server of a pool.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -407,71 +304,4 @@ pub enum Policy {
     Packed,
     /// The same affinity key goes to the same server while it has room.
     AffinityHash,
-}
-
-/// How long sessions last, and who may connect.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Sessions {
-    /// Time in seconds that a selected port waits for its client to connect, 1 to 3600. Default 30.
-    #[schemars(range(min = 1, max = HOUR_SECONDS))]
-    pub claim_seconds: i32,
-
-    /// Time in seconds without a byte after which a TCP connection is reset, 1 to 604800; 0 means never. Default 3600.
-    #[schemars(range(min = 0, max = WEEK_SECONDS))]
-    pub idle_timeout_seconds: i32,
-
-    /// Time in seconds without a datagram after which a UDP client counts as gone, 1 to 604800. Default 60.
-    #[schemars(range(min = 1, max = WEEK_SECONDS))]
-    pub udp_idle_timeout_seconds: i32,
-
-    /// Longest duration of a session in seconds, 1 to 2592000, after which it is ended even if it is in use; 0 means no limit. Default 0.
-    #[schemars(range(min = 0, max = MONTH_SECONDS))]
-    pub max_duration_seconds: i32,
-
-    /// Time in seconds that a session continues after its last connection, so that its client may connect again, 0 to 3600. Default 5.
-    #[schemars(range(min = 0, max = HOUR_SECONDS))]
-    pub linger_seconds: i32,
-
-    /// Whether a connection needs a session. Reserved: connections to a port without one are reset. Open: they are forwarded. Default Reserved.
-    pub admission: Admission,
-
-    /// Who may connect to the port of a session. Any: every client that knows the port. Requester: only the address that the request came from. Default Any.
-    pub client_binding: ClientBinding,
-}
-
-impl Default for Sessions {
-    fn default() -> Self {
-        Self {
-            claim_seconds: 30,
-            idle_timeout_seconds: 3600,
-            udp_idle_timeout_seconds: 60,
-            max_duration_seconds: 0,
-            linger_seconds: 5,
-            admission: Admission::default(),
-            client_binding: ClientBinding::default(),
-        }
-    }
-}
-
-/// Whether a connection needs a session.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Admission {
-    /// Connections without a session are reset.
-    #[default]
-    Reserved,
-    /// Connections without a session are forwarded.
-    Open,
-}
-
-/// Who may connect to a session's port.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, ToSchema,
-)]
-pub enum ClientBinding {
-    /// Every client that knows the port.
-    #[default]
-    Any,
-    /// Only the address that the request came from.
-    Requester,
 }

@@ -1,0 +1,118 @@
+//! The port entries of a pool's spec, and the protocols of a port.
+
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
+
+/// A run of ports that the workload of each processing server listens on.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = rules::LAST_PORT_EXISTS.to_schema(),
+    validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
+    validation = rules::AGENT_PORTS_FREE.to_schema()
+)]
+pub struct PortEntry {
+    /// Name by which requests choose this entry: 1 to 15 lower-case letters, digits and hyphens, with no hyphen at either end. Unique in the pool.
+    #[schemars(
+        length(min = 1, max = MAX_PORT_NAME_LENGTH),
+        regex(pattern = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")
+    )]
+    pub name: String,
+
+    /// First port that the workload listens on, 1 to 65535. TCP ports 7070 and 7071 are taken by the agent.
+    #[schemars(range(min = 1, max = MAX_PORT))]
+    pub port: i32,
+
+    /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. Unless `shared` is true, the workload listens on this many ports: port, port + 1, and so on. Default 1.
+    #[serde(default = "default_count")]
+    #[schemars(range(min = 1, max = MAX_COUNT))]
+    pub count: i32,
+
+    /// Transport protocols that are forwarded: TCP, UDP or TCPUDP (both on the same numbers). Default TCP.
+    #[serde(default)]
+    pub protocol: PortProtocol,
+
+    /// Whether all connection ports lead to the one server port `port`, for workloads that serve many clients on one port. Default false: each connection port leads to a server port of its own.
+    #[serde(default)]
+    pub shared: bool,
+
+    /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
+    #[serde(default)]
+    pub proxy_protocol: ProxyProtocol,
+}
+
+fn default_count() -> i32 {
+    1
+}
+
+/// Transport protocols of a port.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    JsonSchema,
+    ToSchema,
+)]
+pub enum PortProtocol {
+    /// TCP connections.
+    #[default]
+    TCP,
+    /// UDP datagrams.
+    UDP,
+    /// Both on the same number.
+    TCPUDP,
+}
+
+impl PortProtocol {
+    /// Whether TCP is forwarded.
+    #[must_use]
+    pub fn has_tcp(self) -> bool {
+        self != Self::UDP
+    }
+
+    /// Whether UDP is forwarded.
+    #[must_use]
+    pub fn has_udp(self) -> bool {
+        self != Self::TCP
+    }
+
+    /// The name used in manifests and in the selection protocol.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::TCP => "TCP",
+            Self::UDP => "UDP",
+            Self::TCPUDP => "TCPUDP",
+        }
+    }
+
+    /// The protocol called `name`.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::TCP, Self::UDP, Self::TCPUDP]
+            .into_iter()
+            .find(|protocol| protocol.name() == name)
+    }
+}
+
+/// Versions of the PROXY protocol sent to the processing server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum ProxyProtocol {
+    /// No header.
+    #[default]
+    None,
+    /// The binary header, version 2.
+    V2,
+}

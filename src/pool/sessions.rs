@@ -1,0 +1,74 @@
+//! The settings of sessions in a pool's spec.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{HOUR_SECONDS, MONTH_SECONDS, WEEK_SECONDS};
+
+/// How long sessions last, and who may connect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Sessions {
+    /// Time in seconds that a selected port waits for its client to connect, 1 to 3600. Default 30.
+    #[schemars(range(min = 1, max = HOUR_SECONDS))]
+    pub claim_seconds: i32,
+
+    /// Time in seconds without a byte after which a TCP connection is reset, 1 to 604800; 0 means never. Default 3600.
+    #[schemars(range(min = 0, max = WEEK_SECONDS))]
+    pub idle_timeout_seconds: i32,
+
+    /// Time in seconds without a datagram after which a UDP client counts as gone, 1 to 604800. Default 60.
+    #[schemars(range(min = 1, max = WEEK_SECONDS))]
+    pub udp_idle_timeout_seconds: i32,
+
+    /// Longest duration of a session in seconds, 1 to 2592000, after which it is ended even if it is in use; 0 means no limit. Default 0.
+    #[schemars(range(min = 0, max = MONTH_SECONDS))]
+    pub max_duration_seconds: i32,
+
+    /// Time in seconds that a session continues after its last connection, so that its client may connect again, 0 to 3600. Default 5.
+    #[schemars(range(min = 0, max = HOUR_SECONDS))]
+    pub linger_seconds: i32,
+
+    /// Whether a connection needs a session. Reserved: connections to a port without one are reset. Open: they are forwarded. Default Reserved.
+    pub admission: Admission,
+
+    /// Who may connect to the port of a session. Any: every client that knows the port. Requester: only the address that the request came from. Default Any.
+    pub client_binding: ClientBinding,
+}
+
+impl Default for Sessions {
+    fn default() -> Self {
+        Self {
+            claim_seconds: 30,
+            idle_timeout_seconds: 3600,
+            udp_idle_timeout_seconds: 60,
+            max_duration_seconds: 0,
+            linger_seconds: 5,
+            admission: Admission::default(),
+            client_binding: ClientBinding::default(),
+        }
+    }
+}
+
+/// Whether a connection needs a session.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Admission {
+    /// Connections without a session are reset.
+    #[default]
+    Reserved,
+    /// Connections without a session are forwarded.
+    Open,
+}
+
+/// Who may connect to a session's port.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, ToSchema,
+)]
+pub enum ClientBinding {
+    /// Every client that knows the port.
+    #[default]
+    Any,
+    /// Only the address that the request came from.
+    Requester,
+}
