@@ -4,7 +4,7 @@
 use std::ops::RangeInclusive;
 
 use super::validate::{Entry, ValidPool};
-use crate::table::{ListenPort, PortRange, Row, RowState};
+use crate::table::{ListenPort, PortRange, Row, RowState, TargetPort};
 
 /// Gives every active row of `rows` the ports that `pool` asks for. Draining rows
 /// keep their ports. A row that would need ports of draining rows is removed; a
@@ -100,7 +100,14 @@ fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
     true
 }
 
-/// The connection ports that are given to slots.
+/// A run of connection ports that no slot has.
+#[derive(Clone, Copy)]
+struct FreeRun {
+    first: u16,
+    length: u16,
+}
+
+/// The connection ports that are given to slots, by number.
 struct Used(Vec<bool>);
 
 impl Default for Used {
@@ -132,23 +139,20 @@ impl Used {
     /// lowest free ports in pieces. `None` when there are too few.
     fn take(&mut self, entry: &Entry, allowed: &RangeInclusive<u16>) -> Option<Vec<PortRange>> {
         let runs = self.free_runs(allowed);
-        let whole = runs
-            .iter()
-            .find(|(_, length)| *length >= entry.count)
-            .copied();
+        let whole = runs.iter().find(|run| run.length >= entry.count).copied();
         let runs = whole.map_or(runs, |run| vec![run]);
         let mut pieces = Vec::new();
         let mut given = 0;
-        for (first, length) in runs {
-            let count = length.min(entry.count - given);
+        for run in runs {
+            let count = run.length.min(entry.count - given);
             if count == 0 {
                 break;
             }
             let step = if entry.shared { 0 } else { given };
             pieces.push(PortRange {
                 name: entry.name.clone(),
-                connection_port: ListenPort::new(first)?,
-                server_port: crate::table::TargetPort::new(entry.port.get() + step)?,
+                connection_port: ListenPort::new(run.first)?,
+                server_port: TargetPort::new(entry.port.get() + step)?,
                 count,
                 protocol: entry.protocol,
                 shared: entry.shared,
@@ -163,13 +167,16 @@ impl Used {
         Some(pieces)
     }
 
-    /// Runs of free ports as first port and length, ascending.
-    fn free_runs(&self, allowed: &RangeInclusive<u16>) -> Vec<(u16, u16)> {
-        let mut runs: Vec<(u16, u16)> = Vec::new();
+    /// The longest runs of free ports among `allowed`, ascending.
+    fn free_runs(&self, allowed: &RangeInclusive<u16>) -> Vec<FreeRun> {
+        let mut runs: Vec<FreeRun> = Vec::new();
         for port in allowed.clone().filter(|port| !self.0[usize::from(*port)]) {
             match runs.last_mut() {
-                Some((first, length)) if *first + *length == port => *length += 1,
-                _ => runs.push((port, 1)),
+                Some(run) if run.first + run.length == port => run.length += 1,
+                _ => runs.push(FreeRun {
+                    first: port,
+                    length: 1,
+                }),
             }
         }
         runs
