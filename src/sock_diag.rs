@@ -1,10 +1,10 @@
-//! Questions to the kernel about sockets of this network namespace, by
-//! `NETLINK_SOCK_DIAG`, as `ss` asks them. They need no privilege and never
-//! wait.
+//! Requests to the kernel about the sockets of this network namespace, by
+//! `NETLINK_SOCK_DIAG`, as `ss` sends them. They need no privilege and never wait.
 //!
-//! A question costs as much as the sockets it is about: for listening sockets
-//! the kernel walks only their own table, while reading `/proc/net/tcp` makes
-//! it walk that of all connections of the machine, however few there are.
+//! The cost of a request grows with the sockets that it is about. For listening
+//! sockets the kernel walks only the table of those; a read of `/proc/net/tcp` makes
+//! it walk the table of all connections of the machine, even when that is almost
+//! empty.
 //!
 //! Source: sock_diag(7), netlink(7); Linux `include/uapi/linux/inet_diag.h`.
 
@@ -23,24 +23,29 @@ use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHe
 use netlink_packet_sock_diag::{SOCK_DIAG_BY_FAMILY, SockDiagMessage};
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-/// The kernel makes no part of an answer longer (`netlink_recvmsg`).
+/// Longest part of an answer that the kernel makes (`netlink_recvmsg`).
 const PART_BYTES: usize = 32 * 1024;
 
-/// How often a list is asked for that sockets came to or left meanwhile.
+/// Most requests for one list. It is requested again when sockets were opened or
+/// closed meanwhile, because such a list may have gaps.
 const LIST_ATTEMPTS: usize = 3;
 
-/// A way to ask. One question at a time.
+/// A socket for requests to the kernel, one at a time.
 #[derive(Debug)]
 pub struct SockDiag {
     netlink: OwnedFd,
-    /// Of the last question. Its answer has the same.
+    /// Sequence number of the last request. Its answer has the same number.
     sequence: u32,
+    /// Buffer for one part of an answer.
     part: Vec<u8>,
 }
 
 impl SockDiag {
+    /// Opens a socket for requests.
+    ///
     /// # Errors
-    /// The system's: sandboxes may not offer this family of sockets.
+    /// The system's, for example in a sandbox that does not offer this family of
+    /// sockets.
     pub fn open() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (family, kind) = (AddressFamily::NETLINK, SocketType::DGRAM);
@@ -53,12 +58,13 @@ impl SockDiag {
     }
 
     /// The local addresses of all sockets of `protocol`, an `IPPROTO_` number,
-    /// in one of `states`: those of IPv4, then those of IPv6, among which may be
-    /// IPv4 addresses in their mapped form.
+    /// in one of `states`: first those of IPv4 sockets, then those of IPv6 sockets.
+    /// The latter may include IPv4 addresses in their mapped form.
     ///
     /// # Errors
-    /// The kernel's, as `ENOENT` where it has no such module;
-    /// [`io::ErrorKind::Interrupted`] when sockets came and went all the time.
+    /// The kernel's, for example `ENOENT` where it lacks the module;
+    /// [`io::ErrorKind::Interrupted`] when sockets were opened or closed during every
+    /// attempt.
     pub fn local_addresses(
         &mut self,
         protocol: u8,
@@ -75,8 +81,8 @@ impl SockDiag {
         Ok(addresses)
     }
 
-    /// Bytes that the TCP socket with these addresses has sent, and that `peer`
-    /// has not acknowledged.
+    /// Number of bytes that the TCP socket with these addresses has sent, and that
+    /// `peer` has not acknowledged.
     ///
     /// # Errors
     /// The kernel's: `ENOENT` when the connection is gone.
@@ -93,7 +99,7 @@ impl SockDiag {
             source_address: local_ip,
             destination_address: peer_ip,
             interface_id: 0,
-            // Whichever socket it is.
+            // The addresses suffice: this stands for any cookie.
             cookie: [0xff; 8],
         };
         let answer = self.ask(&request(family, IPPROTO_TCP, StateFlags::all(), id), 0)?;
@@ -114,22 +120,22 @@ impl SockDiag {
     }
 
     fn ask(&mut self, request: &InetRequest, flags: u16) -> io::Result<Answer> {
-        let answer = self.converse(request, flags);
+        let answer = self.exchange(request, flags);
         if answer.is_err() {
-            // What is left of a list would make the next question fail.
+            // The rest of a list would make the next request fail.
             while net::recv(&self.netlink, &mut self.part, RecvFlags::empty()).is_ok() {}
         }
         answer
     }
 
-    fn converse(&mut self, request: &InetRequest, flags: u16) -> io::Result<Answer> {
+    fn exchange(&mut self, request: &InetRequest, flags: u16) -> io::Result<Answer> {
         self.sequence = self.sequence.wrapping_add(1);
-        let question = encode(request, flags, self.sequence);
-        net::send(&self.netlink, &question, SendFlags::empty())?;
+        let message = encode(request, flags, self.sequence);
+        net::send(&self.netlink, &message, SendFlags::empty())?;
         let mut answer = Answer::default();
         loop {
-            // The kernel makes each part while the one before is received, so
-            // there is nothing to wait for.
+            // The kernel makes each part while the one before it is received, so
+            // this never waits.
             let (_, length) = net::recv(&self.netlink, &mut self.part, RecvFlags::TRUNC)?;
             let part = self.part.get(..length).ok_or_else(|| {
                 io::Error::new(io::ErrorKind::InvalidData, "part of an answer was cut off")
@@ -163,8 +169,8 @@ fn encode(request: &InetRequest, flags: u16, sequence: u32) -> Vec<u8> {
     bytes
 }
 
-/// What is used of a `struct inet_diag_msg`. Its attributes are left alone:
-/// newer kernels send ever more of them.
+/// The fields of a `struct inet_diag_msg` that are used. Its attributes are not
+/// parsed, because each kernel version adds more of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Socket {
     local: SocketAddr,
@@ -190,13 +196,13 @@ impl NetlinkDeserializable for Socket {
 #[derive(Debug, Default)]
 struct Answer {
     sockets: Vec<Socket>,
-    /// The kernel says that the list may have gaps.
+    /// Whether the kernel has marked the list as one that may have gaps.
     is_interrupted: bool,
 }
 
 impl Answer {
-    /// Adds what `part` says in answer to question `sequence`. Whether the
-    /// answer is complete now.
+    /// Adds the messages in `part` that answer request `sequence`. Returns whether
+    /// the answer is complete now.
     fn add(&mut self, part: &[u8], sequence: u32) -> io::Result<bool> {
         let mut rest = part;
         while !rest.is_empty() {
@@ -229,7 +235,7 @@ impl Answer {
     }
 }
 
-/// `code` is 0 or, negative, what went wrong.
+/// The result that `code` stands for: 0 is success, a negative number an error.
 fn succeeded(code: i32) -> io::Result<bool> {
     match code {
         0 => Ok(true),
