@@ -1,5 +1,5 @@
 //! The admin port of every role: liveness, readiness, metrics, and the table
-//! in use. Apart from the load-sharing port, so that it can stay private.
+//! in use. It is not the load-sharing port, so that it can stay private.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -17,13 +17,13 @@ use tokio::net::TcpListener;
 
 use crate::table::Table;
 
-/// What the pages show.
+/// Content of the pages.
 pub struct AdminState {
-    /// The role's metrics.
+    /// Metrics of the role.
     pub registry: Arc<Registry>,
-    /// Why the role is not ready, if so.
+    /// Readiness of the role, or the reason why it is not ready.
     pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
-    /// The port-relationship table in use.
+    /// Port-relationship table in use.
     pub table: Box<dyn Fn() -> Option<Arc<Table>> + Send + Sync>,
 }
 
@@ -46,7 +46,7 @@ where
     metric
 }
 
-/// Registers the version that runs.
+/// Registers the version of this program as a metric.
 pub fn register_build_info(registry: &mut Registry) {
     #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
     struct Build {
@@ -58,8 +58,8 @@ pub fn register_build_info(registry: &mut Registry) {
     registry.register("portpool_build", "The version that runs", build);
 }
 
-/// Listens for [`serve`]; apart from it, so that a port in use stops the role
-/// before it does anything.
+/// Listens for [`serve`]. A role calls this first, so that a port in use stops
+/// it before it does anything.
 ///
 /// # Errors
 /// [`AdminError`], naming the address.
@@ -86,7 +86,7 @@ pub async fn serve(
         .route("/metrics", get(metrics))
         .route("/v1/port-table", get(port_table))
         .with_state(Arc::new(state));
-    // Requests are not waited for: whoever asks for metrics asks again.
+    // Open requests are cut at shutdown: their clients poll and ask again.
     tokio::select! {
         served = axum::serve(listener, router) => {
             if let Err(error) = served {

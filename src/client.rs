@@ -1,5 +1,5 @@
-//! The information processing apparatus of claim 1: asks the load-sharing
-//! port for a session and connects to the port it is told.
+//! The information processing apparatus of claim 1: it asks the load-sharing
+//! port for a session and connects to the connection port of the answer.
 //!
 //! ```no_run
 //! use portpool::client::Client;
@@ -49,8 +49,8 @@ const REFUSED_PAUSE: Duration = Duration::from_millis(100);
 /// Most bytes of an answer: a pool of 1000 servers takes about 500 KB.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 
-/// How often a request is sent at most; the idempotency key makes it one
-/// request all the same.
+/// How often a request is sent at most. It counts as one request, because each
+/// try has the same idempotency key.
 const TRIES: u32 = 3;
 
 /// Pause between tries.
@@ -63,7 +63,7 @@ pub struct Client {
     http: HttpClient<HttpConnector, Full<Bytes>>,
 }
 
-/// Why there is no answer, or not the one hoped for.
+/// Why there is no answer, or another one than expected.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Not `HOST:PORT` or `http://HOST:PORT`.
@@ -72,12 +72,12 @@ pub enum ClientError {
     /// The server refused.
     #[error("{0}")]
     Refused(Problem),
-    /// No connection to the load-sharing port, or it broke.
+    /// There is no connection to the load-sharing port, or it broke.
     #[error("failed to ask {address}: {message}")]
     Unreachable {
-        /// Whom.
+        /// Address of the load-sharing port.
         address: String,
-        /// Why, in the system's words.
+        /// The error with its causes.
         message: String,
     },
     /// No answer in time.
@@ -88,23 +88,23 @@ pub enum ClientError {
         "{address} answered with something else than expected (status {status}); is it a load-sharing port?"
     )]
     Unexpected {
-        /// Whom.
+        /// Address of the load-sharing port.
         address: String,
-        /// What it said.
+        /// Status of the answer.
         status: StatusCode,
     },
     /// The connection port cannot be reached.
     #[error("failed to connect to {address}: {source}")]
     Connect {
-        /// Where to.
+        /// Address of the connection port.
         address: String,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl ClientError {
-    /// Whether what was asked for is at fault, so that asking again is no use.
+    /// Whether the request itself is wrong, so that asking again is no use.
     #[must_use]
     pub fn is_bad_input(&self) -> bool {
         match self {
@@ -120,7 +120,8 @@ impl ClientError {
         matches!(self, Self::Refused(problem) if problem.status == 503)
     }
 
-    /// Whether asking again later may help: nothing was free, or nobody there.
+    /// Whether asking again later may help: nothing was free, or no server
+    /// answered.
     #[must_use]
     pub fn may_pass(&self) -> bool {
         self.is_exhausted() || matches!(self, Self::Unreachable { .. } | Self::TimedOut(_))
@@ -135,9 +136,10 @@ impl Client {
     /// [`ClientError::Address`].
     pub fn new(address: &str) -> Result<Self, ClientError> {
         let invalid = || ClientError::Address(address.to_owned());
-        let text = match address.contains("://") {
-            true => address.trim_end_matches('/').to_owned(),
-            false => format!("http://{address}"),
+        let text = if address.contains("://") {
+            address.trim_end_matches('/').to_owned()
+        } else {
+            format!("http://{address}")
         };
         let base: Uri = text.parse().map_err(|_| invalid())?;
         let is_plain =
@@ -154,8 +156,8 @@ impl Client {
         })
     }
 
-    /// Asks for a session. A lost answer is asked for again under the same
-    /// idempotency key, which is made up where `request` has none.
+    /// Asks for a session. When the answer is lost, it asks again under the same
+    /// idempotency key; a `request` without one gets a random one.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -218,9 +220,9 @@ impl Client {
 
     /// Connects to the session's connection port.
     ///
-    /// A connection that is refused is tried again for up to 5 s: nobody listens
-    /// there, as connection servers never refuse, so one has just died. The way
-    /// leads to another one then, or its next process knows the session.
+    /// A refused connection is tried again for up to 5 s. Connection servers
+    /// never refuse, so one has just died. Then the address soon leads to
+    /// another one, or to the next process of this one, which knows the session.
     ///
     /// # Errors
     /// [`ClientError::Connect`].
@@ -274,11 +276,12 @@ impl Client {
             message,
         };
         let exchange = async {
+            // With its causes: the outer error alone says "client error".
             let response = self
                 .http
                 .request(request)
                 .await
-                .map_err(|error| unreachable(causes(&error)))?;
+                .map_err(|error| unreachable(format!("{:#}", anyhow::Error::new(error))))?;
             let (head, body) = response.into_parts();
             let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
             let body = body.map_err(|error| unreachable(error.to_string()))?;
@@ -315,19 +318,9 @@ impl Client {
 /// Where to connect: `HOST:PORT`, with brackets around an IPv6 address.
 #[must_use]
 pub fn endpoint(session: &Session) -> String {
-    match session.address.contains(':') {
-        true => format!("[{}]:{}", session.address, session.port),
-        false => format!("{}:{}", session.address, session.port),
+    if session.address.contains(':') {
+        format!("[{}]:{}", session.address, session.port)
+    } else {
+        format!("{}:{}", session.address, session.port)
     }
-}
-
-/// An error with its causes: the outer one alone says "client error".
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        message = format!("{message}: {error}");
-        cause = error.source();
-    }
-    message
 }

@@ -1,5 +1,5 @@
-//! A small workload for trying things out: answers every byte and datagram
-//! with itself, on many ports.
+//! A small workload for trying things out: it sends every byte and datagram
+//! back, on many ports.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -45,7 +45,7 @@ fn parse_range(text: &str) -> Result<PortRun, String> {
     Ok(PortRun { first, last })
 }
 
-/// Why the echo server could not run.
+/// Why the echo server cannot run.
 #[derive(Debug, thiserror::Error)]
 #[error("failed to listen on {transport} port {address}: {source}")]
 pub struct Error {
@@ -57,7 +57,7 @@ pub struct Error {
 /// Echoes until `shutdown`.
 ///
 /// # Errors
-/// [`Error`] names the port that is not to be had.
+/// [`Error`] names the port that cannot be listened on.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
     let mut tasks = JoinSet::new();
     let ports: Vec<u16> = options
@@ -108,7 +108,7 @@ async fn accept(listener: TcpListener) {
 async fn echo_stream(mut stream: TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let (mut reader, mut writer) = stream.split();
-    // Ends the writing side too, once the client has ended its own.
+    // Ends the writing side once the client has ended its own.
     tokio::io::copy(&mut reader, &mut writer).await?;
     tokio::io::AsyncWriteExt::shutdown(&mut writer).await
 }
@@ -117,7 +117,7 @@ async fn echo_datagrams(socket: UdpSocket) {
     let socket = Arc::new(socket);
     let mut datagram = vec![0; 65_535];
     loop {
-        // Errors of single datagrams (a client that is gone) do not matter.
+        // An error of one datagram (its client is gone) does not concern the others.
         if let Ok((length, client)) = socket.recv_from(&mut datagram).await {
             let _ = socket.send_to(&datagram[..length], client).await;
         }

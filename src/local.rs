@@ -7,13 +7,14 @@
 //!            └──→ start, stop: agent + containers of a slot
 //! ```
 //!
-//! - `running`: the loop, an operator's: observe, plan, apply;
-//! - `container`: pure: containers as processes;
-//! - `server`: one processing server's processes;
-//! - `check`: what must hold before anything starts;
-//! - `child`, `supervise`: processes that are restarted, and do not outlive us;
-//! - `events`: what is shown;
-//! - this file: what is asked for, and when it starts and ends.
+//! - `running`: the loop, as in the operator: observe, plan, apply;
+//! - `container`: containers as processes, without side effects;
+//! - `server`: the processes of one processing server;
+//! - `check`: conditions that must hold before anything starts;
+//! - `child`: processes that are restarted when they end;
+//! - `supervise`: processes that do not outlive their parent;
+//! - `events`: the output for the user;
+//! - this file: the options, the start and the end.
 
 mod check;
 mod child;
@@ -34,15 +35,15 @@ use self::running::{Running, plan_first};
 use crate::manifest::{self, ManifestError};
 use crate::table::Slot;
 
-/// How often the world is observed and the plan carried on.
+/// How often the pool is observed and a plan applied.
 const STEP: Duration = Duration::from_millis(250);
 
 /// Runs a whole pool on this machine, without Kubernetes: the containers'
 /// commands as processes, one loopback address per processing server.
 ///
-/// A changed FILE is applied while running. Ctrl-C drains and stops; a second
-/// one stops at once. SIGUSR2 replaces the connection servers by this program
-/// as it is on disk then, and cuts nothing.
+/// A change of FILE is applied while the pool runs. Ctrl-C drains and stops it;
+/// a second Ctrl-C stops it at once. SIGUSR2 replaces the connection servers by
+/// this program as it is on disk then, without cutting connections.
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -55,15 +56,15 @@ pub struct Options {
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
 
-    /// Seconds that live sessions may go on when servers or the pool stop
+    /// Seconds that live sessions may continue when servers or the pool stop
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     pub drain_seconds: u64,
 
-    /// Show events only, also on a terminal
+    /// Show only events, without the table of servers, even on a terminal
     #[arg(long)]
     pub no_live: bool,
 
-    /// What the roles log, as in PORTPOOL_LOG
+    /// Log filter of the roles, as in PORTPOOL_LOG
     #[arg(long, value_name = "FILTER", default_value = "warn")]
     pub role_log: String,
 }
@@ -74,18 +75,18 @@ pub enum Error {
     /// The manifest is wrong, or cannot run on this machine.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// The system refused something.
+    /// The operating system refused an action.
     #[error("failed to {action}: {source}")]
     System {
-        /// What was tried.
+        /// Refused action.
         action: String,
-        /// The system's answer.
+        /// The system's error.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// Whether what was given is at fault.
+    /// Whether the manifest is at fault.
     #[must_use]
     pub fn is_bad_input(&self) -> bool {
         !matches!(self, Self::System { .. })

@@ -1,4 +1,5 @@
-//! The `portpool` program: arguments to one role, signals to its shutdown.
+//! The `portpool` program: it turns arguments into one role or command, and
+//! signals into its shutdown.
 
 use std::process::ExitCode;
 
@@ -14,8 +15,8 @@ use tokio::signal::unix::{SignalKind, signal};
     max_term_width = 100,
     after_help = "\
 Examples:
-  portpool local -f examples/echo.yaml    a pool on this machine
-  portpool connect 127.0.0.1:7700         in another terminal: a session of it
+  portpool local -f examples/echo.yaml    run a pool on this machine
+  portpool connect 127.0.0.1:7700         in another terminal: use a session of it
 
 Exit codes: 0 done, 1 failed, 2 wrong input (nothing was started), 3 nothing is free now."
 )]
@@ -43,15 +44,15 @@ enum Command {
     RunProgram(local::supervise::RunProgram),
 }
 
-/// What was given cannot be used; nothing was started.
+/// The input cannot be used; nothing was started.
 const EXIT_BAD_INPUT: u8 = 2;
 
-/// Nothing is free now: worth another try.
+/// Nothing is free now; a later try may succeed.
 const EXIT_EXHAUSTED: u8 = 3;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // Before there are threads: the kernel ties a child to the parent's thread.
+    // Before there are threads: the kernel ties a child to the thread of its parent.
     if let Command::RunProgram(options) = &cli.command {
         return local::supervise::run_program(options);
     }
@@ -74,7 +75,7 @@ fn main() -> ExitCode {
         }
     };
     let result = runtime.block_on(run(cli.command));
-    // A blocked read of standard input must not keep the program.
+    // A blocked read of standard input must not keep the program running.
     runtime.shutdown_background();
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,7 +1,7 @@
 //! Structured logs to standard error.
 //!
-//! A thread of their own writes them: a reader of the log that stands still
-//! must not hold up connections. What does not fit into its queue is dropped.
+//! A separate thread writes them, because a slow reader of the log must not
+//! hold up connections. Lines that do not fit into its queue are dropped.
 
 use std::io::IsTerminal;
 
@@ -11,7 +11,7 @@ use tracing_subscriber::EnvFilter;
 /// How logs are written.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Options {
-    /// What is logged: a level, or `target=level,…`
+    /// Log filter: a level, or `target=level,…`
     #[arg(
         long,
         global = true,
@@ -21,7 +21,7 @@ pub struct Options {
     )]
     pub log: String,
 
-    /// How log lines look
+    /// Shape of log lines
     #[arg(
         long,
         global = true,
@@ -35,16 +35,16 @@ pub struct Options {
 /// Shapes of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Lines for people.
     Text,
     /// One JSON object a line.
     Json,
 }
 
-/// Starts logging; what is queued is written when the result is dropped.
+/// Starts logging. Dropping the result writes the lines that are queued.
 ///
 /// # Errors
-/// When the filter is not one, naming the part.
+/// The part of the filter that does not parse.
 pub fn init(options: &Options) -> Result<WorkerGuard, tracing_subscriber::filter::ParseError> {
     let filter = EnvFilter::builder().parse(&options.log)?;
     let (writer, guard) = NonBlocking::new(std::io::stderr());
@@ -54,7 +54,7 @@ pub fn init(options: &Options) -> Result<WorkerGuard, tracing_subscriber::filter
         .with_ansi(std::io::stderr().is_terminal());
     match options.log_format {
         LogFormat::Text => logs.init(),
-        // Spans do not nest here: the innermost says it all.
+        // Spans do not nest here: the innermost has all fields.
         LogFormat::Json => logs.json().with_span_list(false).init(),
     }
     Ok(guard)

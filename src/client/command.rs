@@ -14,16 +14,16 @@ use crate::session::{Session, SessionRequest};
 /// How long `portpool connect --udp` waits for replies after its input ends.
 const LAST_REPLIES: Duration = Duration::from_secs(1);
 
-/// How long what `--expect` names may take to come.
+/// How long the answer that `--expect` names may take.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
 
 /// How long to wait for the answer to a datagram before it is sent again.
 const DATAGRAM_TIME: Duration = Duration::from_secs(1);
 
-/// Pause before asking again under `--retry-seconds`.
+/// Pause before the next request under `--retry-seconds`.
 const ASK_PAUSE: Duration = Duration::from_secs(1);
 
-/// What is asked for.
+/// The wanted session.
 #[derive(clap::Args, Clone, Debug)]
 pub struct AskOptions {
     /// The pool's load-sharing port: HOST:PORT or http://HOST:PORT
@@ -38,11 +38,11 @@ pub struct AskOptions {
     #[arg(long, value_name = "PROTOCOL", value_parser = parse_protocol)]
     pub protocol: Option<PortProtocol>,
 
-    /// Under the AffinityHash policy, equal keys go to the same server
+    /// Prefer the server of this key, if the pool has the AffinityHash policy
     #[arg(long, value_name = "KEY")]
     pub affinity_key: Option<String>,
 
-    /// The same key gives the same live session; default: a new one
+    /// Return the live session of an earlier request with the same key [default: a new session]
     #[arg(long, value_name = "KEY")]
     pub idempotency_key: Option<String>,
 
@@ -50,11 +50,11 @@ pub struct AskOptions {
     #[arg(long)]
     pub bind_to_me: bool,
 
-    /// Wait this long, in order, when nothing is free: 0 to 300
+    /// When nothing is free, wait this long in the queue: 0 to 300
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub wait: u32,
 
-    /// Ask again for this long while nobody answers or nothing is free
+    /// Ask again for this long while no server answers or nothing is free
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub retry_seconds: u32,
 }
@@ -79,14 +79,14 @@ impl From<&AskOptions> for SessionRequest {
 
 /// Asks for a session and prints where to connect.
 ///
-/// The port is yours until you give it back (portpool release), do not connect
-/// before its claim deadline, or have been gone for the pool's linger time.
+/// The port is yours until you give it back (portpool release), miss its claim
+/// deadline, or have no connection for the pool's linger time.
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
   portpool request 127.0.0.1:7700                       prints HOST:PORT
   portpool request 127.0.0.1:7700 -o json               with id, server and deadline
-  portpool request 127.0.0.1:7700 --wait 30             in order, when nothing is free
+  portpool request 127.0.0.1:7700 --wait 30             wait when nothing is free
   nc $(portpool request 127.0.0.1:7700 | tr : ' ')      and connect to it
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now.")]
@@ -108,7 +108,8 @@ enum Output {
 /// Asks for a session, connects, and pipes standard input and output; gives
 /// the session back at the end.
 ///
-/// The end of the input is passed on; the rest of the answer is still read.
+/// At the end of the input, the server sees the end too, and the rest of its
+/// answer is still printed.
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "\
 Examples:
@@ -129,7 +130,7 @@ pub struct ConnectOptions {
     #[arg(long, value_name = "TEXT", requires = "expect")]
     send: Option<String>,
 
-    /// Fail unless this is the beginning of what comes back within 5 s
+    /// Fail unless the answer within 5 s begins with this
     #[arg(long, value_name = "TEXT", requires = "send")]
     expect: Option<String>,
 }
@@ -158,14 +159,14 @@ pub enum CommandError {
     /// The connection or a standard stream broke.
     #[error("connection broke: {0}")]
     Broken(#[from] io::Error),
-    /// The server's answer is another one than `--expect` names.
+    /// The answer does not begin with what `--expect` names.
     #[error("{server} answered {got:?} within {} s, not {expected:?}", ANSWER_TIME.as_secs())]
     Answer {
         /// The processing server.
         server: String,
-        /// What it should have said.
+        /// Expected beginning of the answer.
         expected: String,
-        /// What it has said.
+        /// Received part of the answer.
         got: String,
     },
 }
@@ -232,7 +233,7 @@ pub async fn connect(
         piped = piping => piped,
         () = interrupt => Ok(()),
     };
-    // Best effort: a session that is over already is as good.
+    // Best effort: the session may be over already.
     let _ = client.release(&session.id).await;
     piped
 }
@@ -255,12 +256,13 @@ async fn expect(
 ) -> Result<(), CommandError> {
     let mut got = Vec::new();
     let exchange = async {
-        match udp {
-            true => exchange_datagrams(session, text, expected.len(), &mut got).await,
-            false => exchange_stream(client, session, text, expected.len(), &mut got).await,
+        if udp {
+            exchange_datagrams(session, text, expected.len(), &mut got).await
+        } else {
+            exchange_stream(client, session, text, expected.len(), &mut got).await
         }
     };
-    // Too late is judged by what has come until then.
+    // After a timeout, the part that has arrived is compared.
     if let Ok(exchanged) = timeout(ANSWER_TIME, exchange).await {
         exchanged?;
     }
@@ -298,7 +300,7 @@ async fn exchange_stream(
     Ok(())
 }
 
-/// Sends `text` as a datagram, again while nothing comes back, and adds
+/// Sends `text` as a datagram, repeats it until a reply arrives, and adds
 /// `length` bytes of the answer to `got`.
 async fn exchange_datagrams(
     session: &Session,
@@ -319,9 +321,10 @@ async fn exchange_datagrams(
 
 /// A socket that talks to the session's connection port only.
 async fn udp_socket(session: &Session) -> io::Result<UdpSocket> {
-    let any = match session.address.contains(':') {
-        true => "[::]:0",
-        false => "0.0.0.0:0",
+    let any = if session.address.contains(':') {
+        "[::]:0"
+    } else {
+        "0.0.0.0:0"
     };
     let socket = UdpSocket::bind(any).await?;
     let peer = (session.address.as_str(), session.port);
@@ -333,7 +336,7 @@ async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandEr
     let (mut from_server, mut to_server) = client.connect(session).await?.into_split();
     let upload = async {
         tokio::io::copy(&mut stdin(), &mut to_server).await?;
-        // The end of our input is passed on; the answer may go on.
+        // The server sees the end of our input and may still answer.
         to_server.shutdown().await
     };
     let download = async {
@@ -342,7 +345,7 @@ async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandEr
         stdout.flush().await
     };
     tokio::pin!(upload, download);
-    // The server's end is the end, whatever our input does.
+    // The end of the server's answer ends the command, even with input left.
     tokio::select! {
         downloaded = &mut download => Ok(downloaded?),
         uploaded = &mut upload => {

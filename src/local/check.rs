@@ -1,5 +1,5 @@
-//! What must hold before anything is started: everything that would fail
-//! later is named now.
+//! Conditions that must hold before anything starts. Problems that would
+//! appear later are reported now, all at once.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
@@ -9,22 +9,22 @@ use super::{connection_address, container, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{Problem, ValidPool};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT};
-use crate::table::Slot;
-use crate::table::{PortRange, Table};
+use crate::table::{PortRange, Slot, Table};
 
-/// Most ports in use that are named: one program may have a whole range.
+/// Most ports in use that are reported, because one program may use a whole
+/// range.
 const MAX_PROBLEMS: usize = 10;
 
-/// What is wrong with running `pool` with `table` on this machine.
+/// Reports why `pool` with `table` cannot run on this machine.
 pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<Problem>> {
     let mut problems = programs(pool);
     problems.extend(limits(table));
     problems.extend(ports_in_use(sockets(pool, table), &HashSet::new()));
-    nothing(problems)
+    ok_if_empty(problems)
 }
 
-/// What is wrong with the running pool `current`, with `table`, becoming `next`
-/// without a restart; `planned` is a table for that.
+/// Reports why the running pool `current`, with `table`, cannot become `next`
+/// without a restart; `planned` is a table for `next`.
 pub(super) fn can_become(
     (current, table): (&ValidPool, &Table),
     (next, planned): (&ValidPool, &Table),
@@ -50,10 +50,10 @@ pub(super) fn can_become(
     problems.extend(limits(planned));
     let ours = sockets(current, table).map(|(socket, _)| socket).collect();
     problems.extend(ports_in_use(sockets(next, planned), &ours));
-    nothing(problems)
+    ok_if_empty(problems)
 }
 
-fn nothing(problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
+fn ok_if_empty(problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
     if problems.is_empty() {
         Ok(())
     } else {
@@ -61,7 +61,7 @@ fn nothing(problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
     }
 }
 
-/// What of this machine's settings speaks against `table`.
+/// Settings of this machine that are too narrow for `table`.
 fn limits(table: &Table) -> Vec<Problem> {
     let path = "spec.connectionServer.connectionPorts";
     let overlap = ephemeral_overlap(table).map(|overlap| format!(
@@ -75,7 +75,7 @@ fn limits(table: &Table) -> Vec<Problem> {
         .collect()
 }
 
-/// Containers that cannot run here, and programs that are not there.
+/// Containers that cannot run here, and programs that are missing.
 fn programs(pool: &ValidPool) -> Vec<Problem> {
     let pod = container::Pod {
         name: format!("{}-0", pool.name),
@@ -92,7 +92,7 @@ fn programs(pool: &ValidPool) -> Vec<Problem> {
     };
     let missing = processes
         .iter()
-        .filter(|process| !is_there(&process.arguments[0]));
+        .filter(|process| !is_installed(&process.arguments[0]));
     let missing = missing.map(|process| {
         let program = &process.arguments[0];
         let hint = match program.as_str() {
@@ -115,7 +115,7 @@ fn programs(pool: &ValidPool) -> Vec<Problem> {
     missing.chain(folders).collect()
 }
 
-fn is_there(program: &str) -> bool {
+fn is_installed(program: &str) -> bool {
     if program == "portpool" || program.contains('/') {
         return program == "portpool" || Path::new(program).is_file();
     }
@@ -129,7 +129,8 @@ enum Socket {
     Udp(SocketAddr),
 }
 
-/// Every socket that `pool` with `table` listens on, and what it is for.
+/// Every socket that `pool` with `table` listens on, and the field or purpose
+/// that it serves.
 fn sockets<'a>(
     pool: &'a ValidPool,
     table: &'a Table,
@@ -140,7 +141,7 @@ fn sockets<'a>(
         let ranges = table.rows.iter().flat_map(|row| &row.ranges);
         let ports = ranges.flat_map(move |range| {
             let ports = range.connection_ports();
-            ports.flat_map(move |port| of(range, address, port.get()))
+            ports.flat_map(move |port| sockets_of(range, address, port.get()))
         });
         [
             (
@@ -155,8 +156,8 @@ fn sockets<'a>(
     let processing_servers = table.rows.iter().flat_map(|row| {
         let address = server_address(row.slot);
         let tcp = |port| Socket::Tcp(SocketAddr::new(address, port));
-        let targets =
-            targets(&row.ranges).flat_map(move |(range, target)| of(range, address, target));
+        let targets = targets(&row.ranges)
+            .flat_map(move |(range, target)| sockets_of(range, address, target));
         [
             (tcp(AGENT_PORT), "agent port"),
             (tcp(AGENT_ADMIN_PORT), "agent admin port"),
@@ -167,16 +168,21 @@ fn sockets<'a>(
     connection_servers.chain(processing_servers)
 }
 
-/// `port` of `address` for what `range` forwards.
-fn of(range: &PortRange, address: IpAddr, port: u16) -> impl Iterator<Item = Socket> + use<> {
+/// Sockets on `port` of `address` for the protocols of `range`.
+fn sockets_of(
+    range: &PortRange,
+    address: IpAddr,
+    port: u16,
+) -> impl Iterator<Item = Socket> + use<> {
     let address = SocketAddr::new(address, port);
     let tcp = range.protocol.has_tcp().then_some(Socket::Tcp(address));
     let udp = range.protocol.has_udp().then_some(Socket::Udp(address));
     tcp.into_iter().chain(udp)
 }
 
-/// Sockets but `ours` that other programs have. None is needed twice: a valid
-/// pool keeps its ports apart, and each server has an address of its own.
+/// The `needed` sockets, except `ours`, that other programs use. No socket is
+/// needed twice: a valid pool keeps its ports apart, and each server has its own
+/// address.
 fn ports_in_use(
     needed: impl Iterator<Item = (Socket, &'static str)>,
     ours: &HashSet<Socket>,

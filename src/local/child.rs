@@ -1,4 +1,4 @@
-//! A child process that is started again when it ends.
+//! A child process that is restarted when it ends.
 
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -15,27 +15,28 @@ use tokio_util::sync::CancellationToken;
 use super::events::Events;
 use super::supervise::PARENT;
 
-/// Pause before the first restart, doubled up to the longest one; as short
-/// again after a child has run for as long as that.
+/// Pause before the first restart. It doubles up to the longest one, and is
+/// short again after a child has run for as long as the longest pause.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// Longest line of output that is shown, in bytes.
+/// Longest line of output that is shown, in bytes; a longer one is split.
 const LINE_BYTES: u64 = 4096;
 
-/// What to run.
+/// A program to run.
 #[derive(Clone, Debug)]
 pub(super) struct Program {
-    /// For events: `echo-0/agent`.
+    /// Name in events, for example `echo-0/agent`.
     pub(super) name: String,
     pub(super) arguments: Vec<String>,
     pub(super) environment: Vec<(String, String)>,
     pub(super) folder: Option<String>,
-    /// How long it may take to end after SIGTERM.
+    /// Time that the program may take to end after SIGTERM.
     pub(super) grace: Duration,
 }
 
-/// A running child. Killed with its parent; stopped by [`Supervised::stop`].
+/// A running child. [`Supervised::stop`] stops it; it is killed when its parent
+/// dies.
 #[derive(Debug)]
 pub(super) struct Supervised {
     stopping: CancellationToken,
@@ -55,13 +56,14 @@ impl Supervised {
         }
     }
 
-    /// Starts the program again, as it is on disk now. It takes over from the
-    /// running child, which ends by itself then; one that cannot leaves it be.
+    /// Starts the program again, as it is on disk now. The new process takes over
+    /// from the running child, which then ends by itself. If it cannot take over,
+    /// the running child continues.
     pub(super) fn replace(&self) {
         self.replacing.notify_one();
     }
 
-    /// Ends the child: SIGTERM, and SIGKILL after its grace.
+    /// Ends the child: SIGTERM, and SIGKILL after its grace period.
     pub(super) async fn stop(self) {
         self.stopping.cancel();
         // The task ends with the child; it does not panic.
@@ -84,7 +86,7 @@ async fn supervise(
                 tokio::select! {
                     status = child.wait() => {
                         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-                        events.say(format!("{} ended ({status}); it is started again", program.name));
+                        events.say(format!("{} ended ({status}); restarting it", program.name));
                         break;
                     }
                     () = stopping.cancelled() => return end(child, program.grace).await,
@@ -104,14 +106,15 @@ async fn supervise(
     }
 }
 
-/// Has a successor take over from `child`, which it is then.
+/// Starts a successor, which takes over from `child`; it is the new `child`
+/// then.
 async fn replace(child: &mut Child, binary: &PathBuf, program: &Program, events: &Events) {
     let name = &program.name;
     let mut successor = match spawn(binary, program, events) {
         Ok(successor) => successor,
         Err(error) => {
             return events.say(format!(
-                "{name} goes on; its successor failed to start: {error}"
+                "{name} continues; its successor failed to start: {error}"
             ));
         }
     };
@@ -120,7 +123,7 @@ async fn replace(child: &mut Child, binary: &PathBuf, program: &Program, events:
             events.say(format!("{name} was replaced"));
             *child = successor;
         }
-        _ = successor.wait() => events.say(format!("{name} goes on; its successor did not take over")),
+        _ = successor.wait() => events.say(format!("{name} continues; its successor did not take over")),
     }
 }
 
@@ -130,7 +133,7 @@ fn spawn(binary: &PathBuf, program: &Program, events: &Events) -> std::io::Resul
         .args(&program.arguments)
         .envs(program.environment.iter().cloned())
         .env(PARENT, std::process::id().to_string())
-        // Ctrl-C goes to us alone: we end the children in order.
+        // Ctrl-C reaches only this process, which ends the children in order.
         .process_group(0)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -154,7 +157,7 @@ async fn end(mut child: Child, grace: Duration) {
         .and_then(|pid| i32::try_from(pid).ok())
         .and_then(Pid::from_raw);
     if let Some(pid) = pid {
-        // Gone already is as good.
+        // The child may have ended already.
         let _ = kill_process(pid, Signal::TERM);
     }
     if tokio::time::timeout(grace, child.wait()).await.is_err() {

@@ -1,5 +1,5 @@
-//! What a container of the pod template means as a process of this machine:
-//! program, arguments, environment. Pure; `process` runs it.
+//! Translates a container of the pod template into a process of this machine:
+//! program, arguments, environment. Nothing runs here; `child` runs it.
 
 use std::net::IpAddr;
 
@@ -10,26 +10,26 @@ use crate::plan::Problem;
 /// A container as a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Process {
-    /// The container's name.
+    /// Name of the container.
     pub name: String,
-    /// Where the container is in the manifest.
+    /// Path of the container in the manifest.
     pub path: String,
     /// Program and arguments.
     pub arguments: Vec<String>,
-    /// Variables beside those that this process has.
+    /// Variables in addition to those of this process.
     pub environment: Vec<(String, String)>,
     /// Working directory.
     pub folder: Option<String>,
 }
 
-/// What the downward API tells a pod.
+/// Values that the downward API gives a pod.
 #[derive(Clone, Debug)]
 pub struct Pod {
     /// Name of the server.
     pub name: String,
-    /// Its uid.
+    /// Uid of the server.
     pub uid: String,
-    /// Its address.
+    /// Address of the server.
     pub address: IpAddr,
 }
 
@@ -51,7 +51,7 @@ impl Pod {
 /// The containers of `template` as processes of `pod`.
 ///
 /// # Errors
-/// What cannot be run here, by field.
+/// The fields that cannot be run here.
 pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, Vec<Problem>> {
     let Some(spec) = &template.spec else {
         return Err(vec![Problem::new("spec.template.spec", "is missing")]);
@@ -163,7 +163,7 @@ fn expand(text: &str, variables: &[(String, String)]) -> String {
             expanded.push('$');
             rest = after;
         } else if let Some((name, after)) = name {
-            // The last definition of a name is the one that counts.
+            // The last definition of a name counts.
             match variables.iter().rev().find(|(known, _)| known == name) {
                 Some((_, value)) => expanded.push_str(value),
                 None => expanded.push_str(&format!("$({name})")),

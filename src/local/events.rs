@@ -1,5 +1,5 @@
-//! What `portpool local` shows: one line per event and, on a terminal, the
-//! pool's state below them, drawn anew every second.
+//! Output of `portpool local`: one line per event and, on a terminal, the
+//! state of the pool below them, which is redrawn at every step.
 
 use std::io::{IsTerminal, Write, stdout};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use crate::session::PoolState;
 
-/// The screen. Cheap to clone.
+/// Writer of events and state. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Events {
     is_live: bool,
@@ -22,7 +22,7 @@ struct Shown {
 }
 
 impl Events {
-    /// Draws the live state when asked to and on a terminal.
+    /// Draws the state if `live` is set and the output is a terminal.
     pub(super) fn new(live: bool) -> Self {
         Self {
             is_live: live && stdout().is_terminal(),
@@ -30,13 +30,13 @@ impl Events {
         }
     }
 
-    /// Says what happened.
+    /// Prints `event` with the time.
     pub(super) fn say(&self, event: impl AsRef<str>) {
         let time = jiff::Zoned::now().strftime("%H:%M:%S").to_string();
         self.print(&format!("{time} {}", printable(event.as_ref())));
     }
 
-    /// Shows a line that a child has written.
+    /// Prints a line that a child has written.
     pub(super) fn output(&self, name: &str, line: &str) {
         self.print(&format!("{name} | {}", printable(line)));
     }
@@ -50,7 +50,7 @@ impl Events {
         }
     }
 
-    /// Takes the live state off the screen.
+    /// Removes the state from the screen.
     pub(super) fn clear(&self) {
         let mut shown = self.shown.lock();
         shown.state.clear();
@@ -62,7 +62,7 @@ impl Events {
     }
 }
 
-/// Replaces the state at the bottom, with `line` above it.
+/// Redraws the state at the bottom, with `line` above it.
 fn redraw(shown: &mut Shown, line: Option<&str>) {
     let mut text = String::new();
     if shown.lines > 0 {
@@ -75,11 +75,11 @@ fn redraw(shown: &mut Shown, line: Option<&str>) {
     text.push_str(&shown.state);
     shown.lines = shown.state.lines().count();
     let mut out = stdout().lock();
-    // A reader that has gone away must not end the pool.
+    // A closed output must not end the pool.
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }
 
-/// `text` without control characters: a child must not move our cursor.
+/// `text` without control characters, because a child must not move the cursor.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|letter| {
@@ -94,8 +94,8 @@ fn printable(text: &str) -> String {
 
 fn table(state: &PoolState) -> String {
     let mut text = format!(
-        "\n{:<20} {:<16} {:<10} {:>8} {:>6} {:>6} {:>6} {:>6}\n",
-        "SERVER", "ADDRESS", "STATE", "SESSIONS", "FREE", "HELD", "BUSY", "SILENT"
+        "\n{:<20} {:<16} {:<10} {:>8} {:>6} {:>6} {:>6} {:>13}\n",
+        "SERVER", "ADDRESS", "STATE", "SESSIONS", "FREE", "HELD", "BUSY", "NOT LISTENING"
     );
     for server in &state.servers {
         let status = match (server.attached, server.draining) {
@@ -107,7 +107,7 @@ fn table(state: &PoolState) -> String {
             server.ports.iter().map(count).sum::<u32>()
         };
         text.push_str(&format!(
-            "{:<20} {:<16} {status:<10} {:>8} {:>6} {:>6} {:>6} {:>6}\n",
+            "{:<20} {:<16} {status:<10} {:>8} {:>6} {:>6} {:>6} {:>13}\n",
             server.server,
             server.address.as_deref().unwrap_or("-"),
             server.sessions,

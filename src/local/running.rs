@@ -1,6 +1,6 @@
-//! The running pool: what an operator does in a cluster, here in steps of a
-//! loop. It owns the processes of the pool's servers and the table's file, and
-//! takes up a changed manifest; the plan decides what starts and stops.
+//! The running pool: the work of the operator in a cluster, in steps of a loop.
+//! It owns the processes of the servers and the file of the table, and applies a
+//! changed manifest. The plan decides which servers start and stop.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -21,7 +21,7 @@ use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
 use crate::table::{Slot, Table};
 
-/// Stands for the uid that a cluster gives a pool.
+/// Uid of the pool, which a cluster would assign.
 const UID: &str = "local";
 
 /// The running pool.
@@ -37,13 +37,12 @@ pub(super) struct Running {
     connection_servers: Vec<Supervised>,
     client: Client,
     events: Events,
-    /// The last sentence about sessions.
-    said: String,
+    /// The last line about sessions.
+    summary: String,
 }
 
 impl Running {
-    /// A pool of which nothing runs yet. `folder` is for its table and its
-    /// sockets.
+    /// A pool that does not run yet. `folder` is for its table and its sockets.
     pub(super) fn new(options: Options, pool: ValidPool, binary: PathBuf, folder: PathBuf) -> Self {
         let address = format!("127.0.0.1:{}", pool.load_sharing_port);
         let pool = with_drain_limit(pool, &options);
@@ -58,7 +57,7 @@ impl Running {
             connection_servers: Vec::new(),
             client: Client::new(&address).expect("the address is well-formed"),
             events: Events::new(!options.no_live),
-            said: String::new(),
+            summary: String::new(),
             options,
         }
     }
@@ -115,8 +114,7 @@ impl Running {
         self.connection_servers.iter().for_each(Supervised::replace);
     }
 
-    /// Observes, plans and applies once. A fault is shown; the next step tries
-    /// again.
+    /// Observes, plans and applies once. Shows an error; the next step tries again.
     pub(super) async fn step(&mut self) {
         self.reload();
         let state = self.client.pool().await.ok();
@@ -136,7 +134,7 @@ impl Running {
         }
     }
 
-    /// Takes up a changed manifest; a wrong one leaves the last in force.
+    /// Applies a changed manifest. A wrong one changes nothing.
     fn reload(&mut self) {
         let modified = modified(&self.options.file);
         if modified == self.modified || modified.is_none() {
@@ -173,18 +171,18 @@ impl Running {
     }
 
     fn show(&mut self, state: &PoolState) {
-        let said = format!(
+        let summary = format!(
             "{} sessions, {} ports free, {} requests waiting",
             state.sessions, state.free_ports, state.waiting
         );
-        if self.said != said {
-            self.events.say(&said);
-            self.said = said;
+        if self.summary != summary {
+            self.events.say(&summary);
+            self.summary = summary;
         }
         for server in &state.servers {
             if let Some(known) = self.servers.get_mut(&server.slot)
                 && server.attached
-                && known.say_ready()
+                && known.become_ready()
             {
                 self.events
                     .say(format!("{} is ready at {}", server.server, known.address));
@@ -230,9 +228,10 @@ impl Running {
             if let Some(server) = self.servers.get_mut(&slot)
                 && server.stop()
             {
-                let reason = match self.pool.template.as_ref() == Ok(&server.template) {
-                    true => "stops",
-                    false => "is replaced: the template has changed",
+                let reason = if self.pool.template.as_ref() == Ok(&server.template) {
+                    "stops"
+                } else {
+                    "is replaced: the template has changed"
                 };
                 self.events.say(format!("{} {reason}", server.name));
             }
@@ -248,7 +247,7 @@ impl Running {
                 self.events.say(format!("{name} starts at {address}"));
                 self.servers.insert(slot, server);
             }
-            // Checked before the pool was taken up.
+            // The pool was checked before it was applied.
             Err(problems) => {
                 for Problem { path, message } in problems {
                     self.events
@@ -270,11 +269,11 @@ impl Running {
         }
     }
 
-    /// Drains and stops everything; connection servers last.
+    /// Drains and stops all servers, the connection servers last.
     pub(super) async fn stop(mut self) {
         self.events.clear();
         self.events.say(format!(
-            "stopping: live sessions may go on for {} s (Ctrl-C again: at once)",
+            "stopping: live sessions may continue for {} s (Ctrl-C again stops at once)",
             self.options.drain_seconds
         ));
         for server in self.servers.values_mut() {
@@ -299,7 +298,7 @@ fn with_drain_limit(pool: ValidPool, options: &Options) -> ValidPool {
     }
 }
 
-/// The plan for a pool of which there is nothing yet.
+/// The first plan for a pool, before anything of it exists.
 pub(super) fn plan_first(pool: &ValidPool) -> Plan {
     plan(pool, &Observed::nothing(UID), Timestamp::now())
 }

@@ -14,10 +14,11 @@ use crate::plan::Problem;
 use crate::pool::AGENT_ADMIN_PORT;
 use crate::table::Slot;
 
-/// How long a container may take to end after SIGTERM, with what it started.
+/// Time that a container, with its child processes, may take to end after
+/// SIGTERM.
 const CONTAINER_GRACE: Duration = Duration::from_secs(7);
 
-/// What servers are started with.
+/// Values that all servers of a pool start with.
 pub(super) struct Context<'a> {
     pub(super) binary: &'a Path,
     pub(super) folder: &'a Path,
@@ -28,16 +29,23 @@ pub(super) struct Context<'a> {
     pub(super) events: &'a Events,
 }
 
-/// A processing server's processes.
+/// The processes of a processing server.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) name: String,
     pub(super) uid: String,
     pub(super) address: IpAddr,
     pub(super) template: PodTemplateSpec,
-    is_ready: bool,
-    running: Option<(Supervised, Vec<Supervised>)>,
+    was_ready: bool,
+    /// `None` once it stops.
+    running: Option<Processes>,
     stopping: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Processes {
+    agent: Supervised,
+    containers: Vec<Supervised>,
 }
 
 impl Server {
@@ -64,7 +72,7 @@ impl Server {
         let containers = containers.into_iter().map(|container| {
             let mut arguments = vec!["run-program".to_owned(), "--".to_owned()];
             arguments.extend(container.arguments);
-            // The manifest's `portpool` is this program.
+            // `portpool` in the manifest is this program.
             if arguments[2] == "portpool" {
                 arguments[2] = context.binary.display().to_string();
             }
@@ -98,21 +106,21 @@ impl Server {
             uid,
             address,
             template: template.clone(),
-            is_ready: false,
-            running: Some((agent, containers)),
+            was_ready: false,
+            running: Some(Processes { agent, containers }),
             stopping: None,
         })
     }
 
-    /// Remembers that the server is ready. Whether that is news.
-    pub(super) fn say_ready(&mut self) -> bool {
-        !std::mem::replace(&mut self.is_ready, true)
+    /// Remembers that the server is ready. Returns whether it was not before.
+    pub(super) fn become_ready(&mut self) -> bool {
+        !std::mem::replace(&mut self.was_ready, true)
     }
 
-    /// Begins to stop: the agent drains, then the containers end. Whether that
-    /// is news.
+    /// Begins to stop: the agent drains, then the containers end. Returns whether
+    /// the server was not stopping before.
     pub(super) fn stop(&mut self) -> bool {
-        let Some((agent, containers)) = self.running.take() else {
+        let Some(Processes { agent, containers }) = self.running.take() else {
             return false;
         };
         self.stopping = Some(tokio::spawn(async move {

@@ -1,9 +1,9 @@
 //! Processes that do not outlive their parent.
 //!
-//! Two kinds: our own roles, which ask the kernel to kill them with their
-//! parent ([`die_with_parent`]), and programs of others, which run under
-//! [`run_program`]: a small parent that outlives them, adopts what they leave
-//! behind, and kills all of it at the end.
+//! There are two kinds. Our own roles ask the kernel to kill them with their
+//! parent ([`die_with_parent`]). Other programs run under [`run_program`]: a
+//! small parent that outlives them, adopts their orphans, and kills all of them
+//! at the end.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -17,20 +17,22 @@ use rustix::process::{
 use signal_hook::consts::{SIGALRM, SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Names the variable that gives a child its parent's process id.
+/// Name of the variable that gives a child the process id of its parent.
+/// `connection::handover::successor` has a copy, because the two modules do not
+/// use each other.
 pub const PARENT: &str = "PORTPOOL_PARENT";
 
 /// How long a program may take to end after SIGTERM.
 const KILL_AFTER: Duration = Duration::from_secs(5);
 
-/// What a shell reports for a program that was killed.
+/// Exit status that a shell reports for a killed program.
 const KILLED: u8 = 137;
 
-/// What a shell reports for a program that cannot be started.
+/// Exit status that a shell reports for a program that cannot be started.
 const NOT_STARTED: u8 = 127;
 
-/// Has the kernel kill this process with the parent that [`PARENT`] names;
-/// does nothing without the variable. Called before anything else.
+/// Asks the kernel to kill this process with the parent that [`PARENT`] names.
+/// Does nothing without the variable. Must be called before anything else.
 pub fn die_with_parent() {
     let Some(parent) = std::env::var(PARENT)
         .ok()
@@ -46,8 +48,8 @@ pub fn die_with_parent() {
 }
 
 /// Runs a program and ends with its status. When the program ends, when this
-/// process gets SIGTERM, or when its parent dies, everything that the program
-/// started is ended too.
+/// process receives SIGTERM, or when its parent dies, all processes that the
+/// program started are killed too.
 #[derive(clap::Args, Clone, Debug)]
 pub struct RunProgram {
     /// Program and arguments
@@ -97,12 +99,12 @@ fn supervise(program: &OsString, arguments: &[OsString]) -> std::io::Result<u8> 
                     return Ok(status);
                 }
             }
-            // Our parent is gone, or asks again: no more waiting.
+            // The parent is dead or asks a second time: do not wait any longer.
             SIGTERM | SIGINT if is_ending || is_orphan() => break,
             SIGTERM | SIGINT => {
                 is_ending = true;
                 if let Some(main) = main {
-                    // Gone already is as good.
+                    // The program may have ended already.
                     let _ = kill_process_group(main, Signal::TERM);
                 }
                 std::thread::spawn(|| {
@@ -117,7 +119,7 @@ fn supervise(program: &OsString, arguments: &[OsString]) -> std::io::Result<u8> 
     Ok(KILLED)
 }
 
-/// Takes in ended children; the main one's status once it has ended.
+/// Reaps ended children. Returns the status of `main` if it is one of them.
 fn reap(main: Option<Pid>) -> Option<u8> {
     let mut ended = None;
     while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
@@ -130,8 +132,8 @@ fn reap(main: Option<Pid>) -> Option<u8> {
     ended
 }
 
-/// Kills everything below this process, until nothing is left: what is killed
-/// may leave orphans, which come to us.
+/// Kills all descendants of this process, until none is left: a killed process
+/// may leave orphans, which become our children.
 fn kill_descendants() {
     loop {
         let descendants = descendants();
@@ -146,7 +148,7 @@ fn kill_descendants() {
     }
 }
 
-/// All processes below this one that still run.
+/// All descendants of this process that still run.
 fn descendants() -> Vec<Pid> {
     let mut processes: Vec<(i32, i32)> = Vec::new();
     for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -171,8 +173,8 @@ fn descendants() -> Vec<Pid> {
         .collect()
 }
 
-/// Process and parent of a line of `/proc/PID/stat`; none for one that has
-/// ended. The name, in parentheses, may hold anything.
+/// Process id and parent in a line of `/proc/PID/stat`, or `None` for a process
+/// that has ended. The name, in parentheses, may hold any text.
 fn parse_stat(stat: &str) -> Option<(i32, i32)> {
     let (pid, rest) = stat.split_once(" (")?;
     let mut fields = rest.rsplit_once(") ")?.1.split(' ');

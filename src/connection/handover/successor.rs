@@ -20,7 +20,8 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-/// Set by `portpool local` for what it starts.
+/// The variable that `portpool local` sets for its children: a copy of
+/// `local::supervise::PARENT`, because the two modules do not use each other.
 const PARENT: &str = "PORTPOOL_PARENT";
 
 /// Starts successors of this process.
