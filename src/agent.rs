@@ -204,11 +204,7 @@ fn ran_before(state_file: Option<&Path>) -> Result<bool, Error> {
 }
 
 fn follow_table(agent: &Agent, table: &Table) {
-    let result = table
-        .encode()
-        .map_err(follow::Rejected::from)
-        .and_then(|text| agent.follow(&text));
-    if let Err(reason) = result {
+    if let Err(reason) = agent.follow(table) {
         warn!(%reason, "table not accepted");
     }
 }

@@ -25,7 +25,7 @@ use notify::RecommendedWatcher;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
-pub use self::acceptor::{Rejected, RejectedTables, accept};
+pub use self::acceptor::{Rejected, RejectedTables, is_newer};
 pub use self::config_map::{ConfigMapName, follow_config_map};
 pub use self::file::{follow_file, write_table};
 use crate::table::Table;

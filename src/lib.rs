@@ -109,7 +109,7 @@
 //! ```text
 //! operator     → pool, table, session, plan, cluster, client, admin  a role: the controller
 //! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role; its head draws its inside
-//! agent        → pool, table, selection, follow, admin, sock_diag  a role
+//! agent        → pool, table, session, selection, follow, admin, sock_diag  a role
 //! local        → pool, table, session, plan, manifest, follow, client, forward  a whole pool on one machine
 //! client       → pool, session                  request, connect, release
 //! echo         a workload to try things with

@@ -1,7 +1,7 @@
 //! The port book: which of this processing server's connection ports are
 //! free, and which session has each of the others. A state machine without
 //! I/O, clock or randomness: it takes what happened and the time, and returns
-//! what to tell.
+//! the messages to send.
 //!
 //! ```text
 //!           select            opened            last closed         opened
@@ -12,13 +12,13 @@
 //!
 //! A port is offered only while the workload listens on its server port;
 //! otherwise it is not listening. A session that ends keeps its port until every
-//! connection server that may know it has acknowledged the end, or is no more,
-//! or is gone for good: so a free port has no session and no connection
-//! anywhere.
+//! connection server that may know it has acknowledged the end, has stopped, or
+//! is gone for good. So a free port has no session and no connection anywhere.
 //!
-//! - `ports`, `session`, `connection_servers`: what is kept of each;
-//! - `life`: what becomes of sessions; `attachment`: connection servers come and
-//!   go; here: what the agent asks for.
+//! - `ports`, `session`, `connection_servers`: the parts of the book;
+//! - `life`: the changes of sessions;
+//! - `attachment`: the arrival and departure of connection servers;
+//! - this file: the requests of the agent.
 //!
 //! Source: US 8,544,018 B2, claim 1, the processing server's port position
 //! storage part and request receiving part.
@@ -30,42 +30,45 @@ mod ports;
 mod session;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
 use std::time::Duration;
+
+use jiff::Timestamp;
 
 use self::connection_servers::ConnectionServers;
 use self::life::end_notice;
+pub use self::ports::Listening;
 use self::ports::Ports;
-pub use self::ports::{Listening, PortFilter};
 use self::session::{ADOPTED, Session, State};
-use crate::pool::PortProtocol;
-use crate::selection::v1::{self, end, from_agent, refused};
+use crate::selection::{
+    self, ConnectionServerId, Counts, EndCause, FromAgent, RefusalCause, Select, ToAgent,
+};
+use crate::session::SessionId;
 use crate::table::{ListenPort, Row, RowState};
-
-/// Longest session id and connection server name, in bytes.
-const MAX_ID_BYTES: usize = 64;
-/// Longest idempotency key, in bytes.
-const MAX_KEY_BYTES: usize = 128;
-/// Longest port name, in bytes.
-const MAX_NAME_BYTES: usize = 15;
 
 /// The time, as the book needs it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Now {
-    /// Since any fixed moment; never goes back.
+    /// The time since any fixed moment; it never goes back.
     pub monotonic: Duration,
-    /// Milliseconds since the Unix epoch, for what clients are told.
-    pub unix_ms: u64,
+    /// The time of day, which clients see.
+    pub time: Timestamp,
+}
+
+impl Now {
+    /// The time of day in `duration`.
+    fn time_in(self, duration: Duration) -> Timestamp {
+        self.time.checked_add(duration).unwrap_or(Timestamp::MAX)
+    }
 }
 
 /// How long sessions may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Times {
-    /// From selection to the first connection.
+    /// The time from selection to the first connection.
     pub claim: Duration,
-    /// From the last connection's end to the session's.
+    /// The time from the last connection's end to the session's.
     pub linger: Duration,
-    /// From selection to the end, whatever happens.
+    /// The time from selection to the end, even with open connections.
     pub max_duration: Option<Duration>,
 }
 
@@ -81,24 +84,33 @@ impl From<&crate::pool::Sessions> for Times {
     }
 }
 
-/// Something to tell connection servers.
+/// A message to connection servers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Notice {
-    /// To whom.
+    /// The receivers.
     pub to: To,
-    /// What.
-    pub message: from_agent::Message,
+    /// The message.
+    pub message: FromAgent,
 }
 
-/// Who is told.
+/// The receivers of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum To {
     /// Every attached connection server.
     All,
     /// Every attached one but this.
-    AllBut(String),
+    AllBut(ConnectionServerId),
     /// This one.
-    One(String),
+    One(ConnectionServerId),
+}
+
+/// The selection of a port for a request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Selected {
+    /// The session on the selected port.
+    pub session: selection::Session,
+    /// The messages to send before the answer.
+    pub notices: Vec<Notice>,
 }
 
 /// The book of one processing server.
@@ -106,19 +118,19 @@ pub enum To {
 pub struct Book {
     times: Times,
     ports: Ports,
-    sessions: BTreeMap<String, Session>,
-    id_by_key: BTreeMap<String, String>,
+    sessions: BTreeMap<SessionId, Session>,
+    id_by_key: BTreeMap<String, SessionId>,
     connection_servers: ConnectionServers,
     /// The number of the next session.
     next_number: u64,
     /// Deadlines of sessions, earliest first.
-    deadlines: BTreeSet<(Duration, String)>,
-    /// Until when nothing is offered, so that connection servers can report
-    /// sessions made before a restart.
+    deadlines: BTreeSet<(Duration, SessionId)>,
+    /// The end of the time in which nothing is offered, so that connection
+    /// servers can report sessions made before a restart.
     recovering_until: Option<Duration>,
-    /// Sessions that are over since the restart, while recovering: a greeting
-    /// that lists one comes late, and must not bring it back.
-    over: BTreeSet<String>,
+    /// Sessions that ended since the restart, while recovering. A greeting that
+    /// still lists one must not bring it back.
+    over: BTreeSet<SessionId>,
     row_draining: bool,
     stopping: bool,
 }
@@ -144,118 +156,121 @@ impl Book {
         }
     }
 
-    /// Follows a newer row; `None` when the slot is gone. Ports that stay keep
-    /// all; sessions on ports that go, or lead elsewhere now, end.
+    /// Follows a newer row; `None` when the slot is gone. A port that stays keeps
+    /// its session. A session ends when its port goes or leads elsewhere now.
     pub fn set_row(&mut self, row: Option<&Row>, times: Times) -> Vec<Notice> {
         self.times = times;
         self.row_draining = row.is_none_or(|row| row.state == RowState::Draining);
         let orphans = self.ports.set_row(row);
         let mut notices = Vec::new();
         for port in orphans {
-            if let Some(id) = self.ports.session(port).map(str::to_owned) {
-                self.end(&id, end::Cause::Drained, &mut notices);
+            if let Some(id) = self.ports.session(port).cloned() {
+                self.end(&id, EndCause::Drained, &mut notices);
             }
         }
         notices
     }
 
-    /// The ports that the workload listens on have changed.
+    /// Follows a change of the ports that the workload listens on.
     pub fn set_listening(&mut self, listening: Listening) {
         self.ports.set_listening(listening);
     }
 
-    /// Selects an available connection port for a request of connection server
-    /// `name`: the port that has been free for the longest time. The same
+    /// Selects an available connection port for a request of the connection
+    /// server `owner`: the port that has been free for the longest time. The same
     /// idempotency key selects the same live session.
     ///
     /// # Errors
-    /// Why not; nothing has changed then.
+    /// The cause of the refusal; nothing has changed then.
     pub fn select(
         &mut self,
-        name: &str,
-        request: &v1::Select,
+        owner: &ConnectionServerId,
+        request: &Select,
         now: Now,
-    ) -> Result<(v1::Session, Vec<Notice>), refused::Cause> {
-        let filter = check(request).ok_or(refused::Cause::Malformed)?;
-        if let Some(id) = self.id_by_key.get(&request.idempotency_key)
-            && let Some(session) = self.sessions.get(id)
-        {
-            let is_same = session.bound_client == request.bound_client
-                && (session.filter == filter || self.ports.fits(session.port, &filter));
-            return match is_same {
-                true => Ok((self.describe(id, session), Vec::new())),
-                false => Err(refused::Cause::KeyReused),
-            };
+    ) -> Result<Selected, RefusalCause> {
+        if let Some(same) = self.with_key_of(request) {
+            let session = same?;
+            let notices = Vec::new();
+            return Ok(Selected { session, notices });
         }
         if self.sessions.contains_key(&request.session_id) {
-            return Err(refused::Cause::DuplicateId);
+            return Err(RefusalCause::DuplicateId);
         }
         if self.is_draining() {
-            return Err(refused::Cause::Draining);
+            return Err(RefusalCause::Draining);
         }
         if self.is_recovering(now) {
-            return Err(refused::Cause::Recovering);
+            return Err(RefusalCause::Recovering);
         }
-        if !self.ports.knows(&filter) {
-            return Err(refused::Cause::UnknownPort);
+        if !self.ports.knows(&request.filter) {
+            return Err(RefusalCause::UnknownPort);
         }
-        let port = self
-            .ports
-            .longest_free(&filter)
-            .ok_or(refused::Cause::NoFreePort)?;
+        let port = self.ports.longest_free(&request.filter);
+        let port = port.ok_or(RefusalCause::NoFreePort)?;
         let id = request.session_id.clone();
         let session = Session {
             number: self.next_number,
             port,
-            owner: name.to_owned(),
+            owner: owner.clone(),
             state: State::Held,
             open: BTreeSet::new(),
-            filter,
+            filter: request.filter.clone(),
             idempotency_key: request.idempotency_key.clone(),
-            bound_client: request.bound_client.clone(),
-            created_ms: now.unix_ms,
-            claim_deadline_ms: now.unix_ms + millis(self.times.claim),
+            bound_client: request.bound_client,
+            created: now.time,
+            claim_deadline: now.time_in(self.times.claim),
             until: Some(now.monotonic + self.times.claim),
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
         };
         self.next_number += 1;
         let described = self.describe(&id, &session);
         self.insert(id, session);
-        let message = from_agent::Message::Session(described.clone());
         let notice = Notice {
-            to: To::AllBut(name.to_owned()),
-            message,
+            to: To::AllBut(owner.clone()),
+            message: FromAgent::Session(described.clone()),
         };
-        Ok((described, vec![notice]))
+        Ok(Selected {
+            session: described,
+            notices: vec![notice],
+        })
     }
 
-    /// Connection server `name` reports one of `Opened`, `Closed`, `Release`
-    /// and `Ended`; other messages do nothing.
-    pub fn report(&mut self, name: &str, report: &v1::to_agent::Message, now: Now) -> Vec<Notice> {
-        use v1::to_agent::Message;
+    /// The live session with the idempotency key of `request`, or the refusal
+    /// when a different request made it.
+    fn with_key_of(&self, request: &Select) -> Option<Result<selection::Session, RefusalCause>> {
+        let id = self.id_by_key.get(request.idempotency_key.as_ref()?)?;
+        let session = self.sessions.get(id)?;
+        let is_same = session.bound_client == request.bound_client
+            && (session.filter == request.filter || self.ports.fits(session.port, &request.filter));
+        Some(if is_same {
+            Ok(self.describe(id, session))
+        } else {
+            Err(RefusalCause::KeyReused)
+        })
+    }
+
+    /// Takes a report of the connection server `from`: `Opened`, `Closed`,
+    /// `Release` or `Ended`. Other messages do nothing.
+    pub fn report(&mut self, from: &ConnectionServerId, report: &ToAgent, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
         match report {
-            Message::Opened(v1::Opened { session_id }) => {
-                if self.sessions.contains_key(session_id) {
-                    self.opened(name, session_id, &mut notices);
+            ToAgent::Opened(id) => {
+                if self.sessions.contains_key(id) {
+                    self.opened(from, id, &mut notices);
                 } else {
-                    let to = To::One(name.to_owned());
-                    notices.push(end_notice(to, session_id, end::Cause::Unknown));
+                    notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
                 }
             }
-            Message::Closed(v1::Closed { session_id }) => {
-                self.closed(name, session_id, now, &mut notices)
-            }
-            Message::Release(v1::Release { session_id }) => {
-                if self.sessions.contains_key(session_id) {
-                    self.end(session_id, end::Cause::Released, &mut notices);
+            ToAgent::Closed(id) => self.closed(from, id, now, &mut notices),
+            ToAgent::Release(id) => {
+                if self.sessions.contains_key(id) {
+                    self.end(id, EndCause::Released, &mut notices);
                 } else {
-                    self.remember_over(session_id);
-                    let to = To::One(name.to_owned());
-                    notices.push(end_notice(to, session_id, end::Cause::Unknown));
+                    self.remember_over(id);
+                    notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
                 }
             }
-            Message::Ended(v1::Ended { session_id }) => self.ended(name, session_id),
+            ToAgent::Ended(id) => self.ended(from, id),
             _ => {}
         }
         notices
@@ -263,7 +278,7 @@ impl Book {
 
     /// The live session on `port`.
     #[must_use]
-    pub fn look_up(&self, port: ListenPort) -> Option<v1::Session> {
+    pub fn look_up(&self, port: ListenPort) -> Option<selection::Session> {
         let id = self.ports.session(port)?;
         let session = self.sessions.get(id).filter(|session| session.is_live())?;
         Some(self.describe(id, session))
@@ -283,12 +298,12 @@ impl Book {
             self.recovering_until = None;
             self.over = BTreeSet::new();
         }
-        for name in self.connection_servers.take_closed(now.monotonic) {
-            self.has_nothing(&name, now, &mut notices);
+        for stopped in self.connection_servers.take_closed(now.monotonic) {
+            self.write_off(&stopped, now, &mut notices);
         }
-        for name in self.connection_servers.take_gone(now.monotonic) {
-            self.has_nothing(&name, now, &mut notices);
-            self.end_orphans(&name, &mut notices);
+        for gone in self.connection_servers.take_gone(now.monotonic) {
+            self.write_off(&gone, now, &mut notices);
+            self.end_orphans(&gone, &mut notices);
         }
         while let Some((at, id)) = self.deadlines.first().cloned() {
             if at > now.monotonic {
@@ -299,9 +314,9 @@ impl Book {
                 continue;
             };
             let cause = match session.state {
-                _ if is_due(session.at_most) => end::Cause::MaxDuration,
-                State::Held => end::Cause::Unclaimed,
-                _ => end::Cause::Finished,
+                _ if is_due(session.at_most) => EndCause::MaxDuration,
+                State::Held => EndCause::Unclaimed,
+                _ => EndCause::Finished,
             };
             self.end(&id, cause, &mut notices);
         }
@@ -317,17 +332,17 @@ impl Book {
         all.chain(self.recovering_until).min()
     }
 
-    /// Offers nothing more: the server is being stopped.
+    /// Offers no more ports, because the server is being stopped.
     pub fn stop(&mut self) {
         self.stopping = true;
     }
 
-    /// Ends every session: the time to drain has passed.
+    /// Ends every session, because the time to drain has passed.
     pub fn end_all(&mut self) -> Vec<Notice> {
         let mut notices = Vec::new();
-        let ids: Vec<String> = self.sessions.keys().cloned().collect();
+        let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
-            self.end(&id, end::Cause::Drained, &mut notices);
+            self.end(&id, EndCause::Drained, &mut notices);
         }
         notices
     }
@@ -338,7 +353,7 @@ impl Book {
         self.row_draining || self.stopping
     }
 
-    /// Sessions that are not over and acknowledged.
+    /// The number of sessions that are live, or whose end is not acknowledged.
     #[must_use]
     pub fn session_count(&self) -> usize {
         self.sessions.len()
@@ -346,14 +361,14 @@ impl Book {
 
     /// Ports by name and state.
     #[must_use]
-    pub fn counts(&self, now: Now) -> v1::Counts {
+    pub fn counts(&self, now: Now) -> Counts {
         let mut ports = self.ports.counts();
         if self.is_recovering(now) {
             for counts in &mut ports {
                 counts.not_listening += std::mem::take(&mut counts.free);
             }
         }
-        v1::Counts {
+        Counts {
             ports,
             draining: self.is_draining(),
         }
@@ -363,25 +378,6 @@ impl Book {
         self.recovering_until
             .is_some_and(|until| now.monotonic < until)
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// What a request asks for; `None` when it is malformed.
-fn check(request: &v1::Select) -> Option<PortFilter> {
-    let is_valid = !request.session_id.is_empty()
-        && request.session_id.len() <= MAX_ID_BYTES
-        && request.idempotency_key.len() <= MAX_KEY_BYTES
-        && request.port_name.len() <= MAX_NAME_BYTES
-        && (request.bound_client.is_empty() || request.bound_client.parse::<IpAddr>().is_ok());
-    let protocol = match request.protocol.as_str() {
-        "" => None,
-        name => Some(PortProtocol::from_name(name)?),
-    };
-    let name = (!request.port_name.is_empty()).then(|| request.port_name.clone());
-    is_valid.then_some(PortFilter { name, protocol })
 }
 
 #[cfg(test)]

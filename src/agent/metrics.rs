@@ -1,4 +1,4 @@
-//! What the agent counts, and what its ports do.
+//! The agent's counters, and the states of its ports as gauges.
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
@@ -9,8 +9,10 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
 use super::server::Agent;
+use crate::admin::register;
 use crate::follow::RejectedTables;
-use crate::selection::v1::{self, refused};
+use crate::selection::RefusalCause;
+use crate::session::PortState;
 
 /// Counters of one agent.
 pub struct Metrics {
@@ -33,34 +35,31 @@ impl Metrics {
     /// the follower of the table's file turns down.
     #[must_use]
     pub fn new(registry: &mut Registry, rejected_tables: RejectedTables) -> Self {
-        let metrics = Self {
-            selections: Family::default(),
+        rejected_tables.register(registry);
+        Self {
             rejected_tables,
-            refused_greetings: Counter::default(),
-            unexpected_messages: Counter::default(),
-        };
-        registry.register(
-            "portpool_selections",
-            "Requests to select a port by outcome",
-            metrics.selections.clone(),
-        );
-        metrics.rejected_tables.register(registry);
-        registry.register(
-            "portpool_refused_greetings",
-            "Connection servers that were refused at their greeting",
-            metrics.refused_greetings.clone(),
-        );
-        registry.register(
-            "portpool_unexpected_messages",
-            "Messages from connection servers that are unknown or out of place",
-            metrics.unexpected_messages.clone(),
-        );
-        metrics
+            selections: register(
+                registry,
+                "portpool_selections",
+                "Requests to select a port by outcome",
+            ),
+            refused_greetings: register(
+                registry,
+                "portpool_refused_greetings",
+                "Connection servers that were refused at their greeting",
+            ),
+            unexpected_messages: register(
+                registry,
+                "portpool_unexpected_messages",
+                "Messages from connection servers that are unknown or out of place",
+            ),
+        }
     }
 
-    /// A request to select a port was answered.
-    pub fn selected(&self, refused: Option<refused::Cause>) {
-        let outcome = refused.map_or("SELECTED", |cause| cause.as_str_name());
+    /// Counts an answer to a request to select a port, by the cause of its
+    /// refusal if it was refused.
+    pub fn selected(&self, refused: Option<RefusalCause>) {
+        let outcome = refused.map_or("SELECTED", RefusalCause::name);
         self.selections.get_or_create(&Outcome { outcome }).inc();
     }
 }
@@ -86,7 +85,7 @@ impl Collector for Live {
             None,
             MetricType::Gauge,
         )?;
-        let sum = |count: fn(&v1::PortCounts) -> u32| {
+        let sum = |count: fn(&PortState) -> u32| {
             counts.ports.iter().map(count).map(i64::from).sum::<i64>()
         };
         let states = [

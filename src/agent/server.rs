@@ -1,6 +1,6 @@
 //! The server side of the selection protocol: streams to and from connection
-//! servers around the book. Decides nothing itself. What one stream carries is
-//! in `streams`; here is what all share.
+//! servers around the book, which makes the decisions. `streams` has what
+//! concerns one stream; this file has what all streams share.
 //!
 //! ```text
 //! connection server ─ToAgent→ Agent ─→ Book (lock, no await) ─notices→ outboxes ─FromAgent→
@@ -10,22 +10,22 @@ mod streams;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
-use tonic::Status;
 use tracing::info;
 
 use super::book::{Book, Listening, Notice, Now, Times, To};
 use super::metrics::Metrics;
-use crate::follow::{Rejected, accept};
-use crate::selection::v1::{self, FromAgent, from_agent};
+use crate::follow::{Rejected, is_newer};
+use crate::selection::{ConnectionServerId, Counts, FromAgent};
 use crate::table::{Slot, Table};
 
-/// Unbounded: every message answers a request or tells of a session, and both
-/// are bounded where they begin.
-type Outbox = mpsc::UnboundedSender<Result<FromAgent, Status>>;
+/// The messages to one stream. Unbounded, because every message answers a
+/// request or reports a session, and both are bounded where they begin.
+type Outbox = mpsc::UnboundedSender<FromAgent>;
 
 /// The agent of one processing server. Cheap to clone.
 #[derive(Clone)]
@@ -43,8 +43,9 @@ pub struct Agent {
 struct Inner {
     book: Book,
     table: Option<Arc<Table>>,
-    outboxes: HashMap<String, Outbox>,
-    told: v1::Counts,
+    outboxes: HashMap<ConnectionServerId, Outbox>,
+    /// The counts that were sent last.
+    sent_counts: Counts,
 }
 
 impl Agent {
@@ -57,7 +58,7 @@ impl Agent {
             book: Book::new(times, recovering),
             table: None,
             outboxes: HashMap::new(),
-            told: v1::Counts::default(),
+            sent_counts: Counts::default(),
         };
         Self {
             slot,
@@ -70,38 +71,32 @@ impl Agent {
     }
 
     fn now(&self) -> Now {
-        let since_epoch = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        let unix_ms = since_epoch.map_or(0, |since| {
-            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-        });
         Now {
             monotonic: self.started.elapsed(),
-            unix_ms,
+            time: Timestamp::now(),
         }
     }
 
-    /// Lets `change` work on the book, then sends what is to be told.
+    /// Lets `change` work on the book, then sends its messages and new counts.
     fn change(&self, change: impl FnOnce(&mut Book, Now) -> Vec<Notice>) {
         let now = self.now();
         let mut inner = self.inner.lock();
         let notices = change(&mut inner.book, now);
         inner.send(notices);
-        inner.tell_counts(now);
+        inner.send_counts(now);
         drop(inner);
         self.sooner.notify_one();
     }
 
-    /// Follows `text`, a table with our row, if it is newer.
+    /// Follows `table`, which need not have our row, if it is newer.
     ///
     /// # Errors
     /// [`Rejected`] when the last table stays in force.
-    pub fn follow(&self, text: &str) -> Result<(), Rejected> {
-        let current = self.inner.lock().table.clone();
-        let accepted = accept(current.as_deref(), text);
-        if let Err(reason) = &accepted {
-            self.metrics.rejected_tables.count(reason);
-        }
-        if let Some(table) = accepted? {
+    pub fn follow(&self, table: &Table) -> Result<(), Rejected> {
+        let current = self.table();
+        let is_newer = is_newer(table, current.as_deref())
+            .inspect_err(|reason| self.metrics.rejected_tables.count(reason))?;
+        if is_newer {
             let table = Arc::new(table.slice(self.slot));
             info!(
                 generation = table.generation,
@@ -114,7 +109,7 @@ impl Agent {
         Ok(())
     }
 
-    /// The workload's listening ports are these now.
+    /// Follows a change of the ports that the workload listens on.
     pub fn set_listening(&self, listening: Listening) {
         self.change(|book, _| {
             book.set_listening(listening);
@@ -135,7 +130,7 @@ impl Agent {
         }
     }
 
-    /// Offers nothing more.
+    /// Offers no more ports.
     pub fn stop(&self) {
         self.change(|book, _| {
             book.stop();
@@ -156,11 +151,11 @@ impl Agent {
 
     /// Ports by name and state.
     #[must_use]
-    pub fn counts(&self) -> v1::Counts {
+    pub fn counts(&self) -> Counts {
         self.inner.lock().book.counts(self.now())
     }
 
-    /// Sessions that are not over.
+    /// The number of sessions that are live, or whose end is not acknowledged.
     #[must_use]
     pub fn session_count(&self) -> usize {
         self.inner.lock().book.session_count()
@@ -168,17 +163,17 @@ impl Agent {
 }
 
 impl Inner {
-    /// Whether `outbox` is that of the newest stream of `name`.
-    fn is_current(&self, name: &str, outbox: &Outbox) -> bool {
-        let current = self.outboxes.get(name);
+    /// Whether `outbox` is that of the newest stream of `id`.
+    fn is_current(&self, id: &ConnectionServerId, outbox: &Outbox) -> bool {
+        let current = self.outboxes.get(id);
         current.is_some_and(|current| current.same_channel(outbox))
     }
 
     fn send(&self, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
             match to {
-                To::One(name) => {
-                    if let Some(outbox) = self.outboxes.get(&name) {
+                To::One(id) => {
+                    if let Some(outbox) = self.outboxes.get(&id) {
                         send(outbox, message);
                     }
                 }
@@ -187,31 +182,33 @@ impl Inner {
                     .values()
                     .for_each(|outbox| send(outbox, message.clone())),
                 To::AllBut(but) => {
-                    let others = self.outboxes.iter().filter(|(name, _)| **name != but);
+                    let others = self.outboxes.iter().filter(|(id, _)| **id != but);
                     others.for_each(|(_, outbox)| send(outbox, message.clone()));
                 }
             }
         }
     }
 
-    /// Tells everyone the counts if they are others than told last.
-    fn tell_counts(&mut self, now: Now) {
+    /// Sends the counts to all if they have changed.
+    fn send_counts(&mut self, now: Now) {
         let counts = self.book.counts(now);
-        if counts != self.told {
-            self.told = counts.clone();
-            self.send(vec![Notice {
-                to: To::All,
-                message: from_agent::Message::Counts(counts),
-            }]);
+        if counts != self.sent_counts {
+            self.send_all(counts);
         }
+    }
+
+    fn send_all(&mut self, counts: Counts) {
+        self.sent_counts.clone_from(&counts);
+        self.send(vec![Notice {
+            to: To::All,
+            message: FromAgent::Counts(counts),
+        }]);
     }
 }
 
-/// A stream that is gone gets nothing; its end is noticed by its reader.
-fn send(outbox: &Outbox, message: from_agent::Message) {
-    let _ = outbox.send(Ok(FromAgent {
-        message: Some(message),
-    }));
+/// Sends to a stream, if it has not ended. Its reader notices the end.
+fn send(outbox: &Outbox, message: FromAgent) {
+    let _ = outbox.send(message);
 }
 
 impl std::fmt::Debug for Agent {

@@ -49,24 +49,31 @@ impl Rejected {
     }
 }
 
-/// Decides whether `text` replaces `current`: `Ok(None)` when it is the same.
+/// Whether `table` replaces `current`; not if it is of the same generation.
 ///
 /// # Errors
-/// [`Rejected`] when `current` stays in force.
-pub fn accept(current: Option<&Table>, text: &str) -> Result<Option<Table>, Rejected> {
-    let table = Table::decode(text)?;
+/// [`Rejected`] when `table` is older or another pool's.
+pub fn is_newer(table: &Table, current: Option<&Table>) -> Result<bool, Rejected> {
     let Some(current) = current else {
-        return Ok(Some(table));
+        return Ok(true);
     };
     if table.pool_uid != current.pool_uid {
-        let (found, current) = (table.pool_uid, current.pool_uid.clone());
-        return Err(Rejected::OtherPool { found, current });
+        return Err(Rejected::OtherPool {
+            found: table.pool_uid.clone(),
+            current: current.pool_uid.clone(),
+        });
     }
     if table.generation < current.generation {
         let (found, current) = (table.generation, current.generation);
         return Err(Rejected::Older { found, current });
     }
-    Ok((table.generation > current.generation).then_some(table))
+    Ok(table.generation > current.generation)
+}
+
+/// The table that `text` encodes if it replaces `current`, else `None`.
+fn accept(text: &str, current: Option<&Table>) -> Result<Option<Table>, Rejected> {
+    let table = Table::decode(text)?;
+    Ok(is_newer(&table, current)?.then_some(table))
 }
 
 /// Counts of the tables that were rejected, by cause. Clones share the counts.
@@ -137,7 +144,7 @@ impl TableAcceptor {
         if self.last_text.as_ref() == Some(&text) {
             return;
         }
-        let accepted = accept(self.sender.borrow().as_deref(), &text);
+        let accepted = accept(&text, self.sender.borrow().as_deref());
         match accepted {
             Ok(Some(table)) => {
                 self.sender.send_replace(Some(Arc::new(table)));

@@ -16,15 +16,14 @@ use super::{
     Session, ToAgent, Welcome,
 };
 use crate::pool::PortProtocol;
-use crate::session::{MAX_KEY_BYTES, PortFilter, PortState, SessionId, SessionState};
+use crate::session::{
+    MAX_KEY_BYTES, MAX_PORT_NAME_BYTES, PortFilter, PortState, SessionId, SessionState,
+};
 use crate::table::ListenPort;
 
 /// Longest host identity of a connection server, in bytes: boot, host, network
 /// namespace and address take half of it.
 const MAX_HOST_IDENTITY_BYTES: usize = 256;
-
-/// Longest port name, in bytes: that of a port in Kubernetes.
-const MAX_PORT_NAME_BYTES: usize = 15;
 
 /// Most characters of a bad value that an error shows.
 const SHOWN_CHARACTERS: usize = 80;

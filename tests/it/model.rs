@@ -12,15 +12,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::common::table;
-use portpool::agent::book::{Book, Listening, Notice, Now, Times, To};
+use portpool::agent::book::{Book, Listening, Notice, Now, Selected, Times, To};
 use portpool::connection::sessions::span::SessionSpan;
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use portpool::pool::PortProtocol;
-use portpool::selection::v1::{self, ToAgent, from_agent, to_agent};
+use portpool::selection::v1;
 use portpool::selection::{
-    CLOSED_AFTER, CUT_AFTER, CUT_SLACK, GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT,
+    CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, FromAgent, GONE_AFTER,
+    KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, Session, ToAgent,
 };
+use portpool::session::{PortFilter, SessionId};
 use portpool::table::{ListenPort, PortRange, Slot, Table};
 use proptest::prelude::*;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -91,9 +93,9 @@ enum Noticing {
 
 struct Stream {
     outbox: Outbox,
-    sent: UnboundedReceiver<ToAgent>,
-    to_agent: VecDeque<to_agent::Message>,
-    from_agent: VecDeque<from_agent::Message>,
+    sent: UnboundedReceiver<v1::ToAgent>,
+    to_agent: VecDeque<ToAgent>,
+    from_agent: VecDeque<FromAgent>,
     /// Nothing arrives any more; when the connection server notices.
     broken: Option<Duration>,
     /// Of a process that has handed over: it hears nothing any more.
@@ -101,9 +103,9 @@ struct Stream {
 }
 
 struct ConnectionServer {
-    name: String,
+    name: ConnectionServerId,
     /// Where it listens; the next process takes it over.
-    place: String,
+    host_identity: String,
     sessions: Sessions,
     streams: Vec<Option<Stream>>,
     /// When sessions of an agent that is out of reach are cut, by agent.
@@ -150,10 +152,10 @@ struct World {
     /// What data planes are told to cut: of which server, and what.
     cuts: Vec<(usize, ListenPort, SessionKey)>,
     /// When agents notice that a connection server is not there any more.
-    unnoticed: Vec<(Duration, usize, String)>,
+    unnoticed: Vec<(Duration, usize, ConnectionServerId)>,
     /// Connection servers, by name, and sessions that they knew and that are over
     /// for them: given back through them, or ended by their agent.
-    over: HashSet<(String, String)>,
+    over: HashSet<(ConnectionServerId, String)>,
     /// Sessions that each agent has ended since it was started.
     ended: Vec<HashSet<String>>,
     names: usize,
@@ -218,8 +220,8 @@ impl World {
         sessions.set_table(&Arc::new(self.table.clone()));
         let streams = (0..self.table.rows.len()).map(|_| None).collect();
         ConnectionServer {
-            name: format!("server-{}", self.names),
-            place: format!("place-{index}"),
+            name: ConnectionServerId::new(&format!("server-{}", self.names)).unwrap(),
+            host_identity: format!("host-{index}"),
             sessions,
             streams,
             cut_at: vec![None; self.table.rows.len()],
@@ -233,12 +235,9 @@ impl World {
             .iter_mut()
             .flat_map(|server| server.streams.iter_mut().flatten())
         {
-            while let Ok(ToAgent {
-                message: Some(message),
-            }) = stream.sent.try_recv()
-            {
+            while let Ok(message) = stream.sent.try_recv() {
                 if stream.broken.is_none() {
-                    stream.to_agent.push_back(message);
+                    stream.to_agent.push_back(message.try_into().unwrap());
                 }
             }
         }
@@ -254,11 +253,14 @@ impl World {
                     && stream.broken.is_none()
                     && !stream.is_former
                 {
-                    let select = v1::Select {
-                        session_id,
-                        ..v1::Select::default()
+                    let select = Select {
+                        request_id: 0,
+                        session_id: SessionId::new(&session_id).unwrap(),
+                        idempotency_key: None,
+                        filter: PortFilter::default(),
+                        bound_client: None,
                     };
-                    stream.to_agent.push_back(to_agent::Message::Select(select));
+                    stream.to_agent.push_back(ToAgent::Select(select));
                 }
             }
             Event::ToAgent(server, agent) => {
@@ -513,8 +515,9 @@ impl World {
         let name = self.servers[server].name.clone();
         let mut known = Vec::new();
         sessions.attach(Slot(slot), outbox.clone(), |sessions| {
-            known.clone_from(&sessions);
-            ToAgent::default()
+            let sessions = sessions.into_iter();
+            known.extend(sessions.map(|session| Session::try_from(session).unwrap()));
+            v1::ToAgent::default()
         });
         let (to_agent, from_agent) = (VecDeque::new(), VecDeque::new());
         let mut stream = Stream {
@@ -532,8 +535,8 @@ impl World {
         // The new stream takes the place of the broken one.
         self.unnoticed
             .retain(|(_, of, from)| *of != agent || *from != name);
-        let place = self.servers[server].place.clone();
-        let notices = self.agents[agent].attach(&name, &place, &known, self.now);
+        let host_identity = self.servers[server].host_identity.clone();
+        let notices = self.agents[agent].attach(&name, &host_identity, &known, self.now);
         self.send(agent, notices);
         self.servers[server].sessions.welcomed(Slot(slot));
     }
@@ -570,8 +573,8 @@ impl World {
 
     /// Nothing more comes over a stream whose process has handed over. Whether
     /// there is one.
-    fn end_former(&mut self, agent: usize, name: &str) -> bool {
-        let of = self.servers.iter_mut().find(|server| server.name == name);
+    fn end_former(&mut self, agent: usize, name: &ConnectionServerId) -> bool {
+        let of = self.servers.iter_mut().find(|server| server.name == *name);
         let former = of.and_then(|of| of.streams[agent].take_if(|stream| stream.is_former));
         former.is_some()
     }
@@ -587,8 +590,8 @@ impl World {
 
     fn send(&mut self, agent: usize, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
-            if let (To::All, from_agent::Message::End(end)) = (&to, &message) {
-                self.ended[agent].insert(end.session_id.clone());
+            if let (To::All, FromAgent::End { session_id, .. }) = (&to, &message) {
+                self.ended[agent].insert(session_id.to_string());
             }
             for server in &mut self.servers {
                 let is_meant = match &to {
@@ -615,30 +618,26 @@ impl World {
         };
         let name = self.servers[server].name.clone();
         let notices = match &message {
-            to_agent::Message::Select(select) => {
-                match self.agents[agent].select(&name, select, self.now) {
-                    Ok((session, mut notices)) => {
-                        let message = from_agent::Message::Session(session);
-                        notices.push(Notice {
-                            to: To::One(name),
-                            message,
-                        });
-                        notices
-                    }
-                    Err(_) => Vec::new(),
+            ToAgent::Select(select) => match self.agents[agent].select(&name, select, self.now) {
+                Ok(Selected {
+                    session,
+                    mut notices,
+                }) => {
+                    notices.push(Notice {
+                        to: To::One(name),
+                        message: FromAgent::Session(session),
+                    });
+                    notices
                 }
-            }
-            to_agent::Message::Lookup(lookup) => {
-                let number = u16::try_from(lookup.connection_port).unwrap();
-                let found = v1::LookedUp {
-                    request_id: lookup.request_id,
-                    session: self.agents[agent].look_up(ListenPort::new(number).unwrap()),
-                };
-                vec![Notice {
-                    to: To::One(name),
-                    message: from_agent::Message::LookedUp(found),
-                }]
-            }
+                Err(_) => Vec::new(),
+            },
+            ToAgent::Lookup { request_id, port } => vec![Notice {
+                to: To::One(name),
+                message: FromAgent::LookedUp {
+                    request_id: *request_id,
+                    session: self.agents[agent].look_up(*port),
+                },
+            }],
             message => self.agents[agent].report(&name, message, self.now),
         };
         self.send(agent, notices);
@@ -653,23 +652,28 @@ impl World {
         };
         let slot = u32::try_from(agent).unwrap();
         match message {
-            from_agent::Message::Session(session) => {
+            FromAgent::Session(session) => {
                 let sessions = &self.servers[server].sessions;
-                let actions = sessions.learn(Slot(slot), session, SessionSpan::learned);
+                let actions = sessions.learn(Slot(slot), session.into(), SessionSpan::learned);
                 self.carry_out(server, actions);
             }
-            from_agent::Message::End(end) => {
+            FromAgent::End { session_id, cause } => {
                 let ConnectionServer { name, sessions, .. } = &self.servers[server];
-                let is_known = sessions.get(&end.session_id).is_some();
-                let actions = sessions.end(Slot(slot), &end.session_id, end.cause());
+                let id = session_id.to_string();
+                let is_known = sessions.get(&id).is_some();
+                let actions = sessions.end(Slot(slot), &id, cause.into());
                 if is_known {
-                    self.over.insert((name.clone(), end.session_id));
+                    self.over.insert((name.clone(), id));
                 }
                 self.carry_out(server, actions);
             }
-            from_agent::Message::LookedUp(found) => {
+            FromAgent::LookedUp {
+                request_id,
+                session,
+            } => {
                 let sessions = &self.servers[server].sessions;
-                let actions = sessions.looked_up(Slot(slot), found.request_id, found.session);
+                let session = session.map(Into::into);
+                let actions = sessions.looked_up(Slot(slot), request_id, session);
                 self.carry_out(server, actions);
             }
             _ => {}
@@ -727,7 +731,7 @@ impl World {
             let now = due.unwrap_or(end).max(self.now.monotonic);
             let passed = now - self.now.monotonic;
             self.now.monotonic = now;
-            self.now.unix_ms += u64::try_from(passed.as_millis()).unwrap();
+            self.now.time += passed;
             self.parked.retain(|_, parked| parked.until > now);
             self.closing.retain(|(until, _)| *until > now);
             if due.is_none() {
@@ -804,7 +808,7 @@ impl World {
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
                 let is_recovering = counts.free == 0 && counts.not_listening > 0;
-                let live = book.look_up(port).map(|live| live.session_id);
+                let live = book.look_up(port).map(|live| live.id.to_string());
                 assert!(
                     !live
                         .as_ref()
@@ -831,7 +835,7 @@ impl World {
                 }
                 for offset in 0..PORTS {
                     let live = self.agents[agent].look_up(port(agent, offset));
-                    let Some(id) = live.map(|live| live.session_id) else {
+                    let Some(id) = live.map(|live| live.id.to_string()) else {
                         continue;
                     };
                     assert!(

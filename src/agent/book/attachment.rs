@@ -1,128 +1,110 @@
-//! Connection servers come and go: what their greetings tell of sessions, and
-//! what their absence means. Who is there is kept by `connection_servers`.
+//! The arrival and departure of connection servers: what their greetings say
+//! about sessions, and what their absence means. `connection_servers` keeps
+//! which of them are attached.
 
 use std::collections::BTreeMap;
 
 use super::life::end_notice;
 use super::session::{ADOPTED, Session, State};
-use super::{Book, MAX_ID_BYTES, Notice, Now, PortFilter, To, millis};
-use crate::selection::v1::{self, end, from_agent};
-use crate::table::ListenPort;
+use super::{Book, Notice, Now, To};
+use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
+use crate::session::{PortFilter, SessionId};
 
 impl Book {
-    /// A connection server that listens at `place` attaches and tells which
-    /// sessions it knows. What it does not list is not open there.
+    /// Attaches a connection server that listens at `host_identity` and knows
+    /// the sessions `known`. A session that it does not list is not open there.
     pub fn attach(
         &mut self,
-        name: &str,
-        place: &str,
-        known: &[v1::Session],
+        from: &ConnectionServerId,
+        host_identity: &str,
+        known: &[selection::Session],
         now: Now,
     ) -> Vec<Notice> {
         let mut notices = Vec::new();
-        self.connection_servers.attach(name, place, now.monotonic);
-        let listed: BTreeMap<&str, &v1::Session> = known
-            .iter()
-            .map(|session| (session.session_id.as_str(), session))
-            .collect();
-        let ids: Vec<String> = self.sessions.keys().cloned().collect();
+        self.connection_servers
+            .attach(from, host_identity, now.monotonic);
+        let listed: BTreeMap<&SessionId, &selection::Session> =
+            known.iter().map(|session| (&session.id, session)).collect();
+        let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
-            match listed.get(id.as_str()) {
-                Some(session) if session.open_here => self.opened(name, &id, &mut notices),
-                Some(_) => self.closed(name, &id, now, &mut notices),
+            match listed.get(&id) {
+                Some(session) if session.open_here => self.opened(from, &id, &mut notices),
+                Some(_) => self.closed(from, &id, now, &mut notices),
                 None => {
-                    self.closed(name, &id, now, &mut notices);
-                    self.ended(name, &id);
+                    self.closed(from, &id, now, &mut notices);
+                    self.ended(from, &id);
                 }
             }
-            let is_ending = self
-                .sessions
-                .get(&id)
-                .is_some_and(|session| !session.is_live());
-            if is_ending {
-                notices.push(end_notice(
-                    To::One(name.to_owned()),
-                    &id,
-                    end::Cause::Released,
-                ));
+            let session = self.sessions.get(&id);
+            if session.is_some_and(|session| !session.is_live()) {
+                let to = To::One(from.clone());
+                notices.push(end_notice(to, &id, EndCause::Released));
             }
         }
         for (id, known) in listed {
             if self.sessions.contains_key(id) {
                 continue;
             }
-            if !self.adopt(name, known, now) {
-                notices.push(end_notice(
-                    To::One(name.to_owned()),
-                    id,
-                    end::Cause::Unknown,
-                ));
+            if !self.adopt(from, known, now) {
+                notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
             } else if let Some(session) = self.sessions.get(id) {
-                // One of the others may have heard its end before the restart.
+                // Another one may have received its end before the restart.
                 notices.push(Notice {
-                    to: To::AllBut(name.to_owned()),
-                    message: from_agent::Message::Session(self.describe(id, session)),
+                    to: To::AllBut(from.clone()),
+                    message: FromAgent::Session(self.describe(id, session)),
                 });
             }
         }
-        for (id, session) in self
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.is_live())
-        {
-            let message = from_agent::Message::Session(self.describe(id, session));
-            notices.push(Notice {
-                to: To::One(name.to_owned()),
-                message,
-            });
-        }
+        let sessions = self.sessions.iter();
+        let live = sessions.filter(|(_, session)| session.is_live());
+        notices.extend(live.map(|(id, session)| Notice {
+            to: To::One(from.clone()),
+            message: FromAgent::Session(self.describe(id, session)),
+        }));
         notices
     }
 
-    /// Takes over a session made before a restart.
-    fn adopt(&mut self, owner: &str, known: &v1::Session, now: Now) -> bool {
-        let number = u16::try_from(known.connection_port).unwrap_or(0);
-        let Some(port) = ListenPort::new(number).filter(|port| self.ports.has_room(*port)) else {
-            return false;
-        };
-        if !self.is_recovering(now)
-            || self.over.contains(&known.session_id)
-            || known.session_id.len() > MAX_ID_BYTES
-            || known.session_id.is_empty()
+    /// Adopts a session made before a restart. Returns whether the book has it
+    /// now.
+    fn adopt(&mut self, owner: &ConnectionServerId, known: &selection::Session, now: Now) -> bool {
+        if !self.ports.has_room(known.port)
+            || !self.is_recovering(now)
+            || self.over.contains(&known.id)
         {
             return false;
         }
         let is_open = known.open_here;
         let session = Session {
             number: ADOPTED,
-            port,
-            owner: owner.to_owned(),
+            port: known.port,
+            owner: owner.clone(),
             state: if is_open { State::Busy } else { State::Held },
-            open: is_open.then(|| owner.to_owned()).into_iter().collect(),
+            open: is_open.then(|| owner.clone()).into_iter().collect(),
             filter: PortFilter::default(),
             idempotency_key: known.idempotency_key.clone(),
-            bound_client: known.bound_client.clone(),
-            created_ms: known.created_ms,
-            claim_deadline_ms: now.unix_ms + millis(self.times.claim),
+            bound_client: known.bound_client,
+            created: known.created,
+            claim_deadline: now.time_in(self.times.claim),
             until: (!is_open).then_some(now.monotonic + self.times.claim),
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
         };
-        self.insert(known.session_id.clone(), session);
+        self.insert(known.id.clone(), session);
         true
     }
 
-    /// A connection server's stream is gone.
-    pub fn detach(&mut self, name: &str, now: Now) {
+    /// Notes that the stream of a connection server has ended.
+    pub fn detach(&mut self, from: &ConnectionServerId, now: Now) {
         self.connection_servers
-            .detach(name, self.next_number, now.monotonic);
+            .detach(from, self.next_number, now.monotonic);
     }
 
-    /// A connection server has said goodbye: nothing is open there, and nobody
-    /// need wait for it. What it made may still be claimed through others.
-    pub fn leave(&mut self, name: &str, now: Now) -> Vec<Notice> {
+    /// Removes a connection server that has said goodbye. Nothing is open there
+    /// and no port waits for it. The sessions that it made can still be claimed
+    /// through others.
+    pub fn leave(&mut self, from: &ConnectionServerId, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
-        self.connection_servers.remove(name);
-        self.has_nothing(name, now, &mut notices);
+        self.connection_servers.remove(from);
+        self.write_off(from, now, &mut notices);
         notices
     }
 }

@@ -1,10 +1,10 @@
 //! The ports of the book: which exist, which the workload listens on, which
-//! are free and since when. Knows sessions by id only.
+//! are free and since when. Sessions are ids here.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::pool::PortProtocol;
-use crate::selection::v1;
+use crate::session::{PortFilter, PortState, SessionId};
 use crate::table::{ListenPort, Row, TargetPort};
 
 /// The server ports that the workload listens on.
@@ -24,27 +24,6 @@ impl Listening {
     }
 }
 
-/// Which ports a request can use.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct PortFilter {
-    /// Only ports of this name.
-    pub name: Option<String>,
-    /// Only ports that forward this protocol.
-    pub protocol: Option<PortProtocol>,
-}
-
-impl PortFilter {
-    fn admits(&self, group: &Group) -> bool {
-        let protocol = match self.protocol {
-            None => true,
-            Some(PortProtocol::TCP) => group.protocol.has_tcp(),
-            Some(PortProtocol::UDP) => group.protocol.has_udp(),
-            Some(PortProtocol::TCPUDP) => group.protocol == PortProtocol::TCPUDP,
-        };
-        protocol && self.name.as_ref().is_none_or(|name| *name == group.name)
-    }
-}
-
 /// Ports of one name and protocol.
 #[derive(Clone, Debug)]
 struct Group {
@@ -58,7 +37,7 @@ struct Group {
     lingering: u32,
 }
 
-/// What a port with a session is doing.
+/// The use of a port by its session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Occupancy {
     Held,
@@ -68,6 +47,10 @@ pub(super) enum Occupancy {
 }
 
 impl Group {
+    fn serves(&self, filter: &PortFilter) -> bool {
+        filter.admits(&self.name, self.protocol)
+    }
+
     fn count(&mut self, occupancy: Occupancy) -> &mut u32 {
         match occupancy {
             Occupancy::Held => &mut self.held,
@@ -77,16 +60,25 @@ impl Group {
     }
 }
 
+/// The session on a port.
+#[derive(Clone, Debug)]
+struct Occupant {
+    session: SessionId,
+    occupancy: Occupancy,
+}
+
 #[derive(Clone, Debug)]
 struct Port {
+    /// The index of its group.
     group: usize,
     target: TargetPort,
     is_listening: bool,
+    /// A number that grows with each port that is freed.
     freed: u64,
-    session: Option<(String, Occupancy)>,
+    occupant: Option<Occupant>,
 }
 
-/// All ports of the row, and those that left it under a session.
+/// The ports of the row, and those that have left it but have a session.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ports {
     row: Option<Row>,
@@ -97,8 +89,8 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// Follows `row`. Returns the ports with a session that left it, or lead
-    /// elsewhere now; they stay until vacated.
+    /// Follows `row`. Returns the ports with a session that are not in it, or
+    /// lead elsewhere now. They stay until vacated.
     pub(super) fn set_row(&mut self, row: Option<&Row>) -> Vec<ListenPort> {
         self.row = row.cloned();
         let mut orphans = Vec::new();
@@ -110,7 +102,7 @@ impl Ports {
             if self
                 .ports
                 .get(&port)
-                .is_some_and(|port| port.session.is_some())
+                .is_some_and(|port| port.occupant.is_some())
             {
                 orphans.push(port);
             } else {
@@ -148,77 +140,77 @@ impl Ports {
         }
     }
 
-    /// How many there are.
+    /// The number of ports.
     pub(super) fn count(&self) -> usize {
         self.ports.len()
     }
 
     /// The session on `port`.
-    pub(super) fn session(&self, port: ListenPort) -> Option<&str> {
-        self.ports
-            .get(&port)?
-            .session
-            .as_ref()
-            .map(|(id, _)| id.as_str())
+    pub(super) fn session(&self, port: ListenPort) -> Option<&SessionId> {
+        let occupant = self.ports.get(&port)?.occupant.as_ref()?;
+        Some(&occupant.session)
     }
 
     /// Whether `port` exists and has no session; the workload need not listen.
     pub(super) fn has_room(&self, port: ListenPort) -> bool {
         self.ports
             .get(&port)
-            .is_some_and(|port| port.session.is_none())
+            .is_some_and(|port| port.occupant.is_none())
     }
 
     /// Whether any port could serve `filter`.
     pub(super) fn knows(&self, filter: &PortFilter) -> bool {
         self.ports
             .values()
-            .any(|port| filter.admits(&self.groups[port.group]))
+            .any(|port| self.groups[port.group].serves(filter))
     }
 
     /// Whether `port` serves `filter`.
     pub(super) fn fits(&self, port: ListenPort, filter: &PortFilter) -> bool {
         self.ports
             .get(&port)
-            .is_some_and(|port| filter.admits(&self.groups[port.group]))
+            .is_some_and(|port| self.groups[port.group].serves(filter))
     }
 
     /// The port that serves `filter` and has been free for the longest time.
     pub(super) fn longest_free(&self, filter: &PortFilter) -> Option<ListenPort> {
-        let groups = self.groups.iter().filter(|group| filter.admits(group));
+        let groups = self.groups.iter().filter(|group| group.serves(filter));
         let earliest = groups.filter_map(|group| group.free.first()).min()?;
         Some(earliest.1)
     }
 
     /// Gives `number` to a session.
-    pub(super) fn occupy(&mut self, number: ListenPort, session: &str, occupancy: Occupancy) {
+    pub(super) fn occupy(&mut self, number: ListenPort, session: &SessionId, occupancy: Occupancy) {
         self.unlist(number);
         if let Some(port) = self.ports.get_mut(&number) {
-            port.session = Some((session.to_owned(), occupancy));
+            port.occupant = Some(Occupant {
+                session: session.clone(),
+                occupancy,
+            });
             *self.groups[port.group].count(occupancy) += 1;
         }
     }
 
-    /// The session of `number` does something else now.
+    /// Changes what the session on `number` does with it.
     pub(super) fn mark(&mut self, number: ListenPort, occupancy: Occupancy) {
         let Some(port) = self.ports.get_mut(&number) else {
             return;
         };
-        if let Some((_, current)) = &mut port.session {
+        if let Some(occupant) = &mut port.occupant {
             let group = &mut self.groups[port.group];
-            *group.count(*current) -= 1;
+            *group.count(occupant.occupancy) -= 1;
             *group.count(occupancy) += 1;
-            *current = occupancy;
+            occupant.occupancy = occupancy;
         }
     }
 
-    /// Takes `number` back from its session; it is freed last, or goes if the
-    /// row has it no more.
+    /// Takes `number` back from its session. It becomes the last of the free
+    /// ports, or goes if the row does not have it any more.
     pub(super) fn vacate(&mut self, number: ListenPort) {
         self.next_freed += 1;
         if let Some(port) = self.ports.get_mut(&number) {
-            if let Some((_, occupancy)) = port.session.take() {
-                *self.groups[port.group].count(occupancy) -= 1;
+            if let Some(occupant) = port.occupant.take() {
+                *self.groups[port.group].count(occupant.occupancy) -= 1;
             }
             port.freed = self.next_freed;
         }
@@ -230,10 +222,10 @@ impl Ports {
     }
 
     /// Ports by name, protocol and state.
-    pub(super) fn counts(&self) -> Vec<v1::PortCounts> {
-        let counts = self.groups.iter().map(|group| v1::PortCounts {
+    pub(super) fn counts(&self) -> Vec<PortState> {
+        let counts = self.groups.iter().map(|group| PortState {
             name: group.name.clone(),
-            protocol: group.protocol.name().to_owned(),
+            protocol: group.protocol,
             free: u32::try_from(group.free.len()).unwrap_or(u32::MAX),
             held: group.held,
             busy: group.busy,
@@ -296,7 +288,7 @@ impl Ports {
             target,
             is_listening,
             freed: self.next_freed,
-            session: None,
+            occupant: None,
         };
         self.ports.insert(number, port);
         self.list(number);
@@ -312,7 +304,7 @@ impl Ports {
         if let Some(port) = self
             .ports
             .get(&number)
-            .filter(|port| port.session.is_none())
+            .filter(|port| port.occupant.is_none())
         {
             let group = &mut self.groups[port.group];
             if port.is_listening {
@@ -328,7 +320,7 @@ impl Ports {
         if let Some(port) = self
             .ports
             .get(&number)
-            .filter(|port| port.session.is_none())
+            .filter(|port| port.occupant.is_none())
         {
             let group = &mut self.groups[port.group];
             if port.is_listening {

@@ -1,15 +1,19 @@
-//! A session as the book has it: whose port it is, what it is doing, and until
-//! when. Changes are made in `life`, which keeps all else in step.
+//! A session as the book has it: its port, its state and its deadlines. `life`
+//! makes the changes and keeps the rest of the book in step.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::time::Duration;
 
-use super::PortFilter;
+use jiff::Timestamp;
+
 use super::ports::Occupancy;
+use crate::selection::ConnectionServerId;
+use crate::session::PortFilter;
 use crate::table::ListenPort;
 
-/// The number of sessions made before a restart: any connection server may know
-/// them, whenever it attaches.
+/// The number of each session made before a restart. Any connection server may
+/// know such a session, whenever it attaches.
 pub(super) const ADOPTED: u64 = 0;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,27 +21,27 @@ pub(super) enum State {
     Held,
     Busy,
     Lingering,
-    /// Over; these have not acknowledged it yet.
-    Ending(BTreeSet<String>),
+    /// It is over; these have not acknowledged the end yet.
+    Ending(BTreeSet<ConnectionServerId>),
 }
 
 #[derive(Clone, Debug)]
 pub(super) struct Session {
-    /// Higher than those of sessions made before it in this book.
+    /// A number above those of all sessions made before it in this book.
     pub(super) number: u64,
     pub(super) port: ListenPort,
-    pub(super) owner: String,
+    pub(super) owner: ConnectionServerId,
     pub(super) state: State,
     /// Connection servers with connections open on it.
-    pub(super) open: BTreeSet<String>,
+    pub(super) open: BTreeSet<ConnectionServerId>,
     pub(super) filter: PortFilter,
-    pub(super) idempotency_key: String,
-    pub(super) bound_client: String,
-    pub(super) created_ms: u64,
-    pub(super) claim_deadline_ms: u64,
-    /// When the state ends by itself.
+    pub(super) idempotency_key: Option<String>,
+    pub(super) bound_client: Option<IpAddr>,
+    pub(super) created: Timestamp,
+    pub(super) claim_deadline: Timestamp,
+    /// When the state ends without an event.
     pub(super) until: Option<Duration>,
-    /// When the session ends whatever its state.
+    /// When the session ends in any state.
     pub(super) at_most: Option<Duration>,
 }
 

@@ -1,22 +1,26 @@
 //! Streams of connection servers: their greetings, their messages, their ends.
-//! Of two of the same name the newer one counts.
+//! Messages are parsed here as they arrive. Of two streams of the same
+//! connection server, the newer one counts.
 
 use std::pin::Pin;
 use std::time::Duration;
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{Agent, Outbox, send};
-use crate::agent::book::{Notice, To};
+use crate::agent::book::Selected;
 use crate::follow::Rejected;
-use crate::selection::PROTOCOL_VERSION;
+use crate::selection::v1;
 use crate::selection::v1::selection_server::Selection;
-use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, to_agent};
-use crate::table::ListenPort;
+use crate::selection::{
+    ConnectionServerId, FromAgent, Hello, MessageError, RefusalCause, RequestKind, Select, ToAgent,
+    Welcome,
+};
+use crate::table::Table;
 
 /// How long a stream may take to greet.
 const GREETING_DEADLINE: Duration = Duration::from_secs(5);
@@ -25,252 +29,265 @@ const GREETING_DEADLINE: Duration = Duration::from_secs(5);
 /// rollout doubles them.
 const MAX_STREAMS: usize = 64;
 
-/// Longest place of a connection server: boot, host, network namespace and
-/// address take half of it.
-const MAX_PLACE_BYTES: usize = 256;
-
 impl Agent {
     /// Checks a greeting and attaches its sender.
-    fn attach(&self, hello: &v1::Hello, outbox: &Outbox) -> Result<(), Status> {
-        if hello.protocol_version != PROTOCOL_VERSION {
-            let found = hello.protocol_version;
-            return Err(Status::failed_precondition(format!(
-                "protocol version {found} is not spoken here, only {PROTOCOL_VERSION}"
-            )));
-        }
-        let name = &hello.connection_server;
-        if name.is_empty() || name.len() > 64 {
-            return Err(Status::invalid_argument(
-                "connection_server must have 1 to 64 bytes",
-            ));
-        }
-        if hello.place.len() > MAX_PLACE_BYTES {
-            return Err(Status::invalid_argument(format!(
-                "place must have at most {MAX_PLACE_BYTES} bytes"
-            )));
-        }
-        let ours = self
-            .inner
-            .lock()
-            .table
-            .as_ref()
-            .map(|table| table.pool_uid.clone());
-        if ours.is_some_and(|ours| ours != hello.pool_uid) {
-            return Err(Status::failed_precondition(format!(
-                "pool uid {} is another pool's",
-                hello.pool_uid
-            )));
-        }
-        match self.follow(&hello.table) {
-            Ok(()) | Err(Rejected::Older { .. }) => {}
-            Err(Rejected::OtherPool { found, .. }) => {
-                return Err(Status::failed_precondition(format!(
-                    "pool uid {found} is another pool's"
-                )));
-            }
-            Err(Rejected::Invalid(error)) => {
-                return Err(Status::invalid_argument(error.to_string()));
-            }
-        }
+    fn attach(&self, hello: &Hello, outbox: &Outbox) -> Result<(), Status> {
+        self.follow_greeting(hello)?;
+        let from = &hello.connection_server;
         let now = self.now();
         let mut inner = self.inner.lock();
-        let has_row = inner
-            .table
-            .as_ref()
-            .is_some_and(|table| table.row(self.slot).is_some());
-        if !has_row {
+        let table = inner.table.as_ref();
+        if table.is_none_or(|table| table.row(self.slot).is_none()) {
             return Err(Status::failed_precondition(format!(
                 "the table has no row for slot {}",
                 self.slot
             )));
         }
-        if inner.outboxes.len() >= MAX_STREAMS && !inner.outboxes.contains_key(name) {
+        let welcome = Welcome {
+            agent: self.id.to_string(),
+            generation: table.map_or(0, |table| table.generation),
+        };
+        if inner.outboxes.len() >= MAX_STREAMS && !inner.outboxes.contains_key(from) {
             return Err(Status::resource_exhausted(
                 "too many connection servers are attached",
             ));
         }
-        let generation = inner.table.as_ref().map_or(0, |table| table.generation);
-        let welcome = v1::Welcome {
-            protocol_version: PROTOCOL_VERSION,
-            agent: self.id.to_string(),
-            generation,
-        };
-        send(outbox, from_agent::Message::Welcome(welcome));
-        // A stream of the same name that is still there is the broken one.
-        inner.outboxes.insert(name.clone(), outbox.clone());
-        let notices = inner.book.attach(name, &hello.place, &hello.sessions, now);
+        send(outbox, FromAgent::Welcome(welcome));
+        // If a stream of the same connection server is still here, it is broken.
+        inner.outboxes.insert(from.clone(), outbox.clone());
+        let (host_identity, sessions) = (&hello.host_identity, &hello.sessions);
+        let notices = inner.book.attach(from, host_identity, sessions, now);
         inner.send(notices);
         let counts = inner.book.counts(now);
-        inner.told = counts.clone();
-        inner.send(vec![Notice {
-            to: To::All,
-            message: from_agent::Message::Counts(counts),
-        }]);
+        inner.send_all(counts);
         drop(inner);
         self.sooner.notify_one();
-        info!(connection_server = name, "connection server attached");
+        info!(connection_server = %from, "connection server attached");
         Ok(())
     }
 
-    /// Sends nothing more to `outbox`. Whether it was the one of `name`, not
-    /// replaced by a newer stream's.
-    fn drop_outbox(&self, name: &str, outbox: &Outbox) -> bool {
+    /// Follows the table in a greeting, if it is newer; refuses another pool's.
+    fn follow_greeting(&self, hello: &Hello) -> Result<(), Status> {
+        let other_pool =
+            |uid: &str| Status::failed_precondition(format!("pool uid {uid} is another pool's"));
+        let ours = self.table();
+        if ours.is_some_and(|ours| ours.pool_uid != hello.pool_uid) {
+            return Err(other_pool(&hello.pool_uid));
+        }
+        match self.follow_text(&hello.table) {
+            Ok(()) | Err(Rejected::Older { .. }) => Ok(()),
+            Err(Rejected::OtherPool { found, .. }) => Err(other_pool(&found)),
+            Err(Rejected::Invalid(error)) => Err(Status::invalid_argument(error.to_string())),
+        }
+    }
+
+    /// Decodes a table that a connection server has sent, and follows it.
+    fn follow_text(&self, text: &str) -> Result<(), Rejected> {
+        let table = Table::decode(text).map_err(Rejected::from);
+        let table = table.inspect_err(|reason| self.metrics.rejected_tables.count(reason))?;
+        self.follow(&table)
+    }
+
+    /// Sends no more to `outbox`. Returns whether it was the current one of
+    /// `from`, not replaced by a newer stream's.
+    fn drop_outbox(&self, from: &ConnectionServerId, outbox: &Outbox) -> bool {
         let mut inner = self.inner.lock();
-        let is_current = inner.is_current(name, outbox);
+        let is_current = inner.is_current(from, outbox);
         if is_current {
-            inner.outboxes.remove(name);
+            inner.outboxes.remove(from);
         }
         is_current
     }
 
-    fn detach(&self, name: &str, outbox: &Outbox) {
-        if self.drop_outbox(name, outbox) {
-            info!(connection_server = name, "connection server detached");
+    fn detach(&self, from: &ConnectionServerId, outbox: &Outbox) {
+        if self.drop_outbox(from, outbox) {
+            info!(connection_server = %from, "connection server detached");
             self.change(|book, now| {
-                book.detach(name, now);
+                book.detach(from, now);
                 Vec::new()
             });
         }
     }
 
-    fn leave(&self, name: &str, outbox: &Outbox) {
-        if self.drop_outbox(name, outbox) {
-            info!(connection_server = name, "connection server left");
-            self.change(|book, now| book.leave(name, now));
+    fn leave(&self, from: &ConnectionServerId, outbox: &Outbox) {
+        if self.drop_outbox(from, outbox) {
+            info!(connection_server = %from, "connection server left");
+            self.change(|book, now| book.leave(from, now));
         }
     }
 
-    /// Handles a message of a stream. Whether the stream still counts: one that
-    /// a newer one of the same connection server has replaced is not heard any
-    /// more, as what it tells was so before the newer one's greeting.
-    fn receive(&self, name: &str, message: &to_agent::Message, outbox: &Outbox) -> bool {
-        use to_agent::Message;
-        let mut counts = true;
+    /// Handles a message of a stream. Returns whether the stream still counts.
+    /// It does not once a newer one of the same connection server has replaced
+    /// it: what it reports happened before the newer one's greeting.
+    fn receive(&self, from: &ConnectionServerId, message: &ToAgent, outbox: &Outbox) -> bool {
         match message {
             // A goodbye is the stream's end, see `serve`.
-            Message::Hello(_) | Message::Goodbye(_) => {
+            ToAgent::Hello(_) | ToAgent::Goodbye => {
                 self.metrics.unexpected_messages.inc();
             }
-            Message::TableUpdate(update) => {
-                if let Err(reason) = self.follow(&update.table) {
-                    warn!(connection_server = name, %reason, "table update not accepted");
+            ToAgent::TableUpdate(table) => {
+                if let Err(reason) = self.follow_text(table) {
+                    warn!(connection_server = %from, %reason, "table update not accepted");
                 }
             }
-            Message::Select(request) => counts = self.select(name, request, outbox),
-            Message::Lookup(lookup) => {
-                let number = u16::try_from(lookup.connection_port).unwrap_or(0);
-                let session =
-                    ListenPort::new(number).and_then(|port| self.inner.lock().book.look_up(port));
-                let request_id = lookup.request_id;
+            ToAgent::Select(request) => {
+                return self.select(from, request.request_id, Some(request), outbox);
+            }
+            ToAgent::Lookup { request_id, port } => {
+                let session = self.inner.lock().book.look_up(*port);
+                let request_id = *request_id;
                 send(
                     outbox,
-                    from_agent::Message::LookedUp(v1::LookedUp {
+                    FromAgent::LookedUp {
                         request_id,
                         session,
-                    }),
+                    },
                 );
             }
-            // Given back is given back, whoever says so.
-            Message::Release(_) => self.change(|book, now| book.report(name, message, now)),
-            Message::Opened(_) | Message::Closed(_) | Message::Ended(_) => {
+            // The client gave the session back, on whichever stream that comes.
+            ToAgent::Release(_) => self.change(|book, now| book.report(from, message, now)),
+            ToAgent::Opened(_) | ToAgent::Closed(_) | ToAgent::Ended(_) => {
                 let now = self.now();
                 let mut inner = self.inner.lock();
-                counts = inner.is_current(name, outbox);
+                let counts = inner.is_current(from, outbox);
                 if counts {
-                    let notices = inner.book.report(name, message, now);
+                    let notices = inner.book.report(from, message, now);
                     inner.send(notices);
-                    inner.tell_counts(now);
+                    inner.send_counts(now);
                 }
                 drop(inner);
                 self.sooner.notify_one();
+                return counts;
             }
         }
-        counts
+        true
     }
 
-    /// Selects a port: counts first, so that the reply's reader has them.
-    /// Whether the stream still counts.
-    fn select(&self, name: &str, request: &v1::Select, outbox: &Outbox) -> bool {
+    /// Answers a request that does not parse and counts other messages that do
+    /// not. Returns whether the stream still counts.
+    fn refuse(&self, from: &ConnectionServerId, error: &MessageError, outbox: &Outbox) -> bool {
+        debug!(connection_server = %from, %error, "message not accepted");
+        match *error {
+            MessageError::Request {
+                request_id, kind, ..
+            } => match kind {
+                RequestKind::Select => return self.select(from, request_id, None, outbox),
+                RequestKind::Lookup => {
+                    let session = None;
+                    send(
+                        outbox,
+                        FromAgent::LookedUp {
+                            request_id,
+                            session,
+                        },
+                    );
+                }
+            },
+            MessageError::Unknown | MessageError::Version { .. } | MessageError::Field(_) => {
+                self.metrics.unexpected_messages.inc();
+            }
+        }
+        true
+    }
+
+    /// Selects a port, or refuses a request that did not parse (`None`). Sends
+    /// the counts first, so that the receiver of the answer has them. Returns
+    /// whether the stream still counts.
+    fn select(
+        &self,
+        from: &ConnectionServerId,
+        request_id: u64,
+        request: Option<&Select>,
+        outbox: &Outbox,
+    ) -> bool {
         let now = self.now();
-        let request_id = request.request_id;
         let mut inner = self.inner.lock();
-        if !inner.is_current(name, outbox) {
+        if !inner.is_current(from, outbox) {
             return false;
         }
-        let selected = inner.book.select(name, request, now);
+        let selected = match request {
+            Some(request) => inner.book.select(from, request, now),
+            None => Err(RefusalCause::Malformed),
+        };
         self.metrics.selected(selected.as_ref().err().copied());
         let answer = match selected {
-            Ok((session, notices)) => {
+            Ok(Selected { session, notices }) => {
                 inner.send(notices);
-                let session = Some(session);
-                from_agent::Message::Selected(v1::Selected {
+                FromAgent::Selected {
                     request_id,
                     session,
-                })
+                }
             }
-            Err(cause) => {
-                let cause = cause.into();
-                from_agent::Message::Refused(v1::Refused { request_id, cause })
-            }
+            Err(cause) => FromAgent::Refused { request_id, cause },
         };
-        inner.tell_counts(now);
+        inner.send_counts(now);
         send(outbox, answer);
         drop(inner);
         self.sooner.notify_one();
         true
     }
 
-    async fn serve(self, mut incoming: Streaming<ToAgent>, name: String, outbox: Outbox) {
-        while let Ok(Some(ToAgent { message })) = incoming.message().await {
-            match message {
-                Some(to_agent::Message::Goodbye(_)) => {
-                    self.leave(&name, &outbox);
+    async fn serve(
+        self,
+        mut incoming: Streaming<v1::ToAgent>,
+        from: ConnectionServerId,
+        outbox: Outbox,
+    ) {
+        while let Ok(Some(message)) = incoming.message().await {
+            let counts = match ToAgent::try_from(message) {
+                Ok(ToAgent::Goodbye) => {
+                    self.leave(&from, &outbox);
                     return;
                 }
-                Some(message) => {
-                    if !self.receive(&name, &message, &outbox) {
-                        break;
-                    }
-                }
-                None => {
-                    self.metrics.unexpected_messages.inc();
-                }
+                Ok(message) => self.receive(&from, &message, &outbox),
+                Err(error) => self.refuse(&from, &error, &outbox),
+            };
+            if !counts {
+                break;
             }
         }
-        self.detach(&name, &outbox);
+        self.detach(&from, &outbox);
+    }
+}
+
+/// The greeting in the first message of a stream.
+fn greeting(first: Option<v1::ToAgent>) -> Result<Hello, Status> {
+    match first.unwrap_or_default().try_into() {
+        Ok(ToAgent::Hello(hello)) => Ok(hello),
+        Err(error @ MessageError::Version { .. }) => {
+            Err(Status::failed_precondition(error.to_string()))
+        }
+        Err(error @ MessageError::Field(_)) => Err(Status::invalid_argument(error.to_string())),
+        Ok(_) | Err(MessageError::Unknown | MessageError::Request { .. }) => {
+            Err(Status::invalid_argument("the first message must be Hello"))
+        }
     }
 }
 
 #[tonic::async_trait]
 impl Selection for Agent {
-    type AttachStream = Pin<Box<dyn Stream<Item = Result<FromAgent, Status>> + Send>>;
+    type AttachStream = Pin<Box<dyn Stream<Item = Result<v1::FromAgent, Status>> + Send>>;
 
     async fn attach(
         &self,
-        request: Request<Streaming<ToAgent>>,
+        request: Request<Streaming<v1::ToAgent>>,
     ) -> Result<Response<Self::AttachStream>, Status> {
         let mut incoming = request.into_inner();
         let first = tokio::time::timeout(GREETING_DEADLINE, incoming.message()).await;
         let first = first.map_err(|_| Status::deadline_exceeded("no greeting came"))??;
-        let Some(ToAgent {
-            message: Some(to_agent::Message::Hello(hello)),
-        }) = first
-        else {
-            self.metrics.refused_greetings.inc();
-            return Err(Status::invalid_argument("the first message must be Hello"));
-        };
         let (outbox, outgoing) = mpsc::unbounded_channel();
-        if let Err(status) = Agent::attach(self, &hello, &outbox) {
+        let attached = greeting(first).and_then(|hello| {
+            Agent::attach(self, &hello, &outbox)?;
+            Ok(hello.connection_server)
+        });
+        let from = attached.inspect_err(|status| {
             self.metrics.refused_greetings.inc();
             warn!(reason = status.message(), "greeting refused");
-            return Err(status);
-        }
-        tokio::spawn(
-            self.clone()
-                .serve(incoming, hello.connection_server, outbox),
-        );
-        Ok(Response::new(Box::pin(UnboundedReceiverStream::new(
-            outgoing,
-        ))))
+        })?;
+        tokio::spawn(self.clone().serve(incoming, from, outbox));
+        let outgoing = UnboundedReceiverStream::new(outgoing);
+        Ok(Response::new(Box::pin(
+            outgoing.map(|message| Ok(message.into())),
+        )))
     }
 }
