@@ -31,7 +31,7 @@ use super::load_sharing::reservations::Reservations;
 use super::metrics::Metrics;
 use super::sessions::Sessions;
 use super::sessions::span::SessionSpan;
-use crate::selection::v1::{self, ToAgent, refused, to_agent::Message};
+use crate::selection::{ConnectionServerId, RefusalCause, Select, Session, ToAgent};
 use crate::table::{Row, RowState, Slot, Table};
 
 /// How long a server may take to select a port before the next one is asked.
@@ -45,7 +45,7 @@ const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SelectError {
     /// It refused.
-    Refused(refused::Cause),
+    Refused(RefusalCause),
     /// It did not answer within a second.
     TimedOut,
     /// Its stream is down, or went down before the answer.
@@ -57,7 +57,7 @@ impl SelectError {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::Refused(cause) => cause.as_str_name(),
+            Self::Refused(cause) => cause.name(),
             Self::TimedOut => "TIMED_OUT",
             Self::Detached => "DETACHED",
         }
@@ -68,7 +68,7 @@ impl SelectError {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentsSnapshot {
     /// The id that agents know it by.
-    pub id: String,
+    pub id: ConnectionServerId,
     /// The identity of its listening socket, as agents know it.
     pub host_identity: String,
     /// When a slot's agent was last in reach: its sessions are cut as early as
@@ -81,7 +81,7 @@ impl AgentsSnapshot {
     #[must_use]
     pub fn new(host_identity: String) -> Self {
         Self {
-            id: uuid::Uuid::new_v4().simple().to_string(),
+            id: ConnectionServerId::random(),
             host_identity,
             reached: HashMap::new(),
         }
@@ -91,7 +91,7 @@ impl AgentsSnapshot {
 /// The streams to all processing servers.
 pub struct Agents {
     /// The id of this connection server, which a successor goes on under.
-    id: String,
+    id: ConnectionServerId,
     /// The identity of its listening socket, which a successor goes on with.
     host_identity: String,
     /// When a predecessor last reached agents that no stream was opened to yet.
@@ -231,9 +231,9 @@ impl Agents {
     pub async fn select(
         &self,
         slot: Slot,
-        request: v1::Select,
+        request: Select,
         span: SessionSpan,
-    ) -> Result<v1::Session, SelectError> {
+    ) -> Result<Session, SelectError> {
         let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, answered) = oneshot::channel();
         let state = {
@@ -249,11 +249,11 @@ impl Agents {
             let answer = sender;
             let pending = PendingSelect { answer, span };
             stream.pending.insert(request_id, pending);
-            let message = Some(Message::Select(v1::Select {
+            let request = Select {
                 request_id,
                 ..request
-            }));
-            let _ = stream.outbox.send(ToAgent { message });
+            };
+            let _ = stream.outbox.send(ToAgent::Select(request));
         }
         match timeout(SELECT_DEADLINE, answered).await {
             Ok(Ok(result)) => result,
@@ -273,8 +273,7 @@ impl Agents {
         self.leaving.store(true, Ordering::Relaxed);
         for link in self.links.lock().values() {
             if let Some(stream) = link.state.stream.lock().as_ref() {
-                let message = Some(Message::Goodbye(v1::Goodbye {}));
-                let _ = stream.outbox.send(ToAgent { message });
+                let _ = stream.outbox.send(ToAgent::Goodbye);
             }
         }
         // The agent answers a goodbye by ending the stream.

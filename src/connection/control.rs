@@ -21,7 +21,8 @@ use super::sessions::span::SessionSpan;
 use super::sessions::{Action, Actions, Outbox, ReleaseError, Sessions};
 use crate::forward::snapshot::ForwarderSnapshot;
 use crate::forward::{ApplyError, Forwarder, SessionKey};
-use crate::selection::v1::{self, ToAgent, end};
+use crate::selection::{EndCause, Session, ToAgent};
+use crate::session::SessionId;
 use crate::table::{Slot, Table};
 
 /// The sessions and the data plane that follows them.
@@ -86,7 +87,7 @@ impl Control {
     /// # Errors
     /// [`ReleaseError`] when there is no such session, or its agent cannot be
     /// reached; nothing has changed then.
-    pub async fn release(&self, id: &str) -> Result<(), ReleaseError> {
+    pub async fn release(&self, id: &SessionId) -> Result<(), ReleaseError> {
         let change = self.begin_change().await;
         let actions = change.control.sessions.release(id)?;
         self.carry_out(actions);
@@ -185,29 +186,24 @@ impl Change<'_> {
     }
 
     /// See [`Sessions::attach`].
-    pub fn attach(
-        &self,
-        slot: Slot,
-        outbox: Outbox,
-        greet: impl FnOnce(Vec<v1::Session>) -> ToAgent,
-    ) {
+    pub fn attach(&self, slot: Slot, outbox: Outbox, greet: impl FnOnce(Vec<Session>) -> ToAgent) {
         self.control.sessions.attach(slot, outbox, greet);
     }
 
     /// See [`Sessions::learn`].
-    pub fn learn(&self, slot: Slot, session: v1::Session, span: impl FnOnce() -> SessionSpan) {
+    pub fn learn(&self, slot: Slot, session: Session, span: impl FnOnce() -> SessionSpan) {
         let actions = self.control.sessions.learn(slot, session, span);
         self.control.carry_out(actions);
     }
 
     /// See [`Sessions::end`].
-    pub fn end(&self, slot: Slot, id: &str, cause: end::Cause) {
+    pub fn end(&self, slot: Slot, id: &SessionId, cause: EndCause) {
         let actions = self.control.sessions.end(slot, id, cause);
         self.control.carry_out(actions);
     }
 
     /// See [`Sessions::looked_up`].
-    pub fn looked_up(&self, slot: Slot, request_id: u64, session: Option<v1::Session>) {
+    pub fn looked_up(&self, slot: Slot, request_id: u64, session: Option<Session>) {
         let actions = self.control.sessions.looked_up(slot, request_id, session);
         self.control.carry_out(actions);
     }

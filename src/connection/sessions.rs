@@ -43,7 +43,8 @@ use self::gate::PendingLookup;
 use self::span::{Carried, SessionSpan};
 use crate::forward::{SessionKey, Traffic};
 use crate::pool::Admission;
-use crate::selection::v1::{self, ToAgent, end, to_agent::Message};
+use crate::selection::{EndCause, Session, ToAgent};
+use crate::session::{SessionId, SessionState};
 use crate::table::{ListenPort, PortIndex, Row, Slot, Table};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
@@ -59,7 +60,7 @@ pub struct KnownSession {
     /// The slot of its processing server.
     pub slot: Slot,
     /// The session as its agent reported it last.
-    pub session: v1::Session,
+    pub session: Session,
 }
 
 /// Why a client cannot give a session back.
@@ -83,18 +84,18 @@ struct Inner {
     rules: TableRules,
     outboxes: HashMap<Slot, Outbox>,
     live: HashMap<ListenPort, Live>,
-    port_by_id: HashMap<String, ListenPort>,
-    id_by_idempotency_key: HashMap<String, String>,
+    port_by_id: HashMap<SessionId, ListenPort>,
+    id_by_idempotency_key: HashMap<String, SessionId>,
     ending: HashMap<SessionKey, Ending>,
     /// Sessions released by a client whose agent has not confirmed the end yet,
     /// with their slot. Late reports about them are ignored, and the release is
     /// repeated after a reconnect.
-    released: HashMap<String, Slot>,
+    released: HashMap<SessionId, Slot>,
     /// The session that ended last on each port, until the next one: its agent
     /// may restart before every connection server has the end, and adopt it from
     /// one that has not. Earlier ones need not be known: their port was free, so
     /// every connection server had the end.
-    last_ended: HashMap<ListenPort, String>,
+    last_ended: HashMap<ListenPort, SessionId>,
     pending_lookups: HashMap<ListenPort, Vec<PendingLookup>>,
 }
 
@@ -106,7 +107,7 @@ struct Live {
     // A lock, not an atomic: Opened and Closed must be sent in the order in
     // which the count leaves and reaches zero.
     flows: Mutex<Flows>,
-    session: v1::Session,
+    session: Session,
     span: SessionSpan,
 }
 
@@ -134,7 +135,7 @@ impl Flows {
 /// A session that has ended and whose connections are being cut.
 #[derive(Debug)]
 struct Ending {
-    id: String,
+    id: SessionId,
     slot: Slot,
     flows: Flows,
     cause: &'static str,
@@ -155,22 +156,25 @@ impl TableRules {
 }
 
 impl Inner {
-    fn send(&self, slot: Slot, message: Message) {
+    fn send(&self, slot: Slot, message: ToAgent) {
         if let Some(outbox) = self.outboxes.get(&slot) {
             // A closed outbox is a stream that just broke; the next greeting has
             // everything that the agent missed.
-            let _ = outbox.send(ToAgent {
-                message: Some(message),
-            });
+            let _ = outbox.send(message);
         }
     }
 
     /// Adds a session.
-    fn insert(&mut self, live: Live, port: ListenPort) {
-        let id = live.session.session_id.clone();
-        if !live.session.idempotency_key.is_empty() {
-            let key = live.session.idempotency_key.clone();
-            self.id_by_idempotency_key.insert(key, id.clone());
+    fn insert(&mut self, live: Live) {
+        let Session {
+            id,
+            idempotency_key,
+            port,
+            ..
+        } = &live.session;
+        let (id, port) = (id.clone(), *port);
+        if let Some(key) = idempotency_key {
+            self.id_by_idempotency_key.insert(key.clone(), id.clone());
         }
         self.last_ended.remove(&port);
         self.port_by_id.insert(id, port);
@@ -179,17 +183,14 @@ impl Inner {
 
     /// Takes a session out of the gate, for the log's `cause`. `Ended` is sent to
     /// its agent when the data plane has done what the result says.
-    fn end(&mut self, id: &str, cause: &'static str) -> Option<Action> {
+    fn end(&mut self, id: &SessionId, cause: &'static str) -> Option<Action> {
         let port = self.port_by_id.remove(id)?;
         let live = self.live.remove(&port)?;
         // The key may name a later session by now.
-        let idempotency_key = &live.session.idempotency_key;
-        if self
-            .id_by_idempotency_key
-            .get(idempotency_key)
-            .is_some_and(|owner| owner == id)
+        if let Some(key) = &live.session.idempotency_key
+            && self.id_by_idempotency_key.get(key) == Some(id)
         {
-            self.id_by_idempotency_key.remove(idempotency_key);
+            self.id_by_idempotency_key.remove(key);
         }
         let mut flows = live.flows.into_inner();
         // The cut itself, which is reported like a flow: a client that connected
@@ -197,7 +198,7 @@ impl Inner {
         // the next session.
         flows.open += 1;
         let ending = Ending {
-            id: id.to_owned(),
+            id: id.clone(),
             slot: live.slot,
             flows,
             cause,
@@ -207,8 +208,8 @@ impl Inner {
         Some(Action::Cut(port, live.key))
     }
 
-    fn is_ending(&self, id: &str) -> bool {
-        self.ending.values().any(|ending| ending.id == id)
+    fn is_ending(&self, id: &SessionId) -> bool {
+        self.ending.values().any(|ending| ending.id == *id)
     }
 }
 
@@ -249,27 +250,20 @@ impl Sessions {
 
     /// An agent's stream is up: from now on its messages go to `outbox`, the
     /// greeting first. `greet` makes it from the sessions known on this server.
-    pub fn attach(
-        &self,
-        slot: Slot,
-        outbox: Outbox,
-        greet: impl FnOnce(Vec<v1::Session>) -> ToAgent,
-    ) {
+    pub fn attach(&self, slot: Slot, outbox: Outbox, greet: impl FnOnce(Vec<Session>) -> ToAgent) {
         let mut inner = self.inner.write();
         let known = inner
             .live
             .values()
             .filter(|live| live.slot == slot)
-            .map(|live| v1::Session {
+            .map(|live| Session {
                 open_here: live.flows.lock().open > 0,
                 ..live.session.clone()
             });
         let _ = outbox.send(greet(known.collect()));
         // They may have been lost with the former stream.
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
-            let session_id = id.clone();
-            let message = Some(Message::Release(v1::Release { session_id }));
-            let _ = outbox.send(ToAgent { message });
+            let _ = outbox.send(ToAgent::Release(id.clone()));
         }
         inner.outboxes.insert(slot, outbox);
     }
@@ -291,11 +285,11 @@ impl Sessions {
     /// was removed, or out of reach for too long.
     pub fn forget_server(&self, slot: Slot) -> Actions {
         let mut inner = self.inner.write();
-        let ids: Vec<String> = inner
+        let ids: Vec<SessionId> = inner
             .live
             .values()
             .filter(|live| live.slot == slot)
-            .map(|live| live.session.session_id.clone())
+            .map(|live| live.session.id.clone())
             .collect();
         ids.iter()
             .filter_map(|id| inner.end(id, "SERVER_GONE"))
@@ -318,37 +312,30 @@ impl Sessions {
     pub fn learn(
         &self,
         slot: Slot,
-        session: v1::Session,
+        session: Session,
         span: impl FnOnce() -> SessionSpan,
     ) -> Actions {
-        let number = u16::try_from(session.connection_port).unwrap_or(0);
-        let Some(port) = ListenPort::new(number) else {
-            return Actions::default();
-        };
+        let port = session.port;
         let mut inner = self.inner.write();
         // Another server cannot speak for this port.
         if inner.rules.slot(port) != Some(slot) {
             return Actions::default();
         }
-        let known = inner
-            .live
-            .get(&port)
-            .map(|live| live.session.session_id.clone());
-        if known.as_ref() == Some(&session.session_id) {
+        let known = inner.live.get(&port).map(|live| live.session.id.clone());
+        if known.as_ref() == Some(&session.id) {
             if let Some(live) = inner.live.get_mut(&port) {
                 live.session = session;
             }
             return Actions::default();
         }
-        let id = &session.session_id;
+        let id = &session.id;
         if inner.is_ending(id) || inner.released.contains_key(id) {
             return Actions::default();
         }
         if inner.last_ended.get(&port) == Some(id) {
             // Another connection server brought it back; the agent reports its
             // end to that one now.
-            let session_id = id.clone();
-            inner.send(slot, Message::Release(v1::Release { session_id }));
+            inner.send(slot, ToAgent::Release(id.clone()));
             return Actions::default();
         }
         // A successor on the port means that we missed the end of the former.
@@ -359,31 +346,26 @@ impl Sessions {
         let live = Live {
             key: SessionKey(self.next_key.fetch_add(1, Ordering::Relaxed) + 1),
             slot,
-            bound_client: session
-                .bound_client
-                .parse()
-                .ok()
-                .map(|client: IpAddr| client.to_canonical()),
+            bound_client: session.bound_client.map(|client| client.to_canonical()),
             flows: Mutex::default(),
             session,
             span,
         };
-        inner.insert(live, port);
+        inner.insert(live);
         cut.into_iter().collect()
     }
 
     /// An agent ends a session. `Ended` is sent to it when no connection is
     /// left.
-    pub fn end(&self, slot: Slot, id: &str, cause: end::Cause) -> Actions {
+    pub fn end(&self, slot: Slot, id: &SessionId, cause: EndCause) -> Actions {
         let mut inner = self.inner.write();
         inner.released.remove(id);
         if let Some(port) = inner.port_by_id.get(id).copied() {
-            inner.last_ended.insert(port, id.to_owned());
+            inner.last_ended.insert(port, id.clone());
         }
-        let action = inner.end(id, cause.as_str_name());
+        let action = inner.end(id, cause.name());
         if action.is_none() && !inner.is_ending(id) {
-            let session_id = id.to_owned();
-            inner.send(slot, Message::Ended(v1::Ended { session_id }));
+            inner.send(slot, ToAgent::Ended(id.clone()));
         }
         action.into_iter().collect()
     }
@@ -392,7 +374,7 @@ impl Sessions {
     ///
     /// # Errors
     /// [`ReleaseError`]; nothing has changed then.
-    pub fn release(&self, id: &str) -> Result<Actions, ReleaseError> {
+    pub fn release(&self, id: &SessionId) -> Result<Actions, ReleaseError> {
         let mut inner = self.inner.write();
         let port = inner.port_by_id.get(id).copied();
         let port = port.ok_or(ReleaseError::Unknown)?;
@@ -401,17 +383,16 @@ impl Sessions {
         if !inner.outboxes.contains_key(&slot) {
             return Err(ReleaseError::OutOfReach);
         }
-        let session_id = id.to_owned();
-        inner.send(slot, Message::Release(v1::Release { session_id }));
-        inner.released.insert(id.to_owned(), slot);
-        inner.last_ended.insert(port, id.to_owned());
-        let action = inner.end(id, end::Cause::Released.as_str_name());
+        inner.send(slot, ToAgent::Release(id.clone()));
+        inner.released.insert(id.clone(), slot);
+        inner.last_ended.insert(port, id.clone());
+        let action = inner.end(id, EndCause::Released.name());
         Ok(action.into_iter().collect())
     }
 
     /// The live session `id`.
     #[must_use]
-    pub fn get(&self, id: &str) -> Option<KnownSession> {
+    pub fn get(&self, id: &SessionId) -> Option<KnownSession> {
         let inner = self.inner.read();
         let live = inner.live.get(inner.port_by_id.get(id)?)?;
         Some(KnownSession {
@@ -422,9 +403,9 @@ impl Sessions {
 
     /// The live session on `port`, by id.
     #[must_use]
-    pub fn session_on(&self, port: ListenPort) -> Option<String> {
+    pub fn session_on(&self, port: ListenPort) -> Option<SessionId> {
         let inner = self.inner.read();
-        Some(inner.live.get(&port)?.session.session_id.clone())
+        Some(inner.live.get(&port)?.session.id.clone())
     }
 
     /// The live session made under an idempotency key.
@@ -437,13 +418,12 @@ impl Sessions {
     /// The number of live sessions by state, as their agents reported last.
     #[must_use]
     pub fn count_by_state(&self) -> [(&'static str, i64); 3] {
-        use v1::session::State;
         let mut counts = [("held", 0), ("busy", 0), ("lingering", 0)];
         for live in self.inner.read().live.values() {
-            let index = match live.session.state() {
-                State::Held | State::Unspecified => 0,
-                State::Busy => 1,
-                State::Lingering => 2,
+            let index = match live.session.state {
+                SessionState::Held => 0,
+                SessionState::Busy => 1,
+                SessionState::Lingering => 2,
             };
             counts[index].1 += 1;
         }

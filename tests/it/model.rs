@@ -17,10 +17,9 @@ use portpool::connection::sessions::span::SessionSpan;
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use portpool::pool::PortProtocol;
-use portpool::selection::v1;
 use portpool::selection::{
     CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, FromAgent, GONE_AFTER,
-    KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, Session, ToAgent,
+    KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, ToAgent,
 };
 use portpool::session::{PortFilter, SessionId};
 use portpool::table::{ListenPort, PortRange, Slot, Table};
@@ -39,7 +38,7 @@ const TIMES: Times = Times {
 const FOUND_OUT: Duration = KEEP_ALIVE_INTERVAL.saturating_add(KEEP_ALIVE_TIMEOUT);
 
 /// How long the data plane keeps a client whose session is asked for.
-const PARKED: Duration = portpool::forward::PENDING_DEADLINE;
+const PENDING_FOR: Duration = portpool::forward::PENDING_DEADLINE;
 
 /// A step of the world. Indices are taken modulo what there is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +92,7 @@ enum Noticing {
 
 struct Stream {
     outbox: Outbox,
-    sent: UnboundedReceiver<v1::ToAgent>,
+    sent: UnboundedReceiver<ToAgent>,
     to_agent: VecDeque<ToAgent>,
     from_agent: VecDeque<FromAgent>,
     /// Nothing arrives any more; when the connection server notices.
@@ -117,7 +116,7 @@ struct Connection {
     server: usize,
     port: ListenPort,
     key: SessionKey,
-    session: String,
+    session: SessionId,
 }
 
 /// A client that has connected in a session's time.
@@ -125,17 +124,17 @@ struct Connection {
 struct Waiting {
     server: usize,
     port: ListenPort,
-    session: String,
+    session: SessionId,
 }
 
 /// A client whose session is asked for.
 #[derive(Clone, Debug)]
-struct Parked {
+struct PendingClient {
     server: usize,
     port: ListenPort,
     until: Duration,
     /// Of one that has waited to be accepted: the session that it is of.
-    session: Option<String>,
+    session: Option<SessionId>,
 }
 
 struct World {
@@ -148,16 +147,16 @@ struct World {
     closing: Vec<(Duration, Connection)>,
     /// Clients that the kernel has connected, until the data plane accepts them.
     waiting: Vec<Waiting>,
-    parked: HashMap<PendingId, Parked>,
+    pending: HashMap<PendingId, PendingClient>,
     /// What data planes are told to cut: of which server, and what.
     cuts: Vec<(usize, ListenPort, SessionKey)>,
     /// When agents notice that a connection server is not there any more.
     unnoticed: Vec<(Duration, usize, ConnectionServerId)>,
     /// Connection servers, by name, and sessions that they knew and that are over
     /// for them: given back through them, or ended by their agent.
-    over: HashSet<(ConnectionServerId, String)>,
+    over: HashSet<(ConnectionServerId, SessionId)>,
     /// Sessions that each agent has ended since it was started.
-    ended: Vec<HashSet<String>>,
+    ended: Vec<HashSet<SessionId>>,
     names: usize,
 }
 
@@ -182,7 +181,7 @@ impl World {
             connections: Vec::new(),
             closing: Vec::new(),
             waiting: Vec::new(),
-            parked: HashMap::new(),
+            pending: HashMap::new(),
             cuts: Vec::new(),
             unnoticed: Vec::new(),
             over: HashSet::new(),
@@ -237,7 +236,7 @@ impl World {
         {
             while let Ok(message) = stream.sent.try_recv() {
                 if stream.broken.is_none() {
-                    stream.to_agent.push_back(message.try_into().unwrap());
+                    stream.to_agent.push_back(message);
                 }
             }
         }
@@ -348,7 +347,7 @@ impl World {
                 let closed_at = self.now.monotonic + CLOSED_AFTER - Duration::from_millis(1);
                 self.closing
                     .extend(died.into_iter().map(|died| (closed_at, died)));
-                self.parked.retain(|_, parked| parked.server != server);
+                self.pending.retain(|_, pending| pending.server != server);
                 self.waiting.retain(|waiting| waiting.server != server);
                 self.cuts.retain(|(of, ..)| *of != server);
                 self.servers[server] = self.connection_server(server);
@@ -386,34 +385,34 @@ impl World {
 
     /// The data plane meets a client. One that has waited since the time of
     /// `session` is admitted to no other.
-    fn meet(&mut self, server: usize, port: ListenPort, session: Option<String>) {
+    fn meet(&mut self, server: usize, port: ListenPort, session: Option<SessionId>) {
         let client = SocketAddr::from(([127, 0, 0, 1], 1));
         let sessions = &self.servers[server].sessions;
         match sessions.admit(port, Transport::Tcp, client) {
             Decision::Admit(key) => {
-                self.expect_own(server, port, session.as_deref());
+                self.expect_own(server, port, session.as_ref());
                 self.admitted(server, port, key);
             }
             Decision::Refuse => {}
             Decision::Ask => {
                 self.names += 1;
-                let ticket = PendingId(self.names as u64);
-                let parked = Parked {
+                let id = PendingId(self.names as u64);
+                let pending = PendingClient {
                     server,
                     port,
-                    until: self.now.monotonic + PARKED,
+                    until: self.now.monotonic + PENDING_FOR,
                     session,
                 };
-                self.parked.insert(ticket, parked);
-                sessions.ask(ticket, port, Transport::Tcp, client);
+                self.pending.insert(id, pending);
+                sessions.ask(id, port, Transport::Tcp, client);
             }
         }
     }
 
-    fn expect_own(&self, server: usize, port: ListenPort, session: Option<&str>) {
+    fn expect_own(&self, server: usize, port: ListenPort, session: Option<&SessionId>) {
         let live = self.servers[server].sessions.session_on(port);
         assert!(
-            session.is_none() || session == live.as_deref(),
+            session.is_none() || session == live.as_ref(),
             "a client of {session:?} is admitted to {live:?}"
         );
     }
@@ -425,8 +424,8 @@ impl World {
             let Waiting { session, .. } = self.waiting.remove(here);
             self.meet(server, port, Some(session));
         }
-        self.parked
-            .retain(|_, parked| parked.server != server || parked.port != port);
+        self.pending
+            .retain(|_, pending| pending.server != server || pending.port != port);
         let is_cut = |open: &Connection| open.server == server && open.key == key;
         while let Some(cut) = self.connections.iter().position(is_cut) {
             let connection = self.connections.remove(cut);
@@ -446,7 +445,7 @@ impl World {
         }
         self.collect();
         // Clients that wait for their session give up here.
-        self.parked.retain(|_, parked| parked.server != server);
+        self.pending.retain(|_, pending| pending.server != server);
         let former = &mut self.servers[server];
         let sessions = Sessions::default();
         let flows = self.connections.iter();
@@ -485,18 +484,18 @@ impl World {
         for action in actions {
             match action {
                 Action::Cut(port, key) => self.cuts.push((server, port, key)),
-                Action::Answer(port, ticket, Decision::Admit(key)) => {
+                Action::Answer(port, id, Decision::Admit(key)) => {
                     self.admitted(server, port, key);
-                    match self.parked.remove(&ticket) {
-                        Some(parked) => self.expect_own(server, port, parked.session.as_deref()),
+                    match self.pending.remove(&id) {
+                        Some(pending) => self.expect_own(server, port, pending.session.as_ref()),
                         None => {
                             let gone = self.connections.pop().expect("was added");
                             self.closed(&gone);
                         }
                     }
                 }
-                Action::Answer(_, ticket, _) => {
-                    self.parked.remove(&ticket);
+                Action::Answer(_, id, _) => {
+                    self.pending.remove(&id);
                 }
             }
         }
@@ -515,9 +514,9 @@ impl World {
         let name = self.servers[server].name.clone();
         let mut known = Vec::new();
         sessions.attach(Slot(slot), outbox.clone(), |sessions| {
-            let sessions = sessions.into_iter();
-            known.extend(sessions.map(|session| Session::try_from(session).unwrap()));
-            v1::ToAgent::default()
+            known = sessions;
+            // Any message stands for the greeting, which is taken out below.
+            ToAgent::Goodbye
         });
         let (to_agent, from_agent) = (VecDeque::new(), VecDeque::new());
         let mut stream = Stream {
@@ -591,7 +590,7 @@ impl World {
     fn send(&mut self, agent: usize, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
             if let (To::All, FromAgent::End { session_id, .. }) = (&to, &message) {
-                self.ended[agent].insert(session_id.to_string());
+                self.ended[agent].insert(session_id.clone());
             }
             for server in &mut self.servers {
                 let is_meant = match &to {
@@ -654,16 +653,15 @@ impl World {
         match message {
             FromAgent::Session(session) => {
                 let sessions = &self.servers[server].sessions;
-                let actions = sessions.learn(Slot(slot), session.into(), SessionSpan::learned);
+                let actions = sessions.learn(Slot(slot), session, SessionSpan::learned);
                 self.carry_out(server, actions);
             }
             FromAgent::End { session_id, cause } => {
                 let ConnectionServer { name, sessions, .. } = &self.servers[server];
-                let id = session_id.to_string();
-                let is_known = sessions.get(&id).is_some();
-                let actions = sessions.end(Slot(slot), &id, cause.into());
+                let is_known = sessions.get(&session_id).is_some();
+                let actions = sessions.end(Slot(slot), &session_id, cause);
                 if is_known {
-                    self.over.insert((name.clone(), id));
+                    self.over.insert((name.clone(), session_id));
                 }
                 self.carry_out(server, actions);
             }
@@ -672,7 +670,6 @@ impl World {
                 session,
             } => {
                 let sessions = &self.servers[server].sessions;
-                let session = session.map(Into::into);
                 let actions = sessions.looked_up(Slot(slot), request_id, session);
                 self.carry_out(server, actions);
             }
@@ -732,7 +729,7 @@ impl World {
             let passed = now - self.now.monotonic;
             self.now.monotonic = now;
             self.now.time += passed;
-            self.parked.retain(|_, parked| parked.until > now);
+            self.pending.retain(|_, pending| pending.until > now);
             self.closing.retain(|(until, _)| *until > now);
             if due.is_none() {
                 return;
@@ -803,12 +800,12 @@ impl World {
                     .iter()
                     .chain(closing)
                     .filter(|connection| connection.port == port);
-                let mut sessions: Vec<&str> =
-                    here.map(|connection| connection.session.as_str()).collect();
+                let mut sessions: Vec<&SessionId> =
+                    here.map(|connection| &connection.session).collect();
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
                 let is_recovering = counts.free == 0 && counts.not_listening > 0;
-                let live = book.look_up(port).map(|live| live.id.to_string());
+                let live = book.look_up(port).map(|live| live.id);
                 assert!(
                     !live
                         .as_ref()
@@ -835,7 +832,7 @@ impl World {
                 }
                 for offset in 0..PORTS {
                     let live = self.agents[agent].look_up(port(agent, offset));
-                    let Some(id) = live.map(|live| live.id.to_string()) else {
+                    let Some(id) = live.map(|live| live.id) else {
                         continue;
                     };
                     assert!(

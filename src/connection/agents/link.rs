@@ -2,6 +2,7 @@
 //! agent sends. If it is down for too long, the sessions of its server end.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
@@ -19,13 +21,11 @@ use super::{Agents, SelectError};
 use crate::connection::control::Change;
 use crate::connection::sessions::span::SessionSpan;
 use crate::connection::sessions::{Outbox, Sessions};
-use crate::pool::PortProtocol;
-use crate::selection::v1::selection_client::SelectionClient;
-use crate::selection::v1::{self, FromAgent, ToAgent, from_agent, to_agent::Message};
+use crate::selection::v1::{self, selection_client::SelectionClient};
 use crate::selection::{
-    CUT_AFTER, CUT_SLACK, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, PROTOCOL_VERSION,
+    CUT_AFTER, CUT_SLACK, FromAgent, Hello, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Session,
+    ToAgent,
 };
-use crate::session::PortState;
 use crate::table::{Slot, Table};
 
 /// How long a connection and its greeting may take.
@@ -44,7 +44,7 @@ pub(super) struct Stream {
 
 /// A request to select a port that is not answered yet.
 pub(super) struct PendingSelect {
-    pub(super) answer: oneshot::Sender<Result<v1::Session, SelectError>>,
+    pub(super) answer: oneshot::Sender<Result<Session, SelectError>>,
     pub(super) span: SessionSpan,
 }
 
@@ -142,12 +142,11 @@ impl LinkTask {
         let mut client = connect(address).await?;
         let (outbox, outgoing) = mpsc::unbounded_channel();
         let _detach = self.greet(&outbox).await?;
-        let outgoing = UnboundedReceiverStream::new(outgoing);
+        let outgoing = UnboundedReceiverStream::new(outgoing).map(v1::ToAgent::from);
         let welcome = async {
             let mut incoming = client.attach(outgoing).await?.into_inner();
-            let first = incoming.message().await?.and_then(|first| first.message);
-            match first {
-                Some(from_agent::Message::Welcome(welcome)) => Ok((incoming, welcome)),
+            match incoming.message().await?.map(FromAgent::try_from) {
+                Some(Ok(FromAgent::Welcome(welcome))) => Ok((incoming, welcome)),
                 _ => Err(AttachError::NoWelcome),
             }
         };
@@ -166,20 +165,18 @@ impl LinkTask {
     async fn greet(&mut self, outbox: &Outbox) -> Result<Detach, AttachError> {
         let slot = self.slot;
         let table = self.table.borrow_and_update().clone();
-        let greeting = v1::Hello {
-            protocol_version: PROTOCOL_VERSION,
+        let greeting = Hello {
             pool_uid: table.pool_uid.clone(),
             connection_server: self.agents.id.clone(),
             table: table.slice(slot).encode()?,
             sessions: Vec::new(),
-            place: self.agents.host_identity.clone(),
+            host_identity: self.agents.host_identity.clone(),
         };
         let greet = |sessions| {
-            let message = Some(Message::Hello(v1::Hello {
+            ToAgent::Hello(Hello {
                 sessions,
                 ..greeting
-            }));
-            ToAgent { message }
+            })
         };
         let change = self.agents.control.begin_change().await;
         change.attach(slot, outbox.clone(), greet);
@@ -193,18 +190,20 @@ impl LinkTask {
     /// Passes on what the agent sends, and newer tables to the agent.
     async fn serve(
         &mut self,
-        mut incoming: Streaming<FromAgent>,
+        mut incoming: Streaming<v1::FromAgent>,
         outbox: &Outbox,
     ) -> Result<(), AttachError> {
         let slot = self.slot;
         loop {
             tokio::select! {
                 message = incoming.message() => match message {
-                    Ok(Some(FromAgent { message: Some(message) })) => {
-                        let change = self.agents.control.begin_change().await;
-                        self.receive(&change, message, outbox);
-                    }
-                    Ok(Some(FromAgent { message: None })) => self.ignore("unknown message"),
+                    Ok(Some(message)) => match FromAgent::try_from(message) {
+                        Ok(message) => {
+                            let change = self.agents.control.begin_change().await;
+                            self.receive(&change, message, outbox);
+                        }
+                        Err(error) => self.ignore(&error),
+                    },
                     Ok(None) => return Ok(()),
                     Err(error) => {
                         debug!(%slot, %error, "stream to processing server broke");
@@ -216,69 +215,56 @@ impl LinkTask {
                         return Ok(());
                     }
                     let table = self.table.borrow_and_update().slice(slot).encode()?;
-                    let message = Some(Message::TableUpdate(v1::TableUpdate { table }));
-                    let _ = outbox.send(ToAgent { message });
+                    let _ = outbox.send(ToAgent::TableUpdate(table));
                 }
             }
         }
     }
 
-    fn receive(&self, change: &Change<'_>, message: from_agent::Message, outbox: &Outbox) {
-        use from_agent::Message as From;
+    fn receive(&self, change: &Change<'_>, message: FromAgent, outbox: &Outbox) {
         let slot = self.slot;
         match message {
-            From::Counts(counts) => match port_states(counts.ports) {
-                Some(ports) => self
-                    .agents
-                    .reservations
-                    .counted(slot, ports, counts.draining),
-                None => self.ignore("counts of an unknown protocol"),
-            },
-            From::Selected(v1::Selected {
+            FromAgent::Counts(counts) => self.agents.reservations.counted(slot, counts),
+            FromAgent::Selected {
                 request_id,
-                session: Some(session),
-            }) => self.selected(change, request_id, session, outbox),
-            From::Refused(refused) => {
-                if let Some(pending) = self.state.take_pending(refused.request_id) {
-                    let cause = refused.cause();
+                session,
+            } => self.selected(change, request_id, session, outbox),
+            FromAgent::Refused { request_id, cause } => {
+                if let Some(pending) = self.state.take_pending(request_id) {
                     let _ = pending.answer.send(Err(SelectError::Refused(cause)));
                 }
             }
-            From::Session(session) => change.learn(slot, session, SessionSpan::learned),
-            From::End(end) => {
-                self.agents.metrics.session_ended(end.cause().as_str_name());
-                change.end(slot, &end.session_id, end.cause());
+            FromAgent::Session(session) => change.learn(slot, session, SessionSpan::learned),
+            FromAgent::End { session_id, cause } => {
+                self.agents.metrics.session_ended(cause.name());
+                change.end(slot, &session_id, cause);
             }
-            From::LookedUp(found) => change.looked_up(slot, found.request_id, found.session),
-            From::Welcome(_) | From::Selected(_) => self.ignore("message out of place"),
+            FromAgent::LookedUp {
+                request_id,
+                session,
+            } => change.looked_up(slot, request_id, session),
+            FromAgent::Welcome(_) => self.ignore(&"message out of place"),
         }
     }
 
     /// The agent has selected a port for the request `request_id`.
-    fn selected(
-        &self,
-        change: &Change<'_>,
-        request_id: u64,
-        session: v1::Session,
-        outbox: &Outbox,
-    ) {
+    fn selected(&self, change: &Change<'_>, request_id: u64, session: Session, outbox: &Outbox) {
         let pending = self.state.take_pending(request_id);
         let span = || match &pending {
             Some(pending) => pending.span.clone(),
             None => SessionSpan::learned(),
         };
         change.learn(self.slot, session.clone(), span);
-        let session_id = session.session_id.clone();
+        let session_id = session.id.clone();
         // The request has ended, so no client knows the port.
         if pending.is_none_or(|pending| pending.answer.send(Ok(session)).is_err()) {
-            let message = Some(Message::Release(v1::Release { session_id }));
-            let _ = outbox.send(ToAgent { message });
+            let _ = outbox.send(ToAgent::Release(session_id));
         }
     }
 
     /// Counts a message that this version cannot use.
-    fn ignore(&self, reason: &'static str) {
-        debug!(slot = %self.slot, reason, "message from processing server ignored");
+    fn ignore(&self, reason: &dyn Display) {
+        debug!(slot = %self.slot, %reason, "message from processing server ignored");
         self.agents.metrics.unknown_messages.inc();
     }
 }
@@ -334,20 +320,4 @@ enum AttachError {
     OutOfReach,
     #[error(transparent)]
     Table(#[from] crate::table::TableError),
-}
-
-/// The counts of an agent; `None` when one names an unknown protocol.
-fn port_states(ports: Vec<v1::PortCounts>) -> Option<Vec<PortState>> {
-    let states = ports.into_iter().map(|ports| {
-        Some(PortState {
-            protocol: PortProtocol::from_name(&ports.protocol)?,
-            name: ports.name,
-            free: ports.free,
-            held: ports.held,
-            busy: ports.busy,
-            lingering: ports.lingering,
-            not_listening: ports.not_listening,
-        })
-    });
-    states.collect()
 }

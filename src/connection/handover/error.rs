@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::wire::VERSION;
+use crate::selection::FieldError;
 use crate::table::TableError;
 
 /// Why there was no hand-over.
@@ -45,6 +46,9 @@ pub enum Error {
     /// The other side sent what cannot be used.
     #[error("hand-over failed: {0}")]
     Malformed(&'static str),
+    /// The other side sent a session that does not parse.
+    #[error("hand-over failed: a session does not parse: {0}")]
+    Session(#[from] FieldError),
     /// The other side sent a table that does not decode.
     #[error("hand-over failed: {0}")]
     Table(#[from] TableError),

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::error::Error;
 use super::v1::{self, Empty, frame::Content};
-use super::values::{Sockets, listen_port, millis};
+use super::values::{Sockets, listen_port, millis, session_id};
 use super::wire::{self, FRAME_DEADLINE, MAX_DESCRIPTORS};
 use crate::connection::agents::AgentsSnapshot;
 use crate::connection::control::ControlSnapshot;
@@ -20,6 +20,7 @@ use crate::connection::sessions::snapshot::SessionsSnapshot;
 use crate::forward::snapshot::{
     ClientSnapshot, ConnectionSnapshot, ForwarderSnapshot, PortSnapshot,
 };
+use crate::selection::ConnectionServerId;
 use crate::table::{Slot, Table};
 
 /// Bytes after which a frame of connections ends.
@@ -60,7 +61,7 @@ pub(super) fn send_server(stream: &UnixStream, state: &State) -> Result<(), Erro
         ago_ms: millis(at.elapsed()),
     });
     let server = v1::Server {
-        id: id.clone(),
+        id: id.to_string(),
         host_identity: host_identity.clone(),
         reached: reached.collect(),
         table: state.table.encode()?,
@@ -119,12 +120,12 @@ fn frame_length(connections: &[ConnectionSnapshot]) -> usize {
 
 fn send_sessions(stream: &UnixStream, sessions: &SessionsSnapshot) -> Result<(), Error> {
     let released = sessions.released.iter().map(|(id, slot)| v1::Released {
-        id: id.clone(),
+        id: id.to_string(),
         slot: slot.0,
     });
     let last_ended = sessions.last_ended.iter().map(|(port, id)| v1::LastEnded {
         port: port.get().into(),
-        id: id.clone(),
+        id: id.to_string(),
     });
     let sessions = v1::Sessions {
         live: sessions.live.iter().map(v1::Session::from).collect(),
@@ -159,6 +160,9 @@ pub(super) fn receive(stream: &UnixStream) -> Result<State, Error> {
 fn begin(server: v1::Server, listeners: Vec<OwnedFd>) -> Result<State, Error> {
     let [load_sharing, admin] = <[OwnedFd; 2]>::try_from(listeners)
         .map_err(|_| Error::Malformed("a server has two listeners"))?;
+    let id = ConnectionServerId::new(&server.id).ok_or(Error::Malformed(
+        "the id of a connection server has not 1 to 64 bytes",
+    ))?;
     let now = Instant::now();
     let reached = server.reached.iter().map(|reached| {
         let ago = Duration::from_millis(reached.ago_ms);
@@ -166,7 +170,7 @@ fn begin(server: v1::Server, listeners: Vec<OwnedFd>) -> Result<State, Error> {
     });
     Ok(State {
         agents: AgentsSnapshot {
-            id: server.id,
+            id,
             host_identity: server.host_identity,
             reached: reached.collect(),
         },
@@ -229,10 +233,12 @@ pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) ->
                 sessions.live.push(session.try_into()?);
             }
             for v1::Released { id, slot } in received.released {
-                sessions.released.insert(id, Slot(slot));
+                sessions.released.insert(session_id(&id)?, Slot(slot));
             }
             for v1::LastEnded { port, id } in received.last_ended {
-                sessions.last_ended.insert(listen_port(port)?, id);
+                sessions
+                    .last_ended
+                    .insert(listen_port(port)?, session_id(&id)?);
             }
         }
         _ => return Err(Error::Malformed("a frame is out of place")),

@@ -21,8 +21,9 @@ use crate::forward::snapshot::{
     PortSnapshot,
 };
 use crate::forward::{SessionKey, Traffic, Transport};
-use crate::pool::{LoadSharing, Sessions as Settings};
-use crate::selection;
+use crate::pool::{LoadSharing, PortProtocol, Sessions as Settings};
+use crate::selection::{ConnectionServerId, Session};
+use crate::session::{SessionId, SessionState};
 use crate::table::{FORMAT_VERSION, ListenPort, Slot, Table, TargetPort};
 
 /// Something that a descriptor can be told by.
@@ -37,7 +38,7 @@ fn inode(descriptor: impl AsFd) -> u64 {
 fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
     State {
         agents: AgentsSnapshot {
-            id: "connection-server".to_owned(),
+            id: ConnectionServerId::new("connection-server").unwrap(),
             host_identity: "somewhere".to_owned(),
             reached: HashMap::from([(Slot(3), Instant::now())]),
         },
@@ -199,11 +200,15 @@ fn handed() -> impl Strategy<Value = ForwarderSnapshot> {
     })
 }
 
+fn session_id() -> impl Strategy<Value = SessionId> {
+    "\\PC{1,16}".prop_map(|text| SessionId::new(&text).unwrap())
+}
+
 fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
     let live = (
         any::<u32>(),
         any::<u64>(),
-        "\\PC{0,20}",
+        session_id(),
         port(),
         any::<Option<IpAddr>>(),
         idle(),
@@ -211,10 +216,17 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
     let live = live.prop_map(|(slot, key, id, port, client, age)| SessionSnapshot {
         slot: Slot(slot),
         key: SessionKey(key),
-        session: selection::v1::Session {
-            session_id: id,
-            connection_port: port.get().into(),
-            ..selection::v1::Session::default()
+        session: Session {
+            id,
+            idempotency_key: None,
+            port,
+            port_name: "main".to_owned(),
+            protocol: PortProtocol::TCP,
+            bound_client: client,
+            state: SessionState::Busy,
+            claim_deadline: jiff::Timestamp::UNIX_EPOCH,
+            created: jiff::Timestamp::UNIX_EPOCH,
+            open_here: false,
         },
         carried: Carried {
             connections: key / 2,
@@ -226,8 +238,8 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
         client,
         age,
     });
-    let released = btree_map("\\PC{0,20}", any::<u32>().prop_map(Slot), 0..5);
-    let last_ended = btree_map(port(), "\\PC{0,20}", 0..5);
+    let released = btree_map(session_id(), any::<u32>().prop_map(Slot), 0..5);
+    let last_ended = btree_map(port(), session_id(), 0..5);
     let lists = (vec(live, 0..20), released, last_ended);
     (any::<u64>(), lists).prop_map(
         |(last_key, (live, released, last_ended))| SessionsSnapshot {

@@ -15,6 +15,7 @@ use crate::forward::snapshot::{
     ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, PortSnapshot,
 };
 use crate::forward::{SessionKey, Traffic, Transport};
+use crate::session::SessionId;
 use crate::table::{ListenPort, Slot};
 
 impl From<&PortSnapshot> for v1::Port {
@@ -46,7 +47,7 @@ impl From<&SessionSnapshot> for v1::Session {
         Self {
             slot: session.slot.0,
             key: session.key.0,
-            session: Some(session.session.clone()),
+            session: Some(session.session.clone().into()),
             connections: session.carried.connections,
             upstream_bytes: session.carried.traffic.upstream_bytes,
             downstream_bytes: session.carried.traffic.downstream_bytes,
@@ -63,7 +64,9 @@ impl TryFrom<v1::Session> for SessionSnapshot {
         Ok(Self {
             slot: Slot(session.slot),
             key: SessionKey(session.key),
-            session: (session.session).ok_or(Error::Malformed("a session is empty"))?,
+            session: (session.session)
+                .ok_or(Error::Malformed("a session is empty"))?
+                .try_into()?,
             carried: Carried {
                 connections: session.connections,
                 traffic: Traffic {
@@ -225,6 +228,10 @@ impl TryFrom<(v1::Client, Option<OwnedFd>)> for ClientSnapshot {
 pub(super) fn listen_port(number: u32) -> Result<ListenPort, Error> {
     let port = u16::try_from(number).ok().and_then(ListenPort::new);
     port.ok_or(Error::Malformed("a port is not between 1 and 65535"))
+}
+
+pub(super) fn session_id(text: &str) -> Result<SessionId, Error> {
+    SessionId::new(text).ok_or(Error::Malformed("a session id has not 1 to 64 bytes"))
 }
 
 pub(super) fn millis(duration: Duration) -> u64 {

@@ -12,14 +12,14 @@ use tokio::time::{Instant, timeout_at};
 use tracing::{Instrument, debug};
 
 use super::reservations::{Reservation, Reservations};
-use super::servers::{Filter, QueuePosition, ServerLoad};
+use super::servers::{QueuePosition, ServerLoad};
 use crate::connection::agents::{Agents, SelectError};
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::span::SessionSpan;
 use crate::connection::sessions::{KnownSession, Sessions};
-use crate::pool::{ClientBinding, PortProtocol};
-use crate::selection::v1::{self, refused};
-use crate::session::SessionRequest;
+use crate::pool::ClientBinding;
+use crate::selection::{RefusalCause, Select, Session};
+use crate::session::{PortFilter, SessionId, SessionRequest};
 use crate::table::{Slot, Table};
 
 /// How long a request may take besides its own `waitSeconds`: a few servers
@@ -70,7 +70,7 @@ pub struct Allocated {
     /// The slot of its server.
     pub slot: Slot,
     /// The session as its agent reported it.
-    pub session: v1::Session,
+    pub session: Session,
 }
 
 /// Allocates sessions.
@@ -88,7 +88,7 @@ pub struct Allocation {
 /// A validated request and where it came from.
 #[derive(Clone, Debug)]
 struct Wanted {
-    filter: Filter,
+    filter: PortFilter,
     idempotency_key: Option<String>,
     affinity_key: Option<String>,
     bound_client: Option<IpAddr>,
@@ -159,9 +159,9 @@ impl Allocation {
         let binding = request.client_binding.unwrap_or_default();
         let is_bound = binding == ClientBinding::Requester
             || table.sessions.client_binding == ClientBinding::Requester;
-        let filter = Filter {
+        let filter = PortFilter {
             port_name: request.port_name,
-            protocol: request.protocol.map(Into::into),
+            protocol: request.protocol,
         };
         let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
         // A pool scaled to nothing has no names to compare with.
@@ -234,7 +234,7 @@ impl Allocation {
                     let slot = reservation.slot;
                     return Ok(Allocated { slot, session });
                 }
-                Err(SelectError::Refused(refused::Cause::KeyReused)) => {
+                Err(SelectError::Refused(RefusalCause::KeyReused)) => {
                     return Err(Refusal::KeyReused);
                 }
                 Err(error) => {
@@ -257,21 +257,13 @@ impl Allocation {
         &self,
         wanted: &Wanted,
         reservation: &Reservation,
-    ) -> Result<v1::Session, SelectError> {
-        let request = v1::Select {
+    ) -> Result<Session, SelectError> {
+        let request = Select {
             request_id: 0,
-            session_id: uuid::Uuid::new_v4().simple().to_string(),
-            idempotency_key: wanted.idempotency_key.clone().unwrap_or_default(),
-            port_name: wanted.filter.port_name.clone().unwrap_or_default(),
-            protocol: wanted
-                .filter
-                .protocol
-                .map(|protocol| protocol.name().to_owned())
-                .unwrap_or_default(),
-            bound_client: wanted
-                .bound_client
-                .map(|client| client.to_string())
-                .unwrap_or_default(),
+            session_id: SessionId::random(),
+            idempotency_key: wanted.idempotency_key.clone(),
+            filter: wanted.filter.clone(),
+            bound_client: wanted.bound_client,
         };
         self.agents
             .select(reservation.slot, request, wanted.span.clone())
@@ -309,10 +301,8 @@ impl Allocation {
 
 impl Wanted {
     /// Whether this request could have made `session`.
-    fn made(&self, session: &v1::Session) -> bool {
-        let fits = PortProtocol::from_name(&session.protocol)
-            .is_some_and(|protocol| self.filter.admits(&session.port_name, protocol));
-        let bound_client = self.bound_client.map(|client| client.to_string());
-        fits && bound_client.unwrap_or_default() == session.bound_client
+    fn made(&self, session: &Session) -> bool {
+        self.filter.admits(&session.port_name, session.protocol)
+            && self.bound_client == session.bound_client
     }
 }

@@ -27,11 +27,10 @@ use super::reservations::Reservations;
 use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
-use crate::pool::PortProtocol;
-use crate::selection::v1;
+use crate::selection;
 use crate::session::{
     MAX_KEY_BYTES, MAX_PORT_NAME_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session,
-    SessionRequest, SessionState,
+    SessionId, SessionRequest, SessionState,
 };
 use crate::table::{Slot, Table};
 
@@ -176,6 +175,7 @@ async fn get_session(
     request: Request<Body>,
 ) -> Result<Json<Session>, Refused> {
     let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    let id = SessionId::new(&id).ok_or(Refused::NoSession)?;
     let known = api.sessions.get(&id).ok_or(Refused::NoSession)?;
     let address = reached_by(request.uri(), request.headers(), ends.local.ip());
     Ok(Json(api.describe(known.slot, &known.session, &address)))
@@ -197,6 +197,7 @@ async fn delete_session(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<StatusCode, Refused> {
     let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    let id = SessionId::new(&id).ok_or(Refused::NoSession)?;
     api.control.release(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
@@ -247,38 +248,28 @@ impl Api {
         })
     }
 
-    fn describe(&self, slot: Slot, session: &v1::Session, reached_by: &str) -> Session {
+    fn describe(&self, slot: Slot, session: &selection::Session, reached_by: &str) -> Session {
         let table = self.table.borrow();
-        let state = match session.state() {
-            v1::session::State::Busy => SessionState::Busy,
-            v1::session::State::Lingering => SessionState::Lingering,
-            v1::session::State::Held | v1::session::State::Unspecified => SessionState::Held,
-        };
-        let is_held = state == SessionState::Held;
+        let is_held = session.state == SessionState::Held;
         Session {
-            id: session.session_id.clone(),
+            id: session.id.to_string(),
             address: table
                 .advertised_address
                 .clone()
                 .or_else(|| self.advertise.clone())
                 .unwrap_or_else(|| reached_by.to_owned()),
-            port: u16::try_from(session.connection_port).unwrap_or_default(),
-            protocol: PortProtocol::from_name(&session.protocol).unwrap_or_default(),
+            port: session.port.get(),
+            protocol: session.protocol,
             port_name: session.port_name.clone(),
             server: table
                 .row(slot)
                 .map(|row| row.server.clone())
                 .unwrap_or_default(),
-            state,
-            claim_deadline: is_held.then(|| timestamp(session.claim_deadline_ms)),
-            created: timestamp(session.created_ms),
+            state: session.state,
+            claim_deadline: is_held.then_some(session.claim_deadline),
+            created: session.created,
         }
     }
-}
-
-fn timestamp(unix_ms: u64) -> jiff::Timestamp {
-    let unix_ms = i64::try_from(unix_ms).unwrap_or(i64::MAX);
-    jiff::Timestamp::from_millisecond(unix_ms).unwrap_or_default()
 }
 
 /// The address that the client reached us by: the host it names, since behind

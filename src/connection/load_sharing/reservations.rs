@@ -7,9 +7,10 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::servers::{Filter, QueuePosition, Servers, Woken};
+use super::servers::{QueuePosition, Servers, Woken};
 use crate::pool::Policy;
-use crate::session::PortState;
+use crate::selection::Counts;
+use crate::session::PortFilter;
 use crate::table::Slot;
 
 /// Counts of all processing servers, and the requests that wait for them.
@@ -29,7 +30,7 @@ struct Inner {
 pub struct Reservation {
     /// The server's slot.
     pub slot: Slot,
-    filter: Filter,
+    filter: PortFilter,
     reservations: Arc<Reservations>,
 }
 
@@ -45,7 +46,7 @@ impl Drop for Reservation {
 #[derive(Debug)]
 pub struct Waiting {
     position: QueuePosition,
-    filter: Filter,
+    filter: PortFilter,
     turn: oneshot::Receiver<Reservation>,
     reservations: Arc<Reservations>,
 }
@@ -129,11 +130,11 @@ impl Reservations {
     }
 
     /// An agent reported its ports.
-    pub fn counted(self: &Arc<Self>, slot: Slot, ports: Vec<PortState>, is_draining: bool) {
+    pub fn counted(self: &Arc<Self>, slot: Slot, counts: Counts) {
         self.change(|servers| {
             let server = servers.server(slot);
-            server.ports = ports;
-            server.agent_draining = is_draining;
+            server.ports = counts.ports;
+            server.agent_draining = counts.draining;
         });
     }
 
@@ -146,7 +147,7 @@ impl Reservations {
     #[must_use]
     pub fn reserve(
         self: &Arc<Self>,
-        filter: &Filter,
+        filter: &PortFilter,
         affinity_key: Option<&str>,
         excluded: &[Slot],
     ) -> Option<Reservation> {
@@ -167,7 +168,7 @@ impl Reservations {
     #[must_use]
     pub fn wait(
         self: &Arc<Self>,
-        filter: &Filter,
+        filter: &PortFilter,
         affinity_key: Option<&str>,
         position: Option<QueuePosition>,
     ) -> Option<Waiting> {
@@ -203,9 +204,10 @@ impl Reservations {
 mod tests {
     use super::*;
     use crate::pool::PortProtocol;
+    use crate::session::PortState;
 
-    fn counts(free: u32) -> Vec<PortState> {
-        vec![PortState {
+    fn counts(free: u32) -> Counts {
+        let ports = PortState {
             name: "main".to_owned(),
             protocol: PortProtocol::TCP,
             free,
@@ -213,15 +215,21 @@ mod tests {
             busy: 0,
             lingering: 0,
             not_listening: 0,
-        }]
+        };
+        Counts {
+            ports: vec![ports],
+            draining: false,
+        }
     }
 
     #[tokio::test]
     async fn a_waiting_request_gets_the_port_that_becomes_free() {
         let reservations = Arc::new(Reservations::default());
         reservations.attach(Slot(0));
-        let mut waiting = reservations.wait(&Filter::default(), None, None).unwrap();
-        reservations.counted(Slot(0), counts(1), false);
+        let mut waiting = reservations
+            .wait(&PortFilter::default(), None, None)
+            .unwrap();
+        reservations.counted(Slot(0), counts(1));
         assert_eq!(waiting.turn().await.unwrap().slot, Slot(0));
     }
 
@@ -229,9 +237,13 @@ mod tests {
     async fn a_turn_that_no_request_takes_goes_to_the_next() {
         let reservations = Arc::new(Reservations::default());
         reservations.attach(Slot(0));
-        let first = reservations.wait(&Filter::default(), None, None).unwrap();
-        let mut second = reservations.wait(&Filter::default(), None, None).unwrap();
-        reservations.counted(Slot(0), counts(1), false);
+        let first = reservations
+            .wait(&PortFilter::default(), None, None)
+            .unwrap();
+        let mut second = reservations
+            .wait(&PortFilter::default(), None, None)
+            .unwrap();
+        reservations.counted(Slot(0), counts(1));
         drop(first);
         assert_eq!(second.turn().await.unwrap().slot, Slot(0));
         assert_eq!(reservations.inspect(Servers::waiting), 0);
@@ -241,8 +253,8 @@ mod tests {
     fn a_dropped_reservation_is_settled() {
         let reservations = Arc::new(Reservations::default());
         reservations.attach(Slot(0));
-        reservations.counted(Slot(0), counts(1), false);
-        let any = Filter::default();
+        reservations.counted(Slot(0), counts(1));
+        let any = PortFilter::default();
         let reservation = reservations.reserve(&any, None, &[]);
         assert!(reservation.is_some());
         assert!(reservations.reserve(&any, None, &[]).is_none());

@@ -15,79 +15,19 @@
 use std::collections::BTreeMap;
 
 use super::policy::{Candidate, choose};
-use crate::pool::{Policy, PortProtocol};
-use crate::session::PortState;
+use crate::pool::Policy;
+use crate::session::{PortFilter, PortState};
 use crate::table::Slot;
 
 /// Most requests that wait at once; more are refused at once. At about 500
 /// bytes a request, 5 MB.
 pub const MAX_WAITING: usize = 10_000;
 
-/// Which ports a request can use.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Filter {
-    /// Only ports of this name.
-    pub port_name: Option<String>,
-    /// Only ports that forward this protocol; a `TCPUDP` port forwards all.
-    pub protocol: Option<Protocols>,
-}
-
-/// Orders protocols so that filters can be map keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Protocols {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-    /// TCP and UDP on one port.
-    Both,
-}
-
-impl From<PortProtocol> for Protocols {
-    fn from(protocol: PortProtocol) -> Self {
-        match protocol {
-            PortProtocol::TCP => Self::Tcp,
-            PortProtocol::UDP => Self::Udp,
-            PortProtocol::TCPUDP => Self::Both,
-        }
-    }
-}
-
-impl Protocols {
-    /// The name used in the selection protocol.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => PortProtocol::TCP.name(),
-            Self::Udp => PortProtocol::UDP.name(),
-            Self::Both => PortProtocol::TCPUDP.name(),
-        }
-    }
-}
-
-impl Filter {
-    /// Whether a port of this name and protocol serves the request.
-    #[must_use]
-    pub fn admits(&self, name: &str, protocol: PortProtocol) -> bool {
-        let protocol_fits = match self.protocol {
-            None => true,
-            Some(Protocols::Tcp) => protocol.has_tcp(),
-            Some(Protocols::Udp) => protocol.has_udp(),
-            Some(Protocols::Both) => protocol == PortProtocol::TCPUDP,
-        };
-        protocol_fits
-            && self
-                .port_name
-                .as_deref()
-                .is_none_or(|wanted| wanted == name)
-    }
-
-    /// Whether a port may exist that serves both; errs towards yes.
-    fn overlaps(&self, other: &Self) -> bool {
-        match (&self.port_name, &other.port_name) {
-            (Some(one), Some(another)) => one == another,
-            _ => true,
-        }
+/// Whether a port may exist that serves both; errs towards yes.
+fn overlap(one: &PortFilter, another: &PortFilter) -> bool {
+    match (&one.port_name, &another.port_name) {
+        (Some(one), Some(another)) => one == another,
+        _ => true,
     }
 }
 
@@ -103,7 +43,7 @@ pub struct ServerLoad {
     /// The ports that its agent reported last.
     pub ports: Vec<PortState>,
     /// The number of requests on their way to it, by filter.
-    reserved: BTreeMap<Filter, u32>,
+    reserved: BTreeMap<PortFilter, u32>,
 }
 
 impl ServerLoad {
@@ -128,7 +68,7 @@ impl ServerLoad {
         self.row_draining || self.agent_draining
     }
 
-    fn free(&self, filter: &Filter) -> u32 {
+    fn free(&self, filter: &PortFilter) -> u32 {
         let reported: u32 = self
             .ports
             .iter()
@@ -138,13 +78,13 @@ impl ServerLoad {
         let reserved = self
             .reserved
             .iter()
-            .filter(|(other, _)| filter.overlaps(other))
+            .filter(|(other, _)| overlap(filter, other))
             .map(|(_, count)| count)
             .sum();
         reported.saturating_sub(reserved)
     }
 
-    fn candidate(&self, slot: Slot, filter: &Filter) -> Option<Candidate> {
+    fn candidate(&self, slot: Slot, filter: &PortFilter) -> Option<Candidate> {
         let has_room = self.takes_sessions() && self.free(filter) > 0;
         has_room.then(|| Candidate {
             slot,
@@ -165,7 +105,7 @@ pub struct Woken {
     /// The slot of the reserved server.
     pub slot: Slot,
     /// The ports that it can use.
-    pub filter: Filter,
+    pub filter: PortFilter,
 }
 
 /// A request that waits.
@@ -183,7 +123,7 @@ pub struct Servers {
     next_position: u64,
     // By filter first: a request that cannot be served must not make every
     // later one be looked at again and again.
-    waiting: BTreeMap<Filter, BTreeMap<QueuePosition, QueuedRequest>>,
+    waiting: BTreeMap<PortFilter, BTreeMap<QueuePosition, QueuedRequest>>,
 }
 
 impl Servers {
@@ -222,7 +162,7 @@ impl Servers {
     /// Ports that are free now.
     #[must_use]
     pub fn free_ports(&self) -> u32 {
-        let any = Filter::default();
+        let any = PortFilter::default();
         self.loads
             .values()
             .filter(|server| server.takes_sessions())
@@ -235,14 +175,14 @@ impl Servers {
     /// for such a port.
     pub fn reserve(
         &mut self,
-        filter: &Filter,
+        filter: &PortFilter,
         affinity_key: Option<&str>,
         excluded: &[Slot],
     ) -> Option<Slot> {
         let overtakes = self
             .waiting
             .iter()
-            .any(|(other, queue)| !queue.is_empty() && other.overlaps(filter));
+            .any(|(other, queue)| !queue.is_empty() && overlap(other, filter));
         if overtakes {
             return None;
         }
@@ -251,7 +191,7 @@ impl Servers {
 
     fn take(
         &mut self,
-        filter: &Filter,
+        filter: &PortFilter,
         affinity_key: Option<&str>,
         excluded: &[Slot],
     ) -> Option<Slot> {
@@ -271,7 +211,7 @@ impl Servers {
     }
 
     /// The server has answered a reservation, or never will.
-    pub fn settle(&mut self, slot: Slot, filter: &Filter) {
+    pub fn settle(&mut self, slot: Slot, filter: &PortFilter) {
         let Some(server) = self.loads.get_mut(&slot) else {
             return;
         };
@@ -287,7 +227,7 @@ impl Servers {
     /// `None` when [`MAX_WAITING`] wait already.
     pub fn wait(
         &mut self,
-        filter: &Filter,
+        filter: &PortFilter,
         affinity_key: Option<&str>,
         position: Option<QueuePosition>,
     ) -> Option<QueuePosition> {
@@ -307,7 +247,7 @@ impl Servers {
     }
 
     /// Takes a request out of the queue: it gave up.
-    pub fn leave(&mut self, filter: &Filter, position: QueuePosition) {
+    pub fn leave(&mut self, filter: &PortFilter, position: QueuePosition) {
         if let Some(queue) = self.waiting.get_mut(filter) {
             queue.remove(&position);
             if queue.is_empty() {
@@ -321,7 +261,7 @@ impl Servers {
     #[must_use]
     pub fn wake(&mut self) -> Vec<Woken> {
         let mut woken = Vec::new();
-        let mut stuck: Vec<Filter> = Vec::new();
+        let mut stuck: Vec<PortFilter> = Vec::new();
         loop {
             let earliest = self
                 .waiting

@@ -5,17 +5,14 @@
 //! is in the parent, under the same lock.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::{Action, Actions, Inner, NO_SESSION, Sessions};
 use crate::connection::sessions::span::SessionSpan;
-use crate::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
+use crate::forward::{Decision, Gate, PENDING_DEADLINE, PendingId, SessionKey, Traffic, Transport};
 use crate::pool::Admission;
-use crate::selection::v1::{self, to_agent::Message};
+use crate::selection::{Session, ToAgent};
 use crate::table::{ListenPort, Slot};
-
-/// How long the data plane keeps a pending client. A later answer is ignored.
-const ASK_LIFETIME: Duration = Duration::from_secs(2);
 
 /// A client that waits for its session to be found.
 #[derive(Debug)]
@@ -39,8 +36,7 @@ impl Inner {
         let mut flows = live.flows.lock();
         flows.open();
         if flows.open == 1 {
-            let session_id = live.session.session_id.clone();
-            self.send(live.slot, Message::Opened(v1::Opened { session_id }));
+            self.send(live.slot, ToAgent::Opened(live.session.id.clone()));
         }
         Decision::Admit(live.key)
     }
@@ -48,15 +44,8 @@ impl Inner {
     /// Asks the agent for the session on `port`. The port is the request's id, as
     /// there is one unanswered lookup per port.
     fn look_up(&self, slot: Slot, port: ListenPort) {
-        let connection_port = u32::from(port.get());
-        let request_id = u64::from(connection_port);
-        self.send(
-            slot,
-            Message::Lookup(v1::Lookup {
-                request_id,
-                connection_port,
-            }),
-        );
+        let request_id = u64::from(port.get());
+        self.send(slot, ToAgent::Lookup { request_id, port });
     }
 }
 
@@ -76,7 +65,7 @@ impl Sessions {
 
     /// An agent's answer to the lookup `request_id`, which decides on the pending
     /// clients of its port.
-    pub fn looked_up(&self, slot: Slot, request_id: u64, session: Option<v1::Session>) -> Actions {
+    pub fn looked_up(&self, slot: Slot, request_id: u64, session: Option<Session>) -> Actions {
         let Some(port) = u16::try_from(request_id).ok().and_then(ListenPort::new) else {
             return Actions::default();
         };
@@ -86,7 +75,7 @@ impl Sessions {
         let mut inner = self.inner.write();
         let pending = inner.pending_lookups.remove(&port).unwrap_or_default();
         for PendingLookup { id, client, since } in pending {
-            if since.elapsed() > ASK_LIFETIME {
+            if since.elapsed() > PENDING_DEADLINE {
                 continue;
             }
             let decision = match inner.admit(port, client) {
@@ -111,7 +100,7 @@ impl Gate for Sessions {
             return;
         };
         let pending = inner.pending_lookups.entry(port).or_default();
-        pending.retain(|client| now.duration_since(client.since) <= ASK_LIFETIME);
+        pending.retain(|client| now.duration_since(client.since) <= PENDING_DEADLINE);
         // One lookup at a time and port, however many clients wait for it.
         let is_first = pending.is_empty();
         pending.push(PendingLookup {
@@ -133,8 +122,7 @@ impl Gate for Sessions {
             if let Some(live) = inner.live.get(&port).filter(|live| live.key == session) {
                 let mut flows = live.flows.lock();
                 if flows.close(traffic) {
-                    let session_id = live.session.session_id.clone();
-                    inner.send(live.slot, Message::Closed(v1::Closed { session_id }));
+                    inner.send(live.slot, ToAgent::Closed(live.session.id.clone()));
                 }
                 return;
             }
@@ -147,8 +135,7 @@ impl Gate for Sessions {
             && let Some(ended) = inner.ending.remove(&session)
         {
             ended.span.ended(ended.cause, &ended.flows.carried);
-            let session_id = ended.id;
-            inner.send(ended.slot, Message::Ended(v1::Ended { session_id }));
+            inner.send(ended.slot, ToAgent::Ended(ended.id));
         }
     }
 }

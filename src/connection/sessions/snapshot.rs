@@ -12,7 +12,8 @@ use parking_lot::Mutex;
 use super::{Flows, Live, NO_SESSION, Sessions};
 use crate::connection::sessions::span::{Carried, SessionSpan};
 use crate::forward::SessionKey;
-use crate::selection::v1;
+use crate::selection::Session;
+use crate::session::SessionId;
 use crate::table::{ListenPort, Slot, Table};
 
 /// A live session, for another process.
@@ -23,7 +24,7 @@ pub struct SessionSnapshot {
     /// The key that its connections name.
     pub key: SessionKey,
     /// The session as its agent reported it last.
-    pub session: v1::Session,
+    pub session: Session,
     /// What it has carried, without the bytes of live connections.
     pub carried: Carried,
     /// The address of its requester, if it was requested here.
@@ -41,9 +42,9 @@ pub struct SessionsSnapshot {
     pub live: Vec<SessionSnapshot>,
     /// The ids of sessions that clients have given back, with their slots: the
     /// agents have not confirmed their end yet.
-    pub released: BTreeMap<String, Slot>,
+    pub released: BTreeMap<SessionId, Slot>,
     /// The id of the session that ended last on each port.
-    pub last_ended: BTreeMap<ListenPort, String>,
+    pub last_ended: BTreeMap<ListenPort, SessionId>,
 }
 
 impl Sessions {
@@ -107,31 +108,20 @@ impl Sessions {
             age,
         } in snapshot.live
         {
-            let number = u16::try_from(session.connection_port).unwrap_or(0);
-            let Some(port) = ListenPort::new(number) else {
-                continue;
-            };
             let span = SessionSpan::taken_over(client, age);
-            let server = inner.rules.row(port).map_or("", |row| &row.server);
+            let server = inner.rules.row(session.port).map_or("", |row| &row.server);
             span.selected(&session, server);
-            inner.insert(
-                Live {
-                    key,
-                    slot,
-                    bound_client: session
-                        .bound_client
-                        .parse()
-                        .ok()
-                        .map(|client: IpAddr| client.to_canonical()),
-                    flows: Mutex::new(Flows {
-                        open: open.remove(&key).unwrap_or(0),
-                        carried,
-                    }),
-                    session,
-                    span,
-                },
-                port,
-            );
+            inner.insert(Live {
+                key,
+                slot,
+                bound_client: session.bound_client.map(|client| client.to_canonical()),
+                flows: Mutex::new(Flows {
+                    open: open.remove(&key).unwrap_or(0),
+                    carried,
+                }),
+                session,
+                span,
+            });
         }
         // The greetings repeat the releases, which may not have arrived.
         inner.released = snapshot.released.into_iter().collect();

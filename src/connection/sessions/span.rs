@@ -11,7 +11,7 @@ use tracing::field::Empty;
 use tracing::{Span, debug, info, info_span, record_all};
 
 use crate::forward::Traffic;
-use crate::selection::v1;
+use crate::selection::Session;
 
 /// A session's span. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -70,8 +70,8 @@ impl SessionSpan {
     }
 
     /// `server` has selected a port.
-    pub fn selected(&self, session: &v1::Session, server: &str) {
-        let (id, port) = (session.session_id.as_str(), session.connection_port);
+    pub fn selected(&self, session: &Session, server: &str) {
+        let (id, port) = (session.id.as_str(), session.port.get());
         record_all!(self.span, session = id, port = port, server = server);
         debug!(parent: &self.span, "session selected");
     }

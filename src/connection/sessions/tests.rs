@@ -52,13 +52,22 @@ fn client(last: u8) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, last], 4000))
 }
 
-fn session(id: &str, number: u16) -> v1::Session {
-    v1::Session {
-        session_id: id.to_owned(),
-        connection_port: number.into(),
+fn id_of(text: &str) -> SessionId {
+    SessionId::new(text).unwrap()
+}
+
+fn session(id: &str, number: u16) -> Session {
+    Session {
+        id: id_of(id),
+        idempotency_key: None,
+        port: port(number),
         port_name: "main".to_owned(),
-        protocol: "TCP".to_owned(),
-        ..v1::Session::default()
+        protocol: PortProtocol::TCP,
+        bound_client: None,
+        state: SessionState::Held,
+        claim_deadline: jiff::Timestamp::UNIX_EPOCH,
+        created: jiff::Timestamp::UNIX_EPOCH,
+        open_here: false,
     }
 }
 
@@ -67,13 +76,13 @@ fn attached() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
     let sessions = Sessions::default();
     sessions.set_table(&Arc::new(table(Admission::Reserved)));
     let (outbox, mut sent) = unbounded_channel();
-    sessions.attach(Slot(0), outbox.clone(), |_| ToAgent::default());
+    sessions.attach(Slot(0), outbox.clone(), |_| ToAgent::Goodbye);
     sent.try_recv().expect("the greeting");
     (sessions, outbox, sent)
 }
 
-fn next(sent: &mut UnboundedReceiver<ToAgent>) -> Option<Message> {
-    sent.try_recv().ok()?.message
+fn next(sent: &mut UnboundedReceiver<ToAgent>) -> Option<ToAgent> {
+    sent.try_recv().ok()
 }
 
 fn admit(sessions: &Sessions, number: u16, last: u8) -> Decision {
@@ -87,12 +96,12 @@ impl<const N: usize> PartialEq<[Action; N]> for Actions {
 }
 
 /// An agent reports a session.
-fn learn(sessions: &Sessions, slot: Slot, session: v1::Session) -> Actions {
+fn learn(sessions: &Sessions, slot: Slot, session: Session) -> Actions {
     sessions.learn(slot, session, SessionSpan::learned)
 }
 
 /// The agent of slot 0 reports a session that is new on its port.
-fn learn_new(sessions: &Sessions, session: v1::Session) {
+fn learn_new(sessions: &Sessions, session: Session) {
     assert_eq!(learn(sessions, Slot(0), session), []);
 }
 
@@ -107,25 +116,22 @@ fn cut(sessions: &Sessions, actions: Actions) {
 
 /// A client gives a session back, which is cut.
 fn release(sessions: &Sessions, id: &str) {
-    cut(sessions, sessions.release(id).expect("known and in reach"));
+    cut(
+        sessions,
+        sessions.release(&id_of(id)).expect("known and in reach"),
+    );
 }
 
-fn opened(id: &str) -> Option<Message> {
-    Some(Message::Opened(v1::Opened {
-        session_id: id.to_owned(),
-    }))
+fn opened(id: &str) -> Option<ToAgent> {
+    Some(ToAgent::Opened(id_of(id)))
 }
 
-fn closed(id: &str) -> Option<Message> {
-    Some(Message::Closed(v1::Closed {
-        session_id: id.to_owned(),
-    }))
+fn closed(id: &str) -> Option<ToAgent> {
+    Some(ToAgent::Closed(id_of(id)))
 }
 
-fn ended(id: &str) -> Option<Message> {
-    Some(Message::Ended(v1::Ended {
-        session_id: id.to_owned(),
-    }))
+fn ended(id: &str) -> Option<ToAgent> {
+    Some(ToAgent::Ended(id_of(id)))
 }
 
 #[test]
@@ -154,7 +160,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     };
     assert_eq!(next(&mut sent), opened("a"));
     assert_eq!(
-        sessions.end(Slot(0), "a", end::Cause::Finished),
+        sessions.end(Slot(0), &id_of("a"), EndCause::Finished),
         [Action::Cut(port(PORT), key)]
     );
     assert!(sessions.is_cutting(Slot(0)));
@@ -164,7 +170,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
         "nothing more is admitted"
     );
     assert_eq!(
-        sessions.end(Slot(0), "a", end::Cause::Finished),
+        sessions.end(Slot(0), &id_of("a"), EndCause::Finished),
         [],
         "asked again while cutting"
     );
@@ -180,11 +186,14 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
 fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
     let (sessions, _outbox, mut sent) = attached();
     learn_new(&sessions, session("a", PORT));
-    let action = sessions.end(Slot(0), "a", end::Cause::Finished);
+    let action = sessions.end(Slot(0), &id_of("a"), EndCause::Finished);
     assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
     cut(&sessions, action);
     assert_eq!(next(&mut sent), ended("a"));
-    assert_eq!(sessions.end(Slot(0), "never", end::Cause::Finished), []);
+    assert_eq!(
+        sessions.end(Slot(0), &id_of("never"), EndCause::Finished),
+        []
+    );
     assert_eq!(next(&mut sent), ended("never"));
 }
 
@@ -203,7 +212,7 @@ fn a_successor_on_the_port_ends_the_former() {
         panic!("not admitted")
     };
     assert_ne!(former, key);
-    assert!(sessions.get("a").is_none());
+    assert!(sessions.get(&id_of("a")).is_none());
 }
 
 #[test]
@@ -214,7 +223,7 @@ fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
-    assert_eq!(sessions.release("a"), Err(ReleaseError::OutOfReach));
+    assert_eq!(sessions.release(&id_of("a")), Err(ReleaseError::OutOfReach));
     assert_eq!(
         sessions.forget_server(Slot(0)),
         [Action::Cut(port(PORT), key)]
@@ -233,12 +242,12 @@ fn a_greeting_lists_the_sessions_of_its_server() {
     let mut listed = Vec::new();
     sessions.attach(Slot(0), again, |known| {
         listed = known;
-        ToAgent::default()
+        ToAgent::Goodbye
     });
-    listed.sort_by(|one, other| one.session_id.cmp(&other.session_id));
+    listed.sort_by(|one, other| one.id.cmp(&other.id));
     let listed: Vec<_> = listed
         .iter()
-        .map(|known| (known.session_id.as_str(), known.open_here))
+        .map(|known| (known.id.as_str(), known.open_here))
         .collect();
     assert_eq!(listed, [("held", false), ("open", true)]);
 }
@@ -247,26 +256,15 @@ fn a_greeting_lists_the_sessions_of_its_server() {
 fn a_server_cannot_speak_for_the_port_of_another() {
     let (sessions, _outbox, _sent) = attached();
     assert_eq!(learn(&sessions, Slot(1), session("a", PORT)), []);
-    assert!(sessions.get("a").is_none());
+    assert!(sessions.get(&id_of("a")).is_none());
     assert_eq!(learn(&sessions, Slot(0), session("b", 9)), []);
-    assert_eq!(
-        learn(
-            &sessions,
-            Slot(0),
-            v1::Session {
-                connection_port: 70_000,
-                ..session("c", 1)
-            }
-        ),
-        []
-    );
 }
 
 #[test]
 fn only_the_bound_client_is_admitted() {
     let (sessions, _outbox, _sent) = attached();
-    let bound = v1::Session {
-        bound_client: "127.0.0.1".to_owned(),
+    let bound = Session {
+        bound_client: Some(client(1).ip()),
         ..session("a", PORT)
     };
     learn_new(&sessions, bound);
@@ -284,12 +282,16 @@ fn one_question_answers_every_parked_client() {
     let (sessions, _outbox, mut sent) = attached();
     sessions.ask(PendingId(1), port(PORT), Transport::Tcp, client(1));
     sessions.ask(PendingId(2), port(PORT), Transport::Tcp, client(2));
-    let Some(Message::Lookup(question)) = next(&mut sent) else {
+    let Some(ToAgent::Lookup {
+        request_id,
+        port: asked,
+    }) = next(&mut sent)
+    else {
         panic!("no question")
     };
-    assert_eq!(question.connection_port, u32::from(PORT));
+    assert_eq!(asked, port(PORT));
     assert_eq!(next(&mut sent), None);
-    let actions = sessions.looked_up(Slot(0), question.request_id, Some(session("a", PORT)));
+    let actions = sessions.looked_up(Slot(0), request_id, Some(session("a", PORT)));
     let actions: Vec<_> = actions.into_iter().collect();
     let admitted = |action: &Action| matches!(action, Action::Answer(_, _, Decision::Admit(_)));
     assert_eq!(actions.len(), 2);
@@ -311,23 +313,21 @@ fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
     let (sessions, _outbox, mut sent) = attached();
     learn_new(
         &sessions,
-        v1::Session {
-            idempotency_key: "k".to_owned(),
+        Session {
+            idempotency_key: Some("k".to_owned()),
             ..session("a", PORT)
         },
     );
     assert!(sessions.get_by_idempotency_key("k").is_some());
-    let action = sessions.release("a").expect("known and in reach");
-    let release = Message::Release(v1::Release {
-        session_id: "a".to_owned(),
-    });
+    let action = sessions.release(&id_of("a")).expect("known and in reach");
+    let release = ToAgent::Release(id_of("a"));
     assert_eq!(next(&mut sent), Some(release));
     assert_eq!(next(&mut sent), None);
     cut(&sessions, action);
     assert_eq!(next(&mut sent), ended("a"));
-    assert!(sessions.get("a").is_none());
+    assert!(sessions.get(&id_of("a")).is_none());
     assert!(sessions.get_by_idempotency_key("k").is_none());
-    assert_eq!(sessions.release("a"), Err(ReleaseError::Unknown));
+    assert_eq!(sessions.release(&id_of("a")), Err(ReleaseError::Unknown));
 }
 
 #[test]
@@ -350,8 +350,8 @@ fn a_removed_server_loses_its_sessions_only() {
         sessions.forget_server(Slot(0)),
         [Action::Cut(port(PORT), key)]
     );
-    assert!(sessions.get("a").is_none());
-    assert!(sessions.get("b").is_some());
+    assert!(sessions.get(&id_of("a")).is_none());
+    assert!(sessions.get(&id_of("b")).is_some());
 }
 
 #[test]
@@ -361,15 +361,16 @@ fn a_lost_release_is_told_again() {
     release(&sessions, "a");
     sessions.detach(Slot(0), &outbox);
     let (again, mut sent) = unbounded_channel();
-    sessions.attach(Slot(0), again, |_| ToAgent::default());
-    assert_eq!(next(&mut sent), None, "the greeting");
-    let release = v1::Release {
-        session_id: "a".to_owned(),
-    };
-    assert_eq!(next(&mut sent), Some(Message::Release(release)));
+    sessions.attach(Slot(0), again, |_| ToAgent::Goodbye);
+    assert_eq!(next(&mut sent), Some(ToAgent::Goodbye), "the greeting");
+    let release = ToAgent::Release(id_of("a"));
+    assert_eq!(next(&mut sent), Some(release));
     learn_new(&sessions, session("a", PORT));
-    assert!(sessions.get("a").is_none(), "the agent knew it still");
-    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Released), []);
+    assert!(
+        sessions.get(&id_of("a")).is_none(),
+        "the agent knew it still"
+    );
+    assert_eq!(sessions.end(Slot(0), &id_of("a"), EndCause::Released), []);
 }
 
 /// Its agent was restarted before all had heard the end, and one of those brought
@@ -378,7 +379,7 @@ fn a_lost_release_is_told_again() {
 fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     type End = fn(&Sessions);
     fn end(sessions: &Sessions) {
-        let actions = sessions.end(Slot(0), "a", end::Cause::Unclaimed);
+        let actions = sessions.end(Slot(0), &id_of("a"), EndCause::Unclaimed);
         if !actions.is_empty() {
             cut(sessions, actions);
         }
@@ -398,7 +399,10 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             |sessions| {
                 end(sessions);
                 learn_new(sessions, session("b", PORT));
-                cut(sessions, sessions.end(Slot(0), "b", end::Cause::Unclaimed));
+                cut(
+                    sessions,
+                    sessions.end(Slot(0), &id_of("b"), EndCause::Unclaimed),
+                );
             },
             false,
         ),
@@ -430,13 +434,15 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
         successor.import(sessions.export(), &table, std::iter::empty());
         for (who, sessions) in [("it", sessions), ("its successor", successor)] {
             let (again, mut sent) = unbounded_channel();
-            sessions.attach(Slot(0), again, |_| ToAgent::default());
-            assert_eq!(next(&mut sent), None, "the greeting");
+            sessions.attach(Slot(0), again, |_| ToAgent::Goodbye);
+            assert_eq!(next(&mut sent), Some(ToAgent::Goodbye), "the greeting");
             assert_eq!(learn(&sessions, Slot(0), session("a", PORT)), []);
-            assert_eq!(sessions.get("a").is_none(), is_over, "{what}: {who}");
-            let release = Message::Release(v1::Release {
-                session_id: "a".to_owned(),
-            });
+            assert_eq!(
+                sessions.get(&id_of("a")).is_none(),
+                is_over,
+                "{what}: {who}"
+            );
+            let release = ToAgent::Release(id_of("a"));
             assert_eq!(next(&mut sent), is_over.then_some(release), "{what}: {who}");
         }
     }
@@ -449,10 +455,10 @@ fn a_session_given_back_does_not_come_back_with_late_news() {
     release(&sessions, "a");
     learn_new(&sessions, session("a", PORT));
     assert!(
-        sessions.get("a").is_none(),
+        sessions.get(&id_of("a")).is_none(),
         "told before the agent heard of it"
     );
-    assert_eq!(sessions.end(Slot(0), "a", end::Cause::Finished), []);
+    assert_eq!(sessions.end(Slot(0), &id_of("a"), EndCause::Finished), []);
     learn_new(&sessions, session("b", PORT));
-    assert!(sessions.get("b").is_some());
+    assert!(sessions.get(&id_of("b")).is_some());
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::pool::PortProtocol;
 
 fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState {
     PortState {
@@ -30,8 +31,8 @@ fn woken(servers: &mut Servers) -> Vec<(QueuePosition, u32)> {
         .collect()
 }
 
-fn named(name: &str) -> Filter {
-    Filter {
+fn named(name: &str) -> PortFilter {
+    PortFilter {
         port_name: Some(name.to_owned()),
         protocol: None,
     }
@@ -40,7 +41,7 @@ fn named(name: &str) -> Filter {
 #[test]
 fn a_last_port_is_reserved_once() {
     let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 1, 0)])]);
-    let any = Filter::default();
+    let any = PortFilter::default();
     assert_eq!(servers.reserve(&any, None, &[]), Some(Slot(0)));
     assert_eq!(servers.reserve(&any, None, &[]), None);
     servers.settle(Slot(0), &any);
@@ -53,9 +54,12 @@ fn detached_draining_and_excluded_servers_get_nothing() {
     let mut servers = pool(&[(0, one.clone()), (1, one.clone()), (2, one)]);
     servers.server(Slot(0)).attached = false;
     servers.server(Slot(1)).row_draining = true;
-    assert_eq!(servers.reserve(&Filter::default(), None, &[Slot(2)]), None);
     assert_eq!(
-        servers.reserve(&Filter::default(), None, &[]),
+        servers.reserve(&PortFilter::default(), None, &[Slot(2)]),
+        None
+    );
+    assert_eq!(
+        servers.reserve(&PortFilter::default(), None, &[]),
         Some(Slot(2))
     );
 }
@@ -74,9 +78,9 @@ fn reservations_of_another_port_name_do_not_count() {
 
 #[test]
 fn a_filter_admits_ports_that_forward_its_protocol() {
-    let filter = |protocol: PortProtocol| Filter {
+    let filter = |protocol: PortProtocol| PortFilter {
         port_name: None,
-        protocol: Some(protocol.into()),
+        protocol: Some(protocol),
     };
     let (tcp, udp, both) = (PortProtocol::TCP, PortProtocol::UDP, PortProtocol::TCPUDP);
     for (wanted, port, admits) in [
@@ -99,7 +103,7 @@ fn a_filter_admits_ports_that_forward_its_protocol() {
 #[test]
 fn requests_are_woken_in_order_and_newcomers_do_not_overtake() {
     let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 4)])]);
-    let any = Filter::default();
+    let any = PortFilter::default();
     let first = servers.wait(&any, None, None).unwrap();
     let second = servers.wait(&named("main"), None, None).unwrap();
     let third = servers.wait(&any, None, None).unwrap();
@@ -130,7 +134,7 @@ fn a_stuck_name_does_not_block_another_one() {
 #[test]
 fn a_request_that_waited_keeps_its_place() {
     let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 0)])]);
-    let any = Filter::default();
+    let any = PortFilter::default();
     let first = servers.wait(&any, None, None).unwrap();
     let second = servers.wait(&any, None, None).unwrap();
     servers.leave(&any, first);
@@ -143,7 +147,7 @@ fn a_request_that_waited_keeps_its_place() {
 fn the_queue_is_bounded() {
     let mut servers = Servers::default();
     for _ in 0..MAX_WAITING {
-        servers.wait(&Filter::default(), None, None).unwrap();
+        servers.wait(&PortFilter::default(), None, None).unwrap();
     }
-    assert_eq!(servers.wait(&Filter::default(), None, None), None);
+    assert_eq!(servers.wait(&PortFilter::default(), None, None), None);
 }
