@@ -8,19 +8,23 @@
 //! # The processes
 //!
 //! ```text
-//!               ┌─ connection server ─────────────────────────────────┐
-//! client ─HTTP→ │ tokio: load_sharing ─ agents ─ sessions ─ handover  │ ←gRPC→ agent ┐
-//!               │              control │ ↑ gate                       │        workload ┘ one pod
-//! client ─TCP→  │ threads: forward, one event loop for each processor │ ←TCP, UDP→ workload
-//!        ─UDP→  └─────────────────────────────────────────────────────┘
-//! controller: watches pools, plans, writes the table (a ConfigMap), starts and stops pods
+//!           ┌ connection server, one or more ──────────┐        ┌ processing server, N ┐
+//! client ←HTTP→ load_sharing ←→ agents ←──────────────────gRPC──→ agent                │
+//!           │        sessions, changed by control      │        │   │ opens? listens?  │
+//!           │           ↑ may this client connect?     │        │   ↓                  │
+//! client ←TCP, UDP→ forward, a thread per processor ←──TCP, UDP─→ workload             │
+//!           └──────────────────────────────────────────┘        └──────────────────────┘
+//!              ↑ table                                             ↑ table   ↑ starts, stops
+//! controller: watches pools, plans, writes the table into a ConfigMap ───────┘
 //! ```
 //!
-//! `portpool local` runs the same processes on one machine: it stands in for
-//! the controller, and the table is a file. Who decides what:
+//! A processing server is a pod of the Kubernetes cluster. `portpool local` does
+//! the controller's work on one machine: processes instead of pods, and a file
+//! instead of the ConfigMap. Who decides what:
 //!
-//! - **The agent decides the port.** It alone knows which of its ports are
-//!   free, so any number of connection servers can serve a pool.
+//! - **The agent decides the port** of its processing server. It alone knows
+//!   which ports are free there, so the connection servers of a pool need not
+//!   agree among themselves.
 //! - **The connection server decides the processing server**, from counts that
 //!   the agents stream to it.
 //! - **The controller decides the table.** Nothing in the data path waits for
@@ -31,31 +35,32 @@
 //! 1. `connection::load_sharing` receives `POST /v1/sessions` and chooses a
 //!    processing server, or lets the request wait in a queue.
 //! 2. `connection::agents` sends `Select` to that server's agent.
-//! 3. The agent's book takes the port that has been free for longest, and the
-//!    session is *held*; every connection server receives the session.
+//! 3. The agent's book takes the port that has been free for longest. The
+//!    session is *held*; the agent reports it to every connection server.
 //! 4. The client connects to the port. `forward` asks the gate
-//!    (`connection::sessions`), which admits the client and reports `Opened`.
+//!    (`connection::sessions`). It admits the client of a known session and
+//!    reports `Opened` to the agent; for an unknown one it asks the agent first.
 //! 5. The session is *busy* while any connection server has a connection of it.
 //! 6. After the last `Closed` it *lingers*: the client may come back.
-//! 7. The agent sends `End` to all connection servers; each cuts what is left
-//!    of the session and answers `Ended`.
-//! 8. When all have answered, or can have no connection any more, the port is
-//!    free.
+//! 7. The agent sends `End` to all connection servers; each closes what is
+//!    left of the session and answers `Ended`.
+//! 8. When all have answered, the port is free. A connection server that is dead
+//!    or out of reach counts as answered once its connections must be closed.
 //!
 //! A connection port serves one session at a time: that is what may never
-//! break. `tests/it/model.rs` plays orders of events, crashes included, against
-//! it.
+//! break. `tests/it/model.rs` plays random orders of events, crashes included,
+//! and checks it.
 //!
 //! # Where to look
 //!
 //! | question | file |
 //! |---|---|
-//! | Why was this request refused? | `connection/load_sharing/problem.rs` |
-//! | Which processing server does a request get, and which request is next? | `connection/load_sharing/servers.rs`, `policy.rs` |
+//! | Why was this request refused? | `connection/load_sharing/problem.rs` has the reasons, `allocation.rs` beside it decides |
+//! | Which processing server does a request get, and which request is next? | `servers.rs` and `policy.rs` beside it |
 //! | May this client use this port? | `connection/sessions/gate.rs` |
 //! | What happens to a datagram of a client whose session ended? | `forward/udp/datagrams.rs`; `connection/sessions/gate.rs` decides |
 //! | When does a connection or a flow end, and how? | the diagrams in `forward/tcp.rs` and `forward/udp.rs` |
-//! | Who frees a port, also after a crash? | the diagram in `agent/book.rs`; `agent/book/connection_servers.rs` |
+//! | Who frees a port, also after a crash? | the diagram in `agent/book.rs`; `connection_servers.rs` below it when a connection server crashed, `attachment.rs` when the agent did |
 //! | Which pods start and stop, also when a node is lost? | `plan.rs`, from what `operator/observe.rs` saw |
 //! | Which connection ports does a slot get? | `plan/ports.rs` |
 //! | How does a new process take over the connections? | `connection/handover.rs` |
@@ -70,7 +75,7 @@
 //! - **agent**: portpool's sidecar beside a workload. It owns the sessions.
 //! - **connection server**: the process that clients reach. A pool may have
 //!   several.
-//! - **load-sharing port**: its HTTP port, where clients ask for sessions.
+//! - **load-sharing port**: the connection server's HTTP port, where clients ask for sessions.
 //! - **connection port**: a port of the connection server that leads to one
 //!   port of one processing server.
 //! - **table**: the port-relationship table, which says which connection port
@@ -78,22 +83,24 @@
 //! - **generation**: the table's version. It only grows, and readers refuse
 //!   an older one.
 //! - **session**: one client's right to one connection port for a while.
-//! - **free, held, busy, lingering, not listening**: the states of a connection
-//!   port: offered; selected, and its client has not connected yet; with open
-//!   connections; kept for its client for a moment; not offered, because the
-//!   workload does not listen there.
+//! - **free** is a connection port that the next request may get; **held** one
+//!   whose client has not connected yet; **busy** one with open connections;
+//!   **lingering** one whose client may come back; **not listening** one whose
+//!   workload does not listen.
 //! - **claim**: the client's first connection of a session, due before the
 //!   claim deadline.
 //! - **book**: the agent's record of its ports and sessions.
-//! - **host identity**: what proves to an agent that the connection server's
-//!   former process is dead.
+//! - **host identity**: the address that a connection server listens on, with
+//!   its host and boot. No two processes have the same at a time, so a new
+//!   process that shows it proves that the former one is dead.
 //! - **gate**: what the data plane asks whether a client may use a port. Its
 //!   answer is a **decision**.
 //! - **pending**: a client whose decision waits for the agent's answer.
 //! - **flow**: the datagrams of one client on one UDP port.
 //! - **coalescing**: reading a busy sender once a millisecond, so that one
 //!   system call moves more.
-//! - **final flush**: delivering what a gone peer had sent, before the reset.
+//! - **final flush**: delivering to one peer what the other one, now lost, had
+//!   sent.
 //! - **drain**: to take nothing new while what is there goes on, up to a
 //!   deadline.
 //! - **hand-over**: a new process takes the connections of the old one: the
@@ -102,9 +109,10 @@
 //!
 //! # The modules
 //!
-//! An arrow means "uses". `tests/it/layering.rs` reads this drawing: it fails on
-//! an arrow that the code uses and that is not drawn, and the other way round.
-//! A module that is pure, or marked "no tokio", waits for nothing.
+//! A module uses those behind its arrow, and no other of this crate;
+//! `src/main.rs` picks the role. `tests/it/layering.rs` reads this drawing and
+//! fails when the code differs, either way. A pure module decides from values
+//! alone: no socket, clock, lock or await. "no tokio" means no async code.
 //!
 //! ```text
 //! operator     → pool, table, session, plan, cluster, client, admin  a role: the controller
