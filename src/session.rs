@@ -16,9 +16,6 @@ use crate::table::Slot;
 /// Longest idempotency or affinity key, in bytes.
 pub const MAX_KEY_BYTES: usize = 128;
 
-/// Longest name of a port entry, in bytes.
-pub const MAX_PORT_NAME_BYTES: usize = 15;
-
 /// Longest time a request may wait for a port, in seconds.
 pub const MAX_WAIT_SECONDS: u32 = 300;
 

@@ -1,4 +1,4 @@
-//! Which ports the workload listens on, as the kernel tells of the sockets of
+//! Which ports the workload listens on, as the kernel reports the sockets of
 //! this network namespace. No connection is made to find out.
 //!
 //! The kernel is asked by `sock_diag`, for each protocol on its own. Where it
@@ -28,7 +28,7 @@ pub enum ListenScope {
     Any,
 }
 
-/// The sockets of a protocol that wait for whoever comes.
+/// The sockets of a protocol that wait for any client.
 #[derive(Debug)]
 struct Kind {
     protocol: u8,

@@ -65,7 +65,7 @@ pub struct Hello {
     /// Random per connection server, at most 64 bytes; the same after a broken
     /// stream and in a process that has taken over from another one, another one
     /// after a restart. Of two streams of the same name the newer one counts: it
-    /// replaces the older one, which is not heard any more but for Release.
+    /// replaces the older one, from which the agent then accepts Release only.
     #[prost(string, tag = "3")]
     pub connection_server: ::prost::alloc::string::String,
     /// The table cut down to this server's row, as JSON (Table::slice). The agent
@@ -76,12 +76,13 @@ pub struct Hello {
     /// that was restarted adopts them, and ends those it cannot adopt.
     #[prost(message, repeated, tag = "5")]
     pub sessions: ::prost::alloc::vec::Vec<Session>,
-    /// Where it listens, at most 256 bytes: no two processes have the same place
-    /// at a time. So a connection server that attaches from the place of another
-    /// one whose stream has ended proves that this one is no more. Empty where it
-    /// cannot be told.
+    /// What identifies the process on its host, at most 256 bytes: the boot, the
+    /// host, its network and the address that it listens on. No two processes have
+    /// the same at a time. So a connection server that attaches with that of
+    /// another one, whose stream has ended, proves that the other one is dead.
+    /// Empty where the kernel does not report it.
     #[prost(string, tag = "6")]
-    pub place: ::prost::alloc::string::String,
+    pub host_identity: ::prost::alloc::string::String,
 }
 /// A newer table, cut down to this server's row. Older generations are refused
 /// and counted.
@@ -124,8 +125,8 @@ pub struct Closed {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
 }
-/// The client gave the session back; or it is over here since before the agent
-/// was restarted, which has told of it as if it were live.
+/// The client gave the session back. Also sent when the agent was restarted and
+/// reports a session as live that had already ended here.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Release {
     #[prost(string, tag = "1")]
@@ -147,7 +148,7 @@ pub struct Lookup {
     pub connection_port: u32,
 }
 /// Last message of a connection server that stops: none of its connections is
-/// left and it does not come back under its name, so nobody need wait for it.
+/// left and it does not come back under its name, so that no one need wait for it.
 /// Sessions that it made live on through others. The agent ends the stream.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Goodbye {}
@@ -369,7 +370,7 @@ pub mod end {
     #[repr(i32)]
     pub enum Cause {
         Unspecified = 0,
-        /// Nobody connected before the claim deadline.
+        /// No client connected before the claim deadline.
         Unclaimed = 1,
         Released = 2,
         /// The last connection closed and the linger time passed.

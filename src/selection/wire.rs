@@ -15,10 +15,8 @@ use super::{
     ConnectionServerId, Counts, EndCause, FromAgent, Hello, PROTOCOL_VERSION, RefusalCause, Select,
     Session, ToAgent, Welcome,
 };
-use crate::pool::PortProtocol;
-use crate::session::{
-    MAX_KEY_BYTES, MAX_PORT_NAME_BYTES, PortFilter, PortState, SessionId, SessionState,
-};
+use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
+use crate::session::{MAX_KEY_BYTES, PortFilter, PortState, SessionId, SessionState};
 use crate::table::ListenPort;
 
 /// Longest host identity of a connection server, in bytes: boot, host, network
@@ -223,9 +221,9 @@ impl TryFrom<v1::Hello> for Hello {
             let value = &hello.connection_server;
             FieldError::new("connection_server", value, "have 1 to 64 bytes")
         })?;
-        if hello.place.len() > MAX_HOST_IDENTITY_BYTES {
+        if hello.host_identity.len() > MAX_HOST_IDENTITY_BYTES {
             let rule = "have at most 256 bytes";
-            return Err(FieldError::new("place", &hello.place, rule).into());
+            return Err(FieldError::new("host_identity", &hello.host_identity, rule).into());
         }
         let sessions = hello.sessions.into_iter().map(Session::try_from);
         Ok(Self {
@@ -233,7 +231,7 @@ impl TryFrom<v1::Hello> for Hello {
             connection_server,
             table: hello.table,
             sessions: sessions.collect::<Result<_, _>>()?,
-            host_identity: hello.place,
+            host_identity: hello.host_identity,
         })
     }
 }
@@ -246,7 +244,7 @@ impl From<Hello> for v1::Hello {
             connection_server: hello.connection_server.to_string(),
             table: hello.table,
             sessions: hello.sessions.into_iter().map(Into::into).collect(),
-            place: hello.host_identity,
+            host_identity: hello.host_identity,
         }
     }
 }
@@ -261,7 +259,7 @@ impl TryFrom<v1::Select> for Select {
             session_id: session_id(&select.session_id)?,
             idempotency_key: idempotency_key(select.idempotency_key)?,
             filter: PortFilter {
-                port_name: optional("port_name", select.port_name, MAX_PORT_NAME_BYTES, rule)?,
+                port_name: optional("port_name", select.port_name, MAX_PORT_NAME_LENGTH, rule)?,
                 protocol: match select.protocol.as_str() {
                     "" => None,
                     name => Some(protocol(name)?),

@@ -264,7 +264,7 @@ fn hello(pool: &Pool, change: impl FnOnce(&mut v1::Hello)) -> ToAgent {
         connection_server: "ours".to_owned(),
         table: pool.table.encode().unwrap(),
         sessions: Vec::new(),
-        place: String::new(),
+        host_identity: String::new(),
     };
     change(&mut hello);
     message(to_agent::Message::Hello(hello))

@@ -271,7 +271,7 @@ async fn attach(pool: &Pool, table: Table) -> (v1::Welcome, Attached) {
         connection_server: "ours".to_owned(),
         table: table.encode().unwrap(),
         sessions: Vec::new(),
-        place: String::new(),
+        host_identity: String::new(),
     };
     let message = Some(to_agent::Message::Hello(hello));
     sender.send(ToAgent { message }).await.unwrap();

@@ -27,10 +27,11 @@ use super::reservations::Reservations;
 use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
+use crate::pool::MAX_PORT_NAME_LENGTH;
 use crate::selection;
 use crate::session::{
-    MAX_KEY_BYTES, MAX_PORT_NAME_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session,
-    SessionId, SessionRequest, SessionState,
+    MAX_KEY_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session, SessionId,
+    SessionRequest, SessionState,
 };
 use crate::table::{Slot, Table};
 
@@ -72,7 +73,7 @@ pub struct Ends {
 #[derive(OpenApi)]
 #[openapi(info(
     title = "portpool load sharing",
-    description = "Ask for a session, connect to the port you are told. Refusals are problem details (RFC 9457), also those that no path lists: 404 for another path, 405 with `allow` for another method, 400 for HTTP/1.1 without one Host field. What is not well-formed HTTP gets 400, a head of more than 100 fields or 16 KiB 431, without a body. A connection whose first request, or next head, takes longer than 30 s is closed."
+    description = "Ask for a session, connect to the port in the answer. Refusals are problem details (RFC 9457), also those that no path lists: 404 for another path, 405 with `allow` for another method, 400 for HTTP/1.1 without one Host field. What is not well-formed HTTP gets 400, a head of more than 100 fields or 16 KiB 431, without a body. A connection whose first request, or next head, takes longer than 30 s is closed."
 ))]
 struct Document;
 
@@ -337,7 +338,7 @@ fn check(request: &SessionRequest) -> Result<(), String> {
     let keys = [
         ("idempotencyKey", &request.idempotency_key, MAX_KEY_BYTES),
         ("affinityKey", &request.affinity_key, MAX_KEY_BYTES),
-        ("portName", &request.port_name, MAX_PORT_NAME_BYTES),
+        ("portName", &request.port_name, MAX_PORT_NAME_LENGTH),
     ];
     for (name, value, most) in keys {
         if let Some(value) = value

@@ -412,7 +412,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             false,
         ),
         (
-            "ended, and its port is no more",
+            "ended, and its port is removed",
             |sessions| {
                 end(sessions);
                 let mut table = table(Admission::Reserved);
