@@ -20,7 +20,7 @@ use kube::CustomResourceExt;
 use serde_json::Value;
 
 use self::located::{Document, Place};
-use crate::plan::{Problem, ValidPool};
+use crate::plan::{FieldProblem, ValidPool};
 use crate::pool::{ProcessingPool, rules};
 
 /// Largest manifest in bytes.
@@ -111,7 +111,7 @@ impl Manifest {
     /// An error about the file with `problems` that only the user of the pool can
     /// find. A problem whose path is not that of a field is about the whole file.
     #[must_use]
-    pub fn error(&self, problems: Vec<Problem>) -> ManifestError {
+    pub fn error(&self, problems: Vec<FieldProblem>) -> ManifestError {
         let located = problems.into_iter().map(|problem| {
             let is_field = ["metadata", "spec"]
                 .iter()
@@ -129,7 +129,7 @@ impl Manifest {
     }
 }
 
-fn locate(document: &Document, Problem { path, message }: Problem) -> LocatedProblem {
+fn locate(document: &Document, FieldProblem { path, message }: FieldProblem) -> LocatedProblem {
     let Place { line, column } = document.place(&path);
     let field = if path.is_empty() { "manifest" } else { &path };
     LocatedProblem {
@@ -186,7 +186,7 @@ pub fn parse(text: &str) -> Result<ValidPool, Vec<LocatedProblem>> {
 
 fn read(text: &str) -> Result<(ValidPool, Document), Vec<LocatedProblem>> {
     let document = Document::parse(text).map_err(|problem| vec![problem])?;
-    let locate = |problems: Vec<Problem>| -> Vec<LocatedProblem> {
+    let locate = |problems: Vec<FieldProblem>| -> Vec<LocatedProblem> {
         let located = problems
             .into_iter()
             .map(|problem| locate(&document, problem));
@@ -208,7 +208,7 @@ fn read(text: &str) -> Result<(ValidPool, Document), Vec<LocatedProblem>> {
         return Err(locate(problems));
     }
     let pool: ProcessingPool = serde_json::from_value(document.value.clone())
-        .map_err(|error| locate(vec![Problem::new("", error.to_string())]))?;
+        .map_err(|error| locate(vec![FieldProblem::new("", error.to_string())]))?;
     let pool = ValidPool::new(&pool).map_err(&locate)?;
     if let Err(problem) = &pool.template {
         return Err(locate(vec![problem.clone()]));
@@ -236,17 +236,20 @@ fn crd_schema() -> Value {
     schema
 }
 
-fn check_kind(value: &Value) -> Result<(), Problem> {
+fn check_kind(value: &Value) -> Result<(), FieldProblem> {
     let expect = |field: &str, expected: &str| match value.get(field).and_then(Value::as_str) {
         Some(found) if found == expected => Ok(()),
-        Some(found) => Err(Problem::new(
+        Some(found) => Err(FieldProblem::new(
             field,
             format!("must be {expected}; this is {found}"),
         )),
-        None => Err(Problem::new("", format!("{field}: {expected} is missing"))),
+        None => Err(FieldProblem::new(
+            "",
+            format!("{field}: {expected} is missing"),
+        )),
     };
     if !value.is_object() {
-        return Err(Problem::new(
+        return Err(FieldProblem::new(
             "",
             "must be a ProcessingPool: apiVersion, kind, metadata and spec",
         ));
@@ -258,6 +261,6 @@ fn check_kind(value: &Value) -> Result<(), Problem> {
             Some(problem) => Err(problem),
             None => Ok(()),
         },
-        None => Err(Problem::new("metadata", "name is missing")),
+        None => Err(FieldProblem::new("metadata", "name is missing")),
     }
 }

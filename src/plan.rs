@@ -33,7 +33,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use self::previous::Previous;
-pub use self::validate::{Problem, ValidPool};
+pub use self::validate::{FieldProblem, ValidPool};
 use crate::pool::AGENT_PORT;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Slot, Table, TargetPort};
 

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::{connection_address, container, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
-use crate::plan::{Problem, ValidPool};
+use crate::plan::{FieldProblem, ValidPool};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT};
 use crate::table::{PortRange, Slot, Table};
 
@@ -16,7 +16,7 @@ use crate::table::{PortRange, Slot, Table};
 const MAX_PROBLEMS: usize = 10;
 
 /// Reports why `pool` with `table` cannot run on this machine.
-pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<Problem>> {
+pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<FieldProblem>> {
     let mut problems = programs(pool);
     problems.extend(limits(table));
     problems.extend(ports_in_use(sockets(pool, table), &HashSet::new()));
@@ -28,11 +28,11 @@ pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<Problem
 pub(super) fn can_become(
     (current, table): (&ValidPool, &Table),
     (next, planned): (&ValidPool, &Table),
-) -> Result<(), Vec<Problem>> {
+) -> Result<(), Vec<FieldProblem>> {
     let mut problems = programs(next);
     let mut fixed = |is_same: bool, path: &str| {
         if !is_same {
-            problems.push(Problem::new(
+            problems.push(FieldProblem::new(
                 path,
                 "cannot change while the pool runs: stop portpool local and start it again",
             ));
@@ -53,7 +53,7 @@ pub(super) fn can_become(
     ok_if_empty(problems)
 }
 
-fn ok_if_empty(problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
+fn ok_if_empty(problems: Vec<FieldProblem>) -> Result<(), Vec<FieldProblem>> {
     if problems.is_empty() {
         Ok(())
     } else {
@@ -62,7 +62,7 @@ fn ok_if_empty(problems: Vec<Problem>) -> Result<(), Vec<Problem>> {
 }
 
 /// Settings of this machine that are too narrow for `table`.
-fn limits(table: &Table) -> Vec<Problem> {
+fn limits(table: &Table) -> Vec<FieldProblem> {
     let path = "spec.connectionServer.connectionPorts";
     let overlap = ephemeral_overlap(table).map(|overlap| format!(
         "ports {overlap} lie inside net.ipv4.ip_local_port_range, so any outgoing connection may take them: choose ports outside, or narrow the range with sysctl"
@@ -71,12 +71,12 @@ fn limits(table: &Table) -> Vec<Problem> {
     let files = files.map(|error| error.to_string());
     let messages = overlap.into_iter().chain(files);
     messages
-        .map(|message| Problem::new(path, message))
+        .map(|message| FieldProblem::new(path, message))
         .collect()
 }
 
 /// Containers that cannot run here, and programs that are missing.
-fn programs(pool: &ValidPool) -> Vec<Problem> {
+fn programs(pool: &ValidPool) -> Vec<FieldProblem> {
     let pod = container::Pod {
         name: format!("{}-0", pool.name),
         uid: String::new(),
@@ -104,13 +104,13 @@ fn programs(pool: &ValidPool) -> Vec<Problem> {
             "program {program:?} of container {:?} is not in PATH{hint}",
             process.name
         );
-        Problem::new(format!("{}.command", process.path), message)
+        FieldProblem::new(format!("{}.command", process.path), message)
     });
     let folders = processes.iter().filter_map(|process| {
         let folder = process.folder.as_ref()?;
         let message = format!("{folder:?} is not a folder of this machine");
         let path = format!("{}.workingDir", process.path);
-        (!Path::new(folder).is_dir()).then(|| Problem::new(path, message))
+        (!Path::new(folder).is_dir()).then(|| FieldProblem::new(path, message))
     });
     missing.chain(folders).collect()
 }
@@ -186,7 +186,7 @@ fn sockets_of(
 fn ports_in_use(
     needed: impl Iterator<Item = (Socket, &'static str)>,
     ours: &HashSet<Socket>,
-) -> Vec<Problem> {
+) -> Vec<FieldProblem> {
     let problems = needed.filter_map(|(socket, path)| {
         let (transport, address, bound) = match socket {
             _ if ours.contains(&socket) => return None,
@@ -197,7 +197,7 @@ fn ports_in_use(
         let message = format!(
             "{transport} {address} cannot be listened on: {error}; stop what uses it, or choose another port"
         );
-        Some(Problem::new(path, message))
+        Some(FieldProblem::new(path, message))
     });
     problems.take(MAX_PROBLEMS).collect()
 }

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Container, EnvVar, PodTemplateSpec};
 
-use crate::plan::Problem;
+use crate::plan::FieldProblem;
 
 /// A container as a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,13 +52,13 @@ impl Pod {
 ///
 /// # Errors
 /// The fields that cannot be run here.
-pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, Vec<Problem>> {
+pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, Vec<FieldProblem>> {
     let Some(spec) = &template.spec else {
-        return Err(vec![Problem::new("spec.template.spec", "is missing")]);
+        return Err(vec![FieldProblem::new("spec.template.spec", "is missing")]);
     };
     let mut problems = Vec::new();
     if spec.containers.is_empty() {
-        problems.push(Problem::new(
+        problems.push(FieldProblem::new(
             "spec.template.spec.containers",
             "must have a container",
         ));
@@ -69,7 +69,10 @@ pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, 
         .is_some_and(|containers| !containers.is_empty())
     {
         let message = "portpool local does not run init containers: start what they do from the containers' commands";
-        problems.push(Problem::new("spec.template.spec.initContainers", message));
+        problems.push(FieldProblem::new(
+            "spec.template.spec.initContainers",
+            message,
+        ));
     }
     let mut processes: Vec<Process> = Vec::new();
     for (index, container) in spec.containers.iter().enumerate() {
@@ -77,7 +80,7 @@ pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, 
         let others = spec.containers.iter().take(index);
         if others.into_iter().any(|other| other.name == container.name) {
             let message = format!("{:?} occurs twice; it must be unique", container.name);
-            problems.push(Problem::new(format!("{path}.name"), message));
+            problems.push(FieldProblem::new(format!("{path}.name"), message));
         }
         match process(container, &path, pod) {
             Ok(process) => processes.push(process),
@@ -91,14 +94,14 @@ pub fn processes(template: &PodTemplateSpec, pod: &Pod) -> Result<Vec<Process>, 
     }
 }
 
-fn process(container: &Container, path: &str, pod: &Pod) -> Result<Process, Problem> {
+fn process(container: &Container, path: &str, pod: &Pod) -> Result<Process, FieldProblem> {
     let Some(command) = container
         .command
         .as_ref()
         .filter(|command| !command.is_empty())
     else {
         let message = "is missing: portpool local does not know what the image would start";
-        return Err(Problem::new(format!("{path}.command"), message));
+        return Err(FieldProblem::new(format!("{path}.command"), message));
     };
     if container
         .env_from
@@ -106,7 +109,7 @@ fn process(container: &Container, path: &str, pod: &Pod) -> Result<Process, Prob
         .is_some_and(|sources| !sources.is_empty())
     {
         let message = "portpool local has no config maps and secrets: give env with values";
-        return Err(Problem::new(format!("{path}.envFrom"), message));
+        return Err(FieldProblem::new(format!("{path}.envFrom"), message));
     }
     let mut environment: Vec<(String, String)> = Vec::new();
     for (index, variable) in container.env.iter().flatten().enumerate() {
@@ -130,7 +133,7 @@ fn value(
     path: &str,
     pod: &Pod,
     defined: &[(String, String)],
-) -> Result<String, Problem> {
+) -> Result<String, FieldProblem> {
     let Some(source) = &variable.value_from else {
         return Ok(expand(
             variable.value.as_deref().unwrap_or_default(),
@@ -139,11 +142,11 @@ fn value(
     };
     let Some(field) = &source.field_ref else {
         let message = "portpool local knows fieldRef only: give a value";
-        return Err(Problem::new(format!("{path}.valueFrom"), message));
+        return Err(FieldProblem::new(format!("{path}.valueFrom"), message));
     };
     pod.field(&field.field_path).ok_or_else(|| {
         let message = format!("{} is not known to portpool local; it knows metadata.name, metadata.uid, metadata.namespace, status.podIP, status.hostIP and spec.nodeName", field.field_path);
-        Problem::new(format!("{path}.valueFrom.fieldRef.fieldPath"), message)
+        FieldProblem::new(format!("{path}.valueFrom.fieldRef.fieldPath"), message)
     })
 }
 

@@ -16,7 +16,7 @@ use super::{Options, check, connection_address, server_address};
 use crate::client::Client;
 use crate::follow::write_table;
 use crate::manifest;
-use crate::plan::{Observed, ObservedServer, Plan, Problem, ValidPool, plan, server_name};
+use crate::plan::{FieldProblem, Observed, ObservedServer, Plan, ValidPool, plan, server_name};
 use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
 use crate::table::{Slot, Table};
@@ -249,7 +249,7 @@ impl Running {
             }
             // The pool was checked before it was applied.
             Err(problems) => {
-                for Problem { path, message } in problems {
+                for FieldProblem { path, message } in problems {
                     self.events
                         .say(format!("{name} cannot start: {path}: {message}"));
                 }

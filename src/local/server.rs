@@ -10,7 +10,7 @@ use tokio::task::JoinHandle;
 use super::child::{Program, Supervised};
 use super::container::{self, Pod};
 use super::events::Events;
-use crate::plan::Problem;
+use crate::plan::FieldProblem;
 use crate::pool::AGENT_ADMIN_PORT;
 use crate::table::Slot;
 
@@ -23,7 +23,7 @@ pub(super) struct Context<'a> {
     pub(super) binary: &'a Path,
     pub(super) folder: &'a Path,
     pub(super) table_file: &'a Path,
-    pub(super) template: &'a Result<PodTemplateSpec, Problem>,
+    pub(super) template: &'a Result<PodTemplateSpec, FieldProblem>,
     pub(super) drain_seconds: u64,
     pub(super) role_log: &'a str,
     pub(super) events: &'a Events,
@@ -55,7 +55,7 @@ impl Server {
         slot: Slot,
         name: String,
         address: IpAddr,
-    ) -> Result<Self, Vec<Problem>> {
+    ) -> Result<Self, Vec<FieldProblem>> {
         let uid = uuid::Uuid::new_v4().to_string();
         let pod = Pod {
             name: name.clone(),

@@ -8,10 +8,10 @@
 
 use serde_json::{Map, Value};
 
-use crate::plan::Problem;
+use crate::plan::FieldProblem;
 
 /// What in `value`, which stands at `path`, does not match `schema`.
-pub(super) fn check(value: &Value, schema: &Value, path: &str) -> Vec<Problem> {
+pub(super) fn check(value: &Value, schema: &Value, path: &str) -> Vec<FieldProblem> {
     let mut checker = Checker {
         root: schema,
         problems: Vec::new(),
@@ -23,12 +23,12 @@ pub(super) fn check(value: &Value, schema: &Value, path: &str) -> Vec<Problem> {
 struct Checker<'a> {
     /// The schema that references point into.
     root: &'a Value,
-    problems: Vec<Problem>,
+    problems: Vec<FieldProblem>,
 }
 
 impl Checker<'_> {
     fn report(&mut self, path: &str, message: String) {
-        self.problems.push(Problem::new(path, message));
+        self.problems.push(FieldProblem::new(path, message));
     }
 
     /// Follows a reference into the root schema.

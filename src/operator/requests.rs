@@ -43,7 +43,7 @@ pub(super) enum Error {
     LabelsLost(String),
     /// No pod can be created of the template.
     #[error("{}: {}", .0.path, .0.message)]
-    Template(crate::plan::Problem),
+    Template(crate::plan::FieldProblem),
     /// The table does not encode.
     #[error(transparent)]
     Table(#[from] crate::table::TableError),

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use super::objects::{COMPONENT_LABEL, POOL_LABEL, PROCESSING_SERVER};
-use super::{ObservedServer, Problem, ValidPool};
+use super::{FieldProblem, ObservedServer, ValidPool};
 use crate::pool::{Exposure, ProcessingPoolStatus};
 use crate::table::{RowState, Slot, Table};
 
@@ -31,7 +31,7 @@ impl Blocker {
 
     /// The blocker of a spec that cannot be planned, because of `problems`.
     #[must_use]
-    pub fn invalid(problems: &[Problem]) -> Self {
+    pub fn invalid(problems: &[FieldProblem]) -> Self {
         let problems = problems.iter();
         let listed = problems.map(|problem| format!("{}: {}", problem.path, problem.message));
         Self::new("InvalidSpec", listed.collect::<Vec<_>>().join("; "))

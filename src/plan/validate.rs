@@ -8,7 +8,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use kube::ResourceExt;
 
-pub use crate::pool::rules::Problem;
+pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
     ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT, MAX_PORT,
     MAX_PORT_ENTRIES, MAX_REPLICAS, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
@@ -44,7 +44,7 @@ pub struct ValidPool {
     /// The processing server's pod as far as this program knows pods, or why no
     /// pod can be created of the template. Running servers are planned without
     /// it, so that a pool with a wrong template is still looked after.
-    pub template: Result<PodTemplateSpec, Problem>,
+    pub template: Result<PodTemplateSpec, FieldProblem>,
     /// The template as it was written.
     pub raw_template: PodTemplate,
 }
@@ -70,9 +70,9 @@ impl ValidPool {
     /// Checks `pool`.
     ///
     /// # Errors
-    /// All [`Problem`]s with single fields; if there are none, those with rules
+    /// All [`FieldProblem`]s with single fields; if there are none, those with rules
     /// about several fields. Both are in the order of the fields.
-    pub fn new(pool: &ProcessingPool) -> Result<Self, Vec<Problem>> {
+    pub fn new(pool: &ProcessingPool) -> Result<Self, Vec<FieldProblem>> {
         let spec = &pool.spec;
         let mut checker = Checker::default();
         let replicas = checker.number(spec.replicas, 0..=MAX_REPLICAS, "spec.replicas");
@@ -99,7 +99,7 @@ impl ValidPool {
             drain_limit: Duration::from_secs(drain_seconds.into()),
             exposure: spec.connection_server.exposure,
             template: serde_json::from_value(spec.template.0.clone())
-                .map_err(|error| Problem::new("spec.template", error.to_string())),
+                .map_err(|error| FieldProblem::new("spec.template", error.to_string())),
             raw_template: spec.template.clone(),
         })
     }
@@ -116,12 +116,12 @@ struct CheckedServer {
 /// bounds is replaced by the nearest bound, so that checking goes on.
 #[derive(Default)]
 struct Checker {
-    problems: Vec<Problem>,
+    problems: Vec<FieldProblem>,
 }
 
 impl Checker {
     fn report(&mut self, path: impl Into<String>, message: impl Into<String>) {
-        self.problems.push(Problem::new(path, message));
+        self.problems.push(FieldProblem::new(path, message));
     }
 
     fn number(&mut self, value: i32, bounds: RangeInclusive<i32>, path: &str) -> u32 {

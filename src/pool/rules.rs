@@ -18,14 +18,14 @@ use super::{
 
 /// What is wrong with a field.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct FieldProblem {
     /// The field, as in `spec.ports[0].count`.
     pub path: String,
     /// What is wrong, and the remedy.
     pub message: String,
 }
 
-impl Problem {
+impl FieldProblem {
     /// A problem with the field at `path`.
     pub fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
@@ -42,7 +42,7 @@ pub(super) struct FieldRule<T: ?Sized> {
     /// What the API server answers where the rule is broken.
     message: fn() -> String,
     /// What breaks the rule; paths are relative to the value.
-    problems: fn(&T) -> Vec<Problem>,
+    problems: fn(&T) -> Vec<FieldProblem>,
 }
 
 impl<T: ?Sized> FieldRule<T> {
@@ -142,7 +142,7 @@ pub(super) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
                     ports.end(),
                     other.name
                 );
-                problems.push(Problem::new(format!("ports[{index}].port"), message));
+                problems.push(FieldProblem::new(format!("ports[{index}].port"), message));
             }
         }
         problems
@@ -252,7 +252,7 @@ pub(super) const AGENT_PORTS_FREE: FieldRule<PortEntry> = FieldRule {
             let message = format!(
                 "includes {port}, where portpool's agent listens: move the workload's ports"
             );
-            Problem::new("port", message)
+            FieldProblem::new("port", message)
         });
         problems.collect()
     },
@@ -261,7 +261,7 @@ pub(super) const AGENT_PORTS_FREE: FieldRule<PortEntry> = FieldRule {
 /// What breaks a rule in `spec`, whose fields are within their bounds. In the
 /// order of the fields; paths begin with `spec`.
 #[must_use]
-pub fn check(spec: &ProcessingPoolSpec) -> Vec<Problem> {
+pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     let mut problems = Vec::new();
     for (index, entry) in spec.ports.iter().enumerate() {
         for rule in [LAST_PORT_EXISTS, PROXY_PROTOCOL_OVER_TCP, AGENT_PORTS_FREE] {
@@ -286,18 +286,20 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<Problem> {
 
 /// What is wrong with `name` as the name of a pool.
 #[must_use]
-pub fn check_name(name: &str) -> Vec<Problem> {
+pub fn check_name(name: &str) -> Vec<FieldProblem> {
     (NAME.problems)(name)
 }
 
-fn broken(is_broken: bool, path: &str, message: impl FnOnce() -> String) -> Vec<Problem> {
-    let problem = is_broken.then(|| Problem::new(path, message()));
+fn broken(is_broken: bool, path: &str, message: impl FnOnce() -> String) -> Vec<FieldProblem> {
+    let problem = is_broken.then(|| FieldProblem::new(path, message()));
     problem.into_iter().collect()
 }
 
-fn within(outer: &str, problems: Vec<Problem>) -> impl Iterator<Item = Problem> {
+fn within(outer: &str, problems: Vec<FieldProblem>) -> impl Iterator<Item = FieldProblem> {
     let problems = problems.into_iter();
-    problems.map(move |Problem { path, message }| Problem::new(format!("{outer}.{path}"), message))
+    problems.map(move |FieldProblem { path, message }| {
+        FieldProblem::new(format!("{outer}.{path}"), message)
+    })
 }
 
 /// The ports that `entry` takes on each processing server.
