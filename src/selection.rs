@@ -11,19 +11,22 @@
 //! ```
 //!
 //! - `message`: the messages of both directions;
-//! - `wire`: parsing and writing them, and why a message does not parse;
+//! - `wire`: parsing and writing them, and why a message does not parse; `field`:
+//!   the same for single values;
 //! - this file: the numbers that both sides must agree on.
 
+mod field;
 mod message;
 mod wire;
 
 use std::time::Duration;
 
+pub use self::field::FieldError;
 pub use self::message::{
     ConnectionServerId, Counts, EndCause, FromAgent, Hello, RefusalCause, Select, Session, ToAgent,
     Welcome,
 };
-pub use self::wire::{FieldError, MessageError, RequestKind};
+pub use self::wire::{MessageError, RequestKind};
 
 /// Version spoken by this code.
 pub const PROTOCOL_VERSION: u32 = 1;

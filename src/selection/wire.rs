@@ -6,47 +6,22 @@
 //! must be carried out whatever the reason: a session that is over is over.
 
 use std::fmt::Debug;
-use std::net::IpAddr;
 
-use jiff::Timestamp;
-
+use super::field::{
+    FieldError, address_text, bound_client, connection_port, idempotency_key, optional, protocol,
+    session_id, timestamp, unix_ms,
+};
 use super::v1::{self, end, from_agent, refused, session, to_agent};
 use super::{
     ConnectionServerId, Counts, EndCause, FromAgent, Hello, PROTOCOL_VERSION, RefusalCause, Select,
     Session, ToAgent, Welcome,
 };
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
-use crate::session::{MAX_KEY_BYTES, PortFilter, PortState, SessionId, SessionState};
-use crate::table::ListenPort;
+use crate::session::{PortFilter, PortState, SessionId, SessionState};
 
 /// Longest host identity of a connection server, in bytes: boot, host, network
 /// namespace and address take half of it.
 const MAX_HOST_IDENTITY_BYTES: usize = 256;
-
-/// Most characters of a bad value that an error shows.
-const SHOWN_CHARACTERS: usize = 80;
-
-/// A field whose value the protocol does not allow.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{field} {value} is not valid: it must {rule}")]
-pub struct FieldError {
-    /// The field's name in `selection.proto`.
-    pub field: &'static str,
-    /// The value, cut off where it is long.
-    pub value: String,
-    /// What the field allows.
-    pub rule: &'static str,
-}
-
-impl FieldError {
-    fn new(field: &'static str, value: &impl Debug, rule: &'static str) -> Self {
-        let value = format!("{value:?}")
-            .chars()
-            .take(SHOWN_CHARACTERS)
-            .collect();
-        Self { field, value, rule }
-    }
-}
 
 /// Why a message is not one of the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,58 +57,6 @@ pub enum RequestKind {
     Select,
     /// [`ToAgent::Lookup`].
     Lookup,
-}
-
-fn session_id(text: &str) -> Result<SessionId, FieldError> {
-    SessionId::new(text).ok_or_else(|| FieldError::new("session_id", &text, "have 1 to 64 bytes"))
-}
-
-fn connection_port(number: u32) -> Result<ListenPort, FieldError> {
-    let port = u16::try_from(number).ok().and_then(ListenPort::new);
-    port.ok_or_else(|| FieldError::new("connection_port", &number, "be 1 to 65535"))
-}
-
-/// At most `most` bytes; `None` when empty.
-fn optional(
-    field: &'static str,
-    text: String,
-    most: usize,
-    rule: &'static str,
-) -> Result<Option<String>, FieldError> {
-    if text.len() > most {
-        return Err(FieldError::new(field, &text, rule));
-    }
-    Ok((!text.is_empty()).then_some(text))
-}
-
-fn idempotency_key(text: String) -> Result<Option<String>, FieldError> {
-    let rule = "have at most 128 bytes";
-    optional("idempotency_key", text, MAX_KEY_BYTES, rule)
-}
-
-fn protocol(text: &str) -> Result<PortProtocol, FieldError> {
-    PortProtocol::from_name(text)
-        .ok_or_else(|| FieldError::new("protocol", &text, "be TCP, UDP or TCPUDP"))
-}
-
-fn bound_client(text: &str) -> Result<Option<IpAddr>, FieldError> {
-    if text.is_empty() {
-        return Ok(None);
-    }
-    let address = text.parse();
-    let address = address.map_err(|_| FieldError::new("bound_client", &text, "be an IP address"));
-    address.map(Some)
-}
-
-fn timestamp(field: &'static str, unix_ms: u64) -> Result<Timestamp, FieldError> {
-    let time = i64::try_from(unix_ms).ok();
-    let time = time.and_then(|unix_ms| Timestamp::from_millisecond(unix_ms).ok());
-    time.ok_or_else(|| FieldError::new(field, &unix_ms, "be a time before the year 10000"))
-}
-
-/// A clock that is set before 1970 reads 1970 on the wire.
-fn unix_ms(time: Timestamp) -> u64 {
-    u64::try_from(time.as_millisecond()).unwrap_or(0)
 }
 
 impl TryFrom<v1::ToAgent> for ToAgent {
@@ -282,10 +205,6 @@ impl From<Select> for v1::Select {
             bound_client: address_text(select.bound_client),
         }
     }
-}
-
-fn address_text(address: Option<IpAddr>) -> String {
-    address.map_or_else(String::new, |address| address.to_string())
 }
 
 impl TryFrom<v1::FromAgent> for FromAgent {
