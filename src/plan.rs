@@ -98,7 +98,7 @@ pub struct ObservedServer {
     pub is_stopping: bool,
     /// Whether the server has ended for good.
     pub has_failed: bool,
-    /// Rank when a pool shrinks: servers of lower cost are removed first.
+    /// Servers of lower cost are removed or replaced first.
     pub deletion_cost: i32,
     /// Number of live sessions, when known.
     pub sessions: Option<u32>,
@@ -165,9 +165,11 @@ impl<'a> Servers<'a> {
         self.get(slot).is_some_and(|server| server.is_ready)
     }
 
-    fn sessions(&self, slot: Slot) -> u32 {
-        let server = self.get(slot);
-        server.and_then(|server| server.sessions).unwrap_or(0)
+    /// What it costs to drain the server in `slot`: its deletion cost, then the
+    /// number of its sessions.
+    fn cost(&self, slot: Slot) -> (i32, u32) {
+        let cost = |server: &ObservedServer| (server.deletion_cost, server.sessions.unwrap_or(0));
+        self.get(slot).map_or((0, 0), cost)
     }
 
     /// Whether a server of the present template must replace the one in `slot`.
@@ -252,16 +254,8 @@ fn shrink(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
         .filter(|row| row.state == RowState::Active)
         .collect();
     active.sort_by_key(|row| {
-        let cost = servers
-            .get(row.slot)
-            .map_or(0, |server| server.deletion_cost);
-        let sessions = servers.sessions(row.slot);
-        (
-            servers.is_ready(row.slot),
-            cost,
-            sessions,
-            Reverse(row.slot),
-        )
+        let is_ready = servers.is_ready(row.slot);
+        (is_ready, servers.cost(row.slot), Reverse(row.slot))
     });
     for row in active.into_iter().take(surplus.saturating_sub(replaced)) {
         row.state = RowState::Draining;
@@ -269,8 +263,9 @@ fn shrink(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
 }
 
 /// Drains servers of a former template. Those that are not ready drain at once,
-/// so that a template that does not work can be corrected. Ready ones drain,
-/// fewest sessions first, until one in [`ROLLOUT_SHARE`] of the pool is away.
+/// so that a template that does not work can be corrected. Ready ones drain, those
+/// of the lowest deletion cost first, then those with the fewest sessions, until
+/// one in [`ROLLOUT_SHARE`] of the pool is away.
 fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
     let is_up = |row: &Row| row.state == RowState::Active && servers.is_ready(row.slot);
     let up = rows.iter().filter(|row| is_up(row)).count();
@@ -280,7 +275,7 @@ fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
         .iter_mut()
         .filter(|row| row.state == RowState::Active && servers.is_outdated(row.slot))
         .collect();
-    outdated.sort_by_key(|row| (servers.sessions(row.slot), row.slot));
+    outdated.sort_by_key(|row| (servers.cost(row.slot), row.slot));
     for row in outdated {
         let is_up = is_up(row);
         if is_up && may_go == 0 {

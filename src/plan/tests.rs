@@ -191,8 +191,14 @@ fn servers_of_the_lowest_deletion_cost_go_first() {
         let server = world.servers.get_mut(&Slot(slot)).unwrap();
         (server.deletion_cost, server.sessions) = (cost, Some(9 - slot));
     }
+    let mut replaced = world.clone();
     world.step(&pool(2, 4));
     assert_eq!(world.states()[1], (1, RowState::Draining));
+    for server in replaced.servers.values_mut() {
+        server.is_outdated = true;
+    }
+    replaced.step(&pool(3, 4));
+    assert_eq!(replaced.states()[1], (1, RowState::Draining));
 }
 
 #[test]

@@ -374,6 +374,15 @@ impl World {
         pods.map(|pod| (pod.name_any(), pod)).collect()
     }
 
+    /// Gives a server the highest deletion cost of all.
+    pub async fn replace_last(&self, server: &str) {
+        let cost = json!({ "controller.kubernetes.io/pod-deletion-cost": "1" });
+        let patch = Patch::Merge(json!({ "metadata": { "annotations": cost } }));
+        let pods: Api<Pod> = self.api();
+        let patched = pods.patch(server, &PatchParams::default(), &patch).await;
+        patched.unwrap();
+    }
+
     /// Starts a pod in which [`Self::exec`] runs clients inside of the cluster.
     /// Its own program is `idle`.
     pub async fn client_pod(&self, name: &str, image: &str, idle: &[&str]) {
