@@ -154,12 +154,17 @@ pub enum Error {
 
 /// Runs a connection server until `shutdown`, then drains: nothing new is
 /// allocated, live sessions go on for up to `drain_seconds`. Ends early when a
-/// successor has taken over.
+/// successor has taken over. With `is_supervised`, `portpool local` runs this
+/// process and starts its successors; without it, SIGUSR2 does.
 ///
 /// # Errors
 /// [`Error`] when it could not start; once it runs, faults are logged, counted
 /// and survived.
-pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+pub async fn run(
+    options: Options,
+    is_supervised: bool,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
     tokio::pin!(shutdown);
     let options = Options {
         listen: without_ipv6(options.listen),
@@ -175,7 +180,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         None => None,
     };
     let mut starter = match &options.handover {
-        Some(_) => Some(Starter::new().map_err(Error::Upgrades)?),
+        Some(_) => Some(Starter::new(is_supervised).map_err(Error::Upgrades)?),
         None => None,
     };
     let mut server = Server::start(&options, &first, &follower).await?;

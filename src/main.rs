@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     if let Command::RunProgram(options) = &cli.command {
         return local::supervise::run_program(options);
     }
-    local::supervise::die_with_parent();
+    let is_supervised = local::supervise::die_with_parent();
     if let Command::ConnectionServer(_) = &cli.command {
         forward::reserve_file_table();
     }
@@ -74,7 +74,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(run(cli.command));
+    let result = runtime.block_on(run(cli.command, is_supervised));
     // A blocked read of standard input must not keep the program running.
     runtime.shutdown_background();
     match result {
@@ -86,7 +86,8 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(command: Command) -> anyhow::Result<()> {
+/// `is_supervised`: whether `portpool local` runs this process.
+async fn run(command: Command, is_supervised: bool) -> anyhow::Result<()> {
     match command {
         Command::Local(options) => local::run(options, interrupted()?).await?,
         Command::Request(options) => client::request(options).await?,
@@ -94,7 +95,9 @@ async fn run(command: Command) -> anyhow::Result<()> {
         Command::Release(options) => client::release(options).await?,
         Command::Controller(options) => operator::run(options, interrupted()?).await?,
         Command::Crd => print!("{}", manifest::crd_yaml()),
-        Command::ConnectionServer(options) => connection::run(options, interrupted()?).await?,
+        Command::ConnectionServer(options) => {
+            connection::run(options, is_supervised, interrupted()?).await?
+        }
         Command::ProcessingServer(options) => agent::run(options, interrupted()?).await?,
         Command::Echo(options) => echo::run(options, interrupted()?).await?,
         Command::RunProgram(_) => unreachable!("handled before the runtime starts"),

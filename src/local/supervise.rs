@@ -18,8 +18,6 @@ use signal_hook::consts::{SIGALRM, SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// Name of the variable that gives a child the process id of its parent.
-/// `connection::handover::successor` has a copy, because the two modules do not
-/// use each other.
 pub const PARENT: &str = "PORTPOOL_PARENT";
 
 /// How long a program may take to end after SIGTERM.
@@ -32,19 +30,21 @@ const KILLED: u8 = 137;
 const NOT_STARTED: u8 = 127;
 
 /// Asks the kernel to kill this process with the parent that [`PARENT`] names.
-/// Does nothing without the variable. Must be called before anything else.
-pub fn die_with_parent() {
+/// Does nothing without the variable; returns whether it is set. Must be called
+/// before anything else.
+pub fn die_with_parent() -> bool {
     let Some(parent) = std::env::var(PARENT)
         .ok()
         .and_then(|parent| parent.parse().ok())
     else {
-        return;
+        return false;
     };
     let asked = set_parent_process_death_signal(Some(Signal::KILL));
     // The parent may have died before the kernel was asked.
     if asked.is_err() || getppid().map(Pid::as_raw_pid) != Some(parent) {
         std::process::exit(1);
     }
+    true
 }
 
 /// Runs a program and ends with its status. When the program ends, when this

@@ -20,29 +20,27 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{info, warn};
 
-/// The variable that `portpool local` sets for its children: a copy of
-/// `local::supervise::PARENT`, because the two modules do not use each other.
-const PARENT: &str = "PORTPOOL_PARENT";
-
 /// Starts successors of this process.
 #[derive(Debug)]
 pub(in crate::connection) struct Starter {
     upgrades: tokio::signal::unix::Signal,
     /// Where this program was when it started; an upgrade replaces the file.
     program: PathBuf,
-    /// The parent starts successors itself, and kills what it started.
-    has_parent: bool,
+    /// Whether `portpool local` runs this process: it starts successors itself,
+    /// and kills what it started.
+    is_supervised: bool,
     /// The running ones: the one that serves, and one that takes over.
     successors: Vec<Child>,
 }
 
 impl Starter {
-    /// Handles SIGUSR2 from now on.
-    pub(in crate::connection) fn new() -> io::Result<Self> {
+    /// Handles SIGUSR2 from now on. `is_supervised`: whether `portpool local` runs
+    /// this process.
+    pub(in crate::connection) fn new(is_supervised: bool) -> io::Result<Self> {
         Ok(Self {
             upgrades: signal(SignalKind::user_defined2())?,
             program: std::env::current_exe()?,
-            has_parent: std::env::var_os(PARENT).is_some(),
+            is_supervised,
             successors: Vec::new(),
         })
     }
@@ -57,7 +55,7 @@ impl Starter {
     /// Starts a successor, which requests a hand-over, unless `most` are running
     /// already.
     pub(in crate::connection) fn start(&mut self, most: usize) {
-        if self.has_parent {
+        if self.is_supervised {
             return warn!("SIGUSR2 is for portpool local, which starts successors");
         }
         self.successors
