@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn what_answers_an_older_question_is_passed_over() {
+    fn answers_to_an_older_question_are_skipped() {
         let mut answer = Answer::default();
         let part = [
             socket(NLM_F_MULTIPART, 4, 6000, 0),
@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_with_gaps_is_known() {
+    fn a_list_with_gaps_is_recognized() {
         for flagged in [
             socket(NLM_F_MULTIPART | NLM_F_DUMP_INTR, 5, 7000, 0),
             message(NLMSG_DONE, NLM_F_MULTIPART | NLM_F_DUMP_INTR, 5, &[0; 4]),
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_refuses_is_an_error() {
+    fn a_refusal_of_the_kernel_is_an_error() {
         let code = (-Errno::NOENT.raw_os_error()).to_ne_bytes();
         let refusal = message(NLMSG_ERROR, 0, 5, &[code, [0; 4]].concat());
         for part in [refusal, end(5, -Errno::NOENT.raw_os_error())] {
@@ -351,7 +351,7 @@ mod tests {
         let whole = [socket(NLM_F_MULTIPART, 5, 7000, 0), end(5, 0)].concat();
         for length in 1..whole.len() - 1 {
             let result = Answer::default().add(&whole[..length], 5);
-            // Complete up to the padding, it is merely not the end.
+            // A message that lacks only its padding is read, but is not the end.
             assert!(!result.is_ok_and(|is_complete| is_complete), "{length}");
         }
     }
@@ -361,7 +361,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.9:0").unwrap();
         let mut diag = SockDiag::open().unwrap();
         for _ in 0..3 {
-            // For experiments, RFC 3692: no module can be for it.
+            // RFC 3692 reserves this protocol for experiments: no module can be for it.
             assert!(diag.local_addresses(253, &StateFlags::all()).is_err());
             let found = diag
                 .local_addresses(IPPROTO_TCP, &StateFlags::LISTEN)

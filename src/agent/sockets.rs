@@ -258,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn the_same_ports_are_told_once() {
+    fn the_same_ports_are_reported_once() {
         // No other test listens here, nor this one of another process.
         let [.., high, low] = std::process::id().to_be_bytes();
         let address = IpAddr::from([127, 90, high, low]);
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_lasts_ends_the_asking() {
+    fn only_a_lasting_error_ends_the_use_of_a_source() {
         let errno = |errno: Errno| io::Error::from(errno);
         for error in [Errno::NOENT, Errno::PERM, Errno::PROTONOSUPPORT] {
             assert!(is_lasting(&errno(error)));
@@ -354,12 +354,12 @@ mod tests {
         assert!(!is_lasting(&io::ErrorKind::Interrupted.into()));
     }
 
-    /// A socket to be opened, and where.
+    /// A socket to open, and its address.
     #[derive(Clone, Copy, Debug)]
     struct Plan {
         bound: &'static str,
         is_tcp: bool,
-        /// UDP: connected; TCP: bound and no more.
+        /// With UDP the socket is connected, with TCP it is only bound.
         is_silent: bool,
         only_v6: bool,
     }

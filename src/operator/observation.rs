@@ -61,7 +61,7 @@ pub(super) struct Pods {
 }
 
 impl Pods {
-    /// The pods of the pool, those of strangers that carry its labels included.
+    /// The pods of the pool, including foreign ones that carry its labels.
     pub(super) fn of(stores: &Stores, owner: Owner<'_>) -> Self {
         let pods = stores.of_pool("Pod", owner.namespace, &owner.pool.name);
         let of_component = |component: &str| {

@@ -121,7 +121,7 @@ impl Reconcile<'_> {
         let api = self.api(kind);
         let known = match self.context.stores.get(kind, self.owner.namespace, name) {
             Some(known) => Some(known),
-            // It is absent, or it has no label of portpool: perhaps a stranger's.
+            // It is absent, or it has no label of portpool: it may belong to someone else.
             None => api
                 .get_opt(name)
                 .await

@@ -238,7 +238,7 @@ fn a_new_template_replaces_a_quarter_at_a_time_in_place() {
 }
 
 #[test]
-fn a_template_that_does_not_work_takes_a_quarter_and_can_be_mended() {
+fn a_template_that_does_not_work_stops_a_quarter_and_can_be_corrected() {
     let mut world = World::default();
     world.settle(&pool(4, 4));
     world
@@ -256,7 +256,7 @@ fn a_template_that_does_not_work_takes_a_quarter_and_can_be_mended() {
             .filter(|server| server.is_ready)
             .count()
     };
-    assert_eq!(ready(&world), 3, "the others go on");
+    assert_eq!(ready(&world), 3, "the others keep running");
     world
         .servers
         .values_mut()

@@ -67,7 +67,7 @@ fn the_encoding_is_as_committed() {
 }
 
 #[test]
-fn what_is_no_table_is_named() {
+fn a_wrong_table_is_refused_with_the_reason() {
     let good = table(vec![
         row(Slot(0), vec![range(20_000, 4)]),
         row(Slot(1), vec![range(20_010, 4)]),

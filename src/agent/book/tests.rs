@@ -141,7 +141,7 @@ fn a_session_goes_through_its_life() {
     book.report(&server("a"), &closed("s"), at(40));
     assert_eq!(counts(&book), [1, 0, 0, 1, 0]);
     book.report(&server("a"), &opened("s"), at(44));
-    assert_eq!(counts(&book), [1, 0, 1, 0, 0], "its client came back");
+    assert_eq!(counts(&book), [1, 0, 1, 0, 0], "its client has come back");
     book.report(&server("a"), &closed("s"), at(50));
     assert_eq!(book.next_deadline(), Some(Duration::from_secs(55)));
     assert_eq!(cause_of_end(&book.tick(at(55))), Some(EndCause::Finished));
@@ -321,7 +321,7 @@ fn a_session_that_ended_while_recovering_is_not_brought_back() {
             true,
         ),
         (
-            "given back before any greeting listed it",
+            "released before any greeting listed it",
             |book| {
                 book.attach(&server("a"), "", &[], at(1));
                 book.report(&server("a"), &released("s"), at(2));

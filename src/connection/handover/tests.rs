@@ -26,7 +26,7 @@ use crate::selection::{ConnectionServerId, Session};
 use crate::session::{SessionId, SessionState};
 use crate::table::{FORMAT_VERSION, ListenPort, Slot, Table, TargetPort};
 
-/// Something that a descriptor can be told by.
+/// A descriptor of a new file, which its inode identifies.
 fn descriptor() -> OwnedFd {
     memfd_create("test", MemfdFlags::CLOEXEC).unwrap()
 }
@@ -35,7 +35,7 @@ fn inode(descriptor: impl AsFd) -> u64 {
     fstat(descriptor).unwrap().st_ino
 }
 
-fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
+fn state(snapshot: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
     State {
         agents: AgentsSnapshot {
             id: ConnectionServerId::new("connection-server").unwrap(),
@@ -57,25 +57,25 @@ fn state(handed: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
         admin: descriptor(),
         control: ControlSnapshot {
             sessions,
-            forwarder: handed,
+            forwarder: snapshot,
         },
     }
 }
 
-/// All that a state says, its descriptors as inodes.
+/// Everything in a state, with inodes for descriptors.
 fn describe(state: &State) -> String {
-    let handed = &state.control.forwarder;
-    let ports = handed.ports.iter();
+    let snapshot = &state.control.forwarder;
+    let ports = snapshot.ports.iter();
     let ports: Vec<_> = ports.map(|p| (v1::Port::from(p), inode(p))).collect();
-    let connections = handed.connections.iter();
+    let connections = snapshot.connections.iter();
     let connections =
         connections.map(|c| (v1::Connection::from(c), inode(&c.client), inode(&c.server)));
     let connections: Vec<_> = connections.collect();
-    let flows = handed.flows.iter();
+    let flows = snapshot.flows.iter();
     let flows: Vec<_> = flows
         .map(|f| (v1::Flow::from(f), inode(&f.server)))
         .collect();
-    let clients = handed.clients.iter().map(|client| {
+    let clients = snapshot.clients.iter().map(|client| {
         let inode = match client {
             ClientSnapshot::Tcp { socket, .. } => inode(socket),
             ClientSnapshot::Udp { .. } => 0,
@@ -111,7 +111,7 @@ fn direction() -> impl Strategy<Value = DirectionSnapshot> {
     )
 }
 
-fn handed() -> impl Strategy<Value = ForwarderSnapshot> {
+fn snapshot() -> impl Strategy<Value = ForwarderSnapshot> {
     let ports = (port(), any::<bool>(), any::<bool>()).prop_map(|(port, is_udp, is_draining)| {
         let (transport, socket) = match is_udp {
             true => (
@@ -264,7 +264,7 @@ fn predecessor(state: State) -> (UnixStream, Predecessor) {
     (ours, thread)
 }
 
-fn say(stream: &UnixStream, content: Content) {
+fn send_frame(stream: &UnixStream, content: Content) {
     wire::send(stream, content, &[]).unwrap();
 }
 
@@ -273,9 +273,9 @@ const REQUEST: Content = Content::Request(v1::Request { version: VERSION });
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
     #[test]
-    fn everything_arrives_as_it_was(handed in handed(), sessions in sessions()) {
-        let (stream, thread) = predecessor(state(handed, sessions));
-        say(&stream, REQUEST);
+    fn everything_arrives_as_it_was(snapshot in snapshot(), sessions in sessions()) {
+        let (stream, thread) = predecessor(state(snapshot, sessions));
+        send_frame(&stream, REQUEST);
         let state = receive(&stream).unwrap();
         let found = describe(&state);
         let taken = Import { stream, state }.complete().unwrap();
@@ -286,7 +286,7 @@ proptest! {
     }
 
     #[test]
-    fn a_successor_that_says_anything_else_gets_nothing(bytes in vec(any::<u8>(), 0..64)) {
+    fn a_successor_that_sends_anything_else_gets_nothing(bytes in vec(any::<u8>(), 0..64)) {
         use std::io::Write;
         let (mut stream, thread) = predecessor(state(ForwarderSnapshot::default(), SessionsSnapshot::default()));
         // The end of the stream cuts short what promised to be longer.
@@ -305,7 +305,7 @@ proptest! {
 }
 
 #[test]
-fn a_port_that_cannot_be_used_is_found_out_before_anything_is_taken() {
+fn a_port_that_cannot_be_used_is_noticed_before_anything_is_taken() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let state = state(ForwarderSnapshot::default(), SessionsSnapshot::default());
     send_server(&theirs, &state).unwrap();
@@ -341,36 +341,36 @@ fn some_state() -> State {
         },
         downstream: DirectionSnapshot::default(),
     };
-    let handed = ForwarderSnapshot {
+    let snapshot = ForwarderSnapshot {
         connections: (1..500).map(connection).collect(),
         ..ForwarderSnapshot::default()
     };
-    state(handed, SessionsSnapshot::default())
+    state(snapshot, SessionsSnapshot::default())
 }
 
 #[test]
 fn a_successor_that_dies_before_it_takes_leaves_everything() {
     let die: [fn(&UnixStream); 6] = [
         |_| {},
-        |stream| say(stream, REQUEST),
+        |stream| send_frame(stream, REQUEST),
         |stream| {
-            say(stream, REQUEST);
+            send_frame(stream, REQUEST);
             wire::receive(stream).unwrap();
             wire::receive(stream).unwrap();
         },
         |stream| {
-            say(stream, REQUEST);
+            send_frame(stream, REQUEST);
             read_all(stream);
         },
         |stream| {
-            say(stream, REQUEST);
+            send_frame(stream, REQUEST);
             read_all(stream);
-            say(stream, Content::Ready(Empty {}));
+            send_frame(stream, Content::Ready(Empty {}));
         },
         |stream| {
-            say(stream, REQUEST);
+            send_frame(stream, REQUEST);
             read_all(stream);
-            say(stream, Content::Ready(Empty {}));
+            send_frame(stream, Content::Ready(Empty {}));
             assert_eq!(wire::receive(stream).unwrap().0, Content::Go(Empty {}));
         },
     ];
@@ -397,7 +397,7 @@ fn a_predecessor_that_dies_leaves_everything_to_a_successor_that_is_ready() {
             stream: ours,
         };
         if says_go {
-            say(&theirs, Content::Go(Empty {}));
+            send_frame(&theirs, Content::Go(Empty {}));
         }
         drop(theirs);
         assert!(import.complete().is_ok());
@@ -421,9 +421,9 @@ fn a_predecessor_that_gives_up_keeps_everything() {
 }
 
 #[test]
-fn another_version_is_refused_and_told_why() {
+fn another_version_is_refused_with_the_reason() {
     let (stream, thread) = predecessor(some_state());
-    say(
+    send_frame(
         &stream,
         Content::Request(v1::Request {
             version: VERSION + 1,

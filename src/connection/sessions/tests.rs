@@ -71,7 +71,7 @@ fn session(id: &str, number: u16) -> Session {
     }
 }
 
-/// Sessions with slot 0 attached, and what its agent is sent.
+/// Sessions with slot 0 attached, and the messages to its agent.
 fn attached() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
     let sessions = Sessions::default();
     sessions.set_table(&Arc::new(table(Admission::Reserved)));
@@ -105,7 +105,7 @@ fn learn_new(sessions: &Sessions, session: Session) {
     assert_eq!(learn(sessions, Slot(0), session), []);
 }
 
-/// The data plane does the one thing that it must do, a cut.
+/// The data plane carries out the only action, a cut.
 fn cut(sessions: &Sessions, actions: Actions) {
     let actions: Vec<_> = actions.into_iter().collect();
     let [Action::Cut(port, key)] = actions[..] else {
@@ -114,7 +114,7 @@ fn cut(sessions: &Sessions, actions: Actions) {
     sessions.closed(port, key, Traffic::default());
 }
 
-/// A client gives a session back, which is cut.
+/// A client releases a session, and the data plane cuts it.
 fn release(sessions: &Sessions, id: &str) {
     cut(
         sessions,
@@ -135,7 +135,7 @@ fn ended(id: &str) -> Option<ToAgent> {
 }
 
 #[test]
-fn only_the_first_and_the_last_connection_are_told() {
+fn only_the_first_and_the_last_connection_are_reported() {
     let (sessions, _outbox, mut sent) = attached();
     learn_new(&sessions, session("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
@@ -278,7 +278,7 @@ fn only_the_bound_client_is_admitted() {
 }
 
 #[test]
-fn one_question_answers_every_parked_client() {
+fn one_lookup_answers_every_pending_client() {
     let (sessions, _outbox, mut sent) = attached();
     sessions.ask(PendingId(1), port(PORT), Transport::Tcp, client(1));
     sessions.ask(PendingId(2), port(PORT), Transport::Tcp, client(2));
@@ -309,7 +309,7 @@ fn one_question_answers_every_parked_client() {
 }
 
 #[test]
-fn a_released_session_is_gone_at_once_and_its_agent_is_told() {
+fn a_released_session_is_removed_at_once_and_reported_to_its_agent() {
     let (sessions, _outbox, mut sent) = attached();
     learn_new(
         &sessions,
@@ -355,7 +355,7 @@ fn a_removed_server_loses_its_sessions_only() {
 }
 
 #[test]
-fn a_lost_release_is_told_again() {
+fn a_lost_release_is_sent_again() {
     let (sessions, outbox, _lost) = attached();
     learn_new(&sessions, session("a", PORT));
     release(&sessions, "a");
@@ -368,15 +368,15 @@ fn a_lost_release_is_told_again() {
     learn_new(&sessions, session("a", PORT));
     assert!(
         sessions.get(&id_of("a")).is_none(),
-        "the agent knew it still"
+        "the agent still knew it"
     );
     assert_eq!(sessions.end(Slot(0), &id_of("a"), EndCause::Released), []);
 }
 
-/// Its agent was restarted before all had heard the end, and one of those brought
-/// it back.
+/// The agent was restarted before all connection servers had received the end,
+/// and one of them brought the session back.
 #[test]
-fn an_agent_that_takes_an_ended_session_for_live_is_told() {
+fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
     type End = fn(&Sessions);
     fn end(sessions: &Sessions) {
         let actions = sessions.end(Slot(0), &id_of("a"), EndCause::Unclaimed);
@@ -387,7 +387,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
     let cases: [(&str, End, bool); 5] = [
         ("ended by its agent", end, true),
         (
-            "given back, and its agent has heard",
+            "released, and its agent has received that",
             |sessions| {
                 release(sessions, "a");
                 end(sessions);
@@ -395,7 +395,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             true,
         ),
         (
-            "ended before its port was another session's",
+            "ended before another session got its port",
             |sessions| {
                 end(sessions);
                 learn_new(sessions, session("b", PORT));
@@ -407,7 +407,7 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
             false,
         ),
         (
-            "cut here, as its agent was out of reach",
+            "cut here, because its agent was out of reach",
             |sessions| cut(sessions, sessions.forget_server(Slot(0))),
             false,
         ),
@@ -449,14 +449,14 @@ fn an_agent_that_takes_an_ended_session_for_live_is_told() {
 }
 
 #[test]
-fn a_session_given_back_does_not_come_back_with_late_news() {
+fn a_released_session_does_not_come_back_with_late_messages() {
     let (sessions, _outbox, _sent) = attached();
     learn_new(&sessions, session("a", PORT));
     release(&sessions, "a");
     learn_new(&sessions, session("a", PORT));
     assert!(
         sessions.get(&id_of("a")).is_none(),
-        "told before the agent heard of it"
+        "sent before the agent received the release"
     );
     assert_eq!(sessions.end(Slot(0), &id_of("a"), EndCause::Finished), []);
     learn_new(&sessions, session("b", PORT));

@@ -178,7 +178,7 @@ fn the_connection_server_may_read_its_table_and_nothing_else() {
 }
 
 #[test]
-fn what_is_there_covers_what_is_desired_until_it_differs() {
+fn an_observed_object_covers_the_desired_one_until_it_differs() {
     let desired = json!({ "a": { "b": [1, { "c": "x" }] }, "e": {} });
     let cases = [
         (

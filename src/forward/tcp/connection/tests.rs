@@ -223,7 +223,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
-    fn every_byte_arrives_once_in_order_and_nothing_is_waited_for_in_vain(
+    fn every_byte_arrives_once_in_order_and_nothing_waits_for_a_past_signal(
         steps in proptest::collection::vec(step(), 1..60),
     ) {
         let mut bench = Bench::new();
