@@ -1,5 +1,5 @@
-//! The lanes: nothing in between, portpool, and its rivals in the best
-//! configuration known for each. Why each setting: see `remarks`.
+//! The lanes: no proxy, portpool, and its rivals in the best configuration known
+//! for each. `remarks` gives the reasons for the settings.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -21,7 +21,7 @@ use crate::tables;
 
 /// First TCP port, the same at proxies and sink.
 pub const FIRST: u16 = 20_000;
-/// UDP ports.
+/// First UDP port, and how many there are.
 pub const UDP_FIRST: u16 = 38_000;
 pub const UDP_COUNT: u16 = 32;
 /// Sessions that every proxy is set up for when it has a thousand ports.
@@ -30,7 +30,7 @@ pub const CAPACITY: usize = 4_500;
 /// Longest that a proxy may take to start.
 const START_LIMIT: Duration = Duration::from_secs(60);
 
-/// What stands between generator and sink.
+/// The program between generator and sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Lane {
     Direct,
@@ -87,7 +87,7 @@ impl Lane {
     }
 }
 
-/// How a proxy is to be set up.
+/// The setup of a proxy.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     /// TCP ports from [`FIRST`] on.

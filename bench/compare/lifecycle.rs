@@ -1,5 +1,5 @@
-//! What a proxy's life costs: idle sessions, many ports, a change of ports
-//! while sessions run.
+//! Measures of a proxy's life: idle sessions, many ports, a change of ports while
+//! sessions run.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -21,10 +21,10 @@ use crate::statistics::Conditions;
 const IDLE: u16 = 4_000;
 /// Ports of a large start. With sessions they fit into 20,000 open files.
 pub const MANY: u16 = 18_000;
-/// Ports answering when a large start counts as done; afterwards all are
-/// asked, which takes longer than the start.
+/// A large start counts as done when this many ports answer. All are asked only
+/// afterwards, because that takes longer than the start.
 const ASKED: u16 = 16;
-/// Ports that are changed by one, and sessions meanwhile.
+/// Ports before a reload, which adds one; and the sessions that run meanwhile.
 pub const CHANGED: u16 = 10_000;
 const RUNNING: u16 = 2_000;
 /// Messages per second over the running sessions.
@@ -151,7 +151,7 @@ fn reload(bench: &Bench, lane: Lane) -> io::Result<BTreeMap<String, f64>> {
     ]))
 }
 
-/// How long it takes until `holds`.
+/// Waits until `holds`; returns how long that took.
 fn until(proxy: &mut Proxy, holds: impl Fn() -> bool) -> io::Result<Duration> {
     let started = Instant::now();
     while !holds() {
@@ -167,10 +167,10 @@ struct Watch {
     thread: JoinHandle<io::Result<Seen>>,
 }
 
-/// What running sessions went through.
+/// Observations on running sessions.
 #[derive(Default)]
 struct Seen {
-    /// Sessions that were ended or brought something else.
+    /// Sessions that ended, or did not answer in time.
     cut: usize,
     /// When a message was due, and how long until its answer came.
     messages: Vec<(Instant, Duration)>,

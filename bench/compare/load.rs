@@ -25,21 +25,21 @@ pub const DATAGRAM: usize = 200;
 /// A datagram that has not come back by then is lost.
 const LOST: Duration = Duration::from_millis(200);
 
-/// Which way bulk data goes.
+/// The direction of bulk data: from the sink, or to it.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Direction {
     Down,
     Up,
 }
 
-/// How long to load before measuring, and to measure.
+/// The time of load before the measurement, and of the measurement.
 #[derive(Clone, Copy)]
 pub struct Times {
     pub warm: Duration,
     pub measured: Duration,
 }
 
-/// What a load has found.
+/// The result of a load.
 #[derive(Default)]
 pub struct Found {
     /// Bytes, messages, connections or datagrams.
@@ -73,7 +73,7 @@ impl Found {
     }
 }
 
-/// What is measured between two moments.
+/// Measures between two moments.
 struct Window<'a> {
     proxy: Option<&'a Members>,
     times: Times,
@@ -110,7 +110,7 @@ impl<'a> Window<'a> {
             .is_some_and(|(start, _)| start.elapsed() >= self.times.measured)
     }
 
-    /// When to look at the clock again.
+    /// When the load must look at the clock again.
     fn next_look(&self) -> Instant {
         match self.start {
             None => self.begun + self.times.warm,
@@ -133,7 +133,7 @@ impl<'a> Window<'a> {
     }
 }
 
-/// `streams` connections that carry what they can.
+/// Has `streams` connections carry as much as they can.
 pub fn bulk(
     lane: Lane,
     proxy: Option<&Members>,
@@ -203,8 +203,8 @@ fn echoing(lane: Lane, epoll: &Epoll) -> io::Result<Vec<TcpStream>> {
     connections.collect()
 }
 
-/// A message of `size` bytes at a time on each connection, the next when it
-/// is back.
+/// Sends one message of `size` bytes at a time on each connection, the next one
+/// when it is back.
 pub fn closed_loop(
     lane: Lane,
     proxy: Option<&Members>,
@@ -243,9 +243,9 @@ pub fn closed_loop(
     Ok(window.end(count, faults))
 }
 
-/// Messages of `size` bytes at `rate` per second over all connections, sent
-/// when they are due, whatever has become of those before. Latency counts from
-/// then: a message that had to wait for the generator has waited.
+/// Sends messages of `size` bytes at `rate` per second over all connections, each
+/// when it is due, whether or not earlier ones are back. Latency counts from that
+/// time, so that waiting for the generator is part of it.
 pub fn open_loop(
     lane: Lane,
     proxy: Option<&Members>,
@@ -300,7 +300,7 @@ pub fn open_loop(
             }
         }
     }
-    // What is still under way has taken at least until now.
+    // A message that is still under way has taken at least until now.
     let now = Instant::now();
     let answered = latencies.len() as u64;
     let under_way = due_times.iter().flatten();
@@ -318,7 +318,7 @@ struct Visit {
     is_sent: bool,
 }
 
-/// Connections over [`CONNECT_PORTS`] ports, [`CONNECTING`] at a time.
+/// Makes connections over [`CONNECT_PORTS`] ports, [`CONNECTING`] at a time.
 pub fn connect(lane: Lane, proxy: Option<&Members>, times: Times) -> io::Result<Found> {
     let mut epoll = Epoll::new()?;
     let mut number = 0_u32;
@@ -394,8 +394,8 @@ impl Flow {
     }
 }
 
-/// Bursts of `size` datagrams on each of `flows` flows, each with a port of
-/// its own; the next burst when all are back.
+/// Sends bursts of `size` datagrams on each of `flows` flows, each with a port
+/// of its own; the next burst when all are back.
 pub fn datagrams(
     lane: Lane,
     proxy: Option<&Members>,
@@ -455,8 +455,8 @@ pub fn datagrams(
     Ok(window.end(count, faults))
 }
 
-/// Waits until the sink has no connection of a former load left; how many are
-/// left when it takes too long.
+/// Waits until the sink has no connection of a former load left. Returns how many
+/// are left if that takes too long.
 pub fn settle(sink: &mut Asking) -> io::Result<u64> {
     let started = Instant::now();
     loop {

@@ -132,7 +132,7 @@ fn exit_code(result: io::Result<()>) -> ExitCode {
     }
 }
 
-/// What is chosen.
+/// The chosen lanes, measures, rounds and lengths.
 struct Plan {
     lanes: Vec<Lane>,
     measures: Vec<Measure>,
@@ -368,7 +368,7 @@ fn calibrate(bench: &Bench, plan: &Plan, sink: &mut Sink) -> io::Result<BTreeMap
     Ok(slowest)
 }
 
-/// One round of everything that carries load.
+/// Takes all measures that carry load, in one round.
 fn carry(
     bench: &Bench,
     plan: &Plan,
@@ -424,7 +424,7 @@ fn carry(
             );
             let mut sample = sample(pass, round, lane, measure, result);
             if plan.is_busy || bench.processors.len() > 1 {
-                // On both cores it shares one with generator and sink.
+                // On both cores the proxy shares one with generator and sink.
                 sample.conditions.waited = 0.0;
             }
             samples.push(sample);
@@ -434,8 +434,8 @@ fn carry(
     Ok(samples)
 }
 
-/// What is about the proxies' lives, in half as many rounds: their noise is
-/// small.
+/// Takes the measures of the proxies' lives, in half as many rounds, because
+/// their noise is small.
 fn live(bench: &Bench, plan: &Plan, begun: Instant) -> io::Result<Vec<Sample>> {
     let mut samples = Vec::new();
     let measures = plan
@@ -470,7 +470,7 @@ fn live(bench: &Bench, plan: &Plan, begun: Instant) -> io::Result<Vec<Sample>> {
     Ok(samples)
 }
 
-/// A sample of what came out; an error is a fault.
+/// The sample of `result`. An error counts as a fault.
 fn sample(
     pass: &'static str,
     round: usize,

@@ -1,4 +1,4 @@
-//! What is measured, under the names that reports and aims use.
+//! All measures, under the names that reports and aims use.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -14,11 +14,11 @@ use crate::statistics::Conditions;
 /// names in the table of aims.
 pub const LOADS: [u8; 3] = [60, 30, 80];
 
-/// One figure, and what it should be in relation to the better rival's.
+/// One figure, and its aim in relation to the better rival's.
 pub struct Metric {
     pub name: &'static str,
     pub unit: &'static str,
-    /// Whether more is better.
+    /// Whether a larger figure is better.
     pub more: bool,
     pub aim: Option<f64>,
 }
@@ -77,13 +77,13 @@ pub const METRICS: &[Metric] = &[
     metric("udp_burst_rate", "per s", true, 0.0),
 ];
 
-/// What is run at once and gives one or more figures.
+/// One run, which gives one or more figures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Measure {
     Bulk1,
     Bulk16,
     Bulk4Up,
-    /// Size of a message, part of the capacity.
+    /// Size of a message in bytes, and the load in percent of the capacity.
     Latency(usize, u8),
     Message,
     Connect,
@@ -169,14 +169,14 @@ impl Measure {
 /// One measurement of one lane.
 #[derive(Clone, Debug)]
 pub struct Sample {
-    /// `one_core` or `two_cores`: what the proxy had.
+    /// `one_core` or `two_cores`: the proxy's processors.
     pub pass: &'static str,
     pub round: usize,
     pub lane: Lane,
     pub measure: Measure,
     pub figures: BTreeMap<String, f64>,
     pub conditions: Conditions,
-    /// Part of the machine's time that something was running.
+    /// Part of the time that the machine's processors were busy.
     pub busy: f64,
 }
 

@@ -1,4 +1,4 @@
-//! A network of the run's own, and what must end with it.
+//! The run's own network namespace, and the clean-up after the run.
 
 use std::fs;
 use std::io;
@@ -65,7 +65,8 @@ pub fn enter() -> Option<ExitCode> {
     })
 }
 
-/// The one inside cleans up and ends; this one waits for that.
+/// Passes SIGINT and SIGTERM on: the process inside cleans up and ends, and this
+/// one waits for that.
 fn pass_signals_on(inside: &Child) -> io::Result<()> {
     let group = Pid::from_child(inside);
     let mut signals = Signals::new([SIGINT, SIGTERM])?;

@@ -3,18 +3,18 @@
 use std::fmt::Write as _;
 
 use crate::measures::METRICS;
-use crate::report::{Judged, rounded};
+use crate::report::{Evaluation, rounded};
 
 const WIDTH: f64 = 860.0;
 const LEFT: f64 = 190.0;
 const RIGHT: f64 = 200.0;
 const ROW: f64 = 26.0;
 const TOP: f64 = 64.0;
-/// Times better than the rival, on a scale of powers: what fits.
+/// Bounds of the logarithmic scale, in times better than the rival.
 const LOWEST: f64 = 0.1;
 const HIGHEST: f64 = 100.0;
 
-/// Readable on light and on dark: colours follow what the reader prefers.
+/// Colours for light and for dark backgrounds, as the reader prefers.
 const STYLE: &str = "text{font:13px system-ui,sans-serif;fill:#1f2328}.dim{fill:#59636e}\
 .grid{stroke:#d1d9e0}.par{stroke:#59636e}.aim{stroke:#9a6700;stroke-width:2}\
 .met{stroke:#1a7f37;fill:#1a7f37}.not{stroke:#cf222e;fill:#cf222e}\
@@ -23,10 +23,10 @@ const STYLE: &str = "text{font:13px system-ui,sans-serif;fill:#1f2328}.dim{fill:
 .par{stroke:#9198a1}.aim{stroke:#d29922}.met{stroke:#3fb950;fill:#3fb950}.not{stroke:#f85149;fill:#f85149}}";
 
 /// An SVG of every ratio that has an aim.
-pub fn plot(judged: &Judged) -> String {
+pub fn plot(evaluation: &Evaluation) -> String {
     let rows: Vec<_> = METRICS
         .iter()
-        .filter_map(|metric| Some((metric, metric.aim?, judged.ratio(metric)?)))
+        .filter_map(|metric| Some((metric, metric.aim?, evaluation.ratio(metric)?)))
         .collect();
     let bottom = TOP + ROW * rows.len() as f64;
     let height = bottom + 34.0;
@@ -71,7 +71,7 @@ pub fn plot(judged: &Judged) -> String {
     svg
 }
 
-/// Where `times` better is.
+/// The horizontal position of `times` better, in pixels.
 fn across(times: f64) -> f64 {
     let part = (times.clamp(LOWEST, HIGHEST) / LOWEST).ln() / (HIGHEST / LOWEST).ln();
     LEFT + part * (WIDTH - LEFT - RIGHT)

@@ -22,9 +22,9 @@ pub fn pin(processors: &[usize]) -> io::Result<()> {
         .args(["--all-tasks", "--cpu-list", "--pid", &list, &own])
         .output()?;
     if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
         return Err(io::Error::other(format!(
-            "failed to keep to processors {list}: {said}"
+            "failed to keep to processors {list}: {message}"
         )));
     }
     Ok(())
@@ -39,7 +39,7 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
-/// `program` on `processors`.
+/// A command that runs `program` on `processors`.
 pub fn command(program: &Path, processors: &[usize]) -> Command {
     let mut command = Command::new("taskset");
     command.args(["--cpu-list", &list(processors)]).arg(program);
@@ -131,8 +131,8 @@ impl Drop for Tree {
 pub struct Members(Vec<u32>);
 
 impl Members {
-    /// Processor time used so far, and waited for, as the scheduler counts it:
-    /// with the network's work done on its behalf while sending.
+    /// Processor time used and waited for so far, as the scheduler counts it: the
+    /// network's work while sending is included.
     pub fn processor_time(&self) -> ProcessorTime {
         let times = self.0.iter().flat_map(|pid| processor_times(*pid));
         times.fold(ProcessorTime::default(), |sum, time| ProcessorTime {
@@ -160,7 +160,7 @@ pub struct ProcessorTime {
     pub waited: u64,
 }
 
-/// Of every thread of `pid`.
+/// Processor time of every thread of `pid`.
 fn processor_times(pid: u32) -> Vec<ProcessorTime> {
     let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
@@ -184,7 +184,7 @@ fn parents() -> HashMap<u32, u32> {
     let pairs = entries.flatten().filter_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
-        // The name before it is in parentheses and may hold anything.
+        // The process's name comes first, in parentheses, and may hold anything.
         let (_, rest) = stat.rsplit_once(") ")?;
         let parent = rest.split_ascii_whitespace().nth(1)?.parse().ok()?;
         Some((pid, parent))
@@ -192,7 +192,7 @@ fn parents() -> HashMap<u32, u32> {
     pairs.collect()
 }
 
-/// What the machine's processors did so far, in ticks.
+/// The time of the machine's processors so far, in ticks.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ticks {
     total: u64,
@@ -213,7 +213,8 @@ impl Ticks {
         }
     }
 
-    /// Parts of the time since: stolen by the hypervisor, and busy.
+    /// The parts of the time since then that the hypervisor stole and that the
+    /// processors were busy.
     pub fn since(self) -> (f64, f64) {
         let now = Self::now();
         let total = (now.total - self.total).max(1) as f64;

@@ -27,7 +27,7 @@ pub struct Run<'a> {
 /// One figure of one lane over the rounds that count.
 #[derive(Debug)]
 pub struct Figure {
-    /// By round.
+    /// The figure in each round.
     pub values: BTreeMap<usize, f64>,
     pub median: f64,
     pub minimum: f64,
@@ -41,15 +41,15 @@ pub struct Ratio {
     pub to: Lane,
 }
 
-/// What is left of a pass after discarding.
+/// The figures of a pass, and the samples that do not count.
 #[derive(Default)]
-pub struct Judged {
+pub struct Evaluation {
     pub figures: BTreeMap<(&'static str, Lane), Figure>,
     pub discarded: BTreeMap<(Lane, String, Discard), usize>,
 }
 
 /// Discards the samples that do not count and groups the others.
-pub fn judge(samples: &[Sample], pass: &str) -> Judged {
+pub fn evaluate(samples: &[Sample], pass: &str) -> Evaluation {
     let of_pass: Vec<&Sample> = samples
         .iter()
         .filter(|sample| sample.pass == pass)
@@ -59,7 +59,7 @@ pub fn judge(samples: &[Sample], pass: &str) -> Judged {
         .filter(|sample| sample.lane == Lane::Direct && sample.conditions.faults == 0)
         .map(|sample| ((sample.round, sample.measure), sample.conditions.rate))
         .collect();
-    let mut judged = Judged::default();
+    let mut evaluation = Evaluation::default();
     let mut values: BTreeMap<(&'static str, Lane), BTreeMap<usize, f64>> = BTreeMap::new();
     for sample in of_pass {
         let mut conditions = sample.conditions;
@@ -68,7 +68,7 @@ pub fn judge(samples: &[Sample], pass: &str) -> Judged {
         }
         if let Some(why) = statistics::discard(&conditions) {
             let key = (sample.lane, sample.measure.name(), why);
-            *judged.discarded.entry(key).or_default() += 1;
+            *evaluation.discarded.entry(key).or_default() += 1;
             continue;
         }
         for metric in METRICS {
@@ -89,13 +89,13 @@ pub fn judge(samples: &[Sample], pass: &str) -> Judged {
             maximum: all.iter().copied().fold(f64::NEG_INFINITY, f64::max),
             values,
         };
-        judged.figures.insert(key, figure);
+        evaluation.figures.insert(key, figure);
     }
-    judged
+    evaluation
 }
 
-impl Judged {
-    /// portpool to the rival whose median is better.
+impl Evaluation {
+    /// The ratio of portpool to the rival whose median is better.
     pub fn ratio(&self, metric: &Metric) -> Option<Ratio> {
         let rivals = self
             .figures
@@ -108,7 +108,7 @@ impl Judged {
         self.ratio_to(metric, *to)
     }
 
-    /// portpool to `to`, by rounds in which both count.
+    /// The ratio of portpool to `to`, over the rounds in which both count.
     pub fn ratio_to(&self, metric: &Metric, to: Lane) -> Option<Ratio> {
         let ours = self.figures.get(&(metric.name, Lane::Portpool))?;
         let theirs = self.figures.get(&(metric.name, to))?;
@@ -143,15 +143,15 @@ impl Metric {
     }
 }
 
-/// A round in a line: portpool's figures to the better rival's, or to the base
-/// where no rival runs.
+/// A round in one line: the ratios of portpool's figures to the better rival's,
+/// or to the base where no rival runs.
 pub fn brief(samples: &[Sample]) -> String {
     let pass = samples.first().map_or("", |sample| sample.pass);
-    let judged = judge(samples, pass);
+    let evaluation = evaluate(samples, pass);
     let mut text = String::new();
     for metric in METRICS {
-        let to_base = judged.ratio_to(metric, Lane::PortpoolBase);
-        for ratio in [judged.ratio(metric), to_base].into_iter().flatten() {
+        let to_base = evaluation.ratio_to(metric, Lane::PortpoolBase);
+        for ratio in [evaluation.ratio(metric), to_base].into_iter().flatten() {
             let wanted = metric.aim.is_some() || pass != "one_core";
             if wanted {
                 let base = if ratio.to == Lane::PortpoolBase {
@@ -164,7 +164,7 @@ pub fn brief(samples: &[Sample]) -> String {
         }
     }
     let mut discarded: BTreeMap<&str, usize> = BTreeMap::new();
-    for ((_, _, why), count) in &judged.discarded {
+    for ((_, _, why), count) in &evaluation.discarded {
         *discarded.entry(why.name()).or_default() += count;
     }
     for (why, count) in discarded {
@@ -173,7 +173,7 @@ pub fn brief(samples: &[Sample]) -> String {
     text
 }
 
-/// What is published.
+/// The files that are published.
 const FILES: [&str; 3] = ["summary.json", "table.md", "plot.svg"];
 
 /// Copies the last run's results from `from` to `to`.
@@ -216,7 +216,7 @@ pub fn write(run: &Run, folder: &Path) -> io::Result<()> {
     fs::write(folder.join("table.md"), &table)?;
     fs::write(
         folder.join("plot.svg"),
-        crate::plot::plot(&judge(run.samples, "one_core")),
+        crate::plot::plot(&evaluate(run.samples, "one_core")),
     )?;
     println!("\n{table}\n{}", folder.join("summary.json").display());
     Ok(())
@@ -236,8 +236,8 @@ fn samples(run: &Run) -> Vec<Value> {
 }
 
 fn summary(run: &Run) -> Value {
-    let one_core = judge(run.samples, "one_core");
-    let two_cores = judge(run.samples, "two_cores");
+    let one_core = evaluate(run.samples, "one_core");
+    let two_cores = evaluate(run.samples, "two_cores");
     json!({
         "isComplete": run.is_complete,
         "machine": machine(),
@@ -250,10 +250,10 @@ fn summary(run: &Run) -> Value {
             "messagesPerSecondOfTheSlowestProxy": run.capacity.iter().map(|(size, rate)| (size.to_string(), rate)).collect::<BTreeMap<_, _>>(),
         },
         "lanes": figures(&one_core),
-        "ratios": ratios(&one_core, Judged::ratio),
-        "ratiosToBase": ratios(&one_core, |judged, metric| judged.ratio_to(metric, Lane::PortpoolBase)),
+        "ratios": ratios(&one_core, Evaluation::ratio),
+        "ratiosToBase": ratios(&one_core, |evaluation, metric| evaluation.ratio_to(metric, Lane::PortpoolBase)),
         "lanesOnTwoCores": figures(&two_cores),
-        "ratiosOnTwoCores": ratios(&two_cores, Judged::ratio),
+        "ratiosOnTwoCores": ratios(&two_cores, Evaluation::ratio),
         "discarded": discarded(&one_core, &two_cores),
     })
 }
@@ -266,9 +266,9 @@ fn rounds(run: &Run, pass: &str) -> usize {
         .len()
 }
 
-fn figures(judged: &Judged) -> Value {
+fn figures(evaluation: &Evaluation) -> Value {
     let mut lanes: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
-    for ((name, lane), figure) in &judged.figures {
+    for ((name, lane), figure) in &evaluation.figures {
         let unit = METRICS
             .iter()
             .find(|metric| metric.name == *name)
@@ -282,10 +282,10 @@ fn figures(judged: &Judged) -> Value {
     json!(lanes)
 }
 
-fn ratios(judged: &Judged, of: impl Fn(&Judged, &Metric) -> Option<Ratio>) -> Value {
+fn ratios(evaluation: &Evaluation, of: impl Fn(&Evaluation, &Metric) -> Option<Ratio>) -> Value {
     let mut all = BTreeMap::new();
     for metric in METRICS {
-        if let Some(Ratio { estimate, to }) = of(judged, metric) {
+        if let Some(Ratio { estimate, to }) = of(evaluation, metric) {
             let value = json!({
                 "median": estimate.median, "low": estimate.low, "high": estimate.high,
                 "rounds": estimate.rounds, "to": to.name(), "aim": metric.aim,
@@ -297,10 +297,10 @@ fn ratios(judged: &Judged, of: impl Fn(&Judged, &Metric) -> Option<Ratio>) -> Va
     json!(all)
 }
 
-fn discarded(one_core: &Judged, two_cores: &Judged) -> Value {
+fn discarded(one_core: &Evaluation, two_cores: &Evaluation) -> Value {
     let passes = [("one_core", one_core), ("two_cores", two_cores)];
-    let all = passes.iter().flat_map(|(pass, judged)| {
-        judged.discarded.iter().map(move |((lane, measure, why), count)| {
+    let all = passes.iter().flat_map(|(pass, evaluation)| {
+        evaluation.discarded.iter().map(move |((lane, measure, why), count)| {
             json!({"pass": pass, "lane": lane.name(), "measure": measure, "why": why.name(), "samples": count})
         })
     });
@@ -380,7 +380,7 @@ fn configurations(run: &Run) -> Value {
     json!(all)
 }
 
-/// Three digits that count.
+/// `value` with three significant digits.
 pub fn rounded(value: f64) -> String {
     let digits = match value.abs() {
         size if size >= 100.0 || size == 0.0 => 0,
@@ -417,8 +417,8 @@ fn table(run: &Run) -> String {
         ),
         ("two_cores", "Proxy on both cores"),
     ] {
-        let judged = judge(run.samples, pass);
-        if judged.figures.is_empty() {
+        let evaluation = evaluate(run.samples, pass);
+        if evaluation.figures.is_empty() {
             continue;
         }
         let _ = writeln!(
@@ -430,7 +430,7 @@ fn table(run: &Run) -> String {
             .lanes
             .iter()
             .copied()
-            .filter(|lane| judged.figures.keys().any(|(_, of)| of == lane))
+            .filter(|lane| evaluation.figures.keys().any(|(_, of)| of == lane))
             .collect();
         let has_base = lanes.contains(&Lane::PortpoolBase);
         let names: Vec<&str> = lanes.iter().map(|lane| lane.name()).collect();
@@ -447,8 +447,12 @@ fn table(run: &Run) -> String {
             if has_base { "---|" } else { "" }
         );
         for metric in METRICS {
-            if judged.figures.keys().any(|(name, _)| *name == metric.name) {
-                row(&mut text, &judged, &lanes, metric, pass == "one_core");
+            if evaluation
+                .figures
+                .keys()
+                .any(|(name, _)| *name == metric.name)
+            {
+                row(&mut text, &evaluation, &lanes, metric, pass == "one_core");
             }
         }
         text.push('\n');
@@ -456,10 +460,10 @@ fn table(run: &Run) -> String {
     text
 }
 
-fn row(text: &mut String, judged: &Judged, lanes: &[Lane], metric: &Metric, has_aim: bool) {
+fn row(text: &mut String, evaluation: &Evaluation, lanes: &[Lane], metric: &Metric, has_aim: bool) {
     let _ = write!(text, "| {}, {} |", metric.name, metric.unit);
     for lane in lanes {
-        let cell = judged.figures.get(&(metric.name, *lane)).map_or_else(
+        let cell = evaluation.figures.get(&(metric.name, *lane)).map_or_else(
             || " - |".to_owned(),
             |figure| {
                 let [median, low, high] =
@@ -475,7 +479,7 @@ fn row(text: &mut String, judged: &Judged, lanes: &[Lane], metric: &Metric, has_
         } = ratio.estimate;
         format!("{median:.3} [{low:.3}, {high:.3}]")
     };
-    match judged.ratio(metric) {
+    match evaluation.ratio(metric) {
         None => text.push_str(" - | - |"),
         Some(ratio) => {
             let bold = if metric.meets(ratio.estimate.median) == Some(true) {
@@ -498,7 +502,7 @@ fn row(text: &mut String, judged: &Judged, lanes: &[Lane], metric: &Metric, has_
     };
     let _ = write!(text, " {aim} |");
     if lanes.contains(&Lane::PortpoolBase) {
-        let ratio = judged.ratio_to(metric, Lane::PortpoolBase);
+        let ratio = evaluation.ratio_to(metric, Lane::PortpoolBase);
         let _ = write!(
             text,
             " {} |",

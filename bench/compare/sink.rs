@@ -23,19 +23,19 @@ pub const DOWNLOAD: u8 = b'D';
 pub const UPLOAD: u8 = b'U';
 pub const COUNT: u8 = b'C';
 
-/// What is sent at once in bulk.
+/// Bytes sent at once in bulk.
 const CHUNK: usize = 256 * 1024;
 
-/// What the sink has seen.
+/// Counters of the sink.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Bytes taken by uploads since the start.
     pub uploaded: u64,
-    /// Connections open now, those that count left out.
+    /// Connections open now, without those that ask for the counters.
     pub open: u64,
 }
 
-/// A way to ask the sink itself.
+/// A connection that asks the sink for its counters.
 pub struct Asking(TcpStream);
 
 impl Asking {
@@ -197,7 +197,7 @@ impl Sink {
 }
 
 impl Connection {
-    /// Does what can be done now; whether the connection goes on.
+    /// Does what can be done now. Returns whether the connection continues.
     fn turn(
         &mut self,
         epoll: &Epoll,
@@ -216,7 +216,7 @@ impl Connection {
                 None => {}
             },
             Purpose::Download => {
-                // Four times what a socket takes at once: a turn stays short.
+                // A bound keeps a turn short: it is four times what a socket takes at once.
                 for _ in 0..4 {
                     if net::send(&self.stream, chunk)?.is_none_or(|sent| sent < chunk.len()) {
                         break;

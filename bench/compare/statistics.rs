@@ -1,5 +1,5 @@
-//! What is made of samples: medians, ratios with an interval, and which
-//! samples count. Pure: no clock, and randomness from a fixed seed.
+//! Statistics of samples: medians, ratios with an interval, and which samples
+//! count. Pure: no clock, and randomness from a fixed seed.
 
 use fastrand::Rng;
 
@@ -20,11 +20,11 @@ pub struct Estimate {
     pub median: f64,
     pub low: f64,
     pub high: f64,
-    /// Rounds that it rests on.
+    /// Number of rounds that it is made of.
     pub rounds: usize,
 }
 
-/// What decides whether a sample counts.
+/// The conditions that decide whether a sample counts.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Conditions {
     /// Errors, lost messages, wrong bytes.
@@ -33,12 +33,12 @@ pub struct Conditions {
     pub steal: f64,
     /// Part of the time that the proxy was kept from its core, 0 to 1.
     pub waited: f64,
-    /// What the lane carried per second.
+    /// The rate per second that the lane carried.
     pub rate: f64,
-    /// What the direct lane carried per second in the same round, without any
-    /// proxy: the most that generator and sink can do.
+    /// The rate per second of the direct lane in the same round: the most that
+    /// generator and sink can do, because no proxy is in between.
     pub direct_rate: Option<f64>,
-    /// What was to be carried per second, when that was set.
+    /// The rate per second that was to be carried, if it was set.
     pub offered_rate: Option<f64>,
 }
 

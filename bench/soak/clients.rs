@@ -129,7 +129,7 @@ pub fn run(
                 counts.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
-        // The others end by themselves; UDP ones only when they are idle.
+        // Other sessions end by themselves, with UDP only once they are idle.
         if is_udp || random.usize(..2) == 0 {
             let _ = runtime.block_on(clients[index].release(&session.id));
         }
@@ -160,7 +160,7 @@ fn stream(session: &Session, random: &mut Rng, counts: &Counts) -> io::Result<()
     let stream = TcpStream::connect_timeout(&address(session)?, SILENCE)?;
     stream.set_read_timeout(Some(SILENCE))?;
     stream.set_write_timeout(Some(SILENCE))?;
-    // Any order of magnitude as often as any other.
+    // Every order of magnitude is equally likely.
     let magnitude = random.u32(1..=MOST.ilog2());
     let size = random.usize(1..=1 << magnitude);
     let bytes = random_bytes(random, size);
@@ -246,7 +246,8 @@ fn read(
     Ok(())
 }
 
-/// Datagrams one after the other; one that is lost is sent again, as it may.
+/// Sends datagrams one after another. One without an answer is sent again,
+/// because datagrams may be lost.
 fn datagrams(session: &Session, random: &mut Rng, counts: &Counts) -> io::Result<()> {
     let to = address(session)?;
     let socket = UdpSocket::bind((if to.is_ipv4() { "0.0.0.0" } else { "::" }, 0))?;
@@ -268,7 +269,7 @@ fn datagrams(session: &Session, random: &mut Rng, counts: &Counts) -> io::Result
             }
             tries += 1;
             if socket.send(datagram).is_err() {
-                // An earlier one was refused: the workload is being restarted.
+                // An earlier datagram was refused: the workload is being restarted.
                 std::thread::sleep(DATAGRAM_WAIT);
                 continue;
             }
@@ -276,7 +277,7 @@ fn datagrams(session: &Session, random: &mut Rng, counts: &Counts) -> io::Result
                 if buffer[..length] == datagram[..] {
                     break 'sent;
                 }
-                // A late answer to an earlier one is no fault, anything else is.
+                // Only a late answer to an earlier datagram may come instead.
                 if !sent.iter().any(|earlier| buffer[..length] == earlier[..]) {
                     return Err(io::Error::other(Corrupted));
                 }

@@ -25,8 +25,8 @@ struct Window {
     until: Instant,
 }
 
-/// Faults so far. A failure counts as lost unless its session lived while a
-/// fault of its own server or connection server was being recovered from.
+/// Faults so far. A failure counts as lost unless its session lived during the
+/// recovery from a fault of its own server or connection server.
 #[derive(Default)]
 pub struct Announced {
     windows: Mutex<Vec<Window>>,
@@ -43,8 +43,8 @@ impl Announced {
         self.windows.lock().expect("no panic in it").push(window);
     }
 
-    /// Whether a failure now, of something begun at `begun`, is excused for
-    /// one of `scopes`.
+    /// Whether a fault of one of `scopes` excuses a failure now of something that
+    /// began at `begun`.
     pub fn excuse(&self, begun: Instant, scopes: &[Scope]) -> bool {
         let windows = self.windows.lock().expect("no panic in it");
         windows.iter().any(|window| {
@@ -52,7 +52,7 @@ impl Announced {
         })
     }
 
-    /// Whether anything is being recovered from, or was since `begun`.
+    /// Whether a recovery is going on, or was since `begun`.
     pub fn any_since(&self, begun: Instant) -> bool {
         let windows = self.windows.lock().expect("no panic in it");
         windows.iter().any(|window| window.until >= begun)
@@ -65,7 +65,7 @@ const WORKLOAD: Duration = Duration::from_secs(5);
 /// 10 s, and capacity is back after 15 s.
 const AGENT: Duration = Duration::from_secs(20);
 
-/// Does one fault or change. The first of each role is left alone: its memory
+/// Carries out one fault or change. The first of each role is left alone: its memory
 /// and descriptors are watched from start to end.
 pub fn next(
     pool: &mut Pool,
@@ -126,7 +126,7 @@ fn guest(pool: &mut Pool) -> io::Result<&'static str> {
             Ok("server draining")
         }
         Some(RowState::Draining) => {
-            // Longer than any session here takes.
+            // This is longer than any session here takes.
             std::thread::sleep(crate::clients::LONGEST);
             remove_guest(pool)?;
             Ok("server removed")

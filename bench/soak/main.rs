@@ -34,7 +34,8 @@ use crate::watch::Watched;
 const CLIENTS: u64 = 12;
 /// Longest until everything is free after the start and at the end.
 const SETTLE: Duration = Duration::from_secs(60);
-const LOOK: Duration = Duration::from_secs(2);
+/// Time between two samples of memory and descriptors.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Runs a pool under churn and faults and reports whether anything was lost.
 #[derive(Parser, Debug)]
@@ -86,10 +87,8 @@ fn run(options: &Options) -> io::Result<bool> {
         until_free(&runtime, address, free)?;
     }
     let first = |processes: &[Option<pool::Process>]| {
-        processes
-            .first()
-            .and_then(Option::as_ref)
-            .map_or(0, pool::Process::id)
+        let process = processes[0].as_ref();
+        process.expect("the first of each role always runs").id()
     };
     let mut watched = [
         Watched::new("connection server", first(&pool.connection_servers)),
@@ -131,7 +130,7 @@ fn run(options: &Options) -> io::Result<bool> {
             settled = false;
         }
     }
-    let passed = verdict(&watched, &at_rest, &counts, settled);
+    let passed = report(&watched, &at_rest, &counts, settled);
     if !passed {
         println!("logs are in {}", pool.keep_logs().display());
     }
@@ -156,9 +155,9 @@ fn disturb(
     let mut line = begun + Duration::from_secs(60);
     while Instant::now() < end && !stop.load(Ordering::Relaxed) {
         for process in watched.iter_mut() {
-            process.look();
+            process.sample();
         }
-        std::thread::sleep(LOOK.min(end.saturating_duration_since(Instant::now())));
+        std::thread::sleep(SAMPLE_INTERVAL.min(end.saturating_duration_since(Instant::now())));
         if Instant::now() >= fault {
             faults::next(pool, announced, &mut random, faults)?;
             fault = Instant::now() + pause(&mut random);
@@ -229,7 +228,8 @@ fn until_free(runtime: &tokio::runtime::Runtime, address: &str, free: u32) -> io
     )))
 }
 
-fn verdict(watched: &[Watched], at_rest: &[usize], counts: &Counts, settled: bool) -> bool {
+/// Prints the results and returns whether the run has passed.
+fn report(watched: &[Watched], at_rest: &[usize], counts: &Counts, settled: bool) -> bool {
     let mut passed = settled && number(&counts.sessions) > 0;
     for (process, at_rest) in watched.iter().zip(at_rest) {
         let (growth, is_flat) = process.growth();
@@ -242,7 +242,7 @@ fn verdict(watched: &[Watched], at_rest: &[usize], counts: &Counts, settled: boo
             process.most_memory() / 1024.0 / 1024.0,
             growth / 1024.0 / 1024.0,
             if is_flat {
-                "flat, or too short to tell"
+                "flat, or the run is too short"
             } else {
                 "GROWS"
             },
@@ -253,9 +253,9 @@ fn verdict(watched: &[Watched], at_rest: &[usize], counts: &Counts, settled: boo
     }
     let (lost, corrupted) = (number(&counts.lost), number(&counts.corrupted));
     passed &= lost == 0 && corrupted == 0;
-    let verdict = if passed { "passed" } else { "FAILED" };
+    let result = if passed { "passed" } else { "FAILED" };
     println!(
-        "{verdict}: {} sessions, lost {lost}, corrupted {corrupted}",
+        "{result}: {} sessions, lost {lost}, corrupted {corrupted}",
         number(&counts.sessions)
     );
     passed

@@ -3,9 +3,9 @@
 use std::fs;
 use std::time::Instant;
 
-/// Seconds until memory has settled: the trend is printed before, and judged
-/// after.
-const JUDGED_AFTER: f64 = 600.0;
+/// Seconds until memory has settled. A shorter run prints its trend but does not
+/// fail because of it.
+const SETTLED_AFTER: f64 = 600.0;
 
 /// Growth over the time watched that counts as noise of the allocator: the
 /// larger of both.
@@ -33,7 +33,8 @@ impl Watched {
         }
     }
 
-    pub fn look(&mut self) {
+    /// Records the memory and the descriptors of now.
+    pub fn sample(&mut self) {
         if let Some(bytes) = allocated(self.pid) {
             self.memory
                 .push((self.begun.elapsed().as_secs_f64(), bytes));
@@ -41,7 +42,7 @@ impl Watched {
         self.most_descriptors = self.most_descriptors.max(self.descriptors());
     }
 
-    /// Open now; 0 once the process has ended.
+    /// Number of open descriptors; 0 once the process has ended.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid)).map_or(0, Iterator::count)
     }
@@ -54,9 +55,9 @@ impl Watched {
             .fold(0.0, f64::max)
     }
 
-    /// Bytes that the trend grows by over the last three quarters of the
-    /// time, and whether that is flat or the time too short to tell. The first
-    /// quarter fills caches.
+    /// Growth of the trend in bytes over the last three quarters of the time,
+    /// because the first quarter fills caches; and whether that is flat, or the
+    /// time is too short.
     pub fn growth(&self) -> (f64, bool) {
         let tail = &self.memory[self.memory.len() / 4..];
         let Some((first, last)) = tail.first().zip(tail.last()) else {
@@ -64,7 +65,7 @@ impl Watched {
         };
         let growth = slope(tail) * (last.0 - first.0);
         let mean = tail.iter().map(|(_, bytes)| bytes).sum::<f64>() / tail.len() as f64;
-        let is_short = last.0 < JUDGED_AFTER;
+        let is_short = last.0 < SETTLED_AFTER;
         (
             growth,
             is_short || growth <= GROWTH_BYTES.max(GROWTH_PART * mean),
@@ -83,7 +84,7 @@ fn allocated(pid: u32) -> Option<f64> {
     Some(kibibytes * 1024.0)
 }
 
-/// Least squares: y per x.
+/// The slope of the line through `points` by least squares: y per x.
 fn slope(points: &[(f64, f64)]) -> f64 {
     let count = points.len() as f64;
     let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
@@ -104,7 +105,7 @@ mod tests {
         let mut watched = Watched::new("test", 0);
         // Every ten seconds for a quarter of an hour.
         watched.memory = (0..100)
-            .map(|look| (f64::from(look) * 10.0, bytes(f64::from(look))))
+            .map(|sample| (f64::from(sample) * 10.0, bytes(f64::from(sample))))
             .collect();
         watched
     }
@@ -112,11 +113,11 @@ mod tests {
     #[test]
     fn a_leak_is_distinguished_from_noise() {
         let mebibyte = 1024.0 * 1024.0;
-        let noisy = watched(|look| 20.0 * mebibyte + (look * 7.0 % 3.0) * mebibyte);
+        let noisy = watched(|sample| 20.0 * mebibyte + (sample * 7.0 % 3.0) * mebibyte);
         assert!(noisy.growth().1, "{:?}", noisy.growth());
-        let filling = watched(|look| (20.0 + look.min(20.0)) * mebibyte);
+        let filling = watched(|sample| (20.0 + sample.min(20.0)) * mebibyte);
         assert!(filling.growth().1, "{:?}", filling.growth());
-        let leaking = watched(|look| 20.0 * mebibyte + look * 0.1 * mebibyte);
+        let leaking = watched(|sample| 20.0 * mebibyte + sample * 0.1 * mebibyte);
         assert!(!leaking.growth().1, "{:?}", leaking.growth());
         let mut short = leaking;
         short.memory.truncate(50);
