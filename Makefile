@@ -1,4 +1,4 @@
-# portpool: `make help` lists what there is.
+# portpool: `make help` lists the targets.
 
 POOL ?= examples/echo.yaml
 
@@ -6,7 +6,7 @@ POOL ?= examples/echo.yaml
 
 all: lint test
 
-help:  ## What there is
+help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 run:  ## Build portpool (quickly, less optimized) and run a pool on this machine (POOL=examples/echo.yaml)
@@ -26,7 +26,7 @@ test:  ## Every test: examples with their real programs, the controller with a r
 	@$(MAKE) --no-print-directory tools-present
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked --workspace
 
-e2e: tools-present  ## Tests on a real Kubernetes node on this machine (root, no Docker), which goes with them
+e2e: tools-present  ## Tests on a real Kubernetes node on this machine (root, no Docker), which they remove again
 	tools/e2e tools/cluster
 
 e2e-kind: tools-present  ## The same tests on kind, which needs Docker
@@ -65,24 +65,24 @@ BENCH_OPTIONS = \
   $(if $(BUSY),--busy) \
   --portpool $(or $(PORTPOOL),target/release/portpool)
 
-bench: bench-tools  ## Beside HAProxy and nginx (MEASURES=bulk_1,message LANES=portpool,nginx ROUNDS=5 BASE=other/portpool)
+bench: bench-tools  ## Measure beside HAProxy and nginx (MEASURES=bulk_1,message LANES=portpool,nginx ROUNDS=5 BASE=other/portpool)
 	cargo build --release --locked -p portpool -p portpool-bench
 	target/release/portpool-bench $(BENCH_OPTIONS)
 
 bench-publish:  ## Put the last complete run of make bench into docs/bench
 	target/release/portpool-bench --publish docs/bench
 
-soak:  ## Churn and faults with every byte checked, memory watched (MINUTES=30)
+soak:  ## Run a pool under churn and faults, check every byte, watch memory (MINUTES=30)
 	cargo build --release --locked -p portpool -p portpool-bench
 	target/release/portpool-soak --minutes $(or $(MINUTES),30) --portpool $(or $(PORTPOOL),target/release/portpool)
 
 generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, install.yaml, chart README
 	BLESS=1 cargo test --locked --test it generated
 
-image:  ## A static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
+image:  ## Build a static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
 	tools/image
 
-tools:  ## Install what make test needs, as root on Debian
+tools:  ## Install the programs that make test needs, as root on Debian
 	@for program in iperf3 redis-server; do \
 	  command -v $$program >/dev/null || missing="$$missing $$program"; \
 	done; \
@@ -95,10 +95,10 @@ tools-present:
 	done; \
 	[ -z "$$missing" ] || { echo "missing:$$missing. Install with: sudo apt-get install$$missing (or: sudo make tools)" >&2; exit 1; }
 
-robustness:  ## tests/robustness against portpool, HAProxy and nginx; writes docs/robustness.md
+robustness:  ## Run tests/robustness against portpool, HAProxy and nginx; writes docs/robustness.md
 	tools/robustness
 
-bench-tools:  ## Rivals of the benchmark; installed as root on Debian, else named
+bench-tools:  ## Install the benchmark's rivals, as root on Debian; elsewhere name them
 	@if command -v haproxy >/dev/null && [ -e /usr/lib/nginx/modules/ngx_stream_module.so ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends haproxy nginx libnginx-mod-stream; \
