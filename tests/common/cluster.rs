@@ -476,6 +476,14 @@ impl Space {
         self.ready(pool).await
     }
 
+    /// Scales a pool through the scale subresource, as `kubectl scale` does.
+    pub async fn scale(&self, pool: &str, replicas: u32) -> kube::Result<()> {
+        let change = Patch::Merge(json!({ "spec": { "replicas": replicas } }));
+        let parameters = PatchParams::default();
+        let scaled = self.pools().patch_scale(pool, &parameters, &change).await;
+        scaled.map(|_| ())
+    }
+
     pub async fn pool(&self, name: &str) -> ProcessingPool {
         self.pools().get(name).await.unwrap()
     }
@@ -585,6 +593,12 @@ pub fn spec(replicas: u32) -> Value {
 pub fn quick(replicas: u32) -> Value {
     let mut spec = spec(replicas);
     spec["drainSeconds"] = 0.into();
+    spec
+}
+
+/// `spec` with another image of the workload.
+pub fn with_image(mut spec: Value, image: &str) -> Value {
+    spec["template"]["spec"]["containers"][0]["image"] = image.into();
     spec
 }
 

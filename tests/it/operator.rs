@@ -8,10 +8,14 @@ mod whole_path;
 
 use std::time::Duration;
 
-use crate::common::cluster::{KINDS, Space, delete, patch, patch_status, quick, spec, until};
+use crate::common::cluster::{
+    KINDS, Space, delete, patch, patch_status, quick, spec, until, with_image,
+};
 use futures::StreamExt;
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
+use portpool::table::Row;
 use serde_json::{Value, json};
 
 const QUIET: Duration = Duration::from_secs(8);
@@ -30,55 +34,22 @@ async fn a_pool_becomes_ready_owns_everything_and_is_then_left_alone() {
         status.address.as_deref(),
         Some("games.becomes-ready.svc:7700")
     );
-    let kinds = [
-        ("", "ConfigMap", "configmaps", "games-port-table"),
-        ("", "Service", "services", "games"),
-        (
-            "",
-            "ServiceAccount",
-            "serviceaccounts",
-            "games-connection-server",
-        ),
-        (
-            "apps",
-            "Deployment",
-            "deployments",
-            "games-connection-server",
-        ),
-        (
-            "rbac.authorization.k8s.io",
-            "Role",
-            "roles",
-            "games-connection-server",
-        ),
-        (
-            "rbac.authorization.k8s.io",
-            "RoleBinding",
-            "rolebindings",
-            "games-connection-server",
-        ),
-        (
-            "networking.k8s.io",
-            "NetworkPolicy",
-            "networkpolicies",
-            "games-processing-servers",
-        ),
-        (
-            "policy",
-            "PodDisruptionBudget",
-            "poddisruptionbudgets",
-            "games-processing-servers",
-        ),
-        (
-            "policy",
-            "PodDisruptionBudget",
-            "poddisruptionbudgets",
-            "games-connection-servers",
-        ),
-        ("", "Pod", "pods", "games-0"),
-        ("", "Pod", "pods", "games-1"),
+    let owned = [
+        ("ConfigMap", "games-port-table"),
+        ("Service", "games"),
+        ("ServiceAccount", "games-connection-server"),
+        ("Deployment", "games-connection-server"),
+        ("Role", "games-connection-server"),
+        ("RoleBinding", "games-connection-server"),
+        ("NetworkPolicy", "games-processing-servers"),
+        ("PodDisruptionBudget", "games-processing-servers"),
+        ("PodDisruptionBudget", "games-connection-servers"),
+        ("Pod", "games-0"),
+        ("Pod", "games-1"),
     ];
-    for (group, kind, plural, name) in kinds {
+    for (kind, name) in owned {
+        let mut kinds = KINDS.into_iter();
+        let (group, _, plural) = kinds.find(|(_, of, _)| *of == kind).unwrap();
         let object = space.objects(group, kind, plural).get(name).await.unwrap();
         let owners = object.owner_references();
         assert_eq!(owners.len(), 1, "{kind} {name}");
@@ -90,18 +61,15 @@ async fn a_pool_becomes_ready_owns_everything_and_is_then_left_alone() {
     }
     let table = space.table("games").await.unwrap();
     assert!(table.rows.iter().all(|row| row.address.is_some()));
-    let before = space.metric("portpool_api_writes_total").await;
+    let writes = async || space.metric("portpool_api_writes_total").await;
+    let before = writes().await;
     assert!(before > 0);
     tokio::time::sleep(QUIET).await;
-    assert_eq!(
-        space.metric("portpool_api_writes_total").await,
-        before,
-        "writes of an idle pool"
-    );
+    assert_eq!(writes().await, before, "writes of an idle pool");
 }
 
 #[tokio::test]
-async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
+async fn scaling_keeps_ports_and_removes_the_cheapest_first() {
     let space = Space::with_pool("scaling", quick(2)).await;
     let before = space.table("games").await.unwrap();
     space.make_ready("games", quick(5)).await;
@@ -114,54 +82,48 @@ async fn scaling_keeps_ports_and_takes_the_cheapest_first() {
     patch(&space.pods(), "games-2", cost).await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     // The deletion cost comes before the number.
-    let scale = json!({ "spec": { "replicas": 4 } });
-    space
-        .pools()
-        .patch_scale("games", &PatchParams::default(), &Patch::Merge(&scale))
-        .await
-        .unwrap();
-    until("four servers", async || {
-        space.servers("games").await.len() == 4
-    })
-    .await;
-    assert!(!space.servers("games").await.contains_key("games-2"));
+    space.scale("games", 4).await.unwrap();
+    let servers = async || space.servers("games").await;
+    until("four servers", async || servers().await.len() == 4).await;
+    assert!(!servers().await.contains_key("games-2"));
     space.make_ready("games", quick(1)).await;
-    assert_eq!(
-        space.servers("games").await.into_keys().collect::<Vec<_>>(),
-        ["games-0"]
-    );
+    let left: Vec<String> = servers().await.into_keys().collect();
+    assert_eq!(left, ["games-0"]);
     let shrunk = space.table("games").await.unwrap();
     assert_eq!(shrunk.rows, before.rows[..1]);
     space.make_ready("games", quick(0)).await;
-    assert!(space.servers("games").await.is_empty());
+    assert!(servers().await.is_empty());
 }
 
 #[tokio::test]
 async fn a_failed_or_deleted_pod_is_replaced_in_its_slot() {
     let space = Space::with_pool("replaced", spec(2)).await;
-    let (ports, pods) = (
-        space.table("games").await.unwrap().rows,
-        space.servers("games").await,
-    );
+    let ranges = async || {
+        let rows = space.table("games").await.unwrap().rows;
+        rows.into_iter().map(|row| row.ranges).collect::<Vec<_>>()
+    };
+    let (ports, pods) = (ranges().await, space.servers("games").await);
     let failed = json!({ "status": { "phase": "Failed", "reason": "Evicted" } });
     patch_status(&space.pods(), "games-0", failed).await;
     delete(&space.pods(), "games-1").await;
     until("two other pods", async || {
         let now = space.servers("games").await;
-        now.len() == 2
-            && now
-                .values()
-                .all(|uid| !pods.values().any(|former| former == uid))
+        let is_new = |uid: &String| pods.values().all(|former| former != uid);
+        now.len() == 2 && now.values().all(is_new)
     })
     .await;
     space.ready("games").await;
-    let now = space.table("games").await.unwrap().rows;
-    assert!(
-        ports
-            .iter()
-            .zip(&now)
-            .all(|(former, now)| former.ranges == now.ranges)
-    );
+    assert_eq!(ranges().await, ports);
+}
+
+/// Waits until the pool's table has `rows` and a generation above `above`;
+/// returns how long that took.
+async fn table_is_back(space: &Space, rows: &[Row], above: u64) -> Duration {
+    until("the table is back", async || {
+        let table = space.table("games").await;
+        table.is_some_and(|table| table.rows == rows && table.generation > above)
+    })
+    .await
 }
 
 #[tokio::test]
@@ -180,13 +142,7 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
     for text in tampers {
         let change = json!({ "data": { "table.json": text } });
         patch(&maps, "games-port-table", change).await;
-        let took = until("the table is back", async || {
-            space
-                .table("games")
-                .await
-                .is_some_and(|table| table.rows == good.rows)
-        })
-        .await;
+        let took = table_is_back(&space, &good.rows, 0).await;
         assert!(took < Duration::from_secs(5), "{took:?}");
     }
     let generation = space.table("games").await.unwrap().generation;
@@ -195,38 +151,20 @@ async fn a_table_that_is_changed_or_deleted_is_restored() {
         "readers never go back: {generation}"
     );
     delete(&maps, "games-port-table").await;
-    let took = until("the table is back", async || {
-        space
-            .table("games")
-            .await
-            .is_some_and(|table| table.rows == good.rows && table.generation > generation)
-    })
-    .await;
+    let took = table_is_back(&space, &good.rows, generation).await;
     assert!(took < Duration::from_secs(5), "{took:?}");
     // A controller that restarts still increases the generation.
     let mut space = space;
     let generation = space.table("games").await.unwrap().generation;
     until("the status has the generation", async || {
-        space
-            .pool("games")
-            .await
-            .status
-            .unwrap()
-            .table_generation
-            .cast_unsigned()
-            == generation
+        let status = space.pool("games").await.status.unwrap();
+        status.table_generation.cast_unsigned() == generation
     })
     .await;
     space.controller.take();
     delete(&maps, "games-port-table").await;
     space.start_controller();
-    until("the table is back", async || {
-        space
-            .table("games")
-            .await
-            .is_some_and(|table| table.rows == good.rows && table.generation > generation)
-    })
-    .await;
+    table_is_back(&space, &good.rows, generation).await;
 }
 
 #[tokio::test]
@@ -269,11 +207,7 @@ async fn an_invalid_template_is_reported_in_the_api_servers_words_and_stops_no_s
     let rows = space.table("games").await.unwrap().rows;
     let maps = space.objects("", "ConfigMap", "configmaps");
     delete(&maps, "games-port-table").await;
-    until("the table is back", async || {
-        let table = space.table("games").await;
-        table.is_some_and(|table| table.rows == rows)
-    })
-    .await;
+    table_is_back(&space, &rows, 0).await;
     // A template that portpool cannot parse.
     let mut wrong = spec(2);
     wrong["template"]["spec"]["containers"] = "none".into();
@@ -284,47 +218,33 @@ async fn an_invalid_template_is_reported_in_the_api_servers_words_and_stops_no_s
 }
 
 #[tokio::test]
-async fn a_bad_image_takes_a_quarter_is_named_and_can_be_mended() {
+async fn a_bad_image_stops_a_quarter_is_reported_and_can_be_corrected() {
     let space = Space::new("bad-image").await;
-    let with = |image: &str| {
-        let mut spec = quick(4);
-        spec["template"]["spec"]["containers"][0]["image"] = image.into();
-        spec
+    let with = |image: &str| with_image(quick(4), image);
+    let images = async || -> Vec<String> {
+        let pods = space.pods().list(&ListParams::default()).await.unwrap();
+        let image = |pod: Pod| pod.spec.unwrap().containers[0].image.clone().unwrap();
+        pods.into_iter().map(image).collect()
     };
     space.make_ready("games", with("good:1")).await;
     space.apply("games", with("bad:2")).await.unwrap();
-    space
-        .degraded("games", "ImagePullBackOff: no such image")
-        .await;
+    let words = "ImagePullBackOff: no such image";
+    space.degraded("games", words).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
-    let pods = space.pods().list(&ListParams::default()).await.unwrap();
-    let bad = pods
-        .iter()
-        .filter(|pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("bad:2"));
-    assert_eq!(bad.count(), 1, "the others go on");
+    let now = images().await;
+    let bad = now.iter().filter(|image| *image == "bad:2");
+    assert_eq!(bad.count(), 1, "the other servers keep their image");
     space.make_ready("games", with("good:3")).await;
-    let pods = space.pods().list(&ListParams::default()).await.unwrap();
-    assert!(
-        pods.iter()
-            .all(|pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some("good:3"))
-    );
+    assert!(images().await.iter().all(|image| image == "good:3"));
 }
 
 #[tokio::test]
-async fn a_pod_that_no_node_takes_is_named_and_can_be_mended() {
+async fn an_unschedulable_pod_is_reported_and_can_be_corrected() {
     let space = Space::new("no-node").await;
-    let with = |image: &str| {
-        let mut spec = spec(1);
-        spec["template"]["spec"]["containers"][0]["image"] = image.into();
-        spec
-    };
+    let with = |image: &str| with_image(spec(1), image);
     space.apply("games", with("nowhere:1")).await.unwrap();
-    space
-        .degraded(
-            "games",
-            "pod games-0 cannot be scheduled: 0/1 nodes are available",
-        )
-        .await;
+    let words = "pod games-0 cannot be scheduled: 0/1 nodes are available";
+    space.degraded("games", words).await;
     space.make_ready("games", with("good:1")).await;
 }
 
@@ -346,7 +266,7 @@ fn foreign_object(ours: &DynamicObject, kind: &str, name: &str) -> DynamicObject
 }
 
 #[tokio::test]
-async fn an_object_of_someone_else_is_reported_and_left_alone_whatever_its_kind() {
+async fn a_foreign_object_of_any_kind_is_reported_and_left_alone() {
     let space = Space::with_pool("foreign-objects", quick(1)).await;
     let of_pool = ListParams::default().labels("portpool.dev/pool=games");
     let mut cases = Vec::new();
@@ -369,11 +289,9 @@ async fn an_object_of_someone_else_is_reported_and_left_alone_whatever_its_kind(
             space.degraded(&pool, &words).await;
             // Only a foreign table holds up the pool: pods need it.
             if kind != "ConfigMap" {
+                let other = format!("{pool}-1");
                 until("the other slot works", async || {
-                    space
-                        .servers(&pool)
-                        .await
-                        .contains_key(&format!("{pool}-1"))
+                    space.servers(&pool).await.contains_key(&other)
                 })
                 .await;
             }
@@ -396,7 +314,7 @@ async fn an_object_of_someone_else_is_reported_and_left_alone_whatever_its_kind(
 }
 
 #[tokio::test]
-async fn what_is_edited_by_hand_is_put_back() {
+async fn manual_changes_of_owned_objects_are_undone() {
     let space = Space::with_pool("edited", spec(1)).await;
     let deployments = space.objects("apps", "Deployment", "deployments");
     let services = space.objects("", "Service", "services");
@@ -409,14 +327,13 @@ async fn what_is_edited_by_hand_is_put_back() {
     until("all is back", async || {
         let deployment = deployments.get(name).await.unwrap();
         let role = roles.get(name).await.unwrap();
+        let rules = role.data["rules"].as_array().map(Vec::len);
         deployment.data["spec"]["replicas"] == 1
-            && role.data["rules"]
-                .as_array()
-                .is_some_and(|rules| rules.len() == 1)
+            && rules == Some(1)
             && services.get_opt("games").await.unwrap().is_some()
     })
     .await;
-    // A field that the spec no longer asks for goes.
+    // A field that the spec no longer sets is reset.
     let mut with = spec(1);
     with["connectionServer"] = json!({ "replicas": 2 });
     space.apply("games", with).await.unwrap();
@@ -443,7 +360,7 @@ async fn connection_ports_come_before_the_load_sharing_ports_node_port() {
         let service = services.get_opt(service).await.unwrap();
         service.and_then(|service| service.data["spec"]["ports"][0]["nodePort"].as_u64())
     };
-    // The cluster might have chosen this one, which the next server needs.
+    // The cluster might have chosen this node port, which the next server needs.
     let port = json!({ "name": "load-sharing", "port": 7700, "nodePort": 32005 });
     let chosen = Patch::Strategic(json!({ "spec": { "ports": [port] } }));
     let parameters = PatchParams::default();

@@ -1,5 +1,5 @@
-//! The Helm chart with a real API server: whether that takes all of it, whether
-//! its rights are what the controller uses, and what Helm leaves.
+//! The Helm chart with a real API server: it accepts every object, the granted
+//! rights are those that the controller uses, and Helm leaves nothing behind.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use crate::common::cluster::{
-    ApiServer, Space, metric, metrics, quick, until, write_kubeconfig_with,
+    ApiServer, Space, metric, metrics, quick, until, with_image, write_kubeconfig_with,
 };
 use crate::common::helm::{CHART, documents, helm, render, the};
 use crate::common::{COUNT, Pool, Process};
@@ -66,8 +66,8 @@ async fn restricted(client: &Client, name: &str) {
 fn monitoring_crds() -> Vec<Value> {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/monitoring-crds");
     let output = Command::new(script).output().unwrap();
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{told}");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
     let folder = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
     let kinds = ["podmonitors", "servicemonitors", "prometheusrules"];
     let crds = kinds.map(|kind| {
@@ -127,7 +127,7 @@ async fn pools_run_under_pod_security_restricted() {
     apply(&space.client, &pool, false).await.unwrap();
     space.ready(name(&pool)).await;
     assert_eq!(space.servers(name(&pool)).await.len(), 2);
-    // The connection server's pods, which nobody makes here.
+    // No Deployment controller runs here, so the test makes the connection server's pod.
     let deployments = space.objects("apps", "Deployment", "deployments");
     let deployment = format!("{}-connection-server", name(&pool));
     let deployment = deployments.get(&deployment).await.unwrap();
@@ -303,13 +303,13 @@ async fn exercise(space: &Space) {
         services.get_opt("nodes-ports-0").await.unwrap().is_none()
     })
     .await;
-    // A stranger has the name of the next pod, which is then read.
-    let stranger = json!({
+    // Another object has the name of the next pod. The controller then reads it.
+    let foreign = json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": { "name": "inside-2", "namespace": space.name, "annotations": { "test/hands-off": "" } },
         "spec": { "containers": [{ "name": "main", "image": "example.test/main" }] },
     });
-    apply(&space.client, &stranger, false).await.unwrap();
+    apply(&space.client, &foreign, false).await.unwrap();
     space
         .apply("inside", exposed(3, "ClusterIP"))
         .await
@@ -325,7 +325,7 @@ async fn exercise(space: &Space) {
         .unwrap();
     space.ready("inside").await;
     let events = space.objects("events.k8s.io", "Event", "events");
-    until("an event is told again", async || {
+    until("an event is repeated", async || {
         let listed = events.list(&ListParams::default()).await.unwrap();
         listed
             .iter()
@@ -334,8 +334,8 @@ async fn exercise(space: &Space) {
     .await;
 }
 
-/// What is done with a Lease in one of the two tests: it is not there in one,
-/// and another's in the other.
+/// What the controllers do with the Lease in only one of the two tests: it is
+/// missing in one, and another controller's in the other.
 fn done_with_lease(verb: &str) -> Right {
     Right {
         namespace: "portpool".to_owned(),
@@ -344,8 +344,8 @@ fn done_with_lease(verb: &str) -> Right {
     }
 }
 
-/// The rights in `objects` are those that the audit log shows, but for one
-/// that is demanded without being a request of its own.
+/// Asserts that the rights in `objects` are those that the audit log shows, and
+/// one that the API server demands without a request of its own.
 fn compare(objects: &[Value], done: &BTreeSet<Right>) {
     let finalizers = (
         "portpool.dev/processingpools/finalizers".to_owned(),
@@ -375,7 +375,7 @@ async fn what_is_granted_is_what_is_used() {
         let applied = apply(&client, object, false).await;
         applied.unwrap_or_else(|error| panic!("{}: {error}", name(object)));
     }
-    // Somebody has deleted the chart's Lease: the controllers make another.
+    // The chart's Lease was deleted: the controllers make another.
     let leases: Api<Lease> = Api::namespaced(client.clone(), "portpool");
     let gone = DeleteParams::default();
     leases.delete("portpool-controller", &gone).await.unwrap();
@@ -399,8 +399,8 @@ async fn what_is_granted_for_namespaces_is_what_is_used_there() {
     let cluster = format!("--kubeconfig={}", audited.server.kubeconfig().display());
     let into = ["--namespace=portpool", "--create-namespace", &cluster];
     let arguments = [&["install", "portpool", CHART][..], &into, &values].concat();
-    let (is_installed, told) = helm(&arguments);
-    assert!(is_installed, "{told}");
+    let (is_installed, output) = helm(&arguments);
+    assert!(is_installed, "{output}");
     // Another controller had the Lease and has crashed.
     let spec = json!({
         "holderIdentity": "crashed", "leaseDurationSeconds": 1,
@@ -413,7 +413,7 @@ async fn what_is_granted_for_namespaces_is_what_is_used_there() {
         .patch("portpool-controller", &parameters, &held)
         .await
         .unwrap();
-    // Also where one of the namespaces is gone, and its rights with it.
+    // Also when one of the namespaces was deleted, and the rights in it.
     let mut objects = render(&values);
     let deployment = objects
         .iter_mut()
@@ -444,9 +444,9 @@ fn helm_in(server: &ApiServer, arguments: &[&str]) -> (bool, String) {
 }
 
 fn helm_must(server: &ApiServer, arguments: &[&str]) -> String {
-    let (is_done, told) = helm_in(server, arguments);
-    assert!(is_done, "helm {arguments:?}: {told}");
-    told
+    let (is_done, output) = helm_in(server, arguments);
+    assert!(is_done, "helm {arguments:?}: {output}");
+    output
 }
 
 /// The pool that the chart's notes have the reader apply, as the shell gives
@@ -474,16 +474,16 @@ async fn helm_installs_upgrades_and_uninstalls() {
     let install = ["install", "portpool", CHART, there, "--create-namespace"];
     let uninstall = ["uninstall", "portpool", there];
     // The resource is there already, from `portpool crd | kubectl apply`.
-    let (is_done, told) = helm_in(&server, &install);
+    let (is_done, message) = helm_in(&server, &install);
     let words = "invalid ownership metadata";
-    assert!(!is_done && told.contains(words), "{told}");
+    assert!(!is_done && message.contains(words), "{message}");
     let take = ["--take-ownership", "--force-conflicts"];
-    let told = helm_must(&server, &[&install[..], &take].concat());
-    apply(&client, &noted_pool(&told), false).await.unwrap();
+    let notes = helm_must(&server, &[&install[..], &take].concat());
+    apply(&client, &noted_pool(&notes), false).await.unwrap();
     let upgrade = ["upgrade", "portpool", CHART, there, "--set=replicas=3"];
     helm_must(&server, &upgrade);
     helm_must(&server, &uninstall);
-    // The resource stays with the pools, and is the next installation's.
+    // The resource stays with the pools, and the next installation takes it over.
     assert!(pools.get_opt("small").await.unwrap().is_some());
     helm_must(
         &server,
@@ -503,9 +503,9 @@ async fn a_namespace_that_does_not_exist_is_named() {
     let values = "--set=namespaces={nowhere},crds.install=false,rbac.aggregateClusterRoles=false";
     let there = ["--namespace=lost", "--create-namespace"];
     let install = [&["install", "lost", CHART, values][..], &there].concat();
-    let (is_done, told) = helm_in(&server, &install);
+    let (is_done, message) = helm_in(&server, &install);
     let words = r#"namespaces "nowhere" not found"#;
-    assert!(!is_done && told.contains(words), "{told}");
+    assert!(!is_done && message.contains(words), "{message}");
 }
 
 #[tokio::test]
@@ -518,8 +518,8 @@ async fn a_test_that_fails_leaves_nothing() {
     helm_must(&server, &["install", "failing", CHART, there, values]);
     // Without a node the pod does not end.
     let test = ["test", "failing", there, "--timeout=3s"];
-    let (passes, told) = helm_in(&server, &test);
-    assert!(!passes, "{told}");
+    let (passes, output) = helm_in(&server, &test);
+    assert!(!passes, "{output}");
     let pods: Api<Pod> = Api::namespaced(client.clone(), "failing");
     let services: Api<Service> = Api::namespaced(client.clone(), "failing");
     let pools: Api<ProcessingPool> = Api::namespaced(client.clone(), "failing");
@@ -535,8 +535,7 @@ async fn a_test_that_fails_leaves_nothing() {
 #[tokio::test]
 async fn alerts_are_about_metrics_that_exist() {
     let space = Space::new("alerts").await;
-    let mut blocked = quick(2);
-    blocked["template"]["spec"]["containers"][0]["image"] = "".into();
+    let blocked = with_image(quick(2), "");
     space.apply("blocked", blocked).await.unwrap();
     space.degraded("blocked", "image").await;
     let pool = Pool::running(1, |_| {}).await;

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::common::cluster::{KINDS, delete, patch, patch_status, quick, until};
+use crate::common::cluster::{KINDS, delete, patch, patch_status, quick, until, with_image};
 use crate::common::faulty::Faulty;
 use crate::common::proxy::{Call, Fault};
 use futures::StreamExt;
@@ -98,16 +98,10 @@ async fn crash_at(name: &str, fatal: u64, writes: u64, fault: Fault) -> Faulty {
         // The successor continues from the replicas that were set last.
         faulty.start();
         let wanted = faulty.space.pool("games").await.spec.replicas;
-        for replicas in [2, 3, 1]
-            .into_iter()
-            .skip_while(|replicas| *replicas != wanted)
-        {
-            faulty
-                .space
-                .apply("games", quick(u32::try_from(replicas).unwrap()))
-                .await
-                .unwrap();
-            faulty.space.ready("games").await;
+        let steps = [2, 3, 1].into_iter();
+        for replicas in steps.skip_while(|replicas| *replicas != wanted) {
+            let spec = quick(u32::try_from(replicas).unwrap());
+            faulty.space.make_ready("games", spec).await;
         }
     }
     faulty
@@ -158,7 +152,7 @@ async fn the_controller_waits_out_refusals_by_a_busy_api_server() {
 }
 
 #[tokio::test]
-async fn an_error_that_lasts_is_reported_and_retried_ever_more_seldom() {
+async fn a_lasting_error_is_reported_and_retried_less_and_less_often() {
     let faulty = Faulty::with_pool("lasting", quick(2)).await;
     // As with a webhook that does not answer.
     faulty.proxy.rule(|call| match is_pod(call, &Method::POST) {
@@ -178,7 +172,7 @@ async fn an_error_that_lasts_is_reported_and_retried_ever_more_seldom() {
 }
 
 #[tokio::test]
-async fn watches_that_break_and_expire_are_taken_up_again() {
+async fn broken_and_expired_watches_are_resumed() {
     let mut faulty = Faulty::with_pool("watches", quick(2)).await;
     // Another controller, all of whose watches break from the start.
     faulty
@@ -204,7 +198,7 @@ async fn watches_that_break_and_expire_are_taken_up_again() {
 }
 
 #[tokio::test]
-async fn events_that_come_late_make_nothing_twice() {
+async fn late_events_create_nothing_twice() {
     Faulty::survives("late-events", |call| {
         match call.path.contains("/pods") || call.path.contains("/configmaps") {
             true if call.is_watch => Fault::DelayEvents(Duration::from_millis(700)),
@@ -437,8 +431,7 @@ async fn a_quota_is_reported_without_a_hot_loop_and_used_when_it_grows() {
     assert!(requests < 60, "{requests} requests in 12 s");
     faulty.space.make_ready("games", quick(3)).await;
     // A full quota does not keep a new template out: an old pod goes first.
-    let mut other = quick(3);
-    other["template"]["spec"]["containers"][0]["image"] = "other:1".into();
+    let other = with_image(quick(3), "other:1");
     faulty.space.apply("games", other).await.unwrap();
     until("the first is gone", async || faulty.counts().1 == 1).await;
     while !faulty.space.is_ready("games").await {

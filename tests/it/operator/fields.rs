@@ -12,12 +12,12 @@ use futures::StreamExt;
 use kube::api::{ListParams, Patch, PatchParams};
 use serde_json::{Map, Value, json};
 
-/// What is done with a field beside making it invalid.
+/// Values of a field, beside the invalid ones that its schema gives.
 struct Case {
     path: &'static str,
-    /// Another value that can be had.
+    /// Another valid value.
     changed: Value,
-    /// What cannot be had, and words of the answer or the condition.
+    /// A value that cannot be satisfied, with words of the answer or the condition.
     unsatisfiable: Option<(Value, &'static str)>,
 }
 
@@ -87,7 +87,7 @@ fn base() -> Value {
     spec
 }
 
-/// The schemas of all fields by path, and which of them must be there.
+/// The schemas of all fields by path, and the required ones.
 fn fields() -> (BTreeMap<String, Value>, BTreeSet<String>) {
     fn walk(
         path: &str,
@@ -119,12 +119,12 @@ fn fields() -> (BTreeMap<String, Value>, BTreeSet<String>) {
     (fields, required)
 }
 
-/// Where `path` is in a spec whose lists have one entry.
+/// The JSON pointer of `path` in a spec whose lists have one entry.
 fn pointer(path: &str) -> String {
     format!("/{}", path.replace("[]", ".0").replace('.', "/"))
 }
 
-/// As the API server calls it.
+/// The API server's name for the field at `path`.
 fn called(path: &str) -> String {
     format!("spec.{}", path.replace("[]", "[0]"))
 }
@@ -177,7 +177,7 @@ fn invalid(schema: &Value) -> Vec<Value> {
     values
 }
 
-/// What the pool's objects are, without what is new each time.
+/// The pool's objects, without the parts that are new each time.
 async fn world(space: &Space, pool: &str) -> BTreeMap<String, Value> {
     let of_pool = ListParams::default().labels(&format!("portpool.dev/pool={pool}"));
     let mut world = BTreeMap::new();
@@ -211,7 +211,7 @@ async fn world(space: &Space, pool: &str) -> BTreeMap<String, Value> {
 }
 
 #[tokio::test]
-async fn every_field_is_refused_or_told_and_recovers() {
+async fn every_field_refuses_or_reports_a_wrong_value_and_recovers() {
     let (fields, required) = fields();
     let cases = cases();
     let is_value = |schema: &Value| schema.get("properties").is_none();
@@ -232,7 +232,7 @@ async fn every_field_is_refused_or_told_and_recovers() {
     futures::stream::iter(cases.into_iter().enumerate())
         .for_each_concurrent(4, run)
         .await;
-    // Those that only group others.
+    // Fields that only group others.
     for (path, schema) in fields.iter().filter(|(_, schema)| !is_value(schema)) {
         refused(&space, "groups", path, schema).await;
         let mut without = base();
@@ -241,7 +241,7 @@ async fn every_field_is_refused_or_told_and_recovers() {
     }
 }
 
-/// A running pool whose field gets values that it cannot have.
+/// Gives the field of a running pool invalid values and expects refusals.
 async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
     space.make_ready(pool, base()).await;
     let (before, generation) = (
@@ -255,15 +255,10 @@ async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
         let error = answer.expect_err(&format!("{path}: {value}")).to_string();
         let name = path.rsplit('.').next().unwrap().trim_end_matches("[]");
         assert!(error.contains(name), "{path}: {value}: {error}");
-        // Errors about bounds have the whole path; those about types the position.
-        let patched = space
-            .pools()
-            .patch(
-                pool,
-                &PatchParams::default(),
-                &Patch::Merge(json!({ "spec": wrong })),
-            )
-            .await;
+        // Errors about bounds name the whole path, errors about types the position.
+        let (pools, parameters) = (space.pools(), PatchParams::default());
+        let change = Patch::Merge(json!({ "spec": wrong }));
+        let patched = pools.patch(pool, &parameters, &change).await;
         let error = patched.expect_err(&format!("{path}: {value}")).to_string();
         assert!(error.contains(&called(path)), "{path}: {value}: {error}");
     }
@@ -272,7 +267,7 @@ async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
     assert_eq!(world(space, pool).await, before, "{path}");
 }
 
-/// The pool's field is changed, removed, made unsatisfiable and put back.
+/// Changes the pool's field, removes it, makes it unsatisfiable and puts it back.
 async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: bool) {
     let path = case.path;
     let back = async || {
@@ -309,10 +304,10 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
         // would take all of it.
         (false, "drainSeconds") => {
             answer.unwrap();
+            let deployment = format!("Deployment {pool}-connection-server");
             until("the default is in force", async || {
-                world(space, pool).await[&format!("Deployment {pool}-connection-server")]
-                    .to_string()
-                    .contains("--drain-seconds=600")
+                let deployment = world(space, pool).await[&deployment].to_string();
+                deployment.contains("--drain-seconds=600")
             })
             .await;
         }
@@ -341,12 +336,12 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
                 assert!(!space.is_ready(pool).await);
             }
         }
-        assert_eq!(back().await, after, "{path}: mended");
+        assert_eq!(back().await, after, "{path}: corrected");
     }
 }
 
 #[tokio::test]
-async fn names_unknown_fields_and_what_may_not_change_are_refused() {
+async fn wrong_names_unknown_fields_and_combinations_are_refused() {
     let space = Space::new("admission").await;
     let mut unknown = quick(1);
     unknown["replica"] = 3.into();
@@ -397,15 +392,6 @@ async fn names_unknown_fields_and_what_may_not_change_are_refused() {
     assert!(error.contains("fits into a ConfigMap"), "{error}");
     // The scale subresource obeys the rules too.
     space.apply("games", base()).await.unwrap();
-    let scale = Patch::Merge(json!({ "spec": { "replicas": 26 } }));
-    let answer = space
-        .pools()
-        .patch_scale("games", &PatchParams::default(), &scale)
-        .await;
-    assert!(
-        answer
-            .unwrap_err()
-            .to_string()
-            .contains("must not exceed the number of")
-    );
+    let error = space.scale("games", 26).await.unwrap_err().to_string();
+    assert!(error.contains("must not exceed the number of"), "{error}");
 }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::common::cluster::{Space, patch, patch_status, quick, until};
+use crate::common::cluster::{Space, metric, patch, patch_status, quick, until, with_image};
 use crate::common::faulty::Faulty;
 use futures::TryStreamExt;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::events::v1::Event;
-use kube::api::{ListParams, Patch, PatchParams, PostParams, WatchEvent, WatchParams};
+use kube::api::{ListParams, PostParams, WatchEvent, WatchParams};
 use kube::{Api, Client, ResourceExt};
 use portpool::pool::ProcessingPool;
 use serde_json::{Value, json};
@@ -31,10 +31,7 @@ fn restricted(replicas: u32) -> Value {
 #[tokio::test]
 async fn an_idle_pool_causes_no_writes_also_after_a_restart() {
     let mut faulty = Faulty::new("idle").await;
-    let lease = [
-        "--lease=idle/portpool".to_owned(),
-        "--resync-seconds=2".to_owned(),
-    ];
+    let lease = ["--lease=idle/portpool", "--resync-seconds=2"].map(str::to_owned);
     let start = |faulty: &mut Faulty| {
         faulty.space.controller.take();
         let kubeconfig = faulty.proxy.kubeconfig.clone();
@@ -53,24 +50,22 @@ async fn an_idle_pool_causes_no_writes_also_after_a_restart() {
     tokio::time::sleep(Duration::from_secs(1)).await;
     start(&mut faulty);
     let port = faulty.space.admin_port;
-    until("it leads", async || {
-        crate::common::cluster::metric(port, "portpool_reconciles_total") > 0
-    })
-    .await;
+    let leads = async || metric(port, "portpool_reconciles_total") > 0;
+    until("it leads", leads).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     faulty.proxy.log.lock().unwrap().clear();
     tokio::time::sleep(MINUTE).await;
     let log = std::mem::take(&mut *faulty.proxy.log.lock().unwrap());
-    let (leases, others): (Vec<String>, Vec<String>) = log
-        .into_iter()
-        .partition(|entry| entry.contains("/leases/"));
+    let is_lease = |entry: &String| entry.contains("/leases/");
+    let (leases, others): (Vec<_>, Vec<_>) = log.into_iter().partition(is_lease);
     assert_eq!(others, Vec::<String>::new(), "writes of an idle pool");
     assert!((4..=12).contains(&leases.len()), "renewals: {leases:?}");
     let service = services.get("games").await.unwrap();
     assert_eq!(service.annotations()["test/theirs"], "yes");
 }
 
-/// At each moment that the pool says it is ready, whether it is.
+/// Whenever the pool's status claims that it is ready, asserts that it is, and
+/// counts the claim.
 async fn check_claims(client: Client, namespace: String, claims: Arc<AtomicU64>) {
     let pools: Api<ProcessingPool> = Api::namespaced(client.clone(), &namespace);
     let events = pools.watch(&WatchParams::default(), "0").await.unwrap();
@@ -81,48 +76,42 @@ async fn check_claims(client: Client, namespace: String, claims: Arc<AtomicU64>)
         };
         let generation = pool.metadata.generation;
         let conditions = pool.status.iter().flat_map(|status| &status.conditions);
-        let says_so = conditions.into_iter().any(|condition| {
+        let is_claimed = conditions.into_iter().any(|condition| {
             condition.type_ == "Ready"
                 && condition.status == "True"
                 && condition.observed_generation == generation
         });
-        if !says_so {
+        if !is_claimed {
             continue;
         }
-        let wrong = wrong(&client, &namespace, &pool).await;
+        let difference = difference(&client, &namespace, &pool).await;
         // The next change may have come meanwhile.
         let now = pools.get(&pool.name_any()).await.unwrap();
         if now.metadata.generation == generation {
-            assert_eq!(wrong, None, "generation {generation:?}: {:?}", pool.status);
+            assert_eq!(difference, None, "{generation:?}: {:?}", pool.status);
             claims.fetch_add(1, Ordering::Relaxed);
         }
     }
 }
 
-/// What is not as the pool's spec says.
-async fn wrong(client: &Client, namespace: &str, pool: &ProcessingPool) -> Option<String> {
+/// The first difference between the pool's spec and its objects.
+async fn difference(client: &Client, namespace: &str, pool: &ProcessingPool) -> Option<String> {
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
     let servers = ListParams::default().labels("portpool.dev/component=processing-server");
     let pods = pods.list(&servers).await.unwrap().items;
     let wanted = &pool.spec.template.0["spec"]["containers"][0]["image"];
     let is_good = |pod: &Pod| {
-        let conditions = pod
-            .status
-            .iter()
-            .flat_map(|status| status.conditions.iter().flatten());
-        let is_ready = conditions
-            .into_iter()
-            .any(|found| found.type_ == "Ready" && found.status == "True");
+        let status = pod.status.iter();
+        let mut conditions = status.flat_map(|status| status.conditions.iter().flatten());
+        let is_ready = conditions.any(|found| found.type_ == "Ready" && found.status == "True");
         let image = pod.spec.as_ref().unwrap().containers[0].image.as_deref();
         is_ready && pod.metadata.deletion_timestamp.is_none() && image == wanted.as_str()
     };
     let good = pods.iter().filter(|pod| is_good(pod)).count();
     let replicas = usize::try_from(pool.spec.replicas).unwrap();
     if (good, pods.len()) != (replicas, replicas) {
-        return Some(format!(
-            "{good} good pods of {}, wanted {replicas}",
-            pods.len()
-        ));
+        let all = pods.len();
+        return Some(format!("{good} good pods of {all}, wanted {replicas}"));
     }
     let deployments: Api<Deployment> = Api::namespaced(client.clone(), namespace);
     let deployment = deployments.get("games-connection-server").await.unwrap();
@@ -131,30 +120,23 @@ async fn wrong(client: &Client, namespace: &str, pool: &ProcessingPool) -> Optio
         return Some("the Deployment is not rolled out".to_owned());
     }
     let pod = deployment.spec.template.spec.unwrap();
-    let argument = format!(
-        "--load-sharing-port={}",
-        pool.spec.connection_server.load_sharing_port
-    );
-    let servers = deployment.spec.replicas.unwrap_or(1);
-    let has_it = pod.containers[0]
-        .args
-        .iter()
-        .flatten()
-        .any(|found| *found == argument);
-    let is_up = status.available_replicas == Some(pool.spec.connection_server.replicas);
-    (!has_it || !is_up || servers != pool.spec.connection_server.replicas)
-        .then(|| "the Deployment is not as the spec says".to_owned())
+    let wanted = &pool.spec.connection_server;
+    let argument = format!("--load-sharing-port={}", wanted.load_sharing_port);
+    let mut arguments = pod.containers[0].args.iter().flatten();
+    let is_good = arguments.any(|found| *found == argument)
+        && status.available_replicas == Some(wanted.replicas)
+        && deployment.spec.replicas.unwrap_or(1) == wanted.replicas;
+    (!is_good).then(|| "the Deployment is not as the spec says".to_owned())
 }
 
 #[tokio::test]
-async fn ready_is_never_said_of_what_is_not() {
+async fn a_pool_never_claims_to_be_ready_before_it_is() {
     let space = Space::new("truth").await;
     let claims = Arc::new(AtomicU64::new(0));
     let checking = check_claims(space.client.clone(), space.name.clone(), claims.clone());
     let checking = tokio::spawn(checking);
     let with = |replicas: u32, image: &str, server: Value| {
-        let mut spec = quick(replicas);
-        spec["template"]["spec"]["containers"][0]["image"] = image.into();
+        let mut spec = with_image(quick(replicas), image);
         spec["connectionServer"] = server;
         spec
     };
@@ -193,17 +175,11 @@ async fn each_transition_emits_one_event() {
     let events: Api<Event> = Api::namespaced(space.client.clone(), "events");
     let reported = async || {
         let events = events.list(&ListParams::default()).await.unwrap().items;
-        let mut reported: Vec<(String, String, i32)> = events
-            .into_iter()
-            .map(|event| {
-                let again = event.series.map_or(0, |series| series.count - 1);
-                (
-                    event.type_.unwrap_or_default(),
-                    event.reason.unwrap_or_default(),
-                    again,
-                )
-            })
-            .collect();
+        let mut reported = Vec::new();
+        for event in events {
+            let again = event.series.map_or(0, |series| series.count - 1);
+            reported.push((event.type_.unwrap(), event.reason.unwrap(), again));
+        }
         reported.sort();
         reported
     };
@@ -219,24 +195,17 @@ async fn each_transition_emits_one_event() {
     bad["template"]["spec"]["comand"] = "x".into();
     space.apply("games", bad).await.unwrap();
     space.degraded("games", "unknown field").await;
-    until("a warning", async || {
-        reported().await.contains(&warning("Refused"))
-    })
-    .await;
+    let is_warned = async || reported().await.contains(&warning("Refused"));
+    until("a warning", is_warned).await;
     // The controller retries blocked pools without further events.
     let before = reported().await;
     tokio::time::sleep(Duration::from_secs(12)).await;
     assert_eq!(reported().await, before);
-    let others = before.iter().filter(|(kind, reason, _)| {
-        let known = [
-            "ServersNotReady",
-            "Complete",
-            "ConnectionServersNotReady",
-            "Refused",
-        ];
-        !known.contains(&reason.as_str()) || (kind == "Warning" && reason != "Refused")
-    });
-    assert_eq!(others.count(), 0, "{before:?}");
+    let is_expected = |(kind, reason, _): &(String, String, i32)| match reason.as_str() {
+        "ServersNotReady" | "Complete" | "ConnectionServersNotReady" => kind == "Normal",
+        reason => reason == "Refused",
+    };
+    assert!(before.iter().all(is_expected), "{before:?}");
     assert!(before.len() <= 5, "{before:?}");
 }
 
@@ -245,64 +214,41 @@ async fn kubectl_finds_scales_and_shows_pools() {
     let space = Space::with_pool("kubectl", quick(2)).await;
     let get = async |path: &str, accept: &str| -> Value {
         let request = http::Request::get(path).header(http::header::ACCEPT, accept);
-        space
-            .client
-            .request(request.body(Vec::new()).unwrap())
-            .await
-            .unwrap()
+        let request = request.body(Vec::new()).unwrap();
+        space.client.request(request).await.unwrap()
     };
     let kinds = get("/apis/portpool.dev/v1alpha1", "application/json").await;
-    let kinds = kinds["resources"].as_array().unwrap().clone();
-    let pools = kinds
-        .iter()
-        .find(|kind| kind["name"] == "processingpools")
-        .unwrap();
+    let kinds = kinds["resources"].as_array().unwrap().iter();
+    let find = |name: &str| kinds.clone().find(|kind| kind["name"] == name).expect(name);
+    let pools = find("processingpools");
     assert_eq!(pools["shortNames"], json!(["pp"]));
     assert_eq!(pools["categories"], json!(["portpool"]));
-    for part in ["status", "scale"] {
-        let name = format!("processingpools/{part}");
-        assert!(
-            kinds.iter().any(|kind| kind["name"] == name.as_str()),
-            "{name}"
-        );
-    }
+    find("processingpools/status");
+    find("processingpools/scale");
     let path = "/apis/portpool.dev/v1alpha1/namespaces/kubectl/processingpools";
     let table = get(path, "application/json;as=Table;v=v1;g=meta.k8s.io").await;
     let columns = table["columnDefinitions"].as_array().unwrap();
     let shown = |priority: i64| -> Vec<&str> {
-        let columns = columns
+        let shown = columns
             .iter()
             .filter(|column| column["priority"] == priority);
-        columns
+        shown
             .map(|column| column["name"].as_str().unwrap())
             .collect()
     };
-    assert_eq!(
-        shown(0),
-        [
-            "Name", "Desired", "Ready", "Ports", "Sessions", "Free", "Status", "Age"
-        ]
-    );
+    let usual = shown(0).join(" ");
+    assert_eq!(usual, "Name Desired Ready Ports Sessions Free Status Age");
     assert_eq!(shown(1), ["Address", "Policy"]);
     let cells = table["rows"][0]["cells"].as_array().unwrap();
     assert_eq!(cells[..4], [json!("games"), json!(2), json!(2), json!(8)]);
-    assert_eq!(
-        cells[8..],
-        [json!("games.kubectl.svc:7700"), json!("LeastSessions")]
-    );
+    assert_eq!(cells[8..], ["games.kubectl.svc:7700", "LeastSessions"]);
     // As an autoscaler does.
     let scale = space.pools().get_scale("games").await.unwrap();
     let status = scale.status.unwrap();
     assert_eq!(status.replicas, 2);
     let selected = ListParams::default().labels(&status.selector.unwrap());
     assert_eq!(space.pods().list(&selected).await.unwrap().items.len(), 2);
-    let three = Patch::Merge(json!({ "spec": { "replicas": 3 } }));
-    let parameters = PatchParams::default();
-    space
-        .pools()
-        .patch_scale("games", &parameters, &three)
-        .await
-        .unwrap();
+    space.scale("games", 3).await.unwrap();
     until("three", async || space.servers("games").await.len() == 3).await;
 }
 
@@ -339,7 +285,7 @@ async fn everything_runs_under_restricted_pod_security() {
     admits(json!({ "metadata": { "name": "x", "labels": labels }, "spec": template["spec"] }))
         .await
         .unwrap();
-    // Workload pods have no token, and the connection server one for its table.
+    // Workloads get no service account token.
     let pod = space.pods().get("games-0").await.unwrap().spec.unwrap();
     assert_eq!(pod.automount_service_account_token, Some(false));
     drop(controller);
@@ -361,12 +307,9 @@ async fn every_exposure_has_its_services_in_the_api_server() {
         let service = services.get(name).await.unwrap();
         let ports = service.data["spec"]["ports"].as_array().unwrap().clone();
         let port = |port: &Value| {
+            let number = port["port"].as_u64().unwrap();
             let protocol = port["protocol"].as_str().unwrap().to_owned();
-            (
-                port["port"].as_u64().unwrap(),
-                protocol,
-                port["nodePort"].as_u64(),
-            )
+            (number, protocol, port["nodePort"].as_u64())
         };
         ports.iter().map(port).collect()
     };
@@ -376,26 +319,19 @@ async fn every_exposure_has_its_services_in_the_api_server() {
         assert_eq!(ports(name).await, inside, "{exposure}");
     }
     // Node ports outside the valid range are reported in the API server's words.
-    space
-        .apply("nodes", with("NodePort", 20_000))
-        .await
-        .unwrap();
+    let invalid = with("NodePort", 20_000);
+    space.apply("nodes", invalid).await.unwrap();
     space.degraded("nodes", "not in the valid range").await;
     space.make_ready("nodes", with("NodePort", 31_400)).await;
     let on_nodes = ports("nodes-ports-0").await;
     assert_eq!(on_nodes.len(), 16);
-    assert!(
-        on_nodes
-            .iter()
-            .all(|(port, _, node)| node.as_ref() == Some(port))
-    );
+    let is_same = |(port, _, node): &(u64, _, Option<u64>)| *node == Some(*port);
+    assert!(on_nodes.iter().all(is_same));
     let status = space.pool("nodes").await.status.unwrap();
     assert!(status.address.unwrap().starts_with("NODE:"));
     // A load balancer without an address is not ready.
-    space
-        .apply("balanced", with("LoadBalancer", 20_000))
-        .await
-        .unwrap();
+    let balanced = with("LoadBalancer", 20_000);
+    space.apply("balanced", balanced).await.unwrap();
     until("the pods are ready", async || {
         let (_, reason, _) = space.condition("balanced", "Ready").await;
         reason == "AddressPending"
@@ -411,9 +347,6 @@ async fn every_exposure_has_its_services_in_the_api_server() {
     let policies = space.objects("networking.k8s.io", "NetworkPolicy", "networkpolicies");
     let names = policies.list(&ListParams::default()).await.unwrap();
     let names: Vec<String> = names.iter().map(ResourceExt::name_any).collect();
-    assert!(
-        !names.contains(&"host-processing-servers".to_owned()),
-        "{names:?}"
-    );
     assert_eq!(names.len(), 3);
+    assert!(names.iter().all(|name| name != "host-processing-servers"));
 }

@@ -37,7 +37,7 @@ impl Node {
         let addresses = ADDRESSES.lock().await;
         let mut space = Space::without_controller(server, name).await;
         space.start_controller();
-        // In place of the Deployment controller and the node.
+        // No Deployment controller and no node run here: the test makes the pod.
         let pod = serde_json::from_value(json!({
             "metadata": {
                 "name": "games-connection-server",
@@ -50,11 +50,8 @@ impl Node {
             },
             "spec": { "containers": [{ "name": "x", "image": "x" }] },
         }));
-        space
-            .pods()
-            .create(&PostParams::default(), &pod.unwrap())
-            .await
-            .unwrap();
+        let (pods, parameters) = (space.pods(), PostParams::default());
+        pods.create(&parameters, &pod.unwrap()).await.unwrap();
         space.make_ready("games", spec(replicas)).await;
         let mut node = Self {
             space,
@@ -95,13 +92,8 @@ impl Node {
 
     /// Runs an agent and a workload for each pod, and ends those of other pods.
     async fn run_pods(&mut self) {
-        let selector = "portpool.dev/component=processing-server";
-        let pods = self
-            .space
-            .pods()
-            .list(&ListParams::default().labels(selector))
-            .await
-            .unwrap();
+        let servers = ListParams::default().labels("portpool.dev/component=processing-server");
+        let pods = self.space.pods().list(&servers).await.unwrap();
         let wanted: BTreeMap<String, (String, String)> = pods
             .into_iter()
             .filter_map(|pod| {
@@ -159,10 +151,8 @@ impl Node {
     async fn until_free(&self, ports: u32) {
         let client = self.client();
         until(&format!("{ports} ports are free"), async || {
-            client
-                .pool()
-                .await
-                .is_ok_and(|state| state.free_ports == ports)
+            let state = client.pool().await;
+            state.is_ok_and(|state| state.free_ports == ports)
         })
         .await;
     }
