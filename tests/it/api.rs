@@ -42,7 +42,7 @@ async fn http_2_is_spoken_too() {
 }
 
 #[tokio::test]
-async fn the_admin_ports_tell_health_metrics_and_the_table() {
+async fn the_admin_ports_serve_health_metrics_and_the_table() {
     let mut pool = Pool::running(1, |_| {}).await;
     let connection_server = pool.connection_address(0);
     let agent = pool.server_address(0);
@@ -61,8 +61,8 @@ async fn the_admin_ports_tell_health_metrics_and_the_table() {
         metrics.contains("portpool_flows_opened_total{transport=\"tcp\"} 1\n"),
         "{metrics}"
     );
-    // A connection server that has never had an agent is not ready; one that
-    // had stays ready, so that clients hear what is missing.
+    // A connection server that has never had an agent is not ready. One that had
+    // an agent stays ready, so that it can answer clients what is missing.
     pool.agents[0].kill();
     pool.until(|state| !state.servers[0].attached).await;
     assert!(get(connection_server, 7701, "/readyz").starts_with("HTTP/1.0 200"));
@@ -144,7 +144,7 @@ async fn sessions_and_ports_are_shown_by_state() {
 }
 
 #[tokio::test]
-async fn tables_that_are_turned_down_are_counted_by_every_reader() {
+async fn refused_tables_are_counted_by_every_reader() {
     let mut pool = Pool::new(1, |table| table.generation = 7);
     pool.start_workload(0);
     pool.start_agent(0);
@@ -155,7 +155,7 @@ async fn tables_that_are_turned_down_are_counted_by_every_reader() {
         until_metric(pool.connection_address(0), 7701, &line);
         until_metric(pool.server_address(0), 7071, &line);
     };
-    // In one move: a file that is being written is seen empty first.
+    // By a rename: while a file is being written, readers see it empty first.
     let draft = pool.table_file().with_extension("draft");
     std::fs::write(&draft, "{").unwrap();
     std::fs::rename(draft, pool.table_file()).unwrap();
@@ -173,7 +173,7 @@ async fn tables_that_are_turned_down_are_counted_by_every_reader() {
         .expect("the last good table is in force");
 }
 
-/// The log's lines with `words`, once there are as many.
+/// The log's lines with `words`, once there are `count`.
 fn lines(log: &Path, words: &str, count: usize) -> Vec<String> {
     let deadline = Instant::now() + SOON;
     loop {
@@ -192,7 +192,7 @@ fn lines(log: &Path, words: &str, count: usize) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_session_leaves_one_line_with_all_that_it_was() {
+async fn an_ended_session_is_logged_in_one_line() {
     let mut pool = Pool::new(1, |_| {});
     pool.start_workload(0);
     pool.start_agent(0);
@@ -224,7 +224,7 @@ async fn a_session_leaves_one_line_with_all_that_it_was() {
         "{line}"
     );
 
-    // Made through one, used through the other, given back while open.
+    // One connection server makes and releases the session; the other carries it.
     let released = pool.request().await.unwrap();
     let mut stream = TcpStream::connect((pool.connection_address(1), released.port)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
@@ -246,6 +246,6 @@ async fn a_session_leaves_one_line_with_all_that_it_was() {
     assert_eq!(
         lines(&json, &finished.id, 1).len(),
         1,
-        "info tells changes only"
+        "the level info logs changes only"
     );
 }

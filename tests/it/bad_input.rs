@@ -1,5 +1,5 @@
-//! What clients and peers may send that they should not: refused with a
-//! reason, counted, and nothing breaks.
+//! Wrong input of clients and peers: it is refused with a reason and counted,
+//! and nothing breaks.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -145,7 +145,7 @@ async fn what_is_not_well_formed_http_is_refused() {
     let post = "POST /v1/sessions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n";
     let headers: String = (0..200).map(|index| format!("h{index}: v\r\n")).collect();
     let cases = [
-        // Ways to have a proxy and us disagree on where a request ends.
+        // Requests whose end a proxy could see in another place than we do.
         (
             format!("{post}content-length: 2\r\ncontent-length: 3\r\n\r\n{{}}"),
             400,
@@ -184,7 +184,7 @@ async fn what_is_not_well_formed_http_is_refused() {
             format!("GET /v1/pool HTTP/1.1\r\nhost: x\r\n{headers}\r\n"),
             431,
         ),
-        // A body that says that it is too large is not waited for.
+        // A body that is announced as too large is refused before it arrives.
         (
             format!("{post}connection: close\r\ncontent-length: 9000\r\n\r\n{{"),
             413,
@@ -204,7 +204,7 @@ async fn what_is_not_well_formed_http_is_refused() {
         7701,
         "portpool_requests_refused_total{cause=\"no-host\"} 2",
     );
-    // Not HTTP: whatever is said, the connection ends and the server goes on.
+    // Not HTTP: the connection ends, whatever the client sends, and the server runs on.
     raw(&pool, b"\x16\x03\x01 this is not HTTP\r\n\r\n");
     let header = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "x".repeat(64 * 1024));
     // The answer may be lost in the reset of a connection with unread bytes.
@@ -381,7 +381,7 @@ async fn selections_that_are_wrong_are_refused() {
         (
             select(|select| {
                 select.session_id = "c".to_owned();
-                select.bound_client = "nobody".to_owned();
+                select.bound_client = "no-address".to_owned();
             }),
             Some(Cause::Malformed),
         ),
@@ -426,7 +426,7 @@ async fn selections_that_are_wrong_are_refused() {
     }
     let expected: Vec<_> = (1..).zip(cases.iter().map(|(_, cause)| *cause)).collect();
     assert_eq!(answers, expected);
-    // Tables that do not count, messages out of place, and a port of nobody.
+    // Tables that are refused, messages out of order, and a port that no server has.
     let update = |change: fn(&mut portpool::table::Table)| {
         let mut table = pool.table.clone();
         table.rows.clear();

@@ -1,5 +1,5 @@
-//! The Helm chart as it is rendered: what it makes of values, and which it
-//! refuses. `BLESS=1 cargo test --test it generated` (`make generate`)
+//! The Helm chart as it is rendered: which objects it makes of values, and which
+//! values it refuses. `BLESS=1 cargo test --test it generated` (`make generate`)
 //! rewrites the files that are generated from it.
 
 mod cluster;
@@ -44,8 +44,8 @@ fn kinds(objects: &[Value]) -> Vec<&str> {
 #[test]
 fn the_chart_passes_lint() {
     for more in [&[][..], &[EVERYTHING], &["--set=namespaces={red}"]] {
-        let (passes, told) = helm(&[&["lint", "--strict", CHART], more].concat());
-        assert!(passes, "{told}");
+        let (passes, output) = helm(&[&["lint", "--strict", CHART], more].concat());
+        assert!(passes, "{output}");
     }
 }
 
@@ -196,7 +196,7 @@ fn wrong(schema: &Value) -> Value {
     }
 }
 
-/// Every value that the schema names, and what has parts.
+/// Every value and every group of values in the schema, by path.
 fn named(schema: &Value, path: &str, found: &mut BTreeMap<String, Value>) {
     found.insert(path.to_owned(), schema.clone());
     for (key, part) in schema["properties"].as_object().into_iter().flatten() {
@@ -210,15 +210,15 @@ fn nested(path: &str, part: Value) -> Value {
     keys.fold(part, |part, key| json!({ key: part }))
 }
 
-/// What helm says of `values`, which it must refuse.
+/// Helm's message about `values`, which it must refuse.
 fn refusal(values: &Value) -> String {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("values.json");
     std::fs::write(&file, values.to_string()).unwrap();
     let more = format!("--values={}", file.display());
-    let (passes, told) = helm(&["template", "portpool", CHART, &more]);
+    let (passes, message) = helm(&["template", "portpool", CHART, &more]);
     assert!(!passes, "{values} is not refused");
-    told
+    message
 }
 
 #[test]
@@ -226,7 +226,7 @@ fn a_wrong_type_and_an_unknown_key_are_refused_by_name_everywhere() {
     let mut all = BTreeMap::new();
     named(&schema(), "", &mut all);
     assert!(all.len() > 70, "the schema names {}", all.len());
-    // What each object would have to refuse is told at once.
+    // One message reports the unknown keys of all objects.
     let mut unknown = json!({});
     for (path, schema) in &all {
         let is_open = schema["additionalProperties"] != false;
@@ -235,7 +235,7 @@ fn a_wrong_type_and_an_unknown_key_are_refused_by_name_everywhere() {
             merge(&mut unknown, part);
         }
     }
-    let told = refusal(&unknown);
+    let message = refusal(&unknown);
     let mut wrongs = json!({});
     for (path, schema) in &all {
         if path.is_empty() {
@@ -243,24 +243,24 @@ fn a_wrong_type_and_an_unknown_key_are_refused_by_name_everywhere() {
         }
         if schema["type"] == "object" && schema["additionalProperties"] == false {
             let place = format!("at '{path}': additional properties 'surprise' not allowed");
-            assert!(told.contains(&place), "{place}: {told}");
+            assert!(message.contains(&place), "{place}: {message}");
         } else {
             merge(&mut wrongs, nested(path, wrong(schema)));
         }
     }
-    assert!(told.contains("at '': additional properties 'surprise' not allowed"));
-    let told = refusal(&wrongs);
+    assert!(message.contains("at '': additional properties 'surprise' not allowed"));
+    let message = refusal(&wrongs);
     for (path, schema) in &all {
         if schema["additionalProperties"] != false {
             let place = format!("at '{path}'");
-            assert!(told.contains(&place), "{place}: {told}");
+            assert!(message.contains(&place), "{place}: {message}");
         }
     }
     // An object's own type, which the values inside have hidden above.
     for path in ["/image", "/crds", "/rbac", "/podMonitor", "/resources"] {
-        let told = refusal(&nested(path, json!("text")));
+        let message = refusal(&nested(path, json!("text")));
         let words = format!("at '{path}': got string, want object");
-        assert!(told.contains(&words), "{told}");
+        assert!(message.contains(&words), "{message}");
     }
 }
 
@@ -299,8 +299,8 @@ fn values_out_of_bounds_are_refused_by_name() {
         ("extraObjects[0].kind=ConfigMap", "at '/extraObjects/0'"),
         ("fullnameOverride=9lives", "at '/fullnameOverride'"),
     ] {
-        let (passes, told) = helm(&["template", "portpool", CHART, "--set", value]);
-        assert!(!passes && told.contains(words), "{value}: {told}");
+        let (passes, message) = helm(&["template", "portpool", CHART, "--set", value]);
+        assert!(!passes && message.contains(words), "{value}: {message}");
     }
 }
 
@@ -426,10 +426,10 @@ fn names_are_short_and_of_the_release() {
 }
 
 #[tokio::test]
-async fn the_tests_pod_passes_bytes_through_a_pool_and_notices_when_it_cannot() {
+async fn the_pod_of_helm_test_passes_bytes_through_a_pool_and_notices_when_it_cannot() {
     let objects = render(&["--show-only=templates/tests/allocation.yaml"]);
     let service = name(the(&objects, "Service"));
-    // As kubelet names it.
+    // The kubelet's name for it.
     let variable = service.to_uppercase().replace('-', "_");
     let variable = format!("$({variable}_SERVICE_HOST)");
     let mut pool = Pool::running(1, |_| {}).await;
@@ -454,8 +454,8 @@ async fn the_tests_pod_passes_bytes_through_a_pool_and_notices_when_it_cannot() 
     assert_eq!(transports, ["tcp", "udp"]);
     for container in containers {
         let output = run(container);
-        let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success(), "{told}");
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{errors}");
     }
     // No workload: nothing is free.
     pool.workloads.clear();
@@ -466,7 +466,7 @@ async fn the_tests_pod_passes_bytes_through_a_pool_and_notices_when_it_cannot() 
 }
 
 #[test]
-fn the_tests_pool_is_where_pools_are_looked_after() {
+fn the_pool_of_helm_test_is_in_a_namespace_that_controllers_manage() {
     for (more, place) in [
         ("--set=replicas=1", "portpool"),
         ("--set=namespaces={red,portpool}", "portpool"),

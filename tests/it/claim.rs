@@ -107,7 +107,7 @@ async fn storage_part_holds_the_pre_determined_relationship() {
 }
 
 /// A processing server of our own, which always selects the last connection
-/// port of its row and keeps what it was asked.
+/// port of its row and records the requests that it receives.
 #[derive(Clone)]
 struct LastPort(mpsc::UnboundedSender<v1::Select>);
 

@@ -17,7 +17,7 @@ fn portpool(arguments: &[&str], input: &[u8]) -> Output {
         .unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let input = input.to_vec();
-    // On its own, as the answer may come while we write.
+    // On a thread of its own, because the answer may come while we write.
     let writing = std::thread::spawn(move || stdin.write_all(&input));
     let output = child.wait_with_output().unwrap();
     let _ = writing.join().unwrap();
@@ -76,7 +76,7 @@ async fn connect_passes_the_end_of_input_on_and_reads_the_answer() {
         table.rows[0].ranges[0].count = 1;
         table.rows[0].ranges[0].protocol = portpool::pool::PortProtocol::TCP;
     });
-    // A workload that answers only once its client has said all.
+    // A workload that answers only once its client has sent everything.
     let listener = TcpListener::bind((pool.server_address(0), SERVER_PORT)).unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming() {
@@ -107,17 +107,17 @@ async fn connect_passes_the_end_of_input_on_and_reads_the_answer() {
 }
 
 #[tokio::test]
-async fn exit_codes_tell_failures_apart() {
+async fn exit_codes_distinguish_failures() {
     let pool = Pool::running(1, |_| {}).await;
     let address = format!("{}:7700", pool.connection_address(0));
-    let nobody = format!("{}:7700", pool.connection_address(1));
+    let unused = format!("{}:7700", pool.connection_address(1));
     for _ in 0..COUNT {
         pool.request().await.unwrap();
     }
     let cases: [(&[&str], i32, &str); 8] = [
         (&["request", &address], 3, "no matching port is free"),
         (&["connect", &address], 3, "no matching port is free"),
-        (&["request", &nobody], 1, "failed to ask"),
+        (&["request", &unused], 1, "failed to ask"),
         (&["request", "nowhere"], 2, "give HOST:PORT"),
         (
             &["request", &address, "--port-name", "none"],

@@ -17,7 +17,8 @@ fn connect(pool: &Pool, more: &[&str]) -> Child {
         .unwrap()
 }
 
-fn told(output: &Output) -> String {
+/// All that a command has printed.
+fn text(output: &Output) -> String {
     String::from_utf8([output.stdout.as_slice(), &output.stderr].concat()).unwrap()
 }
 
@@ -28,21 +29,21 @@ async fn a_script_sends_and_expects_over_tcp_and_udp() {
         let options = ["--send=over and out", "--expect=over"].into_iter();
         let options: Vec<&str> = options.chain(udp).collect();
         let output = connect(&pool, &options).wait_with_output().unwrap();
-        assert!(output.status.success(), "{}", told(&output));
-        assert!(output.stdout.starts_with(b"over"), "{}", told(&output));
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(output.stdout.starts_with(b"over"), "{}", text(&output));
     }
     // The sessions were given back at once.
     pool.until(|state| state.free_ports == 4).await;
 }
 
 #[tokio::test]
-async fn an_unexpected_answer_fails_and_is_told() {
+async fn an_unexpected_answer_fails_and_is_reported() {
     let pool = Pool::running(1, |_| {}).await;
     let options = ["--send=ping", "--expect=pong"];
     let output = connect(&pool, &options).wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
     let words = r#"test-0 answered "ping" within 5 s, not "pong""#;
-    assert!(told(&output).contains(words), "{}", told(&output));
+    assert!(text(&output).contains(words), "{}", text(&output));
 }
 
 /// The connection server dies between its answer and the connection.
@@ -70,10 +71,10 @@ async fn a_script_may_come_before_the_pool() {
     pool.start_agent(0);
     pool.start_workload(0);
     let output = early.wait_with_output().unwrap();
-    assert!(output.status.success(), "{}", told(&output));
-    // Without the option, nobody there is a failure.
+    assert!(output.status.success(), "{}", text(&output));
+    // Without the option, the command fails when no one answers.
     pool.connection_servers.clear();
     let output = connect(&pool, &options[..2]).wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
-    assert!(told(&output).contains("failed to ask"), "{}", told(&output));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    assert!(text(&output).contains("failed to ask"), "{}", text(&output));
 }

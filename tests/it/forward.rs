@@ -261,7 +261,7 @@ fn the_end_of_a_burst_does_not_wait_for_more() {
             times[150]
         };
         let before = messages(&mut server);
-        // An odd end, which fills nothing.
+        // The last bytes fill no buffer.
         let burst = pattern(BURST + 77, 5);
         let mut longest = Duration::ZERO;
         for _ in 0..8 {
@@ -479,19 +479,19 @@ fn a_cut_takes_nothing_from_a_connection_that_has_ended() {
 
 /// The next session on the port is another client's.
 #[test]
-fn a_client_that_came_before_a_cut_is_not_met_after_it() {
+fn a_client_that_came_before_a_cut_is_not_admitted_after_it() {
     let bench = Bench::new(Decision::Ask);
     let listener = bench.serve();
-    // The gate holds the port's thread up with the first client, and the others
-    // wait behind it.
+    // The gate blocks the port's thread at the first client, and the others wait
+    // behind it.
     let decision = bench.gate.decision.lock().unwrap();
     let mut early: Vec<TcpStream> = (0..4).map(|_| bench.connect()).collect();
-    let stranger = udp_client(&bench);
-    stranger.send(b"too early").unwrap();
+    let other = udp_client(&bench);
+    other.send(b"too early").unwrap();
     bench.cut();
     drop(decision);
     bench.all_closed();
-    // The gate receives the report of the cut when all is done.
+    // The gate receives the report of the cut after everything else.
     assert_eq!(bench.forwarder.counters().no_session, 5);
     *bench.gate.decision.lock().unwrap() = Decision::Admit(SessionKey(8));
     for client in &mut early {
@@ -658,7 +658,7 @@ fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
 fn removing_a_udp_port_keeps_its_flows_until_they_end() {
     let mut bench = Bench::new(Decision::Admit(SESSION));
     let _clients = udp_echo(bench.server);
-    let (living, stranger) = (udp_client(&bench), udp_client(&bench));
+    let (living, other) = (udp_client(&bench), udp_client(&bench));
     let echo = |text: &[u8]| {
         living.send(text).unwrap();
         let mut answer = [0; 16];
@@ -669,9 +669,9 @@ fn removing_a_udp_port_keeps_its_flows_until_they_end() {
     let away = |range: &mut PortRange| range.connection_port = ListenPort::new(FIRST + 50).unwrap();
     bench.lead(1, away);
     echo(b"removed");
-    stranger.send(b"too late").unwrap();
+    other.send(b"too late").unwrap();
     until(|| bench.forwarder.counters().no_session == 1);
-    // Back while the flow lives, and away again: it is the same flow.
+    // The port comes back while the flow lives and is removed again: the flow stays.
     bench.lead(4, |_| {});
     echo(b"back");
     bench.lead(1, away);

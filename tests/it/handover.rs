@@ -65,11 +65,11 @@ fn replace(pool: &mut Pool) {
 fn replace_with(pool: &mut Pool, further: &[&str]) {
     let successor = pool.start_successor_with(0, further);
     let mut former = std::mem::replace(&mut pool.connection_servers[0], successor);
-    assert!(former.ends(), "the former process was not content");
+    assert!(former.ends(), "the former process has failed");
 }
 
-/// Bytes that are quick to make and to check: a long random block, over and
-/// over, from a place on that the seed tells.
+/// Bytes that are quick to make and to check: a long random block, repeated,
+/// from an offset that depends on the seed.
 struct Pattern(usize);
 
 impl Pattern {
@@ -109,15 +109,15 @@ impl Random {
 /// How one end of a stream behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Habit {
-    /// Sends chunks of random lengths with pauses until told to stop.
+    /// Sends chunks of random lengths with pauses until `stop` is set.
     Chunks,
-    /// Sends as much as is taken until told to stop.
+    /// Sends as much as the peer takes until `stop` is set.
     Flood,
     /// Ends at once.
     HalfClose,
 }
 
-/// Sends the pattern of `seed`; how much.
+/// Sends the pattern of `seed`; returns how many bytes.
 async fn send(mut to: OwnedWriteHalf, seed: u64, habit: Habit, stop: Arc<AtomicBool>) -> u64 {
     let (mut pattern, mut random, mut sent) = (Pattern::new(seed), Random(seed), 0);
     while habit != Habit::HalfClose && !stop.load(Ordering::Relaxed) {
@@ -135,8 +135,8 @@ async fn send(mut to: OwnedWriteHalf, seed: u64, habit: Habit, stop: Arc<AtomicB
     sent
 }
 
-/// Reads the pattern of `seed` to its end; how much. A slow one takes a little
-/// at a time until told to stop.
+/// Reads the pattern of `seed` to its end; returns how many bytes. With `slow`,
+/// it reads little at a time until that is set.
 async fn receive(mut from: OwnedReadHalf, seed: u64, slow: Option<Arc<AtomicBool>>) -> u64 {
     let (mut pattern, mut space, mut received) = (Pattern::new(seed), vec![0; 65_536], 0);
     loop {
@@ -157,11 +157,11 @@ async fn receive(mut from: OwnedReadHalf, seed: u64, slow: Option<Arc<AtomicBool
     }
 }
 
-/// What both ends of a stream have sent and received.
+/// How many bytes the workload has sent and received on each stream, by seed.
 type Counts = Arc<Mutex<HashMap<u64, (u64, u64)>>>;
 
 /// A workload on all of the pool's ports. A stream begins with its seed and
-/// the server's habit; an `e` for habit means echo. UDP is echoed.
+/// the workload's habit; the habit `e` means echo. Datagrams are echoed.
 fn serve(address: IpAddr, stop: &Arc<AtomicBool>) -> Counts {
     let counts = Counts::default();
     for port in SERVER_PORT..SERVER_PORT + PORTS {
@@ -205,7 +205,8 @@ async fn serve_stream(mut stream: TcpStream, counts: Counts, stop: Arc<AtomicBoo
     counts.lock().unwrap().insert(seed, (sent, received));
 }
 
-/// A client's end of a stream; the seed, and what was sent and received.
+/// Drives a client's end of a stream; returns the seed, and how many bytes were
+/// sent and received.
 async fn drive(session: Session, seed: u64, stop: Arc<AtomicBool>) -> (u64, (u64, u64)) {
     let mut stream = TcpStream::connect((session.address.as_str(), session.port))
         .await
@@ -224,7 +225,7 @@ async fn drive(session: Session, seed: u64, stop: Arc<AtomicBool>) -> (u64, (u64
     (seed, (sent, received))
 }
 
-/// What both ends of a client's stream have sent and received, by its seed.
+/// A running [`drive`].
 type Driven = JoinHandle<(u64, (u64, u64))>;
 
 /// Drives `count` streams, spread over `sessions`, until `stop`.
@@ -236,8 +237,8 @@ fn drive_all(sessions: &[Session], count: u64, stop: &Arc<AtomicBool>) -> Vec<Dr
     streams.collect()
 }
 
-/// Expects all that was sent on `streams` to have arrived, both ways; how many
-/// bytes.
+/// Expects all that was sent on `streams` to have arrived, both ways; returns
+/// how many bytes.
 async fn all_arrived(streams: Vec<Driven>, counts: &Counts) -> u64 {
     let mut total = 0;
     for stream in streams {
@@ -257,7 +258,7 @@ async fn all_arrived(streams: Vec<Driven>, counts: &Counts) -> u64 {
     total
 }
 
-/// Expects every datagram of `flows` to have come back; how many.
+/// Expects every datagram of `flows` to have come back; returns how many.
 async fn all_came_back(flows: Vec<JoinHandle<(u64, u64)>>) -> u64 {
     let mut datagrams = 0;
     for flow in flows {
@@ -268,7 +269,8 @@ async fn all_came_back(flows: Vec<JoinHandle<(u64, u64)>>) -> u64 {
     datagrams
 }
 
-/// Small messages there and back on one stream: the longest that one took.
+/// Sends small messages there and back on one stream; returns the longest time
+/// that one took.
 fn ping(session: &Session, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<Duration> {
     let (mut stream, stop) = (connect(session), stop.clone());
     stream.set_nodelay(true).unwrap();
@@ -285,7 +287,7 @@ fn ping(session: &Session, stop: &Arc<AtomicBool>) -> std::thread::JoinHandle<Du
     })
 }
 
-/// Datagrams of one client; how many went and came back.
+/// Sends datagrams of one client; returns how many were sent and came back.
 fn datagrams(session: &Session, stop: &Arc<AtomicBool>) -> JoinHandle<(u64, u64)> {
     let (address, stop) = ((session.address.clone(), session.port), stop.clone());
     tokio::spawn(async move {
@@ -318,7 +320,7 @@ async fn greet(stream: &mut TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Asks for sessions, uses and gives them back, again and again; how many.
+/// Requests, uses and releases sessions, one after another; returns how many.
 fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
     let (client, stop) = (pool.client(), stop.clone());
     tokio::spawn(async move {
@@ -328,7 +330,7 @@ fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
             let mut stream = client.connect(&session).await.unwrap();
             greet(&mut stream).await.unwrap();
             drop(stream);
-            // A lost answer is asked for again: then it may be over already.
+            // After a lost answer the client asks again; the session may be over by then.
             if let Err(error) = client.release(&session.id).await {
                 assert!(!error.to_string().contains("status"), "{error}");
             }
@@ -338,7 +340,7 @@ fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
     })
 }
 
-/// New connections of a lasting session, one after the other; how many.
+/// Opens connections of one session, one after another; returns how many.
 fn knock(session: &Session, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
     let (session, stop) = (session.clone(), stop.clone());
     tokio::spawn(async move {
@@ -383,7 +385,7 @@ async fn ten_hand_overs_under_load_cut_nothing_and_change_no_byte() {
     let state = pool.client().pool().await.unwrap();
     stop.store(true, Ordering::Relaxed);
     let longest = pinging.join().unwrap();
-    // Made by the first process and not used so far.
+    // The first process made this session, and no client has used it.
     assert_eq!(held.state, portpool::session::SessionState::Held);
     assert!(state.sessions >= 31, "sessions are known: {state:?}");
     let made = churning.await.unwrap();
@@ -400,9 +402,9 @@ async fn ten_hand_overs_under_load_cut_nothing_and_change_no_byte() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_connection_that_is_connecting_connects_at_the_successor() {
+async fn a_connection_attempt_completes_at_the_successor() {
     let mut pool = pool(|table| table.rows[0].ranges[0].protocol = PortProtocol::TCP).await;
-    // One server only that accepts nothing, and whose queue is full.
+    // One server, which accepts nothing and whose queue is full.
     let address: SocketAddr = (pool.server_address(0), SERVER_PORT).into();
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
     socket.bind(&address.into()).unwrap();
@@ -427,8 +429,8 @@ async fn a_connection_that_is_connecting_connects_at_the_successor() {
     assert_eq!(&answer, b"answer");
 }
 
-/// Does nothing unless told where and when to die: a process of its own that
-/// asks for a hand-over and kills itself at a point of it.
+/// A process of its own that asks for a hand-over and kills itself at the point
+/// `DIES_AT`. Does nothing without the environment variables.
 #[test]
 #[ignore = "run by other tests"]
 fn dying_successor() {
@@ -450,7 +452,7 @@ fn dying_successor() {
         if point == "asked" || (point == "receiving" && frames == 1) {
             die();
         }
-        // Descriptors that are not asked for are closed.
+        // The kernel closes descriptors that are not received.
         let content = read_frame(&mut stream);
         frames += 1;
         if content == DONE {
@@ -490,7 +492,7 @@ fn read_frame(stream: &mut UnixStream) -> Vec<u8> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_successor_that_is_killed_on_the_way_changes_nothing() {
+async fn a_successor_that_is_killed_during_a_hand_over_changes_nothing() {
     let mut pool = pool(|_| {}).await;
     let stop = Arc::new(AtomicBool::new(false));
     let counts = start_workload(&pool, &stop).await;
@@ -501,14 +503,7 @@ async fn a_successor_that_is_killed_on_the_way_changes_nothing() {
     let churning = churn(&pool, &stop);
     tokio::time::sleep(Duration::from_millis(300)).await;
     let descriptors = pool.connection_servers[0].descriptors();
-    for point in [
-        "connected",
-        "asked",
-        "receiving",
-        "received",
-        "ready",
-        "told",
-    ] {
+    for point in ["connected", "asked", "receiving", "received", "ready", "go"] {
         for _ in 0..2 {
             let status = Command::new(std::env::current_exe().unwrap())
                 .args(["--exact", "handover::dying_successor", "--ignored"])
@@ -532,7 +527,7 @@ async fn a_successor_that_is_killed_on_the_way_changes_nothing() {
         now < descriptors + 10,
         "descriptors leak: {descriptors}, {now}"
     );
-    // And then a real one.
+    // A successor that lives takes over.
     replace(&mut pool);
     tokio::time::sleep(Duration::from_millis(200)).await;
     stop.store(true, Ordering::Relaxed);
@@ -547,29 +542,27 @@ async fn a_successor_of_another_version_is_refused() {
     pool.until(|_| true).await;
     let mut stream = UnixStream::connect(pool.handover_socket(0)).unwrap();
     stream.write_all(&frame(&ASK_OTHERWISE)).unwrap();
-    let said = String::from_utf8_lossy(&read_frame(&mut stream)).into_owned();
+    let answer = String::from_utf8_lossy(&read_frame(&mut stream)).into_owned();
     assert!(
-        said.contains("version 99 is not spoken here, only 1"),
-        "{said}"
+        answer.contains("version 99 is not spoken here, only 1"),
+        "{answer}"
     );
     assert!(pool.connection_servers[0].is_running());
     replace(&mut pool);
 }
 
-/// Asks as another user, and says what it was told.
+/// Asks for a hand-over as another user and prints the answer.
 #[test]
 #[ignore = "run by other tests"]
-fn stranger() {
+fn successor_of_another_user() {
     let Ok(path) = std::env::var("HANDOVER_PATH") else {
         return;
     };
     let mut stream = UnixStream::connect(path).unwrap();
-    // Nobody waits for what a stranger has to say.
+    // The refusal does not wait for the request, so that sending may fail.
     let _ = stream.write_all(&frame(&ASK));
-    println!(
-        "told: {}",
-        String::from_utf8_lossy(&read_frame(&mut stream))
-    );
+    let answer = read_frame(&mut stream);
+    println!("answer: {}", String::from_utf8_lossy(&answer));
 }
 
 #[tokio::test]
@@ -581,22 +574,23 @@ async fn another_user_is_refused() {
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&socket), 0o600, "no other user can connect");
     if !rustix::process::geteuid().is_root() {
-        return println!("not root: cannot be another user; only the file's mode was looked at");
+        return println!("not root: cannot be another user; only the file's mode was checked");
     }
-    // Even where the file would let it.
+    // Even when the file's mode would allow it.
     let open = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o777));
     open(&socket).unwrap();
     open(socket.parent().unwrap()).unwrap();
-    // Not by its path: the checkout may be where nobody else can look.
+    // Not by its path: other users may not be allowed to see the checkout.
     let output = Command::new("/proc/self/exe")
-        .args(["--exact", "handover::stranger", "--ignored", "--nocapture"])
+        .args(["--exact", "handover::successor_of_another_user"])
+        .args(["--ignored", "--nocapture"])
         .env("HANDOVER_PATH", &socket)
         .current_dir("/")
         .uid(NOBODY)
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(said.contains("runs as uid 65534, not as 0"), "{output:?}");
+    let answer = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(answer.contains("runs as uid 65534, not as 0"), "{output:?}");
     assert!(pool.connection_servers[0].is_running());
 }
 
@@ -630,7 +624,7 @@ async fn a_signal_replaces_the_process_under_the_same_id() {
         assert!(pool.connection_servers[0].is_running());
     }
     assert!(pool.request().await.is_ok());
-    // It ends with its successor, as that was told.
+    // The signal is passed on to the successor, and both end.
     pool.connection_servers[0].terminate();
     drop(stream);
     assert!(pool.connection_servers[0].ends());
@@ -641,7 +635,7 @@ async fn a_signal_replaces_the_process_under_the_same_id() {
     );
 }
 
-/// Children of `parent`, with those that it has not taken notice of yet.
+/// Children of `parent`, including dead ones that it has not waited for yet.
 fn children(parent: u32) -> Vec<u32> {
     let processes = std::fs::read_dir("/proc").unwrap().flatten();
     let stats = processes.map(|process| std::fs::read_to_string(process.path().join("stat")));
@@ -674,7 +668,7 @@ fn sockets(process: u32) -> usize {
 }
 
 #[tokio::test]
-async fn a_stale_socket_is_no_hindrance() {
+async fn a_stale_socket_does_not_prevent_a_start() {
     let mut pool = pool(|_| {}).await;
     pool.until(|_| true).await;
     pool.connection_servers[0].kill();
@@ -688,7 +682,7 @@ async fn a_stale_socket_is_no_hindrance() {
 async fn a_client_still_counts_towards_the_limit() {
     const LIMIT: &str = "--max-connections=1";
     let mut pool = pool(|_| {}).await;
-    // The pool's first one has no limit.
+    // The pool's first connection server has no limit.
     pool.connection_servers[0] = {
         pool.connection_servers[0].kill();
         pool.start_successor_with(0, &[LIMIT])
@@ -717,13 +711,13 @@ async fn a_client_still_counts_towards_the_limit() {
 /// Whether a new client of the session gets an answer.
 fn is_served(session: &Session) -> bool {
     let mut stream = connect(session);
-    // The reset of one that is refused may come before or after this.
+    // The reset of a refused client may come before or after this.
     let _ = stream.write_all(b"eeeeeeeee?");
     matches!(stream.read(&mut [0]), Ok(1))
 }
 
 #[tokio::test]
-async fn a_waiting_request_is_sent_away_to_ask_again() {
+async fn a_waiting_request_is_refused_with_the_remedy_to_ask_again() {
     let mut pool = pool(|_| {}).await;
     pool.until(|_| true).await;
     let client = pool.client();

@@ -16,8 +16,8 @@ fn packed(umask: &str) -> Vec<u8> {
         .current_dir(&folder)
         .output()
         .unwrap();
-    let told = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{told}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
     std::fs::read(folder.path().join("image.tar")).unwrap()
 }
 

@@ -81,12 +81,12 @@ impl Local {
         );
     }
 
-    /// How command lines of `role` in this pool begin, but for the program.
+    /// The beginning of the arguments of `role` in this pool.
     fn marker(&self, role: &str) -> String {
         format!(" {role} --table={}/", self.folder.path().display())
     }
 
-    /// The process of this pool, of which there is one, that has `role`.
+    /// The id of this pool's only process of `role`.
     fn pid_of(&self, role: &str) -> String {
         let mut found = pids(&self.marker(role));
         assert_eq!(found.len(), 1, "{role}");
@@ -156,14 +156,14 @@ fn request() -> (String, String) {
     (host.to_owned(), port.to_owned())
 }
 
-/// Connects where `portpool request` said.
+/// Connects to the address that `portpool request` printed.
 fn connect((host, port): &(String, String)) -> TcpStream {
     let stream = TcpStream::connect(format!("{host}:{port}")).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream
 }
 
-/// What `portpool connect` prints that sends `message` on a session of its own.
+/// What `portpool connect` prints after sending `message` on a session of its own.
 fn echoed(message: &str, further: &[&str]) -> String {
     let output = portpool(&[&["connect", ASK], further].concat(), message);
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -300,7 +300,7 @@ fn echo_command() -> String {
 }
 
 #[test]
-fn a_program_that_ends_is_started_again_later_and_later() {
+fn a_program_that_ends_is_restarted_after_growing_pauses() {
     let (_folder, file) = pool_of("exit 3");
     let local = Local::start(&file);
     local.until("exit status: 3");

@@ -61,7 +61,7 @@ fn every_example_is_valid() {
 
 #[test]
 fn wrong_manifests_are_located_and_explained() {
-    // What replaces what, and the line, column and words of the message.
+    // A text, its replacement, and the line, column and words of the message.
     let cases = [
         (
             "kind: ProcessingPool",
@@ -244,7 +244,7 @@ fn every_field_of_the_crd_is_described() {
     );
 }
 
-/// What the CEL rules of the CRD say against `spec`.
+/// The messages of the CRD's CEL rules that `spec` breaks.
 fn broken_cel_rules(validator: &Validator, spec: &ProcessingPoolSpec) -> Vec<String> {
     let crd = serde_json::to_value(manifest::crd()).unwrap();
     let mut schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"].clone();

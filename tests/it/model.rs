@@ -34,16 +34,17 @@ const TIMES: Times = Times {
     max_duration: None,
 };
 
-/// When a side notices a broken stream that nothing tells it of.
+/// How long until a side notices a broken stream by itself.
 const FOUND_OUT: Duration = KEEP_ALIVE_INTERVAL.saturating_add(KEEP_ALIVE_TIMEOUT);
 
-/// How long the data plane keeps a client whose session is asked for.
+/// How long the data plane keeps a pending client.
 const PENDING_FOR: Duration = portpool::forward::PENDING_DEADLINE;
 
-/// A step of the world. Indices are taken modulo what there is.
+/// A step of the world. Indices are taken modulo the number of connection
+/// servers, agents and ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
-    /// Connection server asks for a port.
+    /// A connection server asks an agent for a port.
     Select(usize, usize),
     /// The next message of a stream arrives at the agent, or at the
     /// connection server.
@@ -62,21 +63,21 @@ enum Event {
     Accept,
     /// The oldest connection closes.
     Close,
-    /// The data plane does the oldest cut it was told of.
+    /// A data plane carries out the oldest cut.
     Cut,
     /// The client gives the session on a port back.
     Release(usize, usize, u16),
-    /// A stream breaks with all that is under way, and these notice at once.
+    /// A stream breaks, what is under way is lost, and these notice at once.
     Break(usize, usize, Noticing),
     Attach(usize, usize),
-    /// The agent is killed and started again; whether connection servers
-    /// notice at once.
+    /// The agent is killed and started again. The flag says whether connection
+    /// servers notice at once.
     RestartAgent(usize, bool),
-    /// The connection server is killed and another one takes its place; whether
-    /// agents notice at once.
+    /// The connection server is killed and another one replaces it. The flag says
+    /// whether agents notice at once.
     RestartConnectionServer(usize, bool),
     /// A successor takes over from the connection server. What was sent on the
-    /// former streams may still arrive until they are replaced or found out.
+    /// former streams may still arrive until they are replaced or noticed.
     HandOver(usize),
     /// Everything that is under way arrives, and so many seconds pass.
     Pass(u64),
@@ -95,15 +96,16 @@ struct Stream {
     sent: UnboundedReceiver<ToAgent>,
     to_agent: VecDeque<ToAgent>,
     from_agent: VecDeque<FromAgent>,
-    /// Nothing arrives any more; when the connection server notices.
+    /// When the connection server notices that the stream is broken. Nothing
+    /// arrives any more.
     broken: Option<Duration>,
-    /// Of a process that has handed over: it hears nothing any more.
+    /// Whether its process has handed over, so that it receives nothing any more.
     is_former: bool,
 }
 
 struct ConnectionServer {
     name: ConnectionServerId,
-    /// Where it listens; the next process takes it over.
+    /// The identity of its listener, which the next process has too.
     host_identity: String,
     sessions: Sessions,
     streams: Vec<Option<Stream>>,
@@ -119,7 +121,7 @@ struct Connection {
     session: SessionId,
 }
 
-/// A client that has connected in a session's time.
+/// A client that has connected while `session` was live.
 #[derive(Clone, Debug)]
 struct Waiting {
     server: usize,
@@ -127,13 +129,14 @@ struct Waiting {
     session: SessionId,
 }
 
-/// A client whose session is asked for.
+/// A client that waits for the agent's answer.
 #[derive(Clone, Debug)]
 struct PendingClient {
     server: usize,
     port: ListenPort,
     until: Duration,
-    /// Of one that has waited to be accepted: the session that it is of.
+    /// The session that was live when the client connected, if it has waited to
+    /// be accepted.
     session: Option<SessionId>,
 }
 
@@ -143,14 +146,15 @@ struct World {
     agents: Vec<Book>,
     servers: Vec<ConnectionServer>,
     connections: Vec<Connection>,
-    /// Those of processes that have died, until the kernel has closed them.
+    /// Connections of dead processes, with the time when the kernel closes them.
     closing: Vec<(Duration, Connection)>,
     /// Clients that the kernel has connected, until the data plane accepts them.
     waiting: Vec<Waiting>,
     pending: HashMap<PendingId, PendingClient>,
-    /// What data planes are told to cut: of which server, and what.
+    /// Cuts that data planes have not carried out yet: connection server, port
+    /// and session.
     cuts: Vec<(usize, ListenPort, SessionKey)>,
-    /// When agents notice that a connection server is not there any more.
+    /// When agents notice that a connection server is gone.
     unnoticed: Vec<(Duration, usize, ConnectionServerId)>,
     /// Connection servers, by name, and sessions that they knew and that are over
     /// for them: given back through them, or ended by their agent.
@@ -227,7 +231,7 @@ impl World {
         }
     }
 
-    /// Takes what a connection server has sent into its streams.
+    /// Moves what connection servers have sent into their streams.
     fn collect(&mut self) {
         for stream in self
             .servers
@@ -269,7 +273,7 @@ impl World {
                 self.deliver_from_agent(server % SERVERS, agent % agents)
             }
             Event::Connect(server, agent, offset) => {
-                self.meet(server % SERVERS, port(agent % agents, offset), None);
+                self.accept(server % SERVERS, port(agent % agents, offset), None);
             }
             Event::Wait(server, agent, offset) => {
                 let (server, port) = (server % SERVERS, port(agent % agents, offset));
@@ -287,7 +291,7 @@ impl World {
                         port,
                         session,
                     } = self.waiting.remove(0);
-                    self.meet(server, port, Some(session));
+                    self.accept(server, port, Some(session));
                 }
             }
             Event::Deliver(server, agent) => self.deliver(server % SERVERS, agent % agents),
@@ -321,9 +325,10 @@ impl World {
             Event::Attach(server, agent) => self.attach(server % SERVERS, agent % agents),
             Event::RestartAgent(agent, is_noticed) => {
                 let agent = agent % agents;
-                let noticing = match is_noticed {
-                    true => Noticing::Both,
-                    false => Noticing::Agent,
+                let noticing = if is_noticed {
+                    Noticing::Both
+                } else {
+                    Noticing::Agent
                 };
                 for server in 0..SERVERS {
                     self.break_stream(server, agent, noticing);
@@ -334,9 +339,10 @@ impl World {
             }
             Event::RestartConnectionServer(server, is_noticed) => {
                 let server = server % SERVERS;
-                let noticing = match is_noticed {
-                    true => Noticing::Both,
-                    false => Noticing::ConnectionServer,
+                let noticing = if is_noticed {
+                    Noticing::Both
+                } else {
+                    Noticing::ConnectionServer
                 };
                 for agent in 0..agents {
                     self.break_stream(server, agent, noticing);
@@ -383,9 +389,9 @@ impl World {
         });
     }
 
-    /// The data plane meets a client. One that has waited since the time of
-    /// `session` is admitted to no other.
-    fn meet(&mut self, server: usize, port: ListenPort, session: Option<SessionId>) {
+    /// The data plane accepts a client. One that has waited since `session` was
+    /// live is admitted to no other.
+    fn accept(&mut self, server: usize, port: ListenPort, session: Option<SessionId>) {
         let client = SocketAddr::from(([127, 0, 0, 1], 1));
         let sessions = &self.servers[server].sessions;
         match sessions.admit(port, Transport::Tcp, client) {
@@ -422,7 +428,7 @@ impl World {
         let is_here = |waiting: &Waiting| waiting.server == server && waiting.port == port;
         while let Some(here) = self.waiting.iter().position(is_here) {
             let Waiting { session, .. } = self.waiting.remove(here);
-            self.meet(server, port, Some(session));
+            self.accept(server, port, Some(session));
         }
         self.pending
             .retain(|_, pending| pending.server != server || pending.port != port);
@@ -437,14 +443,14 @@ impl World {
     }
 
     fn hand_over(&mut self, server: usize) {
-        // The data plane does what it was told before it pauses.
+        // The data plane carries out its cuts before it pauses.
         let is_of_server = |(of, ..): &(usize, ListenPort, SessionKey)| *of == server;
         while let Some(cut) = self.cuts.iter().position(is_of_server) {
             let (_, port, key) = self.cuts.remove(cut);
             self.cut(server, port, key);
         }
         self.collect();
-        // Clients that wait for their session give up here.
+        // Pending clients give up here.
         self.pending.retain(|_, pending| pending.server != server);
         let former = &mut self.servers[server];
         let sessions = Sessions::default();
@@ -531,7 +537,7 @@ impl World {
         let _greeting = stream.sent.try_recv();
         self.servers[server].streams[agent] = Some(stream);
         self.servers[server].cut_at[agent] = None;
-        // The new stream takes the place of the broken one.
+        // The new stream replaces the broken one.
         self.unnoticed
             .retain(|(_, of, from)| *of != agent || *from != name);
         let host_identity = self.servers[server].host_identity.clone();
@@ -540,12 +546,12 @@ impl World {
         self.servers[server].sessions.welcomed(Slot(slot));
     }
 
-    /// Ends a stream; those who do not notice now do so later.
+    /// Breaks a stream. A side that does not notice now does so after [`FOUND_OUT`].
     fn break_stream(&mut self, server: usize, agent: usize, noticing: Noticing) {
         let found_out = self.now.monotonic + FOUND_OUT;
         let name = self.servers[server].name.clone();
         if self.end_former(agent, &name) {
-            // The process that had it is no more; its agent may still notice.
+            // The former process is dead; the agent may still notice.
             if noticing != Noticing::ConnectionServer {
                 self.unnoticed
                     .retain(|(_, of, from)| *of != agent || *from != name);
@@ -570,8 +576,8 @@ impl World {
         }
     }
 
-    /// Nothing more comes over a stream whose process has handed over. Whether
-    /// there is one.
+    /// Removes the stream of a process that has handed over. Returns whether
+    /// there was one.
     fn end_former(&mut self, agent: usize, name: &ConnectionServerId) -> bool {
         let of = self.servers.iter_mut().find(|server| server.name == *name);
         let former = of.and_then(|of| of.streams[agent].take_if(|stream| stream.is_former));
@@ -677,7 +683,7 @@ impl World {
         }
     }
 
-    /// Everything under way between the two arrives.
+    /// Delivers everything under way between the two.
     fn deliver(&mut self, server: usize, agent: usize) {
         loop {
             self.collect();
@@ -691,7 +697,7 @@ impl World {
         }
     }
 
-    /// Everything under way arrives and is done; then nothing is.
+    /// Delivers and carries out everything, until nothing is under way.
     fn deliver_all(&mut self) {
         loop {
             self.collect();
@@ -717,8 +723,8 @@ impl World {
         }
     }
 
-    /// Lets time pass, with all that is due in it in its order; what is sent
-    /// over a stream that is up arrives at once.
+    /// Lets time pass. What is due meanwhile happens in order, and messages on a
+    /// working stream arrive at once.
     fn pass(&mut self, duration: Duration) {
         let end = self.now.monotonic + duration;
         loop {
@@ -781,7 +787,7 @@ impl World {
         }
     }
 
-    /// What must hold at every moment.
+    /// Asserts what must hold at every moment.
     fn check(&self) {
         for (agent, book) in self.agents.iter().enumerate() {
             let counts = book.counts(self.now).ports[0].clone();
@@ -821,8 +827,8 @@ impl World {
         }
     }
 
-    /// When everything has arrived, no agent takes a session for live that is
-    /// over for a connection server that it hears.
+    /// Asserts, when everything has arrived, that no agent counts a session as
+    /// live that is over for a connection server with a working stream.
     fn check_over(&self) {
         for server in &self.servers {
             for (agent, stream) in server.streams.iter().enumerate() {
@@ -845,9 +851,9 @@ impl World {
         }
     }
 
-    /// When clients and connection servers are done, every port is free.
+    /// Ends all connections and asserts that every port becomes free.
     fn end(&mut self) {
-        // Clients that wait for their session get it yet.
+        // Pending clients still get their answers.
         self.deliver_all();
         while !self.connections.is_empty() {
             self.happen(Event::Close);
@@ -938,10 +944,10 @@ fn every_short_order_of_events_keeps_the_rules() {
     assert_eq!(played, 3 * 16u32.pow(4));
 }
 
-/// A session is given back to an agent that has restarted and does not know it
-/// yet; another connection server's greeting must not bring it back.
+/// A client releases a session whose agent has restarted and does not know it
+/// yet. The greeting of another connection server must not bring it back.
 #[test]
-fn a_session_given_back_to_a_restarted_agent_stays_over() {
+fn a_session_released_to_a_restarted_agent_stays_over() {
     play(
         2,
         &[
@@ -959,8 +965,8 @@ fn a_session_given_back_to_a_restarted_agent_stays_over() {
     );
 }
 
-/// A session is given back to an agent that has restarted and adopted it, and is
-/// forgotten; another connection server's greeting comes late.
+/// A client releases a session that a restarted agent has adopted, and the agent
+/// forgets it. Another connection server's greeting comes late.
 #[test]
 fn a_session_ended_by_a_restarted_agent_stays_over() {
     play(
@@ -979,10 +985,11 @@ fn a_session_ended_by_a_restarted_agent_stays_over() {
     );
 }
 
-/// An agent dies before a connection server has heard of an end; the other one,
-/// which has, tells the restarted agent, whoever of the two greets first.
+/// An agent dies before one connection server has received a session's end. The
+/// other one reports it to the restarted agent, whichever of the two attaches
+/// first.
 #[test]
-fn an_end_outlives_the_agent_that_not_all_have_heard_of_it() {
+fn an_end_that_one_connection_server_missed_outlives_the_agent() {
     for (first, second) in [(0, 1), (1, 0)] {
         play(
             1,

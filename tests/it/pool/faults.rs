@@ -11,7 +11,7 @@ use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 const ALL: u32 = 2 * COUNT as u32;
 
 #[tokio::test]
-async fn a_killed_workload_takes_only_its_own_sessions() {
+async fn a_killed_workload_ends_only_its_own_sessions() {
     let mut pool = Pool::running(2, |_| {}).await;
     let (first, second) = (pool.request().await.unwrap(), pool.request().await.unwrap());
     let (dying, living) = if first.server == "test-0" {
@@ -35,7 +35,7 @@ async fn a_killed_workload_takes_only_its_own_sessions() {
 }
 
 #[tokio::test]
-async fn a_killed_agent_takes_no_session_and_knows_them_again() {
+async fn a_killed_agent_ends_no_session_and_learns_them_again() {
     let mut pool = Pool::running(1, |_| {}).await;
     let session = pool.request().await.unwrap();
     let mut stream = connect(&session);
@@ -70,8 +70,8 @@ async fn a_stopped_agent_loses_its_sessions_before_it_gives_their_ports_to_other
     let session = pool.request().await.unwrap();
     let mut stream = connect(&session);
     echo(&mut stream, "before");
-    // A stopped process takes connections and answers nothing: the longest way
-    // to find out.
+    // A stopped process accepts connections and answers nothing: this takes
+    // longest to notice.
     pool.agents[0].signal(rustix::process::Signal::STOP);
     let stopped = Instant::now();
     assert!(is_cut(&mut stream));
@@ -121,7 +121,7 @@ async fn a_connection_server_that_stops_keeps_no_port_from_others() {
     pool.start_connection_server(1);
     let all = u32::from(COUNT);
     pool.until_of(1, |state| state.free_ports == all).await;
-    // Made by the one that stops, and claimed through the other.
+    // The one that stops made the session; its client claims it through the other.
     let made = pool.request().await.unwrap();
     pool.connection_servers[0].terminate();
     let started = Instant::now();
@@ -157,7 +157,7 @@ async fn a_port_without_a_session_is_reset() {
 }
 
 #[tokio::test]
-async fn exhaustion_is_said_and_a_waiting_request_is_served_next() {
+async fn exhaustion_is_reported_and_a_waiting_request_is_served_next() {
     let pool = Pool::running(1, |_| {}).await;
     let mut sessions = Vec::new();
     for _ in 0..COUNT {
@@ -356,7 +356,7 @@ async fn faults_leave_no_descriptor_behind() {
                 .set_linger(Some(Duration::ZERO))
                 .unwrap();
         }
-        // Over by itself, or by this.
+        // The session may have ended by itself already.
         let _ = pool.client().release(&session.id).await;
         let _ = TcpStream::connect((session.address.as_str(), session.port));
     }

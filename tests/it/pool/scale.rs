@@ -19,8 +19,8 @@ const SESSIONS: usize = 5_000;
 const CONNECTIONS: usize = 4_000;
 /// Requests at a time.
 const CLIENTS: usize = 32;
-/// Requests at a time, and between the starts of one client's, when they come
-/// as in use, not as fast as they can: 800 a second.
+/// Clients at a time, and the time between two requests of one client, for a
+/// realistic load of 800 requests a second instead of the highest possible.
 const PACED_CLIENTS: usize = 8;
 const PACE: Duration = Duration::from_millis(10);
 
