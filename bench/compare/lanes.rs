@@ -174,14 +174,14 @@ impl Proxy {
             return Ok(());
         };
         // nginx writes there once it has read its configuration.
-        let said = ["stderr", "error.log"].map(|file| {
+        let output = ["stderr", "error.log"].map(|file| {
             let text = fs::read_to_string(self.folder.join(file)).unwrap_or_default();
             text.lines().last().unwrap_or_default().to_owned()
         });
         let name = self.lane.name();
         Err(io::Error::other(format!(
             "{name} {why}: {}",
-            said.join(" ")
+            output.join(" ")
         )))
     }
 

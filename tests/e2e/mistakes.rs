@@ -47,7 +47,7 @@ async fn an_image_that_cannot_be_pulled_is_reported_and_can_be_corrected() {
     world.apply("games", &spec).await;
     let started = Instant::now();
     world.ready("games").await;
-    print_time("image mended: ready", started.elapsed());
+    print_time("image corrected: ready", started.elapsed());
     stays.check();
     drop(stays);
     world.end().await;

@@ -96,9 +96,9 @@ pub fn reset(stream: TcpStream) {
 /// How a connection ended, after how many bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// In order.
+    /// The connection was closed in order.
     Closed(usize),
-    /// By a reset.
+    /// The connection was reset.
     Reset(usize),
 }
 

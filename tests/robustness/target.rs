@@ -53,7 +53,7 @@ pub fn not_applicable(test: &str, reason: &str) {
     }
 }
 
-/// How the proxy runs. Settings that a target does not have are ignored.
+/// Settings of the proxy. A target ignores those that it does not have.
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub listen: IpAddr,
