@@ -15,7 +15,7 @@
 //! ```text
 //! server        → agents, control, handover, load_sharing, metrics, sessions  wires all parts, from start to stop
 //! handover      → agents, control, sessions             all of it to a new process, without cutting anything
-//! load_sharing  → agents, control, metrics, sessions    the load-sharing port: from a request to a session
+//! load_sharing  → control, metrics, sessions            the load-sharing port: from a request to a session
 //! agents        → control, load_sharing, metrics, sessions  a stream of the selection protocol per processing server
 //! metrics       → load_sharing, sessions                what is counted
 //! control       → sessions                              changes sessions, then has the data plane follow

@@ -55,8 +55,9 @@
 //!
 //! | question | file |
 //! |---|---|
-//! | Why was this request refused? | `connection/load_sharing/problem.rs` has the reasons, `allocation.rs` beside it decides |
-//! | Which processing server does a request get, and which request is next? | `servers.rs` and `policy.rs` beside it |
+//! | Which request gets a free port, who waits, who leaves? | the rules in `connection/load_sharing/queue.rs` |
+//! | Why was this request refused? | `refusal.rs` and `problem.rs` beside it have the reasons |
+//! | Which processing server does a request get? | `servers.rs` and `policy.rs` beside it |
 //! | May this client use this port? | `connection/sessions/gate.rs` |
 //! | What happens to a datagram of a client whose session ended? | `forward/udp/datagrams.rs`; `connection/sessions/gate.rs` decides |
 //! | When does a connection or a flow end, and how? | the diagrams in `forward/tcp.rs` and `forward/udp.rs` |
@@ -137,6 +138,8 @@
 //!
 //! agent::book                          pure
 //! connection::load_sharing::policy     pure
+//! connection::load_sharing::queue      pure
+//! connection::load_sharing::refusal    pure
 //! connection::load_sharing::servers    pure
 //! connection::handover::values         pure
 //! local::container                     pure

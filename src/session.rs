@@ -96,9 +96,10 @@ impl PortFilter {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct SessionRequest {
-    /// The same key gives the same live session, so a lost reply leaks
-    /// nothing: 1 to 128 bytes. Another request under a live session's key is
-    /// refused with 422.
+    /// The same key gives the same session, so a lost reply leaks nothing: 1
+    /// to 128 bytes. While the first request waits, each is answered when its own
+    /// `waitSeconds` are over, or all are when a port is free. A different
+    /// request under a key in use is refused with 422.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 128)]
     pub idempotency_key: Option<String>,
@@ -118,7 +119,9 @@ pub struct SessionRequest {
     /// pool allows any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_binding: Option<ClientBinding>,
-    /// Seconds to wait, in order, when nothing is free: 0 to 300, default 0.
+    /// Seconds to wait when nothing is free, in order among those who could use
+    /// the same ports: 0 to 300, default 0. A client that hangs up leaves the
+    /// queue.
     #[schema(maximum = 300)]
     pub wait_seconds: u32,
 }

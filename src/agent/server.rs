@@ -83,7 +83,7 @@ impl Agent {
         let mut inner = self.inner.lock();
         let notices = change(&mut inner.book, now);
         inner.send(notices);
-        inner.send_counts(now);
+        inner.send_counts(To::All, now);
         drop(inner);
         self.sooner.notify_one();
     }
@@ -189,20 +189,20 @@ impl Inner {
         }
     }
 
-    /// Sends the counts to all if they have changed.
-    fn send_counts(&mut self, now: Now) {
+    /// Sends the counts if they have changed, and returns them. Those that `to`
+    /// leaves out must get them in another way.
+    fn send_counts(&mut self, to: To, now: Now) -> Counts {
         let counts = self.book.counts(now);
         if counts != self.sent_counts {
-            self.send_all(counts);
+            self.send_new_counts(to, counts.clone());
         }
+        counts
     }
 
-    fn send_all(&mut self, counts: Counts) {
+    fn send_new_counts(&mut self, to: To, counts: Counts) {
         self.sent_counts.clone_from(&counts);
-        self.send(vec![Notice {
-            to: To::All,
-            message: FromAgent::Counts(counts),
-        }]);
+        let message = FromAgent::Counts(counts);
+        self.send(vec![Notice { to, message }]);
     }
 }
 

@@ -3,11 +3,12 @@
 //! protocol.
 //!
 //! One task per processing server (`link`) keeps one stream up and passes what
-//! arrives on to the sessions and to load sharing, which decide.
+//! arrives on to the sessions and to load sharing, which decide. Both send to
+//! the agent through the stream's outbox.
 //!
 //! ```text
-//! allocation ─select→ Agents ─stream→ agent
-//! agent ─counts→ load sharing     agent ─session, end→ control
+//! allocation ─Select→ outbox ─stream→ agent
+//! agent ─counts, answers→ allocation     agent ─session, end→ control
 //! ```
 
 pub(in crate::connection) mod host_identity;
@@ -16,53 +17,25 @@ mod link;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
-use self::link::{LinkState, LinkTask, PendingSelect};
+use self::link::{LinkState, LinkTask};
 use super::control::{Change, Control};
-use super::load_sharing::reservations::Reservations;
+use super::load_sharing::allocation::Allocation;
 use super::metrics::Metrics;
 use super::sessions::Sessions;
-use super::sessions::span::SessionSpan;
-use crate::selection::{ConnectionServerId, RefusalCause, Select, Session, ToAgent};
-use crate::table::{Row, RowState, Slot, Table};
-
-/// How long a server may take to select a port before the next one is asked.
-/// A selection takes well under a millisecond; a second is a server in trouble.
-const SELECT_DEADLINE: Duration = Duration::from_secs(1);
+use crate::selection::{ConnectionServerId, ToAgent};
+use crate::table::{Row, Slot, Table};
 
 /// How long agents may take to note that this connection server stops.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
-
-/// Why a processing server did not select a port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SelectError {
-    /// It refused.
-    Refused(RefusalCause),
-    /// It did not answer within a second.
-    TimedOut,
-    /// Its stream is down, or went down before the answer.
-    Detached,
-}
-
-impl SelectError {
-    /// The static name of the error, for metrics.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Refused(cause) => cause.name(),
-            Self::TimedOut => "TIMED_OUT",
-            Self::Detached => "DETACHED",
-        }
-    }
-}
 
 /// What a connection server starts with; a predecessor's, if there was one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,10 +71,9 @@ pub struct Agents {
     reached: Mutex<HashMap<Slot, Instant>>,
     control: Arc<Control>,
     sessions: Arc<Sessions>,
-    reservations: Arc<Reservations>,
+    allocation: Arc<Allocation>,
     metrics: Arc<Metrics>,
     links: Mutex<HashMap<Slot, Link>>,
-    next_request: AtomicU64,
     leaving: AtomicBool,
 }
 
@@ -126,7 +98,7 @@ impl Agents {
         snapshot: AgentsSnapshot,
         control: Arc<Control>,
         sessions: Arc<Sessions>,
-        reservations: Arc<Reservations>,
+        allocation: Arc<Allocation>,
         metrics: Arc<Metrics>,
     ) -> Self {
         Self {
@@ -135,10 +107,9 @@ impl Agents {
             reached: Mutex::new(snapshot.reached),
             control,
             sessions,
-            reservations,
+            allocation,
             metrics,
             links: Mutex::default(),
-            next_request: AtomicU64::new(1),
             leaving: AtomicBool::new(false),
         }
     }
@@ -177,15 +148,13 @@ impl Agents {
             .collect();
         for slot in removed {
             links.remove(&slot);
-            self.reservations.detach(slot);
+            self.allocation.detach(change, slot);
             change.forget_server(slot);
         }
         for row in &table.rows {
             let Some(address) = row.socket_address(table.agent_port) else {
                 continue;
             };
-            self.reservations
-                .set_draining(row.slot, row.state == RowState::Draining);
             match links.get(&row.slot) {
                 Some(link) => link.update(row.slot, table),
                 None => {
@@ -194,7 +163,7 @@ impl Agents {
             }
         }
         drop(links);
-        self.reservations.retain(|slot| table.row(slot).is_some());
+        self.allocation.follow(change, table);
     }
 
     fn open(self: &Arc<Self>, row: &Row, address: SocketAddr, table: &Arc<Table>) -> Link {
@@ -223,57 +192,13 @@ impl Agents {
         self.links.lock().clear();
     }
 
-    /// Asks the server of `slot` to select one of its available connection
-    /// ports: claim 1's request to select.
-    ///
-    /// # Errors
-    /// [`SelectError`]; a selection that arrives after that is released.
-    pub async fn select(
-        &self,
-        slot: Slot,
-        request: Select,
-        span: SessionSpan,
-    ) -> Result<Session, SelectError> {
-        let request_id = self.next_request.fetch_add(1, Ordering::Relaxed);
-        let (sender, answered) = oneshot::channel();
-        let state = {
-            let links = self.links.lock();
-            let link = links.get(&slot).ok_or(SelectError::Detached)?;
-            link.state.clone()
-        };
-        {
-            // A successor would not know which request the answer is for.
-            let _change = self.control.begin_change().await;
-            let mut stream = state.stream.lock();
-            let stream = stream.as_mut().ok_or(SelectError::Detached)?;
-            let answer = sender;
-            let pending = PendingSelect { answer, span };
-            stream.pending.insert(request_id, pending);
-            let request = Select {
-                request_id,
-                ..request
-            };
-            let _ = stream.outbox.send(ToAgent::Select(request));
-        }
-        match timeout(SELECT_DEADLINE, answered).await {
-            Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(SelectError::Detached),
-            Err(_) => {
-                if let Some(stream) = state.stream.lock().as_mut() {
-                    stream.pending.remove(&request_id);
-                }
-                Err(SelectError::TimedOut)
-            }
-        }
-    }
-
     /// Sends a goodbye to every agent, so that none waits for this connection
     /// server before it gives ports to others. No connection may be left.
     pub async fn leave(&self) {
         self.leaving.store(true, Ordering::Relaxed);
         for link in self.links.lock().values() {
-            if let Some(stream) = link.state.stream.lock().as_ref() {
-                let _ = stream.outbox.send(ToAgent::Goodbye);
+            if let Some(outbox) = link.state.outbox.lock().as_ref() {
+                let _ = outbox.send(ToAgent::Goodbye);
             }
         }
         // The agent answers a goodbye by ending the stream.

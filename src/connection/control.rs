@@ -88,10 +88,7 @@ impl Control {
     /// [`ReleaseError`] when there is no such session, or its agent cannot be
     /// reached; nothing has changed then.
     pub async fn release(&self, id: &SessionId) -> Result<(), ReleaseError> {
-        let change = self.begin_change().await;
-        let actions = change.control.sessions.release(id)?;
-        self.carry_out(actions);
-        Ok(())
+        self.begin_change().await.release(id)
     }
 
     /// Takes everything out of the data plane and copies what is known of
@@ -200,6 +197,16 @@ impl Change<'_> {
     pub fn end(&self, slot: Slot, id: &SessionId, cause: EndCause) {
         let actions = self.control.sessions.end(slot, id, cause);
         self.control.carry_out(actions);
+    }
+
+    /// See [`Control::release`].
+    ///
+    /// # Errors
+    /// [`ReleaseError`]; nothing has changed then.
+    pub fn release(&self, id: &SessionId) -> Result<(), ReleaseError> {
+        let actions = self.control.sessions.release(id)?;
+        self.control.carry_out(actions);
+        Ok(())
     }
 
     /// See [`Sessions::looked_up`].

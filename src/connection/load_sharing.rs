@@ -3,20 +3,21 @@
 //! selected.
 //!
 //! ```text
-//! client ─POST /v1/sessions→ http → api → allocation ─reserve→ reservations → servers → policy
-//!                                             └─select→ agents ⇄ processing servers
+//! client ─POST /v1/sessions→ http → api → allocation → queue → servers → policy
+//!                                             └─Select→ agents ⇄ processing servers
 //! ```
 //!
 //! - `http`: connections of the port; `api`: its paths; `problem`: its refusals;
-//! - `allocation`: from a request to a session;
-//! - `reservations`: shares `servers` between requests;
-//! - `servers`, `policy`: pure: which server a request gets, and which request
-//!   is next.
+//! - `allocation`: carries out what the queue decides;
+//! - `queue`: pure: the rules by which requests get ports, wait and leave;
+//! - `servers`, `policy`: pure: which server a request is sent to;
+//! - `refusal`: why a request gets no session.
 
 pub mod allocation;
 pub mod api;
 pub(in crate::connection) mod http;
 pub mod policy;
 pub mod problem;
-pub mod reservations;
+pub mod queue;
+pub mod refusal;
 pub mod servers;

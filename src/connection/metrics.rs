@@ -14,8 +14,8 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::load_sharing::reservations::Reservations;
-use super::load_sharing::servers::Servers;
+use super::load_sharing::allocation::Allocation;
+use super::load_sharing::queue::Queue;
 use super::sessions::Sessions;
 use crate::admin::register;
 use crate::forward::{CounterTotals, Forwarder, LiveClients};
@@ -113,7 +113,7 @@ impl Metrics {
 pub struct Live {
     forwarder: Weak<Forwarder>,
     sessions: Weak<Sessions>,
-    reservations: Weak<Reservations>,
+    allocation: Weak<Allocation>,
 }
 
 impl Live {
@@ -122,20 +122,20 @@ impl Live {
     pub fn new(
         forwarder: &Arc<Forwarder>,
         sessions: &Arc<Sessions>,
-        reservations: &Arc<Reservations>,
+        allocation: &Arc<Allocation>,
     ) -> Self {
         Self {
             forwarder: Arc::downgrade(forwarder),
             sessions: Arc::downgrade(sessions),
-            reservations: Arc::downgrade(reservations),
+            allocation: Arc::downgrade(allocation),
         }
     }
 }
 
 impl Collector for Live {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let (Some(sessions), Some(reservations)) =
-            (self.sessions.upgrade(), self.reservations.upgrade())
+        let (Some(sessions), Some(allocation)) =
+            (self.sessions.upgrade(), self.allocation.upgrade())
         else {
             return Ok(());
         };
@@ -146,8 +146,9 @@ impl Collector for Live {
             ("lingering", 0),
             ("notListening", 0),
         ];
-        let waiting = reservations.inspect(|servers: &Servers| {
-            for ports in servers.loads().flat_map(|server| &server.ports) {
+        let waiting = allocation.inspect(|queue: &Queue| {
+            let loads = queue.servers().loads();
+            for ports in loads.flat_map(|server| &server.ports) {
                 let counts = [
                     ports.free,
                     ports.held,
@@ -159,7 +160,7 @@ impl Collector for Live {
                     state.1 += i64::from(count);
                 }
             }
-            servers.waiting()
+            queue.waiting()
         });
         let mut family = encoder.encode_descriptor(
             "portpool_ports",

@@ -31,8 +31,8 @@ use super::control::Control;
 use super::load_sharing::allocation::Allocation;
 use super::load_sharing::api::{self, Api};
 use super::load_sharing::http;
-use super::load_sharing::reservations::Reservations;
-use super::load_sharing::servers::{ServerLoad, Servers};
+use super::load_sharing::queue::Queue;
+use super::load_sharing::servers::ServerLoad;
 use super::metrics::{self, Metrics};
 use super::sessions::Sessions;
 use super::{Error, Options};
@@ -51,7 +51,7 @@ const DRAIN_CHECK: Duration = Duration::from_millis(100);
 struct Parts {
     control: Arc<Control>,
     sessions: Arc<Sessions>,
-    reservations: Arc<Reservations>,
+    allocation: Arc<Allocation>,
     forwarder: Arc<Forwarder>,
     agents: Arc<Agents>,
 }
@@ -117,14 +117,18 @@ impl Server {
         follower.rejected().register(&mut registry);
         let metrics = Arc::new(Metrics::new(&mut registry));
         let sessions = Arc::new(Sessions::default());
-        let reservations = Arc::new(Reservations::default());
         let forwarder = Arc::new(Forwarder::start(&forwarding(options), &sessions)?);
+        let control = Arc::new(Control::new(sessions.clone(), forwarder.clone()));
+        let allocation = Arc::new(Allocation::new(
+            control.clone(),
+            sessions.clone(),
+            metrics.clone(),
+        ));
         registry.register_collector(Box::new(metrics::Live::new(
             &forwarder,
             &sessions,
-            &reservations,
+            &allocation,
         )));
-        let control = Arc::new(Control::new(sessions.clone(), forwarder.clone()));
         let mut followed = follower.watch();
         let initial = InitialState::find(options, first, &control).await?;
         if initial.is_successor {
@@ -135,13 +139,13 @@ impl Server {
             initial.agents,
             control.clone(),
             sessions.clone(),
-            reservations.clone(),
+            allocation.clone(),
             metrics.clone(),
         ));
         let parts = Parts {
             control,
             sessions,
-            reservations,
+            allocation,
             forwarder,
             agents,
         };
@@ -162,6 +166,7 @@ impl Server {
             tasks: TaskTracker::new(),
         };
         server.serve_admin(initial.admin, registry);
+        server.keep_time();
         let (parts, stopping) = (server.parts.clone(), server.stopping.clone());
         server
             .tasks
@@ -184,8 +189,21 @@ impl Server {
         );
     }
 
+    /// Has the queue do what it has to do in time.
+    fn keep_time(&self) {
+        let (allocation, stopping) = (self.parts.allocation.clone(), self.stopping.clone());
+        self.tasks.spawn(async move {
+            let stopping = stopping.cancelled();
+            tokio::select! {
+                () = allocation.keep_time() => {}
+                () = stopping => {}
+            }
+        });
+    }
+
     /// Serves the load-sharing port.
     fn serve(&mut self) {
+        self.parts.allocation.open();
         let listener = self
             .load_sharing
             .try_clone()
@@ -205,16 +223,16 @@ impl Server {
     async fn stop_serving(&mut self) {
         if let Some((stop, serving)) = self.serving.take() {
             stop.cancel();
-            self.parts.reservations.dismiss();
+            self.parts.allocation.close();
             // The task ends by itself and does not panic.
             let _ = serving.await;
         }
     }
 
     fn serve_admin(&self, listener: TcpListener, registry: Registry) {
-        let (draining, reservations, table) = (
+        let (draining, allocation, table) = (
             self.draining.clone(),
-            self.parts.reservations.clone(),
+            self.parts.allocation.clone(),
             self.table.clone(),
         );
         let (rows, was_ready) = (table.clone(), AtomicBool::new(self.is_successor));
@@ -224,11 +242,11 @@ impl Server {
                 if draining.is_cancelled() {
                     return Err("shutting down".to_owned());
                 }
-                let takes = |servers: &Servers| servers.loads().any(ServerLoad::takes_sessions);
+                let takes = |queue: &Queue| queue.servers().loads().any(ServerLoad::takes_sessions);
                 // Once ready it stays so: without processing servers clients
                 // should get that answer, and live flows should keep their way.
                 let is_empty = rows.borrow().rows.is_empty();
-                if is_empty || reservations.inspect(takes) {
+                if is_empty || allocation.inspect(takes) {
                     was_ready.store(true, Ordering::Relaxed);
                 }
                 if was_ready.load(Ordering::Relaxed) {
@@ -246,6 +264,7 @@ impl Server {
     /// Lets live sessions go on for up to `drain`, then closes everything.
     pub(super) async fn stop(self, drain: Duration) {
         self.draining.cancel();
+        self.parts.allocation.close();
         let deadline = Instant::now() + drain;
         while self.parts.sessions.open_count() > 0 && Instant::now() < deadline {
             tokio::time::sleep(DRAIN_CHECK).await;
@@ -287,17 +306,9 @@ fn wire_api(
     table: watch::Receiver<Arc<Table>>,
     advertise: Option<String>,
 ) -> Api {
-    let allocation = Allocation::new(
-        parts.agents.clone(),
-        parts.reservations.clone(),
-        parts.sessions.clone(),
-        metrics.clone(),
-        table.clone(),
-    );
     Api {
-        allocation: Arc::new(allocation),
+        allocation: parts.allocation.clone(),
         sessions: parts.sessions.clone(),
-        reservations: parts.reservations.clone(),
         control: parts.control.clone(),
         table,
         metrics,

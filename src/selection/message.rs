@@ -89,6 +89,8 @@ pub enum FromAgent {
         request_id: u64,
         /// The session on the selected port.
         session: Session,
+        /// The ports by name and state after this selection.
+        counts: Counts,
     },
     /// The processing server has not selected a port.
     Refused {

@@ -193,13 +193,16 @@ pub struct PortCounts {
     pub not_listening: u32,
 }
 /// The processing server selected a connection port: the port position
-/// information. Counts as of this selection are sent just before it.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+/// information. It has the counts as of this selection with it, so that a
+/// receiver counts the port once: as reserved before, as taken after.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Selected {
     #[prost(uint64, tag = "1")]
     pub request_id: u64,
     #[prost(message, optional, tag = "2")]
     pub session: ::core::option::Option<Session>,
+    #[prost(message, optional, tag = "3")]
+    pub counts: ::core::option::Option<Counts>,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refused {

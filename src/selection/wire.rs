@@ -221,13 +221,13 @@ impl TryFrom<v1::FromAgent> for FromAgent {
             Message::Selected(v1::Selected {
                 request_id,
                 session,
+                counts,
             }) => {
-                let session = session.ok_or_else(|| {
-                    FieldError::new("session", &None::<()>, "be there: it was selected")
-                })?;
+                let missing = |name| FieldError::new(name, &None::<()>, "be there");
                 Self::Selected {
                     request_id,
-                    session: session.try_into()?,
+                    session: session.ok_or_else(|| missing("session"))?.try_into()?,
+                    counts: counts.ok_or_else(|| missing("counts"))?.try_into()?,
                 }
             }
             Message::Refused(refused) => Self::Refused {
@@ -263,9 +263,11 @@ impl From<FromAgent> for v1::FromAgent {
             FromAgent::Selected {
                 request_id,
                 session,
+                counts,
             } => Message::Selected(v1::Selected {
                 request_id,
                 session: Some(session.into()),
+                counts: Some(counts.into()),
             }),
             FromAgent::Refused { request_id, cause } => Message::Refused(v1::Refused {
                 request_id,

@@ -131,6 +131,16 @@ impl Selection for LastPort {
         };
         tokio::spawn(async move {
             let mut last = 0;
+            let counts = |free| v1::Counts {
+                ports: vec![v1::PortCounts {
+                    name: "main".to_owned(),
+                    protocol: "TCPUDP".to_owned(),
+                    free,
+                    held: 4 - free,
+                    ..v1::PortCounts::default()
+                }],
+                draining: false,
+            };
             while let Ok(Some(ToAgent {
                 message: Some(message),
             })) = incoming.message().await
@@ -145,16 +155,7 @@ impl Selection for LastPort {
                             agent: "ours".to_owned(),
                             generation: table.generation,
                         }));
-                        let ports = vec![v1::PortCounts {
-                            name: "main".to_owned(),
-                            protocol: "TCPUDP".to_owned(),
-                            free: 4,
-                            ..v1::PortCounts::default()
-                        }];
-                        send(from_agent::Message::Counts(v1::Counts {
-                            ports,
-                            draining: false,
-                        }));
+                        send(from_agent::Message::Counts(counts(4)));
                     }
                     to_agent::Message::Select(select) => {
                         let session = v1::Session {
@@ -170,6 +171,7 @@ impl Selection for LastPort {
                         send(from_agent::Message::Selected(v1::Selected {
                             request_id,
                             session: Some(session),
+                            counts: Some(counts(3)),
                         }));
                     }
                     _ => {}

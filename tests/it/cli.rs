@@ -115,8 +115,8 @@ async fn exit_codes_distinguish_failures() {
         pool.request().await.unwrap();
     }
     let cases: [(&[&str], i32, &str); 8] = [
-        (&["request", &address], 3, "no matching port is free"),
-        (&["connect", &address], 3, "no matching port is free"),
+        (&["request", &address], 3, "all 4 matching ports are in use"),
+        (&["connect", &address], 3, "all 4 matching ports are in use"),
         (&["request", &unused], 1, "failed to ask"),
         (&["request", "nowhere"], 2, "give HOST:PORT"),
         (

@@ -26,3 +26,4 @@ mod manifest;
 mod model;
 mod operator;
 mod pool;
+mod queue;

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info, warn};
 
 use super::{Agent, Outbox, send};
-use crate::agent::book::Selected;
+use crate::agent::book::{Selected, To};
 use crate::follow::Rejected;
 use crate::selection::v1;
 use crate::selection::v1::selection_server::Selection;
@@ -59,7 +59,7 @@ impl Agent {
         let notices = inner.book.attach(from, host_identity, sessions, now);
         inner.send(notices);
         let counts = inner.book.counts(now);
-        inner.send_all(counts);
+        inner.send_new_counts(To::All, counts);
         drop(inner);
         self.sooner.notify_one();
         info!(connection_server = %from, "connection server attached");
@@ -153,7 +153,7 @@ impl Agent {
                 if counts {
                     let notices = inner.book.report(from, message, now);
                     inner.send(notices);
-                    inner.send_counts(now);
+                    inner.send_counts(To::All, now);
                 }
                 drop(inner);
                 self.sooner.notify_one();
@@ -190,9 +190,9 @@ impl Agent {
         true
     }
 
-    /// Selects a port, or refuses a request that did not parse (`None`). Sends
-    /// the counts first, so that the receiver of the answer has them. Returns
-    /// whether the stream still counts.
+    /// Selects a port, or refuses a request that did not parse (`None`). The
+    /// answer has the new counts with it; the others get them by themselves.
+    /// Returns whether the stream still counts.
     fn select(
         &self,
         from: &ConnectionServerId,
@@ -216,11 +216,14 @@ impl Agent {
                 FromAgent::Selected {
                     request_id,
                     session,
+                    counts: inner.send_counts(To::AllBut(from.clone()), now),
                 }
             }
-            Err(cause) => FromAgent::Refused { request_id, cause },
+            Err(cause) => {
+                inner.send_counts(To::All, now);
+                FromAgent::Refused { request_id, cause }
+            }
         };
-        inner.send_counts(now);
         send(outbox, answer);
         drop(inner);
         self.sooner.notify_one();

@@ -1,7 +1,6 @@
 //! The stream to one agent: a task keeps it up, greets, and passes on what the
 //! agent sends. If it is down for too long, the sessions of its server end.
 
-use std::collections::HashMap;
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -17,14 +16,13 @@ use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{debug, info, warn};
 
-use super::{Agents, SelectError};
+use super::Agents;
 use crate::connection::control::Change;
-use crate::connection::sessions::span::SessionSpan;
+use crate::connection::load_sharing::queue::{Allocated, AskId};
 use crate::connection::sessions::{Outbox, Sessions};
 use crate::selection::v1::{self, selection_client::SelectionClient};
 use crate::selection::{
-    CUT_AFTER, CUT_SLACK, FromAgent, Hello, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Session,
-    ToAgent,
+    CUT_AFTER, CUT_SLACK, FromAgent, Hello, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, ToAgent,
 };
 use crate::table::{Slot, Table};
 
@@ -36,21 +34,9 @@ const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
 const FIRST_PAUSE: Duration = Duration::from_millis(25);
 const LONGEST_PAUSE: Duration = CUT_SLACK;
 
-/// A stream that is up: sends requests and matches answers.
-pub(super) struct Stream {
-    pub(super) outbox: Outbox,
-    pub(super) pending: HashMap<u64, PendingSelect>,
-}
-
-/// A request to select a port that is not answered yet.
-pub(super) struct PendingSelect {
-    pub(super) answer: oneshot::Sender<Result<Session, SelectError>>,
-    pub(super) span: SessionSpan,
-}
-
-/// Whether the stream is up, shared by the link's task and by requests.
+/// Whether the stream is up, and where messages to it go.
 pub(super) struct LinkState {
-    pub(super) stream: Mutex<Option<Stream>>,
+    pub(super) outbox: Mutex<Option<Outbox>>,
     /// The time since which the stream was down, the last time that it was;
     /// `None` when the sessions were cut.
     pub(super) detached_since: Mutex<Option<Instant>>,
@@ -60,18 +46,13 @@ impl LinkState {
     /// A stream that is down since `detached_since`.
     pub(super) fn new(detached_since: Instant) -> Self {
         Self {
-            stream: Mutex::new(None),
+            outbox: Mutex::new(None),
             detached_since: Mutex::new(Some(detached_since)),
         }
     }
 
     pub(super) fn is_attached(&self) -> bool {
-        self.stream.lock().is_some()
-    }
-
-    /// Takes the request `id` out of those that are not answered.
-    fn take_pending(&self, id: u64) -> Option<PendingSelect> {
-        self.stream.lock().as_mut()?.pending.remove(&id)
+        self.outbox.lock().is_some()
     }
 }
 
@@ -98,8 +79,10 @@ impl LinkTask {
             if attached.is_ok() {
                 *state.detached_since.lock() = Some(Instant::now());
             }
-            state.stream.lock().take();
-            self.agents.reservations.detach(slot);
+            state.outbox.lock().take();
+            let change = self.agents.control.begin_change().await;
+            self.agents.allocation.detach(&change, slot);
+            drop(change);
             if self.agents.leaving.load(Ordering::Relaxed) {
                 return;
             }
@@ -152,11 +135,8 @@ impl LinkTask {
         };
         let (incoming, welcome) = timeout(ATTACH_DEADLINE, welcome).await??;
         info!(%slot, %address, agent = welcome.agent, generation = welcome.generation, "attached to processing server");
-        *self.state.stream.lock() = Some(Stream {
-            outbox: outbox.clone(),
-            pending: HashMap::new(),
-        });
-        self.agents.reservations.attach(slot);
+        *self.state.outbox.lock() = Some(outbox.clone());
+        self.agents.allocation.attach(slot, outbox.clone());
         self.agents.sessions.welcomed(slot);
         self.serve(incoming, &outbox).await
     }
@@ -200,7 +180,7 @@ impl LinkTask {
                     Ok(Some(message)) => match FromAgent::try_from(message) {
                         Ok(message) => {
                             let change = self.agents.control.begin_change().await;
-                            self.receive(&change, message, outbox);
+                            self.receive(&change, message);
                         }
                         Err(error) => self.ignore(&error),
                     },
@@ -221,20 +201,23 @@ impl LinkTask {
         }
     }
 
-    fn receive(&self, change: &Change<'_>, message: FromAgent, outbox: &Outbox) {
+    fn receive(&self, change: &Change<'_>, message: FromAgent) {
         let slot = self.slot;
+        let allocation = &self.agents.allocation;
         match message {
-            FromAgent::Counts(counts) => self.agents.reservations.counted(slot, counts),
+            FromAgent::Counts(counts) => allocation.counted(change, slot, counts),
             FromAgent::Selected {
                 request_id,
                 session,
-            } => self.selected(change, request_id, session, outbox),
-            FromAgent::Refused { request_id, cause } => {
-                if let Some(pending) = self.state.take_pending(request_id) {
-                    let _ = pending.answer.send(Err(SelectError::Refused(cause)));
-                }
+                counts,
+            } => {
+                let (ask, allocated) = (AskId(request_id), Allocated { slot, session });
+                allocation.selected(change, ask, &allocated, counts);
             }
-            FromAgent::Session(session) => change.learn(slot, session, SessionSpan::learned),
+            FromAgent::Refused { request_id, cause } => {
+                allocation.refused(change, AskId(request_id), cause);
+            }
+            FromAgent::Session(session) => allocation.found(change, slot, session),
             FromAgent::End { session_id, cause } => {
                 self.agents.metrics.session_ended(cause.name());
                 change.end(slot, &session_id, cause);
@@ -244,21 +227,6 @@ impl LinkTask {
                 session,
             } => change.looked_up(slot, request_id, session),
             FromAgent::Welcome(_) => self.ignore(&"message out of place"),
-        }
-    }
-
-    /// The agent has selected a port for the request `request_id`.
-    fn selected(&self, change: &Change<'_>, request_id: u64, session: Session, outbox: &Outbox) {
-        let pending = self.state.take_pending(request_id);
-        let span = || match &pending {
-            Some(pending) => pending.span.clone(),
-            None => SessionSpan::learned(),
-        };
-        change.learn(self.slot, session.clone(), span);
-        let session_id = session.id.clone();
-        // The request has ended, so no client knows the port.
-        if pending.is_none_or(|pending| pending.answer.send(Ok(session)).is_err()) {
-            let _ = outbox.send(ToAgent::Release(session_id));
         }
     }
 

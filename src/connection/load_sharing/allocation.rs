@@ -1,124 +1,102 @@
-//! From a request to a session: reserve a server, have it select a port, and
-//! on a refusal or a missed deadline ask the next one.
+//! Allocates sessions: carries out what the queue decides. Clients come from
+//! `api`, the agents' answers from their streams, the time from here.
+//!
+//! ```text
+//! client ─→ Allocation ─→ Queue (lock, no await) ─asks→ outboxes ─Select→ agents
+//! agent ─answers, counts→ ↑         └─answers→ clients
+//! ```
+//!
+//! The queue's lock comes before that of the sessions: nothing here is called
+//! under theirs.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
-use tracing::{Instrument, debug};
+use tokio::sync::{Notify, oneshot};
+use tracing::debug;
 
-use super::reservations::{Reservation, Reservations};
-use super::servers::{QueuePosition, ServerLoad};
-use crate::connection::agents::{Agents, SelectError};
+use super::queue::{Allocated, AskId, Caller, Decision, Queue, Wanted};
+use super::refusal::Refusal;
+use crate::connection::control::{Change, Control};
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::span::SessionSpan;
-use crate::connection::sessions::{KnownSession, Sessions};
+use crate::connection::sessions::{KnownSession, Outbox, Sessions};
 use crate::pool::ClientBinding;
-use crate::selection::{RefusalCause, Select, Session};
+use crate::selection::{Counts, RefusalCause, Select, Session, ToAgent};
 use crate::session::{PortFilter, SessionId, SessionRequest};
 use crate::table::{Slot, Table};
 
-/// How long a request may take besides its own `waitSeconds`: a few servers
-/// that miss their deadline of one second each.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
-
-/// Why a request gets no session.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// No free port matched, even after the time that the client would wait.
-    #[error("no matching port is free; try again, or let the request wait with waitSeconds")]
-    NoFreePort,
-    /// No agent is attached.
-    #[error("no processing server is attached; see GET /v1/pool")]
-    NoServer,
-    /// Too many requests wait already.
-    #[error("too many requests are waiting; try again later")]
-    QueueFull,
-    /// The pool has no port entry of that name and protocol.
-    #[error("no port entry has name and protocol as requested; the pool has {0}")]
-    UnknownPort(String),
-    /// The idempotency key's session was made by another request.
-    #[error("idempotencyKey belongs to a live session made by a different request; use a new key")]
-    KeyReused,
-    /// The connection server stops.
-    #[error("this connection server is shutting down; ask again and another one answers")]
-    ShuttingDown,
-}
-
-impl Refusal {
-    /// Static name, for metrics and problem types.
-    #[must_use]
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::NoFreePort => "no-free-port",
-            Self::NoServer => "no-server",
-            Self::QueueFull => "queue-full",
-            Self::UnknownPort(_) => "unknown-port",
-            Self::KeyReused => "key-reused",
-            Self::ShuttingDown => "shutting-down",
-        }
-    }
-}
-
-/// A session that a request got.
-#[derive(Clone, Debug)]
-pub struct Allocated {
-    /// The slot of its server.
-    pub slot: Slot,
-    /// The session as its agent reported it.
-    pub session: Session,
-}
+/// What a client is answered.
+type Answer = Result<Allocated, Refusal>;
 
 /// Allocates sessions.
 pub struct Allocation {
-    agents: Arc<Agents>,
-    reservations: Arc<Reservations>,
+    control: Arc<Control>,
     sessions: Arc<Sessions>,
     metrics: Arc<Metrics>,
-    table: watch::Receiver<Arc<Table>>,
-    // One request per idempotency key at a time: the second finds the session
-    // of the first.
-    keys: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+    inner: Mutex<Inner>,
+    /// A deadline has come nearer than the one that is slept for.
+    sooner: Notify,
 }
 
-/// A validated request and where it came from.
-#[derive(Clone, Debug)]
-struct Wanted {
-    filter: PortFilter,
-    idempotency_key: Option<String>,
-    affinity_key: Option<String>,
-    bound_client: Option<IpAddr>,
-    /// The end of its wait for a free port; `None` when it does not wait.
-    wait_until: Option<Instant>,
-    give_up: Instant,
+#[derive(Default)]
+struct Inner {
+    queue: Queue,
+    clients: HashMap<Caller, Client>,
+    outboxes: HashMap<Slot, Outbox>,
+    /// The deadline that is slept for.
+    alarm: Option<Instant>,
+}
+
+/// A client that is not answered yet.
+struct Client {
+    answer: oneshot::Sender<Answer>,
     span: SessionSpan,
 }
 
+/// A client's request in the queue, which it leaves when this is dropped.
+struct Entered {
+    allocation: Arc<Allocation>,
+    caller: Caller,
+    answer: oneshot::Receiver<Answer>,
+    /// Whether the client can ask for the same session again.
+    has_key: bool,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut inner = self.allocation.inner.lock();
+        inner.queue.leave(self.caller);
+        inner.clients.remove(&self.caller);
+        drop(inner);
+        // An answer that came too late for the client.
+        if let Ok(Ok(allocated)) = self.answer.try_recv()
+            && !self.has_key
+        {
+            let control = self.allocation.control.clone();
+            tokio::spawn(async move { control.release(&allocated.session.id).await });
+        }
+    }
+}
+
 impl Allocation {
-    /// Puts the parts together.
+    /// An empty queue.
     #[must_use]
-    pub fn new(
-        agents: Arc<Agents>,
-        reservations: Arc<Reservations>,
-        sessions: Arc<Sessions>,
-        metrics: Arc<Metrics>,
-        table: watch::Receiver<Arc<Table>>,
-    ) -> Self {
+    pub fn new(control: Arc<Control>, sessions: Arc<Sessions>, metrics: Arc<Metrics>) -> Self {
         Self {
-            agents,
-            reservations,
+            control,
             sessions,
             metrics,
-            table,
-            keys: Mutex::default(),
+            inner: Mutex::default(),
+            sooner: Notify::new(),
         }
     }
 
-    /// Gives the request from `client` a session.
+    /// Gives the request from `client` a session of the pool of `table`. It leaves
+    /// the queue when this is dropped.
     ///
     /// # Errors
     /// The [`Refusal`] to send to the client.
@@ -126,12 +104,17 @@ impl Allocation {
         self: &Arc<Self>,
         request: SessionRequest,
         client: IpAddr,
-    ) -> Result<Allocated, Refusal> {
+        table: &Table,
+    ) -> Answer {
         let started = Instant::now();
-        let result = match self.want(request, client) {
+        let wait = Duration::from_secs(request.wait_seconds.into());
+        let result = match wanted(request, client, table) {
             Ok(wanted) => {
-                let span = wanted.span.span().clone();
-                self.get(wanted).instrument(span).await
+                let change = self.control.begin_change().await;
+                let mut entered = self.enter(&change, wanted, wait, SessionSpan::request(client));
+                drop(change);
+                let answer = (&mut entered.answer).await;
+                answer.unwrap_or(Err(Refusal::ShuttingDown))
             }
             Err(refusal) => Err(refusal),
         };
@@ -140,169 +123,222 @@ impl Allocation {
         result
     }
 
-    async fn get(self: &Arc<Self>, wanted: Wanted) -> Result<Allocated, Refusal> {
-        match wanted.idempotency_key.clone() {
-            None => self.select(&wanted).await,
-            // On its own task, so that a client that hangs up and asks again
-            // finds the session that its first request was getting.
-            Some(key) => {
-                let this = self.clone();
-                let task = async move { this.allocate_once(&key, &wanted).await };
-                let task = tokio::spawn(task.in_current_span());
-                task.await.unwrap_or(Err(Refusal::ShuttingDown))
-            }
-        }
-    }
-
-    fn want(&self, request: SessionRequest, client: IpAddr) -> Result<Wanted, Refusal> {
-        let table = self.table.borrow();
-        let binding = request.client_binding.unwrap_or_default();
-        let is_bound = binding == ClientBinding::Requester
-            || table.sessions.client_binding == ClientBinding::Requester;
-        let filter = PortFilter {
-            port_name: request.port_name,
-            protocol: request.protocol,
-        };
-        let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
-        // A pool scaled to nothing has no names to compare with.
-        if !table.rows.is_empty()
-            && !ranges().any(|range| filter.admits(&range.name, range.protocol))
-        {
-            let mut entries: Vec<String> = ranges()
-                .map(|range| format!("{} ({})", range.name, range.protocol.name()))
-                .collect();
-            entries.sort();
-            entries.dedup();
-            return Err(Refusal::UnknownPort(entries.join(", ")));
-        }
+    /// Puts a client into the queue.
+    fn enter(
+        self: &Arc<Self>,
+        _: &Change<'_>,
+        wanted: Wanted,
+        wait: Duration,
+        span: SessionSpan,
+    ) -> Entered {
+        let key = wanted.idempotency_key.as_deref();
+        let has_key = key.is_some();
+        let mut inner = self.inner.lock();
+        // Under the lock: a request with the key is either in the queue, or its
+        // session is known.
+        let live = key.and_then(|key| self.sessions.get_by_idempotency_key(key));
+        let live = live.map(|KnownSession { slot, session }| Allocated { slot, session });
         let now = Instant::now();
-        let wait = Duration::from_secs(request.wait_seconds.into());
-        Ok(Wanted {
-            filter,
-            idempotency_key: request.idempotency_key,
-            affinity_key: request.affinity_key,
-            bound_client: is_bound.then_some(client),
-            wait_until: (!wait.is_zero()).then(|| now + wait),
-            give_up: now + wait + ASK_LIMIT,
-            span: SessionSpan::request(client),
-        })
-    }
-
-    async fn allocate_once(&self, key: &str, wanted: &Wanted) -> Result<Allocated, Refusal> {
-        let lock = self.keys.lock().entry(key.to_owned()).or_default().clone();
-        let guard = lock.lock().await;
-        let result = match self.sessions.get_by_idempotency_key(key) {
-            Some(known) if wanted.made(&known.session) => {
-                let KnownSession { slot, session } = known;
-                Ok(Allocated { slot, session })
-            }
-            Some(_) => Err(Refusal::KeyReused),
-            None => self.select(wanted).await,
+        let (caller, decisions) = inner.queue.enter(wanted, live, now + wait, now);
+        let (sender, answer) = oneshot::channel();
+        let client = Client {
+            answer: sender,
+            span,
         };
-        drop(guard);
-        let mut keys = self.keys.lock();
-        // Ours and the map's: no other request waits for the key.
-        if Arc::strong_count(&lock) == 2 {
-            keys.remove(key);
+        inner.clients.insert(caller, client);
+        self.carry_out(&mut inner, decisions);
+        Entered {
+            allocation: self.clone(),
+            caller,
+            answer,
+            has_key,
         }
-        result
     }
 
-    /// Asks one server after the other until one selects a port.
-    async fn select(&self, wanted: &Wanted) -> Result<Allocated, Refusal> {
-        let mut excluded = Vec::new();
-        let mut position = None;
-        loop {
-            let affinity_key = wanted.affinity_key.as_deref();
-            let reserved = match position {
-                None => self
-                    .reservations
-                    .reserve(&wanted.filter, affinity_key, &excluded),
-                Some(_) => None,
-            };
-            let reservation = match reserved {
-                Some(reservation) => reservation,
-                None => {
-                    let (reservation, waited) = self.wait(wanted, position).await?;
-                    position = Some(waited);
-                    excluded.clear();
-                    reservation
+    /// Changes the queue and carries out what follows.
+    fn change(&self, change: impl FnOnce(&mut Queue, Instant) -> Vec<Decision>) {
+        let mut inner = self.inner.lock();
+        let decisions = change(&mut inner.queue, Instant::now());
+        self.carry_out(&mut inner, decisions);
+    }
+
+    fn carry_out(&self, inner: &mut Inner, decisions: Vec<Decision>) {
+        for decision in decisions {
+            match decision {
+                Decision::Ask { ask, slot, wanted } => {
+                    if let Some(outbox) = inner.outboxes.get(&slot) {
+                        // When the stream just broke, it is detached next.
+                        let _ = outbox.send(ToAgent::Select(select(ask, wanted)));
+                    }
                 }
-            };
-            match self.ask(wanted, &reservation).await {
-                Ok(session) => {
-                    let slot = reservation.slot;
-                    return Ok(Allocated { slot, session });
+                Decision::Answer(caller, answer) => {
+                    if let Some(client) = inner.clients.remove(&caller) {
+                        let _ = client.answer.send(answer);
+                    }
                 }
-                Err(SelectError::Refused(RefusalCause::KeyReused)) => {
-                    return Err(Refusal::KeyReused);
-                }
-                Err(error) => {
-                    debug!(
-                        slot = %reservation.slot,
-                        ?error,
-                        "processing server did not select a port"
-                    );
+                Decision::NotSelected(slot, error) => {
+                    debug!(%slot, ?error, "processing server did not select a port");
                     self.metrics.not_selected(error.name());
-                    excluded.push(reservation.slot);
                 }
             }
-            if Instant::now() >= wanted.give_up {
-                return Err(Refusal::NoFreePort);
+        }
+        let next = inner.queue.next_deadline();
+        if next.is_some_and(|next| inner.alarm.is_none_or(|alarm| next < alarm)) {
+            self.sooner.notify_one();
+        }
+    }
+
+    /// Does what the queue has to do in time, for as long as it is polled.
+    pub async fn keep_time(&self) {
+        loop {
+            let alarm = {
+                let mut inner = self.inner.lock();
+                inner.alarm = inner.queue.next_deadline();
+                inner.alarm
+            };
+            let due = async {
+                match alarm {
+                    Some(alarm) => tokio::time::sleep_until(alarm.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = due => {
+                    let _change = self.control.begin_change().await;
+                    self.change(Queue::tick);
+                }
+                () = self.sooner.notified() => {}
             }
         }
     }
 
-    async fn ask(
-        &self,
-        wanted: &Wanted,
-        reservation: &Reservation,
-    ) -> Result<Session, SelectError> {
-        let request = Select {
-            request_id: 0,
-            session_id: SessionId::random(),
-            idempotency_key: wanted.idempotency_key.clone(),
-            filter: wanted.filter.clone(),
-            bound_client: wanted.bound_client,
-        };
-        self.agents
-            .select(reservation.slot, request, wanted.span.clone())
-            .await
+    /// An agent's stream is up: requests go to `outbox` once it has reported its
+    /// ports.
+    pub fn attach(&self, slot: Slot, outbox: Outbox) {
+        let mut inner = self.inner.lock();
+        inner.outboxes.insert(slot, outbox);
+        inner.queue.attach(slot);
     }
 
-    async fn wait(
-        &self,
-        wanted: &Wanted,
-        position: Option<QueuePosition>,
-    ) -> Result<(Reservation, QueuePosition), Refusal> {
-        let Some(wait_until) = wanted.wait_until else {
-            let has_server = self
-                .reservations
-                .inspect(|servers| servers.loads().any(ServerLoad::takes_sessions));
-            return Err(if has_server {
-                Refusal::NoFreePort
-            } else {
-                Refusal::NoServer
-            });
-        };
-        let affinity_key = wanted.affinity_key.as_deref();
-        let waiting = self
-            .reservations
-            .wait(&wanted.filter, affinity_key, position);
-        let mut waiting = waiting.ok_or(Refusal::QueueFull)?;
-        let position = waiting.position();
-        match timeout_at(wait_until, waiting.turn()).await {
-            Ok(Some(reservation)) => Ok((reservation, position)),
-            Ok(None) => Err(Refusal::ShuttingDown),
-            Err(_) => Err(Refusal::NoFreePort),
+    /// An agent's stream is down: other servers are asked instead.
+    pub fn detach(&self, _: &Change<'_>, slot: Slot) {
+        self.inner.lock().outboxes.remove(&slot);
+        self.change(|queue, now| queue.detach(slot, now));
+    }
+
+    /// Follows `table`.
+    pub fn follow(&self, _: &Change<'_>, table: &Table) {
+        self.change(|queue, now| queue.follow(table, now));
+    }
+
+    /// An agent reported its ports.
+    pub fn counted(&self, _: &Change<'_>, slot: Slot, counts: Counts) {
+        self.change(|queue, now| queue.counted(slot, counts, now));
+    }
+
+    /// An agent has selected a port for the question `ask`, after which it has
+    /// `counts`. A new session whose client is gone is given back.
+    pub fn selected(&self, change: &Change<'_>, ask: AskId, allocated: &Allocated, counts: Counts) {
+        let Allocated { slot, session } = allocated;
+        // Under one key an agent selects the same session again.
+        let is_new = self.sessions.get(&session.id).is_none();
+        let span = self.span(ask);
+        let span = || span.unwrap_or_else(SessionSpan::learned);
+        // Before its client knows the port.
+        change.learn(*slot, session.clone(), span);
+        let mut inner = self.inner.lock();
+        let now = Instant::now();
+        let (is_told, decisions) = inner.queue.selected(ask, allocated, counts, now);
+        // Under the lock: a client that asks again under the key must not be told
+        // of what is given back.
+        if !is_told
+            && is_new
+            && change.release(&session.id).is_err()
+            && let Some(outbox) = inner.outboxes.get(slot)
+        {
+            let _ = outbox.send(ToAgent::Release(session.id.clone()));
         }
+        self.carry_out(&mut inner, decisions);
+    }
+
+    /// An agent has refused to select a port for the question `ask`.
+    pub fn refused(&self, _: &Change<'_>, ask: AskId, cause: RefusalCause) {
+        self.change(|queue, now| queue.refused(ask, cause, now));
+    }
+
+    /// An agent reported a session that another connection server made. It may be
+    /// what a request with its key waits for.
+    pub fn found(&self, change: &Change<'_>, slot: Slot, session: Session) {
+        change.learn(slot, session.clone(), SessionSpan::learned);
+        if session.idempotency_key.is_some() {
+            self.change(|queue, _| queue.found(&Allocated { slot, session }));
+        }
+    }
+
+    /// The span of the request that `ask` is for, if its client is still there.
+    fn span(&self, ask: AskId) -> Option<SessionSpan> {
+        let inner = self.inner.lock();
+        let client = inner.clients.get(&inner.queue.caller_of(ask)?)?;
+        Some(client.span.clone())
+    }
+
+    /// Refuses every request that waits or would wait.
+    pub fn close(&self) {
+        self.change(Queue::close);
+    }
+
+    /// Lets requests wait again.
+    pub fn open(&self) {
+        self.inner.lock().queue.open();
+    }
+
+    /// Reads from the servers and the queue.
+    pub fn inspect<T>(&self, inspect: impl FnOnce(&Queue) -> T) -> T {
+        inspect(&self.inner.lock().queue)
     }
 }
 
-impl Wanted {
-    /// Whether this request could have made `session`.
-    fn made(&self, session: &Session) -> bool {
-        self.filter.admits(&session.port_name, session.protocol)
-            && self.bound_client == session.bound_client
+/// What `request` wants of the pool of `table`.
+fn wanted(request: SessionRequest, client: IpAddr, table: &Table) -> Result<Wanted, Refusal> {
+    let is_bound = [request.client_binding, Some(table.sessions.client_binding)]
+        .contains(&Some(ClientBinding::Requester));
+    let filter = PortFilter {
+        port_name: request.port_name,
+        protocol: request.protocol,
+    };
+    let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
+    // A pool scaled to nothing has no names to compare with.
+    if !table.rows.is_empty() && !ranges().any(|it| filter.admits(&it.name, it.protocol)) {
+        let mut entries: Vec<String> = ranges()
+            .map(|range| format!("{} ({})", range.name, range.protocol.name()))
+            .collect();
+        entries.sort();
+        entries.dedup();
+        return Err(Refusal::UnknownPort(entries.join(", ")));
+    }
+    Ok(Wanted {
+        filter,
+        affinity_key: request.affinity_key,
+        idempotency_key: request.idempotency_key,
+        bound_client: is_bound.then_some(client),
+    })
+}
+
+fn select(ask: AskId, wanted: Wanted) -> Select {
+    Select {
+        request_id: ask.0,
+        session_id: SessionId::random(),
+        idempotency_key: wanted.idempotency_key,
+        filter: wanted.filter,
+        bound_client: wanted.bound_client,
+    }
+}
+
+impl std::fmt::Debug for Allocation {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter
+            .debug_struct("Allocation")
+            .field("queue", &self.inner.lock().queue)
+            .finish_non_exhaustive()
     }
 }

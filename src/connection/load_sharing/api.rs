@@ -23,7 +23,6 @@ use utoipa_axum::routes;
 
 use super::allocation::Allocation;
 use super::problem::{ProblemName, Refused};
-use super::reservations::Reservations;
 use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
@@ -44,12 +43,10 @@ pub(super) const BODY_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What handlers need.
 pub struct Api {
-    /// The way to a new session.
+    /// The way to a new session, and the processing servers' counts.
     pub allocation: Arc<Allocation>,
     /// The live sessions.
     pub sessions: Arc<Sessions>,
-    /// The processing servers' counts.
-    pub reservations: Arc<Reservations>,
     /// The way to end a session.
     pub control: Arc<Control>,
     /// The counter of refusals.
@@ -135,7 +132,7 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "A field is wrong, or its port does not exist", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "Nothing is free now", body = Problem, content_type = "application/problem+json",
+        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `no-server` (servers are starting, or being removed), `not-selected` (servers did not answer), `queue-full`, `shutting-down`", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
@@ -148,7 +145,8 @@ async fn create_session(
     let request = read_request(&head.headers, body).await?;
     let address = reached_by(&head.uri, &head.headers, ends.local.ip());
     let client = ends.client.ip().to_canonical();
-    let allocated = api.allocation.allocate(request, client).await?;
+    let table = api.table.borrow().clone();
+    let allocated = api.allocation.allocate(request, client, &table).await?;
     let session = api.describe(allocated.slot, &allocated.session, &address);
     let location = format!("/v1/sessions/{}", session.id);
     let created = (
@@ -220,7 +218,8 @@ impl Api {
     #[must_use]
     pub fn pool_state(&self) -> PoolState {
         let table = self.table.borrow().clone();
-        self.reservations.inspect(|loads| {
+        self.allocation.inspect(|queue| {
+            let loads = queue.servers();
             let servers: Vec<ServerState> = table
                 .rows
                 .iter()
@@ -243,7 +242,7 @@ impl Api {
                 policy: table.load_sharing.policy,
                 sessions: servers.iter().map(|server| server.sessions).sum(),
                 free_ports: loads.free_ports(),
-                waiting: u32::try_from(loads.waiting()).unwrap_or(u32::MAX),
+                waiting: u32::try_from(queue.waiting()).unwrap_or(u32::MAX),
                 servers,
             }
         })

@@ -4,8 +4,8 @@ use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use super::allocation::Refusal;
 use super::api::{BODY_DEADLINE, MAX_BODY_BYTES};
+use super::refusal::Refusal;
 use crate::connection::sessions::ReleaseError;
 use crate::session::Problem;
 
@@ -93,8 +93,13 @@ impl Refused {
             ),
             Self::Allocation(refusal) => {
                 let (status, title) = match refusal {
-                    Refusal::NoFreePort => (Code::SERVICE_UNAVAILABLE, "No free port"),
-                    Refusal::NoServer => (Code::SERVICE_UNAVAILABLE, "No processing server"),
+                    Refusal::AllInUse { .. } => (Code::SERVICE_UNAVAILABLE, "No free port"),
+                    Refusal::NotListening(_) => {
+                        (Code::SERVICE_UNAVAILABLE, "Workload not listening")
+                    }
+                    Refusal::Starting => (Code::SERVICE_UNAVAILABLE, "Servers starting"),
+                    Refusal::Draining => (Code::SERVICE_UNAVAILABLE, "Servers being removed"),
+                    Refusal::NotSelected => (Code::SERVICE_UNAVAILABLE, "No server answered"),
                     Refusal::QueueFull => (Code::SERVICE_UNAVAILABLE, "Queue full"),
                     Refusal::ShuttingDown => (Code::SERVICE_UNAVAILABLE, "Shutting down"),
                     Refusal::UnknownPort(_) => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),

@@ -1,59 +1,64 @@
-//! The load servers part: a plain struct that knows what every processing
-//! server's agent reported last, chooses one for a request, and keeps the
-//! requests that wait, in order. No I/O, no locks, no clock.
+//! What every processing server's agent reported last, and which server a
+//! request is sent to. A plain struct: no I/O, no locks, no clock.
 //!
-//! ```text
-//! agents ─counts→ Servers ←reserve─ requests
-//!                      └─wake→ requests that waited
-//! ```
-//!
-//! A reservation is a request on its way to a server: it counts against the
-//! server's free ports until the server's answer [settles](Servers::settle)
-//! it. The server alone decides; a reservation only keeps two requests from
+//! A [`Reservation`] is a request on its way to a server. It counts against one
+//! port of one entry there, until the server's answer comes with the counts
+//! after it: both are applied in one step, so each port in flight is counted
+//! once. The server alone decides; a reservation only keeps two requests from
 //! being sent after the same last port.
 
 use std::collections::BTreeMap;
 
 use super::policy::{Candidate, choose};
-use crate::pool::Policy;
+use super::refusal::Refusal;
+use crate::pool::{Policy, PortProtocol};
+use crate::selection::Counts;
 use crate::session::{PortFilter, PortState};
-use crate::table::Slot;
+use crate::table::{RowState, Slot, Table};
 
-/// Most requests that wait at once; more are refused at once. At about 500
-/// bytes a request, 5 MB.
-pub const MAX_WAITING: usize = 10_000;
-
-/// Whether a port may exist that serves both; errs towards yes.
-fn overlap(one: &PortFilter, another: &PortFilter) -> bool {
-    match (&one.port_name, &another.port_name) {
-        (Some(one), Some(another)) => one == another,
-        _ => true,
-    }
+/// A request on its way to a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reservation {
+    /// The server's slot.
+    pub slot: Slot,
+    /// The port entry on which it counts. The server may select a port of
+    /// another one that the request can use; its answer says so.
+    entry: Entry,
 }
 
-/// A processing server as load servers sees it.
+/// Name and protocol of a port entry.
+type Entry = (String, PortProtocol);
+
+fn entry(ports: &PortState) -> Entry {
+    (ports.name.clone(), ports.protocol)
+}
+
+/// The number of a server's report; it grows with each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReportNumber(u64);
+
+/// A processing server as load sharing sees it.
 #[derive(Clone, Debug, Default)]
 pub struct ServerLoad {
     /// Whether its agent's stream is up.
     pub attached: bool,
     /// Whether its row says that it takes nothing new.
     pub row_draining: bool,
-    /// Whether its agent says that it takes nothing new.
-    pub agent_draining: bool,
     /// The ports that its agent reported last.
     pub ports: Vec<PortState>,
-    /// The number of requests on their way to it, by filter.
-    reserved: BTreeMap<PortFilter, u32>,
+    /// Whether its agent says that it takes nothing new.
+    agent_draining: bool,
+    /// The requests on their way to it, by entry: few, and looked through often.
+    reserved: Vec<(Entry, u32)>,
+    /// The number of the last report.
+    report: ReportNumber,
 }
 
 impl ServerLoad {
     /// Live sessions, as last reported.
     #[must_use]
     pub fn sessions(&self) -> u32 {
-        self.ports
-            .iter()
-            .map(|ports| ports.held + ports.busy + ports.lingering)
-            .sum()
+        self.ports.iter().map(in_use).sum()
     }
 
     /// Whether new sessions may go to it at all.
@@ -68,70 +73,56 @@ impl ServerLoad {
         self.row_draining || self.agent_draining
     }
 
-    fn free(&self, filter: &PortFilter) -> u32 {
-        let reported: u32 = self
-            .ports
-            .iter()
-            .filter(|ports| filter.admits(&ports.name, ports.protocol))
-            .map(|ports| ports.free)
-            .sum();
-        let reserved = self
-            .reserved
-            .iter()
-            .filter(|(other, _)| overlap(filter, other))
-            .map(|(_, count)| count)
-            .sum();
-        reported.saturating_sub(reserved)
+    /// The ports of an entry that are free and not reserved.
+    fn free(&self, ports: &PortState) -> u32 {
+        let is_same = |(name, protocol): &Entry| *name == ports.name && *protocol == ports.protocol;
+        let reserved = self.reserved.iter().find(|(entry, _)| is_same(entry));
+        let reserved = reserved.map_or(0, |(_, count)| *count);
+        ports.free.saturating_sub(reserved)
+    }
+
+    fn reserve(&mut self, entry: &Entry) {
+        match self.reserved.iter_mut().find(|(it, _)| it == entry) {
+            Some((_, count)) => *count += 1,
+            None => self.reserved.push((entry.clone(), 1)),
+        }
+    }
+
+    fn settle(&mut self, entry: &Entry) {
+        if let Some((_, count)) = self.reserved.iter_mut().find(|(it, _)| it == entry) {
+            *count -= 1;
+        }
+        self.reserved.retain(|(_, count)| *count > 0);
+    }
+
+    /// The reports on entries that serve `filter`.
+    fn matching(&self, filter: &PortFilter) -> impl Iterator<Item = &PortState> {
+        let admits = |ports: &&PortState| filter.admits(&ports.name, ports.protocol);
+        self.ports.iter().filter(admits)
     }
 
     fn candidate(&self, slot: Slot, filter: &PortFilter) -> Option<Candidate> {
-        let has_room = self.takes_sessions() && self.free(filter) > 0;
+        let has_room = self.takes_sessions() && self.matching(filter).any(|it| self.free(it) > 0);
         has_room.then(|| Candidate {
             slot,
-            sessions: self.sessions() + self.reserved.values().sum::<u32>(),
+            sessions: self.sessions() + self.reserved.iter().map(|(_, count)| count).sum::<u32>(),
         })
     }
 }
 
-/// The position of a request in the queue; smaller ones came earlier.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct QueuePosition(u64);
-
-/// A request that has waited, and the server that is reserved for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Woken {
-    /// Its position in the queue.
-    pub position: QueuePosition,
-    /// The slot of the reserved server.
-    pub slot: Slot,
-    /// The ports that it can use.
-    pub filter: PortFilter,
+fn in_use(ports: &PortState) -> u32 {
+    ports.held + ports.busy + ports.lingering
 }
 
-/// A request that waits.
-#[derive(Clone, Debug)]
-struct QueuedRequest {
-    affinity_key: Option<String>,
-}
-
-/// The processing servers' counts and the requests that wait for them.
+/// The processing servers' counts.
 #[derive(Clone, Debug, Default)]
 pub struct Servers {
     policy: Policy,
     loads: BTreeMap<Slot, ServerLoad>,
     last: Option<Slot>,
-    next_position: u64,
-    // By filter first: a request that cannot be served must not make every
-    // later one be looked at again and again.
-    waiting: BTreeMap<PortFilter, BTreeMap<QueuePosition, QueuedRequest>>,
 }
 
 impl Servers {
-    /// Sets the policy.
-    pub fn set_policy(&mut self, policy: Policy) {
-        self.policy = policy;
-    }
-
     /// The server of `slot`, if its agent was attached before.
     #[must_use]
     pub fn get(&self, slot: Slot) -> Option<&ServerLoad> {
@@ -143,148 +134,112 @@ impl Servers {
         self.loads.values()
     }
 
-    /// The server of `slot`, made when unknown.
-    pub fn server(&mut self, slot: Slot) -> &mut ServerLoad {
+    fn server(&mut self, slot: Slot) -> &mut ServerLoad {
         self.loads.entry(slot).or_default()
     }
 
-    /// Forgets slots that `keep` does not name.
-    pub fn retain(&mut self, keep: impl Fn(Slot) -> bool) {
-        self.loads.retain(|&slot, _| keep(slot));
+    /// An agent's stream is up; its server counts from its first counts on.
+    pub(super) fn attach(&mut self, slot: Slot) {
+        self.server(slot).attached = true;
     }
 
-    /// Number of requests that wait.
-    #[must_use]
-    pub fn waiting(&self) -> usize {
-        self.waiting.values().map(BTreeMap::len).sum()
+    /// An agent's stream is down: no request goes to the server, and those on
+    /// their way are lost.
+    pub(super) fn detach(&mut self, slot: Slot) {
+        let server = self.server(slot);
+        server.attached = false;
+        server.ports.clear();
+        server.reserved.clear();
+    }
+
+    /// An agent reported its ports.
+    pub(super) fn counted(&mut self, slot: Slot, counts: Counts) {
+        let server = self.server(slot);
+        server.ports = counts.ports;
+        server.agent_draining = counts.draining;
+        server.report.0 += 1;
+    }
+
+    /// Follows `table`: its policy, which rows are `Draining`, and which are gone.
+    pub(super) fn follow(&mut self, table: &Table) {
+        self.policy = table.load_sharing.policy;
+        for row in &table.rows {
+            self.server(row.slot).row_draining = row.state == RowState::Draining;
+        }
+        self.loads.retain(|&slot, _| table.row(slot).is_some());
+    }
+
+    /// The number of the last report of `slot`.
+    pub(super) fn report_of(&self, slot: Slot) -> ReportNumber {
+        self.get(slot).map_or(ReportNumber(0), |load| load.report)
     }
 
     /// Ports that are free now.
     #[must_use]
     pub fn free_ports(&self) -> u32 {
-        let any = PortFilter::default();
-        self.loads
-            .values()
-            .filter(|server| server.takes_sessions())
-            .map(|server| server.free(&any))
+        let takers = self.loads().filter(|server| server.takes_sessions());
+        takers
+            .flat_map(|server| server.ports.iter().map(|ports| server.free(ports)))
             .sum()
     }
 
-    /// Reserves a server for a new request, leaving out `excluded` ones.
-    /// `None` when none has a port to spare, or when an earlier request waits
-    /// for such a port.
-    pub fn reserve(
+    /// Reserves a server for a request, among those that are not `excluded`;
+    /// that is asked with the number of their last report. `None` when none has
+    /// a port to spare.
+    pub(super) fn reserve(
         &mut self,
         filter: &PortFilter,
         affinity_key: Option<&str>,
-        excluded: &[Slot],
-    ) -> Option<Slot> {
-        let overtakes = self
-            .waiting
-            .iter()
-            .any(|(other, queue)| !queue.is_empty() && overlap(other, filter));
-        if overtakes {
-            return None;
-        }
-        self.take(filter, affinity_key, excluded)
-    }
-
-    fn take(
-        &mut self,
-        filter: &PortFilter,
-        affinity_key: Option<&str>,
-        excluded: &[Slot],
-    ) -> Option<Slot> {
+        excluded: impl Fn(Slot, ReportNumber) -> bool,
+    ) -> Option<Reservation> {
         let candidates = self
             .loads
             .iter()
-            .filter(|(slot, _)| !excluded.contains(slot))
+            .filter(|(slot, server)| !excluded(**slot, server.report))
             .filter_map(|(&slot, server)| server.candidate(slot, filter));
         let slot = choose(self.policy, candidates, affinity_key, self.last)?;
         self.last = Some(slot);
-        *self
-            .server(slot)
-            .reserved
-            .entry(filter.clone())
-            .or_default() += 1;
-        Some(slot)
+        let server = self.server(slot);
+        // The fullest supply is most likely where the agent selects from.
+        let most = server.matching(filter).max_by_key(|it| server.free(it));
+        let entry = entry(most?);
+        server.reserve(&entry);
+        Some(Reservation { slot, entry })
     }
 
     /// The server has answered a reservation, or never will.
-    pub fn settle(&mut self, slot: Slot, filter: &PortFilter) {
-        let Some(server) = self.loads.get_mut(&slot) else {
-            return;
-        };
-        if let Some(count) = server.reserved.get_mut(filter) {
-            *count -= 1;
-            if *count == 0 {
-                server.reserved.remove(filter);
+    pub(super) fn settle(&mut self, reservation: &Reservation) {
+        if let Some(server) = self.loads.get_mut(&reservation.slot) {
+            server.settle(&reservation.entry);
+        }
+    }
+
+    /// Why no server is reserved for a request with `filter`.
+    pub(super) fn reason(&self, filter: &PortFilter) -> Refusal {
+        let (mut free, mut occupied, mut silent) = (0, 0, 0);
+        for server in self.loads().filter(|server| server.takes_sessions()) {
+            for ports in server.matching(filter) {
+                let left = server.free(ports);
+                free += left;
+                occupied += in_use(ports) + (ports.free - left);
+                silent += ports.not_listening;
             }
         }
-    }
-
-    /// Lets a request wait; `position` is that of a request that waited before.
-    /// `None` when [`MAX_WAITING`] wait already.
-    pub fn wait(
-        &mut self,
-        filter: &PortFilter,
-        affinity_key: Option<&str>,
-        position: Option<QueuePosition>,
-    ) -> Option<QueuePosition> {
-        if self.waiting() >= MAX_WAITING {
-            return None;
-        }
-        let position = position.unwrap_or_else(|| {
-            self.next_position += 1;
-            QueuePosition(self.next_position)
-        });
-        let affinity_key = affinity_key.map(str::to_owned);
-        self.waiting
-            .entry(filter.clone())
-            .or_default()
-            .insert(position, QueuedRequest { affinity_key });
-        Some(position)
-    }
-
-    /// Takes a request out of the queue: it gave up.
-    pub fn leave(&mut self, filter: &PortFilter, position: QueuePosition) {
-        if let Some(queue) = self.waiting.get_mut(filter) {
-            queue.remove(&position);
-            if queue.is_empty() {
-                self.waiting.remove(filter);
-            }
-        }
-    }
-
-    /// Reserves servers for requests that wait, earliest first, for as long as
-    /// ports are free. It must be called after every change that may free one.
-    #[must_use]
-    pub fn wake(&mut self) -> Vec<Woken> {
-        let mut woken = Vec::new();
-        let mut stuck: Vec<PortFilter> = Vec::new();
-        loop {
-            let earliest = self
-                .waiting
-                .iter()
-                .filter(|(filter, _)| !stuck.contains(filter))
-                .filter_map(|(filter, queue)| {
-                    let (position, waiting) = queue.first_key_value()?;
-                    Some((*position, filter.clone(), waiting.affinity_key.clone()))
-                })
-                .min_by_key(|(position, _, _)| *position);
-            let Some((position, filter, affinity_key)) = earliest else {
-                return woken;
-            };
-            match self.take(&filter, affinity_key.as_deref(), &[]) {
-                Some(slot) => {
-                    self.leave(&filter, position);
-                    woken.push(Woken {
-                        position,
-                        slot,
-                        filter,
-                    });
+        match (free, occupied, silent) {
+            (1.., _, _) => Refusal::NotSelected,
+            (0, 1.., _) => Refusal::AllInUse {
+                in_use: occupied,
+                not_listening: silent,
+            },
+            (0, 0, 1..) => Refusal::NotListening(silent),
+            (0, 0, 0) => {
+                let mut attached = self.loads().filter(|server| server.attached);
+                let is_removed = attached.next().is_some_and(ServerLoad::is_draining);
+                if is_removed && attached.all(ServerLoad::is_draining) {
+                    Refusal::Draining
+                } else {
+                    Refusal::Starting
                 }
-                None => stuck.push(filter),
             }
         }
     }

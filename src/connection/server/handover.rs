@@ -71,9 +71,9 @@ impl Server {
         let is_attached = || {
             let table = self.table.borrow();
             let mut rows = table.rows.iter().filter(|row| row.address.is_some());
-            self.parts.reservations.inspect(|servers| {
+            self.parts.allocation.inspect(|queue| {
                 rows.all(|row| {
-                    let server = servers.get(row.slot);
+                    let server = queue.servers().get(row.slot);
                     server.is_some_and(|server| server.attached && !server.ports.is_empty())
                 })
             })

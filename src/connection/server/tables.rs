@@ -21,7 +21,6 @@ impl Parts {
         table: &Arc<Table>,
     ) -> Result<(), forward::ApplyError> {
         change.set_table(table)?;
-        self.reservations.set_policy(table.load_sharing.policy);
         self.agents.set_table(change, table);
         Ok(())
     }

@@ -1,5 +1,4 @@
 use super::*;
-use crate::pool::PortProtocol;
 
 fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState {
     PortState {
@@ -13,22 +12,24 @@ fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState 
     }
 }
 
-fn pool(content: &[(u32, Vec<PortState>)]) -> Servers {
+fn counts(ports: &[PortState]) -> Counts {
+    Counts {
+        ports: ports.to_vec(),
+        draining: false,
+    }
+}
+
+fn pool(content: &[(u32, &[PortState])]) -> Servers {
     let mut servers = Servers::default();
     for (slot, ports) in content {
-        let server = servers.server(Slot(*slot));
-        server.attached = true;
-        server.ports.clone_from(ports);
+        servers.attach(Slot(*slot));
+        servers.counted(Slot(*slot), counts(ports));
     }
     servers
 }
 
-fn woken(servers: &mut Servers) -> Vec<(QueuePosition, u32)> {
-    let woken = servers.wake();
-    woken
-        .into_iter()
-        .map(|woken| (woken.position, woken.slot.0))
-        .collect()
+fn reserve(servers: &mut Servers, filter: &PortFilter) -> Option<Reservation> {
+    servers.reserve(filter, None, |_, _| false)
 }
 
 fn named(name: &str) -> PortFilter {
@@ -38,50 +39,53 @@ fn named(name: &str) -> PortFilter {
     }
 }
 
+fn speaking(protocol: PortProtocol) -> PortFilter {
+    PortFilter {
+        port_name: None,
+        protocol: Some(protocol),
+    }
+}
+
 #[test]
 fn a_last_port_is_reserved_once() {
-    let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 1, 0)])]);
+    let mut servers = pool(&[(0, &[ports("main", PortProtocol::TCP, 1, 0)])]);
     let any = PortFilter::default();
-    assert_eq!(servers.reserve(&any, None, &[]), Some(Slot(0)));
-    assert_eq!(servers.reserve(&any, None, &[]), None);
-    servers.settle(Slot(0), &any);
-    assert_eq!(servers.reserve(&any, None, &[]), Some(Slot(0)));
+    let reservation = reserve(&mut servers, &any).unwrap();
+    assert_eq!(reservation.slot, Slot(0));
+    assert_eq!(reserve(&mut servers, &any), None);
+    servers.settle(&reservation);
+    assert!(reserve(&mut servers, &any).is_some());
 }
 
 #[test]
 fn detached_draining_and_excluded_servers_get_nothing() {
-    let one = vec![ports("main", PortProtocol::TCP, 9, 0)];
-    let mut servers = pool(&[(0, one.clone()), (1, one.clone()), (2, one)]);
-    servers.server(Slot(0)).attached = false;
+    let one = [ports("main", PortProtocol::TCP, 9, 0)];
+    let mut servers = pool(&[(0, &one), (1, &one), (2, &one)]);
+    servers.detach(Slot(0));
     servers.server(Slot(1)).row_draining = true;
-    assert_eq!(
-        servers.reserve(&PortFilter::default(), None, &[Slot(2)]),
-        None
-    );
-    assert_eq!(
-        servers.reserve(&PortFilter::default(), None, &[]),
-        Some(Slot(2))
-    );
+    let any = PortFilter::default();
+    let excluded = |slot, _| slot == Slot(2);
+    assert_eq!(servers.reserve(&any, None, excluded), None);
+    assert_eq!(reserve(&mut servers, &any).unwrap().slot, Slot(2));
 }
 
 #[test]
-fn reservations_of_another_port_name_do_not_count() {
-    let both = vec![
-        ports("a", PortProtocol::TCP, 1, 0),
-        ports("b", PortProtocol::UDP, 1, 0),
-    ];
-    let mut servers = pool(&[(0, both)]);
-    assert_eq!(servers.reserve(&named("a"), None, &[]), Some(Slot(0)));
-    assert_eq!(servers.reserve(&named("a"), None, &[]), None);
-    assert_eq!(servers.reserve(&named("b"), None, &[]), Some(Slot(0)));
+fn a_port_on_its_way_counts_once_and_against_its_own_entry() {
+    let (tcp, udp) = (PortProtocol::TCP, PortProtocol::UDP);
+    let both = [ports("game", tcp, 2, 0), ports("voice", udp, 1, 0)];
+    let mut servers = pool(&[(0, &both)]);
+    // It could be of either entry, and counts against one.
+    assert!(reserve(&mut servers, &PortFilter::default()).is_some());
+    assert_eq!(servers.free_ports(), 2);
+    assert!(reserve(&mut servers, &speaking(udp)).is_some());
+    assert!(reserve(&mut servers, &speaking(udp)).is_none());
+    assert!(reserve(&mut servers, &named("game")).is_some());
+    assert!(reserve(&mut servers, &speaking(tcp)).is_none());
+    assert_eq!(servers.free_ports(), 0);
 }
 
 #[test]
 fn a_filter_admits_ports_that_forward_its_protocol() {
-    let filter = |protocol: PortProtocol| PortFilter {
-        port_name: None,
-        protocol: Some(protocol),
-    };
     let (tcp, udp, both) = (PortProtocol::TCP, PortProtocol::UDP, PortProtocol::TCPUDP);
     for (wanted, port, admits) in [
         (tcp, tcp, true),
@@ -93,7 +97,7 @@ fn a_filter_admits_ports_that_forward_its_protocol() {
         (both, tcp, false),
     ] {
         assert_eq!(
-            filter(wanted).admits("x", port),
+            speaking(wanted).admits("x", port),
             admits,
             "{wanted:?} on {port:?}"
         );
@@ -101,53 +105,32 @@ fn a_filter_admits_ports_that_forward_its_protocol() {
 }
 
 #[test]
-fn requests_are_woken_in_order_and_newcomers_do_not_overtake() {
-    let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 4)])]);
-    let any = PortFilter::default();
-    let first = servers.wait(&any, None, None).unwrap();
-    let second = servers.wait(&named("main"), None, None).unwrap();
-    let third = servers.wait(&any, None, None).unwrap();
-    servers.server(Slot(0)).ports[0].free = 2;
-    assert_eq!(servers.reserve(&any, None, &[]), None, "others were first");
-    assert_eq!(woken(&mut servers), [(first, 0), (second, 0)]);
-    assert_eq!(woken(&mut servers), []);
-    servers.settle(Slot(0), &any);
-    assert_eq!(woken(&mut servers), [(third, 0)]);
-    assert_eq!(servers.waiting(), 0);
-}
-
-#[test]
-fn a_stuck_name_does_not_block_another_one() {
-    let mut servers = pool(&[(
-        0,
-        vec![
-            ports("a", PortProtocol::TCP, 0, 0),
-            ports("b", PortProtocol::TCP, 0, 0),
-        ],
-    )]);
-    servers.wait(&named("a"), None, None).unwrap();
-    let b = servers.wait(&named("b"), None, None).unwrap();
-    servers.server(Slot(0)).ports[1].free = 1;
-    assert_eq!(woken(&mut servers), [(b, 0)]);
-}
-
-#[test]
-fn a_request_that_waited_keeps_its_place() {
-    let mut servers = pool(&[(0, vec![ports("main", PortProtocol::TCP, 0, 0)])]);
-    let any = PortFilter::default();
-    let first = servers.wait(&any, None, None).unwrap();
-    let second = servers.wait(&any, None, None).unwrap();
-    servers.leave(&any, first);
-    assert_eq!(servers.wait(&any, None, Some(first)), Some(first));
-    servers.server(Slot(0)).ports[0].free = 2;
-    assert_eq!(woken(&mut servers), [(first, 0), (second, 0)]);
-}
-
-#[test]
-fn the_queue_is_bounded() {
+fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_use() {
+    let (tcp, any) = (PortProtocol::TCP, PortFilter::default());
+    let silent = |count| PortState {
+        not_listening: count,
+        ..ports("main", tcp, 0, 0)
+    };
     let mut servers = Servers::default();
-    for _ in 0..MAX_WAITING {
-        servers.wait(&PortFilter::default(), None, None).unwrap();
-    }
-    assert_eq!(servers.wait(&PortFilter::default(), None, None), None);
+    assert_eq!(servers.reason(&any), Refusal::Starting);
+    servers.attach(Slot(0));
+    assert_eq!(servers.reason(&any), Refusal::Starting);
+    servers.counted(Slot(0), counts(&[silent(4)]));
+    assert_eq!(servers.reason(&any), Refusal::NotListening(4));
+    let one_busy = PortState {
+        busy: 1,
+        ..silent(3)
+    };
+    servers.counted(Slot(0), counts(&[one_busy]));
+    let in_use = |in_use, not_listening| Refusal::AllInUse {
+        in_use,
+        not_listening,
+    };
+    assert_eq!(servers.reason(&any), in_use(1, 3));
+    servers.counted(Slot(0), counts(&[ports("main", tcp, 1, 3)]));
+    assert_eq!(servers.reason(&any), Refusal::NotSelected);
+    reserve(&mut servers, &any).unwrap();
+    assert_eq!(servers.reason(&any), in_use(4, 0));
+    servers.server(Slot(0)).row_draining = true;
+    assert_eq!(servers.reason(&any), Refusal::Draining);
 }

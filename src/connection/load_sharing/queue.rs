@@ -1,0 +1,312 @@
+//! The queue of requests for a session: which request gets a free port, and
+//! what its clients are answered. A state machine without I/O, clock or lock:
+//! it takes what happened and the time, and returns what is to be done.
+//!
+//! ```text
+//!          a port is free                    selected
+//!   enter ───────────────→ asking ─────────────────────────→ answered
+//!     │               turn ↑    │ refused, late, stream down
+//!     │ waitSeconds        │    ↓
+//!     └─────────────────→ waiting ─deadline, queue closed──→ refused
+//! ```
+//!
+//! # The rules
+//!
+//! 1. **Order.** A port that becomes free goes to the earliest waiting request
+//!    that can use it. So while a request waits, no port that it could use is
+//!    free, and a later one that is served at once takes nothing from it: only
+//!    those who could use the same ports are before one another.
+//! 2. **Waiting.** A request waits as long as its client said, 0 s if it said
+//!    nothing. Then it is refused with the reason why nothing is free.
+//! 3. **Leaving.** A request whose client is gone leaves at once, with or
+//!    without a key. If a server is being asked for it, what that selects is
+//!    given back, unless the client has asked again under its key.
+//! 4. **Keys.** Requests with the same idempotency key are one request with
+//!    several clients: one place, one session. Each client has its own deadline;
+//!    one that does not wait is refused at once while the others wait. The
+//!    request keeps its place while one of its clients is left. A different
+//!    request with the same key is refused at once.
+//! 5. **Bound.** A client holds one place for each key, and one for each request
+//!    without a key. Up to [`MAX_WAITING`] clients wait; further ones are refused
+//!    at once, so that there is room for those who give back or ask.
+//! 6. **Failure.** A server that refuses a request, or does not answer within
+//!    [`ASK_DEADLINE`], is not asked again for it before it has reported anew.
+//!    The request keeps its place.
+
+mod request;
+mod steps;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+pub use self::request::{Allocated, AskError, Decision, Wanted};
+use super::refusal::Refusal;
+use super::servers::{ReportNumber, Reservation, Servers};
+use crate::selection::{Counts, RefusalCause};
+use crate::session::PortFilter;
+use crate::table::{Slot, Table};
+
+/// Most clients that wait at once: each may take a connection of the
+/// load-sharing port, which needs some for other requests.
+pub const MAX_WAITING: usize = 6144;
+
+/// How long a server may take to select a port before the next one is asked. A
+/// selection takes well under a millisecond; a second is a server in trouble.
+pub const ASK_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long a request may take besides its own wait: a few servers that miss
+/// their deadline.
+const ASK_LIMIT: Duration = Duration::from_secs(5);
+
+/// A client's request, as long as it is not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Caller(u64);
+
+/// A question to a server's agent, until it is answered: the `request_id` of
+/// the selection protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AskId(pub u64);
+
+/// The place of a request in the order of arrival; smaller ones came earlier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place(u64);
+
+/// A request that is not answered.
+#[derive(Clone, Debug)]
+struct Request {
+    wanted: Wanted,
+    /// Its clients, with the time until which each waits: at least one.
+    callers: BTreeMap<Caller, Instant>,
+    /// The question under way; it waits while there is none.
+    asking: Option<AskId>,
+    /// The servers that did not select a port for it, with the number of what
+    /// they had reported last.
+    refused_by: BTreeMap<Slot, ReportNumber>,
+}
+
+/// A question under way, also when no request needs the answer any more: until
+/// then the port counts as taken.
+#[derive(Clone, Debug)]
+struct Ask {
+    reservation: Reservation,
+    deadline: Instant,
+    /// The request that needs the answer.
+    place: Option<Place>,
+}
+
+/// What may be due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Due {
+    Caller(Caller),
+    Ask(AskId),
+}
+
+/// The requests that are not answered, and the servers that they wait for.
+#[derive(Clone, Debug, Default)]
+pub struct Queue {
+    servers: Servers,
+    requests: BTreeMap<Place, Request>,
+    // By filter first: a request that cannot be served must not make every
+    // later one be looked at again and again.
+    waiting: BTreeMap<PortFilter, BTreeSet<Place>>,
+    places: HashMap<Caller, Place>,
+    by_key: HashMap<String, Place>,
+    asks: BTreeMap<AskId, Ask>,
+    deadlines: BTreeSet<(Instant, Due)>,
+    is_closed: bool,
+    last_number: u64,
+    /// What the change under way leads to.
+    decisions: Vec<Decision>,
+}
+
+/// What may happen. Each method returns what is to be done, in order.
+impl Queue {
+    /// A client asks, and waits until `until` when nothing is free. `live` is
+    /// the live session of its key, if there is one.
+    #[must_use]
+    pub fn enter(
+        &mut self,
+        wanted: Wanted,
+        live: Option<Allocated>,
+        until: Instant,
+        now: Instant,
+    ) -> (Caller, Vec<Decision>) {
+        let caller = Caller(self.number());
+        if let Some(live) = live {
+            let is_its = wanted.made(&live.session);
+            let answer = is_its.then_some(live).ok_or(Refusal::KeyReused);
+            return (caller, vec![Decision::Answer(caller, answer)]);
+        }
+        let key = wanted.idempotency_key.as_ref();
+        let known = key.and_then(|key| self.by_key.get(key)).copied();
+        let place = match known.map(|place| (place, &self.requests[&place].wanted)) {
+            Some((_, other)) if !other.is_same(&wanted) => {
+                let refusal = Decision::Answer(caller, Err(Refusal::KeyReused));
+                return (caller, vec![refusal]);
+            }
+            Some((place, _)) => place,
+            None => self.add(wanted),
+        };
+        self.join(place, caller, until, now);
+        // The earlier ones have all they can use: see rule 1.
+        if known.is_none() && !self.ask(place, now) {
+            self.line_up(place);
+        }
+        self.refuse_the_impatient(place, now);
+        if self.is_waiting(place) && self.places.len() > MAX_WAITING {
+            self.answer(caller, Err(Refusal::QueueFull));
+        }
+        (caller, self.take_decisions())
+    }
+
+    /// A client is gone.
+    pub fn leave(&mut self, caller: Caller) {
+        if let Some(&place) = self.places.get(&caller) {
+            self.forget(place, caller);
+        }
+    }
+
+    /// A server has selected a port under `ask`; `counts` are those after it.
+    /// Returns also whether a client is told of the session.
+    #[must_use]
+    pub fn selected(
+        &mut self,
+        ask: AskId,
+        allocated: &Allocated,
+        counts: Counts,
+        now: Instant,
+    ) -> (bool, Vec<Decision>) {
+        let place = self.settle(ask).and_then(|ask| ask.place);
+        self.servers.counted(allocated.slot, counts);
+        let is_told = match place {
+            Some(place) => self.give(place, allocated),
+            None => self.give_by_key(allocated),
+        };
+        self.wake(now);
+        (is_told, self.take_decisions())
+    }
+
+    /// A server has refused to select a port under `ask`.
+    #[must_use]
+    pub fn refused(&mut self, ask: AskId, cause: RefusalCause, now: Instant) -> Vec<Decision> {
+        let ask = self.settle(ask);
+        self.failed(ask, AskError::Refused(cause), now);
+        self.take_decisions()
+    }
+
+    /// A session became known that another connection server made.
+    #[must_use]
+    pub fn found(&mut self, live: &Allocated) -> Vec<Decision> {
+        self.give_by_key(live);
+        self.take_decisions()
+    }
+
+    /// An agent's stream is up; its server counts from its first counts on.
+    pub fn attach(&mut self, slot: Slot) {
+        self.servers.attach(slot);
+    }
+
+    /// An agent's stream is down.
+    #[must_use]
+    pub fn detach(&mut self, slot: Slot, now: Instant) -> Vec<Decision> {
+        self.servers.detach(slot);
+        let is_lost = |(_, ask): &(&AskId, &Ask)| ask.reservation.slot == slot;
+        let lost: Vec<AskId> = self
+            .asks
+            .iter()
+            .filter(is_lost)
+            .map(|(id, _)| *id)
+            .collect();
+        let lost: Vec<Ask> = lost.into_iter().filter_map(|id| self.settle(id)).collect();
+        self.failed(lost, AskError::Detached, now);
+        self.take_decisions()
+    }
+
+    /// An agent reported its ports.
+    #[must_use]
+    pub fn counted(&mut self, slot: Slot, counts: Counts, now: Instant) -> Vec<Decision> {
+        self.servers.counted(slot, counts);
+        self.wake(now);
+        self.take_decisions()
+    }
+
+    /// Follows `table`: its policy, and its rows. Those that go are detached.
+    #[must_use]
+    pub fn follow(&mut self, table: &Table, now: Instant) -> Vec<Decision> {
+        self.servers.follow(table);
+        self.wake(now);
+        self.take_decisions()
+    }
+
+    /// Refuses every waiting request, and from now on those that would wait.
+    #[must_use]
+    pub fn close(&mut self, now: Instant) -> Vec<Decision> {
+        self.is_closed = true;
+        let waiting: Vec<Place> = self.waiting.values().flatten().copied().collect();
+        for place in waiting {
+            self.refuse_the_impatient(place, now);
+        }
+        self.take_decisions()
+    }
+
+    /// Lets requests wait again.
+    pub fn open(&mut self) {
+        self.is_closed = false;
+    }
+
+    /// Does what is due at `now`.
+    #[must_use]
+    pub fn tick(&mut self, now: Instant) -> Vec<Decision> {
+        let mut late = Vec::new();
+        while let Some(&(at, due)) = self.deadlines.first() {
+            if at > now {
+                break;
+            }
+            self.deadlines.remove(&(at, due));
+            match due {
+                Due::Caller(caller) => {
+                    if let Some(&place) = self.places.get(&caller) {
+                        self.refuse_the_impatient(place, now);
+                    }
+                }
+                Due::Ask(id) => {
+                    if let Some(ask) = self.asks.get_mut(&id) {
+                        // Until the answer the port counts as taken.
+                        late.push(ask.clone());
+                        ask.place = None;
+                    }
+                }
+            }
+        }
+        self.failed(late, AskError::TimedOut, now);
+        self.take_decisions()
+    }
+
+    /// When [`Queue::tick`] has something to do next.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(at, _)| *at)
+    }
+
+    /// The processing servers.
+    #[must_use]
+    pub fn servers(&self) -> &Servers {
+        &self.servers
+    }
+
+    /// The number of requests that wait for a port.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting.values().map(BTreeSet::len).sum()
+    }
+
+    /// A client that the answer to `ask` is for.
+    #[must_use]
+    pub fn caller_of(&self, ask: AskId) -> Option<Caller> {
+        let place = self.asks.get(&ask)?.place?;
+        self.requests.get(&place)?.callers.keys().next().copied()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,85 @@
+//! What goes into the queue and comes out of it.
+
+use std::net::IpAddr;
+
+use super::super::refusal::Refusal;
+use super::{AskId, Caller};
+use crate::selection::{RefusalCause, Session};
+use crate::session::PortFilter;
+use crate::table::Slot;
+
+/// What a request wants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// The ports that it can use.
+    pub filter: PortFilter,
+    /// What the policy `AffinityHash` goes by.
+    pub affinity_key: Option<String>,
+    /// The key under which the same request gets the same session.
+    pub idempotency_key: Option<String>,
+    /// The requester's address when only it may connect.
+    pub bound_client: Option<IpAddr>,
+}
+
+impl Wanted {
+    /// Whether this request could have made `session`.
+    pub(super) fn made(&self, session: &Session) -> bool {
+        self.filter.admits(&session.port_name, session.protocol)
+            && self.bound_client == session.bound_client
+    }
+
+    /// Whether both are one request under one key.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.filter == other.filter && self.bound_client == other.bound_client
+    }
+}
+
+/// A session that a request got.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Allocated {
+    /// The slot of its server.
+    pub slot: Slot,
+    /// The session as its agent reported it.
+    pub session: Session,
+}
+
+/// Why a processing server did not select a port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AskError {
+    /// It refused.
+    Refused(RefusalCause),
+    /// It did not answer within [`ASK_DEADLINE`].
+    TimedOut,
+    /// Its stream went down before the answer.
+    Detached,
+}
+
+impl AskError {
+    /// The static name of the error, for metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Refused(cause) => cause.name(),
+            Self::TimedOut => "TIMED_OUT",
+            Self::Detached => "DETACHED",
+        }
+    }
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// Ask the server of `slot` to select a port for a request.
+    Ask {
+        /// The number to ask under.
+        ask: AskId,
+        /// The server's slot.
+        slot: Slot,
+        /// The request.
+        wanted: Wanted,
+    },
+    /// Answer a client.
+    Answer(Caller, Result<Allocated, Refusal>),
+    /// Count a server that was asked and did not select a port.
+    NotSelected(Slot, AskError),
+}

@@ -1,0 +1,290 @@
+//! The steps that the queue's events consist of. They add what is to be done to
+//! the queue's decisions.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use super::super::refusal::Refusal;
+use super::request::{Allocated, AskError, Decision, Wanted};
+use super::{ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, Place, Queue, Request};
+use crate::selection::RefusalCause;
+use crate::session::PortFilter;
+use crate::table::Slot;
+
+impl Queue {
+    pub(super) fn number(&mut self) -> u64 {
+        self.last_number += 1;
+        self.last_number
+    }
+
+    pub(super) fn take_decisions(&mut self) -> Vec<Decision> {
+        std::mem::take(&mut self.decisions)
+    }
+
+    pub(super) fn is_waiting(&self, place: Place) -> bool {
+        let request = self.requests.get(&place);
+        request.is_some_and(|request| request.asking.is_none())
+    }
+
+    pub(super) fn add(&mut self, wanted: Wanted) -> Place {
+        let place = Place(self.number());
+        if let Some(key) = wanted.idempotency_key.clone() {
+            self.by_key.insert(key, place);
+        }
+        let request = Request {
+            wanted,
+            callers: BTreeMap::new(),
+            asking: None,
+            refused_by: BTreeMap::new(),
+        };
+        self.requests.insert(place, request);
+        place
+    }
+
+    /// Adds a client to a request.
+    pub(super) fn join(&mut self, place: Place, caller: Caller, until: Instant, now: Instant) {
+        let Some(request) = self.requests.get_mut(&place) else {
+            return;
+        };
+        request.callers.insert(caller, until);
+        self.places.insert(caller, place);
+        if until > now {
+            self.deadlines.insert((until, Due::Caller(caller)));
+        }
+    }
+
+    /// Forgets a client, and the request when it was the last. A request for
+    /// which a server is being asked stays until the answer: its client may ask
+    /// again under its key.
+    pub(super) fn forget(&mut self, place: Place, caller: Caller) {
+        self.places.remove(&caller);
+        let Some(request) = self.requests.get_mut(&place) else {
+            return;
+        };
+        if let Some(until) = request.callers.remove(&caller) {
+            self.deadlines.remove(&(until, Due::Caller(caller)));
+        }
+        self.remove_if_over(place);
+    }
+
+    /// Removes a request without clients that waits for no answer.
+    pub(super) fn remove_if_over(&mut self, place: Place) {
+        let request = self.requests.get(&place);
+        if request.is_none_or(|it| !it.callers.is_empty() || it.asking.is_some()) {
+            return;
+        }
+        self.step_out(place);
+        let request = self.requests.remove(&place);
+        if let Some(key) = request.and_then(|request| request.wanted.idempotency_key) {
+            self.by_key.remove(&key);
+        }
+    }
+
+    pub(super) fn answer(&mut self, caller: Caller, answer: Result<Allocated, Refusal>) {
+        if let Some(&place) = self.places.get(&caller) {
+            self.forget(place, caller);
+            self.decisions.push(Decision::Answer(caller, answer));
+        }
+    }
+
+    /// Answers every client of a request, which is over then. Returns whether it
+    /// had any.
+    pub(super) fn answer_all(&mut self, place: Place, answer: &Result<Allocated, Refusal>) -> bool {
+        let Some(request) = self.requests.get_mut(&place) else {
+            return false;
+        };
+        request.asking = None;
+        let callers: Vec<Caller> = request.callers.keys().copied().collect();
+        for caller in &callers {
+            self.answer(*caller, answer.clone());
+        }
+        self.remove_if_over(place);
+        !callers.is_empty()
+    }
+
+    /// Refuses the clients of a waiting request that do not wait any longer.
+    pub(super) fn refuse_the_impatient(&mut self, place: Place, now: Instant) {
+        let Some(request) = self.requests.get(&place) else {
+            return;
+        };
+        if request.asking.is_some() {
+            return;
+        }
+        let is_closed = self.is_closed;
+        let gives_up = |(_, until): &(&Caller, &Instant)| is_closed || **until <= now;
+        let callers = request.callers.iter().filter(gives_up);
+        let callers: Vec<Caller> = callers.map(|(caller, _)| *caller).collect();
+        if callers.is_empty() {
+            return;
+        }
+        let refusal = if is_closed {
+            Refusal::ShuttingDown
+        } else {
+            self.servers.reason(&request.wanted.filter)
+        };
+        for caller in callers {
+            self.answer(caller, Err(refusal.clone()));
+        }
+    }
+
+    /// Puts a request among those that wait, at its place.
+    pub(super) fn line_up(&mut self, place: Place) {
+        if let Some(request) = self.requests.get(&place) {
+            let filter = request.wanted.filter.clone();
+            self.waiting.entry(filter).or_default().insert(place);
+        }
+    }
+
+    /// Takes a request out of those that wait.
+    fn step_out(&mut self, place: Place) {
+        let Some(request) = self.requests.get(&place) else {
+            return;
+        };
+        let filter = &request.wanted.filter;
+        if let Some(places) = self.waiting.get_mut(filter) {
+            places.remove(&place);
+            if places.is_empty() {
+                self.waiting.remove(filter);
+            }
+        }
+    }
+
+    /// Asks a server for a request. Returns whether one has a port to spare.
+    pub(super) fn ask(&mut self, place: Place, now: Instant) -> bool {
+        let id = AskId(self.number());
+        let Some(request) = self.requests.get_mut(&place) else {
+            return false;
+        };
+        let (wanted, refused_by) = (&request.wanted, &request.refused_by);
+        let has_refused = |slot, report| refused_by.get(&slot) == Some(&report);
+        let affinity_key = wanted.affinity_key.as_deref();
+        let reserved = self
+            .servers
+            .reserve(&wanted.filter, affinity_key, has_refused);
+        let Some(reservation) = reserved else {
+            return false;
+        };
+        request.asking = Some(id);
+        let deadline = now + ASK_DEADLINE;
+        self.decisions.push(Decision::Ask {
+            ask: id,
+            slot: reservation.slot,
+            wanted: wanted.clone(),
+        });
+        self.deadlines.insert((deadline, Due::Ask(id)));
+        let ask = Ask {
+            reservation,
+            deadline,
+            place: Some(place),
+        };
+        self.asks.insert(id, ask);
+        self.step_out(place);
+        true
+    }
+
+    /// The question is over.
+    pub(super) fn settle(&mut self, id: AskId) -> Option<Ask> {
+        let ask = self.asks.remove(&id)?;
+        self.deadlines.remove(&(ask.deadline, Due::Ask(id)));
+        self.servers.settle(&ask.reservation);
+        Some(ask)
+    }
+
+    /// Servers did not select a port: the next ones are asked, or the requests
+    /// wait at their places.
+    pub(super) fn failed(
+        &mut self,
+        asks: impl IntoIterator<Item = Ask>,
+        error: AskError,
+        now: Instant,
+    ) {
+        let mut places = Vec::new();
+        for ask in asks {
+            let slot = ask.reservation.slot;
+            let Some(place) = ask.place else {
+                continue;
+            };
+            self.decisions.push(Decision::NotSelected(slot, error));
+            if error == AskError::Refused(RefusalCause::KeyReused) {
+                self.answer_all(place, &Err(Refusal::KeyReused));
+                continue;
+            }
+            self.put_back(place, slot, now);
+            places.push(place);
+        }
+        // In order: what the servers left may be another one's turn.
+        self.wake(now);
+        for place in places {
+            self.refuse_the_impatient(place, now);
+        }
+    }
+
+    /// Has a request wait at its place after the server of `slot` failed, or
+    /// refuses it if that has taken too long.
+    fn put_back(&mut self, place: Place, slot: Slot, now: Instant) {
+        let report = self.servers.report_of(slot);
+        let Some(request) = self.requests.get_mut(&place) else {
+            return;
+        };
+        request.asking = None;
+        request.refused_by.insert(slot, report);
+        let is_over = |until: &Instant| *until + ASK_LIMIT <= now;
+        let is_over = request.callers.values().all(is_over);
+        self.line_up(place);
+        if is_over {
+            self.refuse_the_impatient(place, now);
+            self.remove_if_over(place);
+        }
+    }
+
+    /// Gives a session to a request. Returns whether a client is told of it.
+    pub(super) fn give(&mut self, place: Place, allocated: &Allocated) -> bool {
+        let asking = self.requests.get(&place).and_then(|request| request.asking);
+        if let Some(ask) = asking.and_then(|ask| self.asks.get_mut(&ask)) {
+            ask.place = None;
+        }
+        self.answer_all(place, &Ok(allocated.clone()))
+    }
+
+    /// Gives a session to the request of its key, if that could have made it.
+    /// Returns whether a client is told of it.
+    pub(super) fn give_by_key(&mut self, allocated: &Allocated) -> bool {
+        let key = allocated.session.idempotency_key.as_ref();
+        let Some(&place) = key.and_then(|key| self.by_key.get(key)) else {
+            return false;
+        };
+        let is_its = self.requests[&place].wanted.made(&allocated.session);
+        is_its && self.give(place, allocated)
+    }
+
+    /// Asks servers for requests that wait, earliest first, for as long as ports
+    /// are free. To be called after every change that may free one.
+    pub(super) fn wake(&mut self, now: Instant) {
+        let mut stuck: Vec<PortFilter> = Vec::new();
+        let mut passed: BTreeSet<Place> = BTreeSet::new();
+        loop {
+            let next = |places: &BTreeSet<Place>| {
+                let mut places = places.iter().filter(|place| !passed.contains(place));
+                places.next().copied()
+            };
+            let earliest = self
+                .waiting
+                .iter()
+                .filter(|(filter, _)| !stuck.contains(filter))
+                .filter_map(|(filter, places)| Some((next(places)?, filter.clone())))
+                .min_by_key(|(place, _)| *place);
+            let Some((place, filter)) = earliest else {
+                return;
+            };
+            if self.ask(place, now) {
+                continue;
+            }
+            // Servers that refused this one may have a port for the next.
+            if self.requests[&place].refused_by.is_empty() {
+                stuck.push(filter);
+            } else {
+                passed.insert(place);
+            }
+        }
+    }
+}

@@ -1,0 +1,637 @@
+use jiff::Timestamp;
+use proptest::prelude::*;
+
+use super::*;
+use crate::pool::PortProtocol;
+use crate::selection::Session;
+use crate::session::{PortState, SessionId, SessionState};
+use crate::table::ListenPort;
+
+/// The entries of every server in these tests.
+const ENTRIES: [(&str, PortProtocol); 3] = [
+    ("game", PortProtocol::TCP),
+    ("voice", PortProtocol::UDP),
+    ("both", PortProtocol::TCPUDP),
+];
+
+const SECOND: Duration = Duration::from_secs(1);
+
+/// A server's agent, with as many ports of each entry.
+#[derive(Debug, Default)]
+struct Agent {
+    attached: bool,
+    /// Free ports by entry.
+    free: [u32; 3],
+    /// Live sessions, with the index of their entry.
+    sessions: Vec<(usize, Session)>,
+    /// What it was asked and has not answered.
+    asked: Vec<(AskId, Wanted)>,
+}
+
+impl Agent {
+    fn counts(&self) -> Counts {
+        let ports = (0..ENTRIES.len()).map(|index| PortState {
+            name: ENTRIES[index].0.to_owned(),
+            protocol: ENTRIES[index].1,
+            free: self.free[index],
+            held: 0,
+            // Beside those that come and go, one of each entry is always busy.
+            busy: 1,
+            lingering: 0,
+            not_listening: 0,
+        });
+        Counts {
+            ports: ports.collect(),
+            draining: false,
+        }
+    }
+
+    /// Selects a port as a book does, for a session with this `number`.
+    fn select(&mut self, wanted: &Wanted, number: u64) -> Result<Session, RefusalCause> {
+        let key = &wanted.idempotency_key;
+        let same = self
+            .sessions
+            .iter()
+            .find(|it| key.is_some() && it.1.idempotency_key == *key);
+        if let Some((_, session)) = same {
+            return match wanted.made(session) {
+                true => Ok(session.clone()),
+                false => Err(RefusalCause::KeyReused),
+            };
+        }
+        let admits = |index: &usize| wanted.filter.admits(ENTRIES[*index].0, ENTRIES[*index].1);
+        let mut free = (0..ENTRIES.len())
+            .filter(|index| self.free[*index] > 0)
+            .filter(admits);
+        let index = free.next().ok_or(RefusalCause::NoFreePort)?;
+        self.free[index] -= 1;
+        let session = Session {
+            id: SessionId::new(&number.to_string()).unwrap(),
+            idempotency_key: key.clone(),
+            port: ListenPort::new(20_000).unwrap(),
+            port_name: ENTRIES[index].0.to_owned(),
+            protocol: ENTRIES[index].1,
+            bound_client: None,
+            state: SessionState::Held,
+            claim_deadline: Timestamp::UNIX_EPOCH,
+            created: Timestamp::UNIX_EPOCH,
+            open_here: false,
+        };
+        self.sessions.push((index, session.clone()));
+        Ok(session)
+    }
+
+    /// Ends the session at `index`, modulo their number.
+    fn end(&mut self, index: usize) {
+        if !self.sessions.is_empty() {
+            let (entry, _) = self.sessions.remove(index % self.sessions.len());
+            self.free[entry] += 1;
+        }
+    }
+}
+
+/// The clients and agents around a queue.
+#[derive(Debug)]
+struct World {
+    queue: Queue,
+    now: Instant,
+    agents: Vec<Agent>,
+    /// Clients without an answer, with what they want and until when they wait.
+    clients: BTreeMap<Caller, (Wanted, Instant)>,
+    answers: BTreeMap<Caller, Result<Allocated, Refusal>>,
+    /// The sessions that this connection server was told of.
+    known: BTreeSet<SessionId>,
+    number: u64,
+}
+
+impl World {
+    fn new(free: &[[u32; 3]]) -> Self {
+        let mut world = Self {
+            queue: Queue::default(),
+            now: Instant::now(),
+            agents: Vec::new(),
+            clients: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            known: BTreeSet::new(),
+            number: 0,
+        };
+        for (slot, free) in free.iter().enumerate() {
+            world.agents.push(Agent {
+                free: *free,
+                ..Agent::default()
+            });
+            world.attach(slot);
+        }
+        world
+    }
+
+    fn slot(index: usize) -> Slot {
+        Slot(u32::try_from(index).unwrap())
+    }
+
+    fn attach(&mut self, index: usize) {
+        self.agents[index].attached = true;
+        self.queue.attach(Self::slot(index));
+        self.report(index);
+    }
+
+    fn report(&mut self, index: usize) {
+        if self.agents[index].attached {
+            let counts = self.agents[index].counts();
+            let decisions = self.queue.counted(Self::slot(index), counts, self.now);
+            self.carry_out(decisions);
+        }
+    }
+
+    fn enter(&mut self, wanted: Wanted, wait: Duration) -> Caller {
+        let until = self.now + wait;
+        let key = &wanted.idempotency_key;
+        let mut live = self.agents.iter().enumerate().flat_map(|(index, agent)| {
+            let sessions = agent.sessions.iter();
+            sessions.map(move |(_, session)| (index, session))
+        });
+        let live = live.find(|(_, it)| {
+            key.is_some() && it.idempotency_key == *key && self.known.contains(&it.id)
+        });
+        let live = live.map(|(index, session)| Allocated {
+            slot: Self::slot(index),
+            session: session.clone(),
+        });
+        let (caller, decisions) = self.queue.enter(wanted.clone(), live, until, self.now);
+        self.clients.insert(caller, (wanted, until));
+        self.carry_out(decisions);
+        caller
+    }
+
+    fn leave(&mut self, caller: Caller) {
+        self.clients.remove(&caller);
+        self.queue.leave(caller);
+    }
+
+    /// The agent answers what it was asked first, and refuses for `cause` if
+    /// there is one.
+    fn answer(&mut self, index: usize, cause: Option<RefusalCause>) {
+        let agent = &mut self.agents[index];
+        if agent.asked.is_empty() {
+            return;
+        }
+        let (ask, wanted) = agent.asked.remove(0);
+        self.number += 1;
+        let selected = cause.map_or_else(|| agent.select(&wanted, self.number), Err);
+        match selected {
+            Ok(session) => {
+                let (slot, counts) = (Self::slot(index), agent.counts());
+                let allocated = Allocated { slot, session };
+                let id = allocated.session.id.clone();
+                let is_new = self.known.insert(id.clone());
+                let (is_told, decisions) = self.queue.selected(ask, &allocated, counts, self.now);
+                self.carry_out(decisions);
+                if !is_told && is_new {
+                    let mut told = self.answers.values().flatten();
+                    assert!(told.all(|told| told.session.id != id), "a client has {id}");
+                    let sessions = &self.agents[index].sessions;
+                    let at = sessions.iter().position(|(_, session)| session.id == id);
+                    self.agents[index].end(at.unwrap());
+                    self.report(index);
+                }
+            }
+            Err(cause) => {
+                let decisions = self.queue.refused(ask, cause, self.now);
+                self.carry_out(decisions);
+            }
+        }
+    }
+
+    fn detach(&mut self, index: usize) {
+        self.agents[index].attached = false;
+        self.agents[index].asked.clear();
+        let decisions = self.queue.detach(Self::slot(index), self.now);
+        self.carry_out(decisions);
+    }
+
+    fn pass(&mut self, time: Duration) {
+        self.now += time;
+        let decisions = self.queue.tick(self.now);
+        self.carry_out(decisions);
+    }
+
+    fn carry_out(&mut self, decisions: Vec<Decision>) {
+        for decision in decisions {
+            match decision {
+                Decision::Ask { ask, slot, wanted } => {
+                    let place = self.queue.asks[&ask].place;
+                    assert!(
+                        place.is_none_or(|place| self.has_client(place)),
+                        "nobody asks"
+                    );
+                    let agent = &mut self.agents[slot.0 as usize];
+                    assert!(agent.attached);
+                    agent.asked.push((ask, wanted));
+                }
+                Decision::Answer(caller, answer) => {
+                    let (wanted, until) = self.clients.remove(&caller).expect("a client once");
+                    match &answer {
+                        Ok(told) => assert!(wanted.made(&told.session)),
+                        Err(Refusal::KeyReused) => assert!(wanted.idempotency_key.is_some()),
+                        Err(refusal) => assert!(until <= self.now, "too early: {refusal}"),
+                    }
+                    self.answers.insert(caller, answer);
+                }
+                Decision::NotSelected(..) => {}
+            }
+        }
+    }
+
+    fn has_client(&self, place: Place) -> bool {
+        let mut callers = self.queue.requests[&place].callers.keys();
+        callers.any(|caller| self.clients.contains_key(caller))
+    }
+
+    /// What holds after each event.
+    fn check(&self) {
+        let queue = &self.queue;
+        let lined_up: BTreeSet<Place> = queue.waiting.values().flatten().copied().collect();
+        for (place, request) in &queue.requests {
+            assert_eq!(lined_up.contains(place), request.asking.is_none());
+            assert!(request.asking.is_some() || self.has_client(*place));
+            for (caller, until) in &request.callers {
+                let is_late = *until <= self.now && request.asking.is_none();
+                assert!(!is_late, "{caller:?} still waits");
+                assert_eq!(queue.places[caller], *place);
+            }
+            if request.asking.is_none() {
+                self.check_waiting(request);
+            }
+        }
+        assert_eq!(queue.places.len(), self.clients.len());
+        let keyed = queue
+            .requests
+            .values()
+            .filter(|it| it.wanted.idempotency_key.is_some());
+        assert_eq!(
+            queue.by_key.len(),
+            keyed.count(),
+            "one request for each key"
+        );
+    }
+
+    /// No port is free that a request waits for.
+    fn check_waiting(&self, request: &Request) {
+        let mut servers = self.queue.servers.clone();
+        let has_refused = |slot, report| request.refused_by.get(&slot) == Some(&report);
+        let filter = &request.wanted.filter;
+        let reservation = servers.reserve(filter, None, has_refused);
+        assert_eq!(reservation, None, "free for {filter:?}");
+    }
+
+    /// Everything under way arrives, and agents report what they have.
+    fn settle(&mut self) {
+        for index in 0..self.agents.len() {
+            self.report(index);
+        }
+        while let Some(index) = self.agents.iter().position(|agent| !agent.asked.is_empty()) {
+            self.answer(index, None);
+            self.check();
+        }
+    }
+
+    /// No client waits for a port that is free in truth.
+    fn check_settled(&self) {
+        let agents = self.agents.iter().filter(|agent| agent.attached);
+        let free = |index: usize| agents.clone().any(|agent| agent.free[index] > 0);
+        for (wanted, _) in self.clients.values() {
+            let usable = ENTRIES.iter().enumerate().filter(|(index, _)| free(*index));
+            for (_, (name, protocol)) in usable {
+                assert!(!wanted.filter.admits(name, *protocol), "{wanted:?} waits");
+            }
+        }
+        let free: u32 = agents.flat_map(|agent| agent.free).sum();
+        assert_eq!(self.queue.servers.free_ports(), free, "counted once");
+    }
+}
+
+fn anything() -> Wanted {
+    Wanted::default()
+}
+
+fn speaking(protocol: PortProtocol) -> Wanted {
+    Wanted {
+        filter: PortFilter {
+            port_name: None,
+            protocol: Some(protocol),
+        },
+        ..anything()
+    }
+}
+
+fn keyed(key: &str) -> Wanted {
+    Wanted {
+        idempotency_key: Some(key.to_owned()),
+        ..anything()
+    }
+}
+
+/// The port entry that a client got, or the name of its refusal.
+fn got(world: &World, caller: Caller) -> Option<&str> {
+    let answer = world.answers.get(&caller)?;
+    Some(match answer {
+        Ok(told) => &told.session.port_name,
+        Err(refusal) => refusal.name(),
+    })
+}
+
+#[test]
+fn a_request_is_before_those_who_could_use_the_same_ports_only() {
+    let (tcp, udp) = (PortProtocol::TCP, PortProtocol::UDP);
+    let mut world = World::new(&[[2, 0, 0]]);
+    let waiting = world.enter(speaking(udp), 9 * SECOND);
+    let other = world.enter(speaking(tcp), Duration::ZERO);
+    let whatever = world.enter(anything(), Duration::ZERO);
+    world.settle();
+    assert_eq!(got(&world, other), Some("game"));
+    assert_eq!(got(&world, whatever), Some("game"));
+    // A port that both can use is the earlier one's.
+    let later = world.enter(anything(), 9 * SECOND);
+    world.agents[0].free = [0, 0, 1];
+    world.settle();
+    assert_eq!(got(&world, waiting), Some("both"));
+    assert_eq!(got(&world, later), None);
+    world.check_settled();
+}
+
+#[test]
+fn requests_are_served_in_order_and_a_newcomer_does_not_overtake() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    let wanted = [anything(), speaking(PortProtocol::TCP), anything()];
+    let waiting = wanted.map(|wanted| world.enter(wanted, 9 * SECOND));
+    world.agents[0].free = [2, 0, 0];
+    world.report(0);
+    let newcomer = world.enter(anything(), Duration::ZERO);
+    assert_eq!(got(&world, newcomer), Some("no-free-port"));
+    world.settle();
+    assert_eq!(
+        waiting.map(|it| got(&world, it)),
+        [Some("game"), Some("game"), None]
+    );
+    world.agents[0].end(0);
+    world.settle();
+    assert_eq!(got(&world, waiting[2]), Some("game"));
+}
+
+#[test]
+fn a_client_that_is_gone_takes_no_port_with_or_without_a_key() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    for wanted in [anything(), keyed("a"), keyed("b")] {
+        let caller = world.enter(wanted, 99 * SECOND);
+        world.leave(caller);
+    }
+    assert_eq!(world.queue.waiting(), 0);
+    let there = world.enter(anything(), 9 * SECOND);
+    world.agents[0].free = [1, 0, 0];
+    world.report(0);
+    assert_eq!(world.agents[0].asked.len(), 1);
+    world.settle();
+    assert_eq!(got(&world, there), Some("game"));
+}
+
+#[test]
+fn what_was_selected_for_a_client_that_is_gone_is_given_back_or_its_next_requests() {
+    let mut world = World::new(&[[1, 0, 0]]);
+    for wanted in [anything(), keyed("a")] {
+        let caller = world.enter(wanted, SECOND);
+        world.leave(caller);
+        world.settle();
+        assert_eq!(world.agents[0].free, [1, 0, 0]);
+    }
+    let lost = world.enter(keyed("b"), SECOND);
+    world.leave(lost);
+    let again = world.enter(keyed("b"), Duration::ZERO);
+    world.settle();
+    assert_eq!(got(&world, again), Some("game"));
+    assert_eq!(world.agents[0].sessions.len(), 1);
+}
+
+#[test]
+fn requests_with_one_key_have_one_place_and_one_session() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    let first = world.enter(keyed("job"), 9 * SECOND);
+    let at_once = world.enter(keyed("job"), Duration::ZERO);
+    assert_eq!(got(&world, at_once), Some("no-free-port"));
+    let between = world.enter(anything(), 99 * SECOND);
+    let second = world.enter(keyed("job"), 99 * SECOND);
+    assert_eq!(world.queue.waiting(), 2);
+    let mut other = keyed("job");
+    other.filter.protocol = Some(PortProtocol::UDP);
+    let other = world.enter(other, 99 * SECOND);
+    assert_eq!(got(&world, other), Some("key-reused"));
+    // The place stays while one of them waits.
+    world.pass(10 * SECOND);
+    assert_eq!(got(&world, first), Some("no-free-port"));
+    let third = world.enter(keyed("job"), 99 * SECOND);
+    world.agents[0].free = [1, 0, 0];
+    world.settle();
+    assert_eq!([second, third].map(|it| got(&world, it)), [Some("game"); 2]);
+    assert_eq!(world.answers[&second], world.answers[&third]);
+    assert_eq!(got(&world, between), None);
+    let late = world.enter(keyed("job"), Duration::ZERO);
+    assert_eq!(world.answers[&late], world.answers[&second]);
+}
+
+#[test]
+fn a_session_that_another_connection_server_made_is_the_answer_to_its_key() {
+    let mut world = World::new(&[[0, 0, 0], [0, 0, 0]]);
+    let waiting = world.enter(keyed("job"), 9 * SECOND);
+    world.agents[0].free = [1, 0, 0];
+    let session = world.agents[0].select(&keyed("job"), 1).unwrap();
+    let decisions = world.queue.found(&Allocated {
+        slot: Slot(0),
+        session,
+    });
+    world.carry_out(decisions);
+    assert_eq!(got(&world, waiting), Some("game"));
+}
+
+#[test]
+fn a_server_that_fails_is_not_asked_again_before_it_reports() {
+    let mut world = World::new(&[[1, 0, 0]]);
+    let waiting = world.enter(anything(), 9 * SECOND);
+    let next = world.enter(anything(), 9 * SECOND);
+    world.answer(0, Some(RefusalCause::Recovering));
+    // The port may do for the next one, which has not been refused.
+    assert_eq!(world.agents[0].asked.len(), 1);
+    world.answer(0, Some(RefusalCause::Recovering));
+    assert!(world.agents[0].asked.is_empty());
+    world.report(0);
+    world.settle();
+    assert_eq!(
+        [waiting, next].map(|it| got(&world, it)),
+        [Some("game"), None]
+    );
+}
+
+#[test]
+fn a_server_that_is_late_or_gone_costs_no_place_and_no_port() {
+    let mut world = World::new(&[[1, 0, 0], [0, 0, 0]]);
+    let first = world.enter(anything(), 9 * SECOND);
+    let second = world.enter(anything(), 9 * SECOND);
+    world.pass(ASK_DEADLINE);
+    assert_eq!(world.queue.waiting(), 2);
+    assert_eq!(world.queue.servers.free_ports(), 0, "it may still select");
+    world.agents[1].free = [1, 0, 0];
+    world.report(1);
+    assert_eq!(world.agents[1].asked.len(), 1);
+    world.detach(1);
+    assert_eq!(world.queue.waiting(), 2);
+    // The late selection is given back, and serves the first.
+    world.settle();
+    assert_eq!(
+        [first, second].map(|it| got(&world, it)),
+        [Some("game"), None]
+    );
+    world.check_settled();
+}
+
+#[test]
+fn the_queue_is_bounded_and_says_so() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    for _ in 0..MAX_WAITING {
+        world.enter(anything(), SECOND);
+    }
+    let until = world.now + SECOND;
+    let (caller, decisions) = world.queue.enter(anything(), None, until, world.now);
+    let refused = Decision::Answer(caller, Err(Refusal::QueueFull));
+    assert_eq!(decisions, [refused]);
+    // Those who do not wait hear what everybody hears.
+    let at_once = world.enter(anything(), Duration::ZERO);
+    assert_eq!(got(&world, at_once), Some("no-free-port"));
+}
+
+#[test]
+fn a_closed_queue_refuses_those_who_wait_until_it_is_open() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    let (caller, _) = world
+        .queue
+        .enter(anything(), None, world.now + SECOND, world.now);
+    let refused = |caller| [Decision::Answer(caller, Err(Refusal::ShuttingDown))];
+    assert_eq!(world.queue.close(world.now), refused(caller));
+    let (caller, decisions) = world
+        .queue
+        .enter(anything(), None, world.now + SECOND, world.now);
+    assert_eq!(decisions, refused(caller));
+    world.queue.open();
+    let (_, decisions) = world
+        .queue
+        .enter(anything(), None, world.now + SECOND, world.now);
+    assert_eq!(decisions, []);
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Enter(usize, Option<u8>, u64),
+    Leave(usize),
+    Answer(usize, Option<RefusalCause>),
+    End(usize, usize),
+    /// Another connection server's client gets a port, with a key or without.
+    Elsewhere(usize, usize, Option<u8>),
+    Detach(usize),
+    Attach(usize),
+    Pass(u64),
+}
+
+/// What the requests of [`Event::Enter`] want.
+fn wanted(index: usize, key: Option<u8>) -> Wanted {
+    let mut wanted = match index % 5 {
+        0 => anything(),
+        1 => speaking(PortProtocol::TCP),
+        2 => speaking(PortProtocol::UDP),
+        3 => speaking(PortProtocol::TCPUDP),
+        _ => anything(),
+    };
+    if index % 5 == 4 {
+        wanted.filter.port_name = Some("voice".to_owned());
+    }
+    wanted.idempotency_key = key.map(|key| key.to_string());
+    wanted
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let key = || proptest::option::of(0u8..3);
+    prop_oneof![
+        6 => (0usize..5, key(), 0u64..20).prop_map(|(want, key, wait)| Event::Enter(want, key, wait)),
+        2 => any::<usize>().prop_map(Event::Leave),
+        6 => (0usize..2).prop_map(|index| Event::Answer(index, None)),
+        1 => (0usize..2).prop_map(|index| Event::Answer(index, Some(RefusalCause::Recovering))),
+        4 => (0usize..2, any::<usize>()).prop_map(|(index, which)| Event::End(index, which)),
+        1 => (0usize..2, 0usize..5, key()).prop_map(|(index, want, key)| Event::Elsewhere(index, want, key)),
+        1 => (0usize..2).prop_map(Event::Detach),
+        2 => (0usize..2).prop_map(Event::Attach),
+        1 => (1u64..8).prop_map(Event::Pass),
+    ]
+}
+
+impl World {
+    fn happen(&mut self, event: &Event) {
+        let client = |world: &Self, which: usize| {
+            let clients = world.clients.keys();
+            clients.copied().nth(which % world.clients.len().max(1))
+        };
+        match *event {
+            Event::Enter(want, key, wait) => {
+                self.enter(wanted(want, key), Duration::from_secs(wait));
+            }
+            Event::Leave(which) => {
+                if let Some(caller) = client(self, which) {
+                    self.leave(caller);
+                }
+            }
+            Event::Answer(index, cause) => self.answer(index, cause),
+            Event::End(index, which) => {
+                self.agents[index].end(which);
+                self.report(index);
+            }
+            Event::Elsewhere(index, want, key) => {
+                self.number += 1;
+                let wanted = wanted(want, key);
+                let selected = self.agents[index].select(&wanted, self.number);
+                if let Ok(session) = selected
+                    && self.agents[index].attached
+                {
+                    let slot = Self::slot(index);
+                    self.known.insert(session.id.clone());
+                    let decisions = self.queue.found(&Allocated { slot, session });
+                    self.carry_out(decisions);
+                    self.report(index);
+                }
+            }
+            Event::Detach(index) => self.detach(index),
+            Event::Attach(index) if !self.agents[index].attached => self.attach(index),
+            Event::Attach(_) => {}
+            Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(600))]
+
+    #[test]
+    fn no_request_waits_for_a_free_port_and_nobody_who_is_gone_is_served(
+        free in proptest::collection::vec(proptest::array::uniform3(0u32..3), 2),
+        events in proptest::collection::vec(event(), 1..60),
+    ) {
+        let mut world = World::new(&free);
+        for event in &events {
+            world.happen(event);
+            world.check();
+        }
+        world.settle();
+        world.check_settled();
+        for caller in world.clients.keys().copied().collect::<Vec<_>>() {
+            world.leave(caller);
+        }
+        let queue = &world.queue;
+        prop_assert!(queue.requests.is_empty() && queue.waiting.is_empty(), "{queue:?}");
+        prop_assert!(queue.by_key.is_empty() && queue.places.is_empty(), "{queue:?}");
+        prop_assert!(queue.asks.is_empty() && queue.deadlines.is_empty(), "{queue:?}");
+    }
+}

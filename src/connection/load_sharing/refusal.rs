@@ -1,0 +1,81 @@
+//! Why a request for a session gets none.
+
+/// Why a request gets no session.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Every matching port that the workload listens on has a session.
+    #[error(
+        "{} in use{}; try again, or let the request wait with waitSeconds",
+        all(*.in_use),
+        not_listening_too(*.not_listening)
+    )]
+    AllInUse {
+        /// The number of matching ports with a session.
+        in_use: u32,
+        /// The number of those that the workload does not listen on.
+        not_listening: u32,
+    },
+    /// The workload listens on no matching port.
+    #[error(
+        "the workload listens on none of the {0} matching ports: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool"
+    )]
+    NotListening(u32),
+    /// No agent is attached, or those that are have not reported ports yet.
+    #[error(
+        "no processing server is attached yet: they are starting; see GET /v1/pool, and try again in a moment"
+    )]
+    Starting,
+    /// Every attached server is being removed.
+    #[error("every processing server is being removed; see GET /v1/pool")]
+    Draining,
+    /// A matching port is free, but its agent did not select one in time.
+    #[error(
+        "a matching port is free, but its processing server did not answer or would not give it; try again in a moment"
+    )]
+    NotSelected,
+    /// Too many requests wait already.
+    #[error("too many requests are waiting; try again later")]
+    QueueFull,
+    /// The pool has no port entry of that name and protocol.
+    #[error("no port entry has name and protocol as requested; the pool has {0}")]
+    UnknownPort(String),
+    /// The idempotency key is another request's.
+    #[error(
+        "idempotencyKey belongs to a different request that waits or has a live session; use a new key"
+    )]
+    KeyReused,
+    /// The connection server stops.
+    #[error("this connection server is shutting down; ask again and another one answers")]
+    ShuttingDown,
+}
+
+fn all(count: u32) -> String {
+    match count {
+        1 => "the only matching port is".to_owned(),
+        count => format!("all {count} matching ports are"),
+    }
+}
+
+fn not_listening_too(count: u32) -> String {
+    match count {
+        0 => String::new(),
+        count => format!(", and the workload does not listen on {count} more"),
+    }
+}
+
+impl Refusal {
+    /// Static name, for metrics and problem types.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::AllInUse { .. } => "no-free-port",
+            Self::NotListening(_) => "not-listening",
+            Self::Starting | Self::Draining => "no-server",
+            Self::NotSelected => "not-selected",
+            Self::QueueFull => "queue-full",
+            Self::UnknownPort(_) => "unknown-port",
+            Self::KeyReused => "key-reused",
+            Self::ShuttingDown => "shutting-down",
+        }
+    }
+}
