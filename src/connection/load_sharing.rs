@@ -7,7 +7,8 @@
 //!                                             └─Select→ agents ⇄ processing servers
 //! ```
 //!
-//! - `http`: connections of the port; `api`: its paths; `problem`: its refusals;
+//! - `http`: connections of the port; `client_stream`: one of them, and whether
+//!   its client is still there; `api`: its paths; `problem`: its refusals;
 //! - `allocation`: carries out what the queue decides;
 //! - `queue`: pure: the rules by which requests get ports, wait and leave;
 //! - `servers`, `policy`: pure: which server a request is sent to;
@@ -15,6 +16,7 @@
 
 pub mod allocation;
 pub mod api;
+mod client_stream;
 pub(in crate::connection) mod http;
 pub mod policy;
 pub mod problem;

@@ -19,6 +19,7 @@ mod client;
 mod forward;
 mod generated;
 mod handover;
+mod http;
 mod image;
 mod layering;
 mod local;

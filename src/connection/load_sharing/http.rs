@@ -7,15 +7,18 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use axum::response::IntoResponse;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use hyper_util::server::graceful::GracefulShutdown;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::api::Ends;
+use super::client_stream::ClientStream;
+use super::problem::Refused;
 
 /// Most connections at once; further ones wait in the kernel's backlog. Each
 /// may hold an HTTP/1 head of up to [`HEAD_BYTES`], so 128 MiB in the worst case.
@@ -47,6 +50,8 @@ pub async fn serve(
     builder
         .http1()
         .timer(TokioTimer::new())
+        // The end of the client's side is not the end of its interest.
+        .half_close(true)
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(HEAD_BYTES as usize);
     builder
@@ -67,7 +72,7 @@ pub async fn serve(
             () = &mut shutdown => break,
         };
         let stream = match accepted {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => ClientStream::new(stream),
             Err(error) => {
                 warn!(%error, "failed to accept a connection on the load-sharing port");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -78,7 +83,7 @@ pub async fn serve(
         let Some(service) = service(&stream, &router, has_requested.clone()) else {
             continue;
         };
-        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        let connection = builder.serve_connection(TokioIo::new(stream.clone()), service);
         let connection = graceful.watch(connection.into_owned());
         tokio::spawn(async move {
             tokio::select! {
@@ -87,6 +92,7 @@ pub async fn serve(
                 },
                 () = no_request_in_time(&has_requested) => debug!("connection to the load-sharing port sent no request in time"),
             }
+            stream.end().await;
             drop(permit);
         });
     }
@@ -109,9 +115,10 @@ async fn no_request_in_time(has_requested: &AtomicBool) {
 }
 
 /// The router as a service of this connection, which notes that a request came
-/// in `has_requested`; `None` when the connection is gone already.
+/// in `has_requested`; `None` when the connection is gone already. It drops a
+/// request whose client has left.
 fn service(
-    stream: &TcpStream,
+    stream: &ClientStream,
     router: &Router,
     has_requested: Arc<AtomicBool>,
 ) -> Option<
@@ -124,18 +131,26 @@ fn service(
     + 'static,
 > {
     // Answers are one small write; they should not wait for a next one.
-    stream.set_nodelay(true).ok()?;
+    stream.tcp().set_nodelay(true).ok()?;
     let ends = Ends {
-        client: stream.peer_addr().ok()?,
-        local: stream.local_addr().ok()?,
+        client: stream.tcp().peer_addr().ok()?,
+        local: stream.tcp().local_addr().ok()?,
     };
-    let router = router.clone();
+    let (router, stream) = (router.clone(), stream.clone());
     Some(hyper::service::service_fn(
         move |request: http::Request<hyper::body::Incoming>| {
             has_requested.store(true, Ordering::Relaxed);
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(ends);
-            router.clone().oneshot(request)
+            let version = request.version();
+            let (router, stream) = (router.clone(), stream.clone());
+            async move {
+                tokio::select! {
+                    biased;
+                    response = router.oneshot(request) => response,
+                    () = stream.departure(version) => Ok(Refused::Departed.into_response()),
+                }
+            }
         },
     ))
 }
@@ -143,6 +158,7 @@ fn service(
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpStream;
     use tokio::time::Instant;
 
     use super::*;

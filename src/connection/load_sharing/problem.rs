@@ -45,6 +45,11 @@ pub enum Refused {
     /// The resource has other methods.
     #[error("see /openapi.json for the paths and methods")]
     MethodNotAllowed,
+    /// The client left. One of HTTP/1.0 may still read this.
+    #[error(
+        "the client ended its side while the request was waiting: keep it open, or ask over HTTP/1.1"
+    )]
+    Departed,
     /// The request was right, but gets no session.
     #[error(transparent)]
     Allocation(#[from] Refusal),
@@ -91,6 +96,7 @@ impl Refused {
                 "method-not-allowed",
                 "Method not allowed",
             ),
+            Self::Departed => (Code::SERVICE_UNAVAILABLE, "departed", "Client has left"),
             Self::Allocation(refusal) => {
                 let (status, title) = match refusal {
                     Refusal::AllInUse { .. } => (Code::SERVICE_UNAVAILABLE, "No free port"),
