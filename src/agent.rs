@@ -1,8 +1,9 @@
 //! The processing server role: the agent beside a workload, which selects the
 //! connection port for each request.
 //!
-//! - `book`: pure: which ports are free, and who has the others;
-//! - `sockets`: which ports the workload listens on;
+//! - `book`: pure: which ports are free, who has the others, and when to look
+//!   whether the workload listens;
+//! - `sockets`: looking at the workload's sockets;
 //! - `server`: the server side of the selection protocol;
 //! - `metrics`: what is counted.
 
@@ -31,10 +32,6 @@ use crate::selection::v1::selection_server::SelectionServer;
 use crate::selection::{GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
 use crate::table::{Slot, Table};
 use crate::{admin, follow};
-
-/// How often the listening ports are read. A port that the workload opens is
-/// offered this much later at most.
-const SOCKETS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How often a stopping agent looks whether sessions are left.
 const DRAIN_CHECK: Duration = Duration::from_millis(50);
@@ -135,11 +132,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let mut registry = Registry::default();
     admin::register_build_info(&mut registry);
     let metrics = Arc::new(Metrics::new(&mut registry, follower.rejected()));
-    let agent = Agent::new(options.slot, recovering, metrics);
+    let sockets = sockets::Reader::new(options.address, options.listen_scope);
+    let agent = Agent::new(options.slot, sockets, recovering, metrics);
     registry.register_collector(Box::new(metrics::Live::new(&agent)));
     follow_table(&agent, &first);
-    let mut listening_ports = sockets::Reader::new(options.address, options.listen_scope);
-    watch_sockets_once(&agent, &mut listening_ports);
 
     let address = SocketAddr::new(options.address, first.agent_port.get());
     let incoming = TcpIncoming::bind(address)
@@ -154,11 +150,6 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         admin_state(&agent, registry),
         until(&stopping),
     ));
-    tasks.spawn(
-        stopping
-            .clone()
-            .run_until_cancelled_owned(watch_sockets(agent.clone(), listening_ports)),
-    );
     let timing = agent.clone();
     tasks.spawn(
         stopping
@@ -206,23 +197,6 @@ fn ran_before(state_file: Option<&Path>) -> Result<bool, Error> {
 fn follow_table(agent: &Agent, table: &Table) {
     if let Err(reason) = agent.follow(table) {
         warn!(%reason, "table not accepted");
-    }
-}
-
-fn watch_sockets_once(agent: &Agent, listening_ports: &mut sockets::Reader) {
-    match listening_ports.read_change() {
-        Ok(Some(listening)) => agent.set_listening(listening),
-        Ok(None) => {}
-        Err(error) => {
-            warn!(%error, "failed to read the socket table; listening ports stay as they were")
-        }
-    }
-}
-
-async fn watch_sockets(agent: Agent, mut listening_ports: sockets::Reader) {
-    loop {
-        sleep(SOCKETS_INTERVAL).await;
-        watch_sockets_once(&agent, &mut listening_ports);
     }
 }
 

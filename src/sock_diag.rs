@@ -1,43 +1,55 @@
-//! Requests to the kernel about the sockets of this network namespace, by
+//! Requests to the kernel about sockets of this network namespace, by
 //! `NETLINK_SOCK_DIAG`, as `ss` sends them. They need no privilege and never wait.
 //!
-//! The cost of a request grows with the sockets that it is about. For listening
-//! sockets the kernel walks only the table of those; a read of `/proc/net/tcp` makes
-//! it walk the table of all connections of the machine, even when that is almost
-//! empty.
+//! Each request names the addresses of one socket, and the kernel looks that one up
+//! as it does for a packet: about 2 µs, however many sockets there are. Lists of
+//! sockets are not requested, because a list costs by the sockets of the whole
+//! machine. Neither are reports of closed sockets (`SKNLGRP_INET_TCP_DESTROY`): the
+//! kernel would make one for every connection of the machine that ends.
 //!
-//! Source: sock_diag(7), netlink(7); Linux `include/uapi/linux/inet_diag.h`.
+//! Source: sock_diag(7), netlink(7); Linux `include/uapi/linux/inet_diag.h`,
+//! `inet_diag_find_one_icsk`, `udp_dump_one`.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 
 use netlink_packet_core::{
-    DecodeError, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_MULTIPART, NLM_F_REQUEST, NLMSG_ALIGNTO,
-    NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload, Parseable,
+    DecodeError, NLM_F_REQUEST, NLMSG_ALIGNTO, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, Parseable,
 };
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6};
-pub use netlink_packet_sock_diag::constants::{IPPROTO_TCP, IPPROTO_UDP};
-pub use netlink_packet_sock_diag::inet::StateFlags;
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponseHeader, SocketId};
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP};
+use netlink_packet_sock_diag::inet::{
+    ExtensionFlags, InetRequest, InetResponseHeader, SocketId, StateFlags,
+};
 use netlink_packet_sock_diag::{SOCK_DIAG_BY_FAMILY, SockDiagMessage};
+use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
-/// Longest part of an answer that the kernel makes (`netlink_recvmsg`).
-const PART_BYTES: usize = 32 * 1024;
+/// More bytes than an answer about one socket has: about 500.
+const ANSWER_BYTES: usize = 8 * 1024;
 
-/// Most requests for one list. It is requested again when sockets were opened or
-/// closed meanwhile, because such a list may have gaps.
-const LIST_ATTEMPTS: usize = 3;
+/// Most requests that are sent at once. Sending 32 saves half of the time that
+/// single ones take, and their answers fit into a receive buffer of 64 KiB.
+const BATCH: usize = 32;
 
-/// A socket for requests to the kernel, one at a time.
+/// A protocol that the kernel is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Protocol {
+    /// Connections.
+    Tcp,
+    /// Datagrams.
+    Udp,
+}
+
+/// A socket for requests to the kernel.
 #[derive(Debug)]
 pub struct SockDiag {
     netlink: OwnedFd,
     /// Sequence number of the last request. Its answer has the same number.
     sequence: u32,
-    /// Buffer for one part of an answer.
-    part: Vec<u8>,
+    /// Buffer for one answer.
+    answer: Vec<u8>,
 }
 
 impl SockDiag {
@@ -53,32 +65,40 @@ impl SockDiag {
         Ok(Self {
             netlink,
             sequence: 0,
-            part: vec![0; PART_BYTES],
+            answer: vec![0; ANSWER_BYTES],
         })
     }
 
-    /// The local addresses of all sockets of `protocol`, an `IPPROTO_` number,
-    /// in one of `states`: first those of IPv4 sockets, then those of IPv6 sockets.
-    /// The latter may include IPv4 addresses in their mapped form.
+    /// For each of `addresses`, the socket that a new client's first packet to it
+    /// would reach now: one that is bound to that address, or to all addresses of a
+    /// kind that includes it. A socket that is bound to a network device is not
+    /// found.
     ///
     /// # Errors
-    /// The kernel's, for example `ENOENT` where it lacks the module;
-    /// [`io::ErrorKind::Interrupted`] when sockets were opened or closed during every
-    /// attempt.
-    pub fn local_addresses(
+    /// The kernel's. It reports no error when it has no module for `protocol`: it
+    /// finds nothing then.
+    pub fn listeners(
         &mut self,
-        protocol: u8,
-        states: &StateFlags,
-    ) -> io::Result<Vec<SocketAddr>> {
-        let mut addresses = Vec::new();
-        for (family, any) in [
-            (AF_INET, SocketId::new_v4()),
-            (AF_INET6, SocketId::new_v6()),
-        ] {
-            let sockets = self.list(&request(family, protocol, states.clone(), any))?;
-            addresses.extend(sockets.into_iter().map(|socket| socket.local));
+        protocol: Protocol,
+        addresses: &[SocketAddr],
+    ) -> io::Result<Vec<Option<Socket>>> {
+        let request = |address: &SocketAddr| {
+            let anyone = match address.ip().to_canonical() {
+                IpAddr::V4(_) => SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)),
+                IpAddr::V6(_) => SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)),
+            };
+            match protocol {
+                Protocol::Tcp => request(IPPROTO_TCP, *address, anyone),
+                // Of UDP sockets the kernel takes the two the other way round.
+                Protocol::Udp => request(IPPROTO_UDP, anyone, *address),
+            }
+        };
+        let mut sockets = Vec::with_capacity(addresses.len());
+        for batch in addresses.chunks(BATCH) {
+            let requests: Vec<InetRequest> = batch.iter().map(request).collect();
+            sockets.extend(self.ask(&requests)?);
         }
-        Ok(addresses)
+        Ok(sockets)
     }
 
     /// Number of bytes that the TCP socket with these addresses has sent, and that
@@ -87,79 +107,71 @@ impl SockDiag {
     /// # Errors
     /// The kernel's: `ENOENT` when the connection is gone.
     pub fn unacknowledged(&mut self, local: SocketAddr, peer: SocketAddr) -> io::Result<u32> {
-        let (local_ip, peer_ip) = (local.ip().to_canonical(), peer.ip().to_canonical());
-        let family = if local_ip.is_ipv4() {
+        let found = self.ask(&[request(IPPROTO_TCP, local, peer)])?;
+        let socket = found.into_iter().next().flatten();
+        socket
+            .map(|socket| socket.send_queue)
+            .ok_or_else(|| Errno::NOENT.into())
+    }
+
+    fn ask(&mut self, requests: &[InetRequest]) -> io::Result<Vec<Option<Socket>>> {
+        let answers = self.exchange(requests);
+        if answers.is_err() {
+            // The other answers would be taken for those of the next requests.
+            while net::recv(&self.netlink, &mut self.answer, RecvFlags::empty()).is_ok() {}
+        }
+        answers
+    }
+
+    fn exchange(&mut self, requests: &[InetRequest]) -> io::Result<Vec<Option<Socket>>> {
+        let first = self.sequence.wrapping_add(1);
+        let mut messages = Vec::new();
+        for request in requests {
+            self.sequence = self.sequence.wrapping_add(1);
+            messages.extend(encode(request, self.sequence));
+        }
+        net::send(&self.netlink, &messages, SendFlags::empty())?;
+        let mut answers = Answers::new(first, requests.len());
+        while answers.missing > 0 {
+            // The kernel answers while it is sent the requests, so this never waits.
+            let (_, length) = net::recv(&self.netlink, &mut self.answer, RecvFlags::TRUNC)?;
+            let answer = self.answer.get(..length).ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidData, "an answer was cut off")
+            })?;
+            answers.add(answer)?;
+        }
+        Ok(answers.sockets)
+    }
+}
+
+/// A request about the socket with these addresses.
+fn request(protocol: u8, source: SocketAddr, destination: SocketAddr) -> InetRequest {
+    let (source_address, destination_address) =
+        (source.ip().to_canonical(), destination.ip().to_canonical());
+    InetRequest {
+        family: if source_address.is_ipv4() {
             AF_INET
         } else {
             AF_INET6
-        };
-        let id = SocketId {
-            source_port: local.port(),
-            destination_port: peer.port(),
-            source_address: local_ip,
-            destination_address: peer_ip,
+        },
+        protocol,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id: SocketId {
+            source_port: source.port(),
+            destination_port: destination.port(),
+            source_address,
+            destination_address,
             interface_id: 0,
             // The addresses suffice: this stands for any cookie.
             cookie: [0xff; 8],
-        };
-        let answer = self.ask(&request(family, IPPROTO_TCP, StateFlags::all(), id), 0)?;
-        let socket = answer.sockets.first();
-        socket
-            .map(|socket| socket.send_queue)
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-
-    fn list(&mut self, request: &InetRequest) -> io::Result<Vec<Socket>> {
-        for _ in 0..LIST_ATTEMPTS {
-            let answer = self.ask(request, NLM_F_DUMP)?;
-            if !answer.is_interrupted {
-                return Ok(answer.sockets);
-            }
-        }
-        Err(io::ErrorKind::Interrupted.into())
-    }
-
-    fn ask(&mut self, request: &InetRequest, flags: u16) -> io::Result<Answer> {
-        let answer = self.exchange(request, flags);
-        if answer.is_err() {
-            // The rest of a list would make the next request fail.
-            while net::recv(&self.netlink, &mut self.part, RecvFlags::empty()).is_ok() {}
-        }
-        answer
-    }
-
-    fn exchange(&mut self, request: &InetRequest, flags: u16) -> io::Result<Answer> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let message = encode(request, flags, self.sequence);
-        net::send(&self.netlink, &message, SendFlags::empty())?;
-        let mut answer = Answer::default();
-        loop {
-            // The kernel makes each part while the one before it is received, so
-            // this never waits.
-            let (_, length) = net::recv(&self.netlink, &mut self.part, RecvFlags::TRUNC)?;
-            let part = self.part.get(..length).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, "part of an answer was cut off")
-            })?;
-            if answer.add(part, self.sequence)? {
-                return Ok(answer);
-            }
-        }
+        },
     }
 }
 
-fn request(family: u8, protocol: u8, states: StateFlags, socket_id: SocketId) -> InetRequest {
-    InetRequest {
-        family,
-        protocol,
-        extensions: ExtensionFlags::empty(),
-        states,
-        socket_id,
-    }
-}
-
-fn encode(request: &InetRequest, flags: u16, sequence: u32) -> Vec<u8> {
+fn encode(request: &InetRequest, sequence: u32) -> Vec<u8> {
     let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | flags;
+    header.flags = NLM_F_REQUEST;
     header.sequence_number = sequence;
     let request = SockDiagMessage::InetRequest(request.clone());
     let mut message = NetlinkMessage::new(header, request.into());
@@ -172,8 +184,12 @@ fn encode(request: &InetRequest, flags: u16, sequence: u32) -> Vec<u8> {
 /// The fields of a `struct inet_diag_msg` that are used. Its attributes are not
 /// parsed, because each kernel version adds more of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Socket {
-    local: SocketAddr,
+pub struct Socket {
+    /// The address that the socket is bound to. That of an IPv6 socket may be an
+    /// IPv4 address in its mapped form.
+    pub local: SocketAddr,
+    /// The number of the socket's inode, which no other open socket has.
+    pub inode: u32,
     send_queue: u32,
 }
 
@@ -188,23 +204,36 @@ impl NetlinkDeserializable for Socket {
         let id = response.socket_id;
         Ok(Self {
             local: SocketAddr::new(id.source_address, id.source_port),
+            inode: response.inode,
             send_queue: response.send_queue,
         })
     }
 }
 
-#[derive(Debug, Default)]
-struct Answer {
-    sockets: Vec<Socket>,
-    /// Whether the kernel has marked the list as one that may have gaps.
-    is_interrupted: bool,
+/// The answers to requests with successive sequence numbers.
+#[derive(Debug)]
+struct Answers {
+    /// Sequence number of the first request.
+    first: u32,
+    /// By request, `None` where there is no such socket.
+    sockets: Vec<Option<Socket>>,
+    /// The number of requests without an answer.
+    missing: usize,
 }
 
-impl Answer {
-    /// Adds the messages in `part` that answer request `sequence`. Returns whether
-    /// the answer is complete now.
-    fn add(&mut self, part: &[u8], sequence: u32) -> io::Result<bool> {
-        let mut rest = part;
+impl Answers {
+    fn new(first: u32, requests: usize) -> Self {
+        Self {
+            first,
+            sockets: vec![None; requests],
+            missing: requests,
+        }
+    }
+
+    /// Adds the messages in `bytes`. Those that answer older requests are passed
+    /// over.
+    fn add(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let mut rest = bytes;
         while !rest.is_empty() {
             let message = NetlinkMessage::<Socket>::deserialize(rest)
                 .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
@@ -212,50 +241,42 @@ impl Answer {
             let length = usize::try_from(header.length).unwrap_or(usize::MAX);
             let next = length.checked_next_multiple_of(usize::from(NLMSG_ALIGNTO));
             rest = next.and_then(|next| rest.get(next..)).unwrap_or_default();
-            if header.sequence_number != sequence {
+            let index = header.sequence_number.wrapping_sub(self.first);
+            let index = usize::try_from(index).unwrap_or(usize::MAX);
+            let Some(socket) = self.sockets.get_mut(index) else {
                 continue;
-            }
-            self.is_interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+            };
             match message.payload {
-                NetlinkPayload::InnerMessage(socket) => {
-                    self.sockets.push(socket);
-                    if header.flags & NLM_F_MULTIPART == 0 {
-                        return Ok(true);
+                NetlinkPayload::InnerMessage(found) => *socket = Some(found),
+                NetlinkPayload::Error(error) => {
+                    let code = error.code.map_or(0, std::num::NonZero::get);
+                    let errno = code.saturating_neg();
+                    if errno != Errno::NOENT.raw_os_error() {
+                        return Err(io::Error::from_raw_os_error(errno));
                     }
                 }
-                NetlinkPayload::Done(done) => return succeeded(done.code),
-                NetlinkPayload::Error(error) => {
-                    return succeeded(error.code.map_or(0, std::num::NonZero::get));
-                }
-                NetlinkPayload::Overrun(_) => return Err(rustix::io::Errno::NOBUFS.into()),
-                _ => {}
+                NetlinkPayload::Overrun(_) => return Err(Errno::NOBUFS.into()),
+                _ => continue,
             }
+            self.missing = self.missing.saturating_sub(1);
         }
-        Ok(false)
-    }
-}
-
-/// The result that `code` stands for: 0 is success, a negative number an error.
-fn succeeded(code: i32) -> io::Result<bool> {
-    match code {
-        0 => Ok(true),
-        code => Err(io::Error::from_raw_os_error(code.saturating_neg())),
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use netlink_packet_core::{NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP};
+    use netlink_packet_core::{NLMSG_ERROR, NLMSG_NOOP};
     use proptest::prelude::*;
-    use rustix::io::Errno;
+    use std::net::{TcpListener, UdpSocket};
 
     /// A message as the kernel writes it, padded.
-    fn message(kind: u16, flags: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
+    fn message(kind: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
         bytes.extend(u32::try_from(16 + payload.len()).unwrap().to_ne_bytes());
         bytes.extend(kind.to_ne_bytes());
-        bytes.extend(flags.to_ne_bytes());
+        bytes.extend([0; 2]);
         bytes.extend(sequence.to_ne_bytes());
         bytes.extend([0; 4]);
         bytes.extend(payload);
@@ -264,141 +285,114 @@ mod tests {
     }
 
     /// A listening socket on 127.0.0.9, and an attribute of three bytes.
-    fn socket(flags: u16, sequence: u32, port: u16, send_queue: u32) -> Vec<u8> {
+    fn socket(sequence: u32, port: u16, inode: u32) -> Vec<u8> {
         let mut payload = vec![AF_INET, 10, 0, 0];
         payload.extend(port.to_be_bytes());
         payload.extend([0; 2]);
         payload.extend([127, 0, 0, 9]);
         payload.extend([0; 12 + 16 + 4 + 8 + 4 + 4]);
-        payload.extend(send_queue.to_ne_bytes());
-        payload.extend([0; 8]);
+        payload.extend(42u32.to_ne_bytes());
+        payload.extend([0; 4]);
+        payload.extend(inode.to_ne_bytes());
         payload.extend([7, 0, 8, 0, 1, 2, 3]);
-        message(SOCK_DIAG_BY_FAMILY, flags, sequence, &payload)
+        message(SOCK_DIAG_BY_FAMILY, sequence, &payload)
     }
 
-    fn end(sequence: u32, code: i32) -> Vec<u8> {
-        message(NLMSG_DONE, NLM_F_MULTIPART, sequence, &code.to_ne_bytes())
+    fn error(sequence: u32, errno: Errno) -> Vec<u8> {
+        let code = (-errno.raw_os_error()).to_ne_bytes();
+        message(NLMSG_ERROR, sequence, &[code, [0; 4]].concat())
     }
 
-    fn ports(answer: &Answer) -> Vec<u16> {
-        answer
-            .sockets
-            .iter()
-            .map(|socket| socket.local.port())
+    fn ports(answers: &Answers) -> Vec<Option<u16>> {
+        let sockets = answers.sockets.iter();
+        sockets
+            .map(|socket| socket.map(|socket| socket.local.port()))
             .collect()
     }
 
     #[test]
-    fn a_list_ends_with_its_end_however_many_parts_it_has() {
-        let mut answer = Answer::default();
-        let first = [
-            socket(NLM_F_MULTIPART, 5, 7000, 0),
-            socket(NLM_F_MULTIPART, 5, 7001, 0),
-        ];
-        assert!(!answer.add(&first.concat(), 5).unwrap());
-        assert!(!answer.add(&message(NLMSG_NOOP, 0, 5, &[]), 5).unwrap());
-        let last = [socket(NLM_F_MULTIPART, 5, 7002, 0), end(5, 0)];
-        assert!(answer.add(&last.concat(), 5).unwrap());
-        assert_eq!(ports(&answer), [7000, 7001, 7002]);
-        assert_eq!(answer.sockets[0].local, "127.0.0.9:7000".parse().unwrap());
-        assert!(!answer.is_interrupted);
+    fn each_request_has_its_answer_in_whatever_order_they_come() {
+        let mut answers = Answers::new(u32::MAX, 3);
+        answers.add(&socket(1, 7002, 9)).unwrap();
+        answers.add(&message(NLMSG_NOOP, 0, &[])).unwrap();
+        let both = [socket(u32::MAX, 7000, 8), error(0, Errno::NOENT)].concat();
+        assert_eq!(answers.missing, 2);
+        answers.add(&both).unwrap();
+        assert_eq!(answers.missing, 0);
+        assert_eq!(ports(&answers), [Some(7000), None, Some(7002)]);
+        let last = answers.sockets[2].unwrap();
+        assert_eq!(last.local, "127.0.0.9:7002".parse().unwrap());
+        assert_eq!((last.inode, last.send_queue), (9, 42));
     }
 
     #[test]
-    fn one_socket_is_an_answer_that_needs_no_end() {
-        let mut answer = Answer::default();
-        assert!(answer.add(&socket(0, 1, 7000, 42), 1).unwrap());
-        assert_eq!(answer.sockets[0].send_queue, 42);
-    }
-
-    #[test]
-    fn answers_to_an_older_question_are_skipped() {
-        let mut answer = Answer::default();
-        let part = [
-            socket(NLM_F_MULTIPART, 4, 6000, 0),
-            end(4, 0),
-            socket(NLM_F_MULTIPART, 5, 7000, 0),
-        ];
-        assert!(!answer.add(&part.concat(), 5).unwrap());
-        assert!(answer.add(&end(5, 0), 5).unwrap());
-        assert_eq!(ports(&answer), [7000]);
-    }
-
-    #[test]
-    fn a_list_with_gaps_is_recognized() {
-        for flagged in [
-            socket(NLM_F_MULTIPART | NLM_F_DUMP_INTR, 5, 7000, 0),
-            message(NLMSG_DONE, NLM_F_MULTIPART | NLM_F_DUMP_INTR, 5, &[0; 4]),
-        ] {
-            let mut answer = Answer::default();
-            answer.add(&[flagged, end(5, 0)].concat(), 5).unwrap();
-            assert!(answer.is_interrupted);
-        }
+    fn answers_to_an_older_request_are_skipped() {
+        let mut answers = Answers::new(5, 1);
+        answers.add(&socket(4, 6000, 1)).unwrap();
+        answers.add(&error(4, Errno::PERM)).unwrap();
+        assert_eq!(answers.missing, 1);
+        answers.add(&socket(5, 7000, 1)).unwrap();
+        assert_eq!((answers.missing, ports(&answers)), (0, vec![Some(7000)]));
     }
 
     #[test]
     fn a_refusal_of_the_kernel_is_an_error() {
-        let code = (-Errno::NOENT.raw_os_error()).to_ne_bytes();
-        let refusal = message(NLMSG_ERROR, 0, 5, &[code, [0; 4]].concat());
-        for part in [refusal, end(5, -Errno::NOENT.raw_os_error())] {
-            let error = Answer::default().add(&part, 5).unwrap_err();
-            assert_eq!(error.raw_os_error(), Some(Errno::NOENT.raw_os_error()));
-        }
+        let refused = Answers::new(5, 1).add(&error(5, Errno::PERM)).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(Errno::PERM.raw_os_error()));
     }
 
     #[test]
     fn a_cut_off_message_is_an_error() {
-        let whole = [socket(NLM_F_MULTIPART, 5, 7000, 0), end(5, 0)].concat();
+        let whole = socket(5, 7000, 1);
+        // Up to the padding, what is cut off are attributes, which are not read.
         for length in 1..whole.len() - 1 {
-            let result = Answer::default().add(&whole[..length], 5);
-            // A message that lacks only its padding is read, but is not the end.
-            assert!(!result.is_ok_and(|is_complete| is_complete), "{length}");
+            let mut answers = Answers::new(5, 1);
+            assert!(answers.add(&whole[..length]).is_err(), "{length}");
         }
     }
 
     #[test]
-    fn after_a_refusal_the_next_question_is_answered() {
-        let listener = std::net::TcpListener::bind("127.0.0.9:0").unwrap();
+    fn more_sockets_than_one_batch_has_are_found_each_on_its_port() {
         let mut diag = SockDiag::open().unwrap();
-        for _ in 0..3 {
-            // RFC 3692 reserves this protocol for experiments: no module can be for it.
-            assert!(diag.local_addresses(253, &StateFlags::all()).is_err());
-            let found = diag
-                .local_addresses(IPPROTO_TCP, &StateFlags::LISTEN)
-                .unwrap();
-            assert!(found.contains(&listener.local_addr().unwrap()));
-        }
-    }
-
-    #[test]
-    fn a_list_given_up_half_way_does_not_spoil_the_next() {
-        let sockets: Vec<_> = (0..400)
-            .map(|_| std::net::UdpSocket::bind("127.0.0.9:0").unwrap())
+        let bound: Vec<UdpSocket> = (0..200)
+            .map(|_| UdpSocket::bind("127.0.0.9:0").unwrap())
             .collect();
+        let addresses: Vec<SocketAddr> = bound
+            .iter()
+            .map(|socket| socket.local_addr().unwrap())
+            .collect();
+        let found = diag.listeners(Protocol::Udp, &addresses).unwrap();
+        let locals: Vec<SocketAddr> = found.iter().map(|found| found.unwrap().local).collect();
+        assert_eq!(locals, addresses);
+        let inodes: std::collections::BTreeSet<u32> =
+            found.iter().map(|found| found.unwrap().inode).collect();
+        assert_eq!(inodes.len(), bound.len());
+        drop(bound);
+        let found = diag.listeners(Protocol::Udp, &addresses[..3]).unwrap();
+        assert_eq!(found, [None; 3]);
+    }
+
+    #[test]
+    fn an_answer_that_cannot_be_read_does_not_spoil_the_next() {
+        let listener = TcpListener::bind("127.0.0.9:0").unwrap();
+        let at = [listener.local_addr().unwrap(); 3];
         let mut diag = SockDiag::open().unwrap();
-        // Too short for a part, so that the list cannot be read.
-        diag.part = vec![0; 64];
-        let error = diag
-            .local_addresses(IPPROTO_UDP, &StateFlags::CLOSE)
-            .unwrap_err();
+        // Too short for an answer.
+        diag.answer = vec![0; 32];
+        let error = diag.listeners(Protocol::Tcp, &at).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
-        diag.part = vec![0; PART_BYTES];
-        let found = diag
-            .local_addresses(IPPROTO_UDP, &StateFlags::CLOSE)
-            .unwrap();
-        // More than one part has: about 100 bytes for each.
-        for socket in &sockets {
-            assert!(found.contains(&socket.local_addr().unwrap()));
-        }
+        diag.answer = vec![0; ANSWER_BYTES];
+        let found = diag.listeners(Protocol::Tcp, &at).unwrap();
+        assert!(found.iter().all(|found| found.unwrap().local == at[0]));
     }
 
     proptest! {
         #[test]
         fn no_bytes_panic(part in prop::collection::vec(any::<u8>(), 0..200), at in 0usize..90) {
-            let _ = Answer::default().add(&part, 5);
-            let mut near = socket(NLM_F_MULTIPART, 5, 7000, 0);
+            let _ = Answers::new(5, 2).add(&part);
+            let mut near = socket(5, 7000, 1);
             near.splice(at.min(near.len()).., part);
-            let _ = Answer::default().add(&near, 5);
+            let _ = Answers::new(5, 2).add(&near);
         }
     }
 }

@@ -11,11 +11,12 @@
 //! ```
 //!
 //! A port is offered only while the workload listens on its server port;
-//! otherwise it is not listening. A session that ends keeps its port until every
+//! otherwise it is not listening. The caller looks at the workload's sockets when
+//! the book wants it to. A session that ends keeps its port until every
 //! connection server that may know it has acknowledged the end, has stopped, or
 //! is gone for good. So a free port has no session and no connection anywhere.
 //!
-//! - `ports`, `session`, `connection_servers`: the parts of the book;
+//! - `ports`, `listening`, `session`, `connection_servers`: the parts of the book;
 //! - `life`: the changes of sessions;
 //! - `attachment`: the arrival and departure of connection servers;
 //! - this file: the requests of the agent.
@@ -26,6 +27,7 @@
 mod attachment;
 mod connection_servers;
 mod life;
+mod listening;
 mod ports;
 mod session;
 
@@ -36,13 +38,13 @@ use jiff::Timestamp;
 
 use self::connection_servers::ConnectionServers;
 use self::life::end_notice;
-pub use self::ports::Listening;
+pub use self::listening::{ServerPort, SocketId};
 use self::ports::Ports;
 use self::session::{ADOPTED, Session, State};
 use crate::selection::{
     self, ConnectionServerId, Counts, EndCause, FromAgent, RefusalCause, Select, ToAgent,
 };
-use crate::session::SessionId;
+use crate::session::{PortFilter, SessionId};
 use crate::table::{ListenPort, Row, RowState};
 
 /// The time, as the book needs it.
@@ -158,22 +160,44 @@ impl Book {
 
     /// Follows a newer row; `None` when the slot is gone. A port that stays keeps
     /// its session. A session ends when its port goes or leads elsewhere now.
-    pub fn set_row(&mut self, row: Option<&Row>, times: Times) -> Vec<Notice> {
+    pub fn set_row(&mut self, row: Option<&Row>, times: Times, now: Now) -> Vec<Notice> {
         self.times = times;
         self.row_draining = row.is_none_or(|row| row.state == RowState::Draining);
-        let orphans = self.ports.set_row(row);
+        let orphans = self.ports.set_row(row, now.monotonic);
         let mut notices = Vec::new();
         for port in orphans {
             if let Some(id) = self.ports.session(port).cloned() {
-                self.end(&id, EndCause::Drained, &mut notices);
+                self.end(&id, EndCause::Drained, now, &mut notices);
             }
         }
         notices
     }
 
-    /// Follows a change of the ports that the workload listens on.
-    pub fn set_listening(&mut self, listening: Listening) {
-        self.ports.set_listening(listening);
+    /// The server ports whose sockets must be looked at now, a few at a time: it
+    /// returns others when [`Book::see`] has been called with what was found.
+    pub fn take_due_looks(&mut self, now: Now) -> Vec<ServerPort> {
+        self.ports.take_due(now.monotonic)
+    }
+
+    /// When [`Book::take_due_looks`] returns a port next.
+    #[must_use]
+    pub fn next_look(&self) -> Option<Duration> {
+        self.ports.next_look()
+    }
+
+    /// Notes what a look at `port` has found at `now`: a socket that a client
+    /// reaches, or none.
+    pub fn see(&mut self, port: ServerPort, socket: Option<SocketId>, now: Now) {
+        self.ports.see(port, socket, now.monotonic);
+    }
+
+    /// The port that [`Book::select`] gives a request for `filter` next, and the
+    /// server ports that it leads to. What was seen there last may be a second
+    /// old, so that the caller looks again.
+    #[must_use]
+    pub fn next_port(&self, filter: &PortFilter) -> Option<(ListenPort, Vec<ServerPort>)> {
+        let port = self.ports.longest_free(filter)?;
+        Some((port, self.ports.server_ports(port)))
     }
 
     /// Selects an available connection port for a request of the connection
@@ -214,6 +238,7 @@ impl Book {
             owner: owner.clone(),
             state: State::Held,
             open: BTreeSet::new(),
+            closed: None,
             filter: request.filter.clone(),
             idempotency_key: request.idempotency_key.clone(),
             bound_client: request.bound_client,
@@ -264,13 +289,13 @@ impl Book {
             ToAgent::Closed(id) => self.closed(from, id, now, &mut notices),
             ToAgent::Release(id) => {
                 if self.sessions.contains_key(id) {
-                    self.end(id, EndCause::Released, &mut notices);
+                    self.end(id, EndCause::Released, now, &mut notices);
                 } else {
                     self.remember_over(id);
                     notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
                 }
             }
-            ToAgent::Ended(id) => self.ended(from, id),
+            ToAgent::Ended(id) => self.ended(from, id, now),
             _ => {}
         }
         notices
@@ -303,7 +328,7 @@ impl Book {
         }
         for gone in self.connection_servers.take_gone(now.monotonic) {
             self.write_off(&gone, now, &mut notices);
-            self.end_orphans(&gone, &mut notices);
+            self.end_orphans(&gone, now, &mut notices);
         }
         while let Some((at, id)) = self.deadlines.first().cloned() {
             if at > now.monotonic {
@@ -318,7 +343,7 @@ impl Book {
                 State::Held => EndCause::Unclaimed,
                 _ => EndCause::Finished,
             };
-            self.end(&id, cause, &mut notices);
+            self.end(&id, cause, now, &mut notices);
         }
         notices
     }
@@ -338,11 +363,11 @@ impl Book {
     }
 
     /// Ends every session, because the time to drain has passed.
-    pub fn end_all(&mut self) -> Vec<Notice> {
+    pub fn end_all(&mut self, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
         let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
-            self.end(&id, EndCause::Drained, &mut notices);
+            self.end(&id, EndCause::Drained, now, &mut notices);
         }
         notices
     }

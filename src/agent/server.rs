@@ -4,7 +4,13 @@
 //!
 //! ```text
 //! connection server ─ToAgent→ Agent ─→ Book (lock, no await) ─notices→ outboxes ─FromAgent→
+//!                                       │ ↑ looks that are due
+//!                                       ↓ │ what was found
+//!                                      sockets
 //! ```
+//!
+//! A look never waits, so it happens under the lock: no session ends between a
+//! look and the moment when the book has its result.
 
 mod streams;
 
@@ -15,12 +21,14 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
-use tracing::info;
+use tracing::{info, warn};
 
-use super::book::{Book, Listening, Notice, Now, Times, To};
+use super::book::{Book, Notice, Now, ServerPort, Times, To};
 use super::metrics::Metrics;
+use super::sockets::Reader;
 use crate::follow::{Rejected, is_newer};
 use crate::selection::{ConnectionServerId, Counts, FromAgent};
+use crate::session::PortFilter;
 use crate::table::{Slot, Table};
 
 /// The messages to one stream. Unbounded, because every message answers a
@@ -42,6 +50,9 @@ pub struct Agent {
 
 struct Inner {
     book: Book,
+    sockets: Reader,
+    /// When the sockets may be looked at next, because looks cost much here.
+    look_not_before: Duration,
     table: Option<Arc<Table>>,
     outboxes: HashMap<ConnectionServerId, Outbox>,
     /// The counts that were sent last.
@@ -49,13 +60,21 @@ struct Inner {
 }
 
 impl Agent {
-    /// An agent for `slot` that has no table yet. `recovering` is how long it
-    /// adopts sessions before it offers ports: after a restart.
+    /// An agent for `slot` that has no table yet. `sockets` are those of its
+    /// workload. `recovering` is how long it adopts sessions before it offers
+    /// ports: after a restart.
     #[must_use]
-    pub fn new(slot: Slot, recovering: Option<Duration>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        slot: Slot,
+        sockets: Reader,
+        recovering: Option<Duration>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
         let times = Times::from(&crate::pool::Sessions::default());
         let inner = Inner {
             book: Book::new(times, recovering),
+            sockets,
+            look_not_before: Duration::ZERO,
             table: None,
             outboxes: HashMap::new(),
             sent_counts: Counts::default(),
@@ -77,13 +96,12 @@ impl Agent {
         }
     }
 
-    /// Lets `change` work on the book, then sends its messages and new counts.
+    /// Lets `change` work on the book, then does what follows from it.
     fn change(&self, change: impl FnOnce(&mut Book, Now) -> Vec<Notice>) {
-        let now = self.now();
         let mut inner = self.inner.lock();
+        let now = self.now();
         let notices = change(&mut inner.book, now);
-        inner.send(notices);
-        inner.send_counts(To::All, now);
+        inner.conclude(notices, now);
         drop(inner);
         self.sooner.notify_one();
     }
@@ -103,24 +121,18 @@ impl Agent {
                 has_row = !table.rows.is_empty(),
                 "row accepted"
             );
-            self.change(|book, _| book.set_row(table.row(self.slot), Times::from(&table.sessions)));
+            self.change(|book, now| {
+                book.set_row(table.row(self.slot), Times::from(&table.sessions), now)
+            });
             self.inner.lock().table = Some(table);
         }
         Ok(())
     }
 
-    /// Follows a change of the ports that the workload listens on.
-    pub fn set_listening(&self, listening: Listening) {
-        self.change(|book, _| {
-            book.set_listening(listening);
-            Vec::new()
-        });
-    }
-
     /// Does what the book has to do in time, for as long as it is polled.
     pub async fn keep_time(&self) {
         loop {
-            let next = self.inner.lock().book.next_deadline();
+            let next = self.inner.lock().next_deadline();
             let due = next.map(|next| tokio::time::Instant::from_std(self.started + next));
             let far = tokio::time::Instant::now() + Duration::from_secs(3600);
             tokio::select! {
@@ -140,7 +152,7 @@ impl Agent {
 
     /// Ends every session.
     pub fn end_all(&self) {
-        self.change(|book, _| book.end_all());
+        self.change(Book::end_all);
     }
 
     /// The table in use, cut down to our row.
@@ -163,6 +175,56 @@ impl Agent {
 }
 
 impl Inner {
+    /// Sends messages that the book has returned, does a look that is due, and
+    /// sends new counts.
+    fn conclude(&mut self, notices: Vec<Notice>, now: Now) {
+        self.send(notices);
+        if now.monotonic >= self.look_not_before {
+            let due = self.book.take_due_looks(now);
+            self.look(&due, now);
+        }
+        self.send_counts(To::All, now);
+    }
+
+    /// Looks at `ports`. Returns whether that was possible.
+    fn look(&mut self, ports: &[ServerPort], now: Now) -> bool {
+        if ports.is_empty() {
+            return true;
+        }
+        self.look_not_before = now.monotonic + self.sockets.pause();
+        let found = self.sockets.look(ports);
+        let found = found.inspect_err(|error| {
+            warn!(%error, "failed to look at the workload's sockets; its ports stay as they were");
+        });
+        let is_done = found.is_ok();
+        for (port, socket) in ports.iter().zip(found.unwrap_or_default()) {
+            self.book.see(*port, socket, now);
+        }
+        is_done
+    }
+
+    /// Looks at the port that a request for `filter` gets next, until it is one
+    /// that the workload listens on. Where looks cost much, what was seen last
+    /// must do.
+    fn verify(&mut self, filter: &PortFilter, now: Now) {
+        let looks_cost_much = !self.sockets.pause().is_zero();
+        while let Some(next) = self.book.next_port(filter) {
+            if looks_cost_much
+                || !self.look(&next.1, now)
+                || self.book.next_port(filter) == Some(next)
+            {
+                return;
+            }
+        }
+    }
+
+    /// When there is something to do next.
+    fn next_deadline(&self) -> Option<Duration> {
+        let look = self.book.next_look();
+        let look = look.map(|look| look.max(self.look_not_before));
+        look.into_iter().chain(self.book.next_deadline()).min()
+    }
+
     /// Whether `outbox` is that of the newest stream of `id`.
     fn is_current(&self, id: &ConnectionServerId, outbox: &Outbox) -> bool {
         let current = self.outboxes.get(id);

@@ -1,20 +1,30 @@
-//! Which ports the workload listens on, as the kernel reports the sockets of
-//! this network namespace. No connection is made to find out.
+//! Which sockets the workload listens on, as the kernel reports them for this
+//! network namespace. No connection is made to find out.
 //!
-//! The kernel is asked by `sock_diag`, for each protocol on its own. Where it
-//! does not answer (no module, a sandbox), `/proc/net` is read instead.
+//! The kernel is asked by `sock_diag` for one server port after the other, so the
+//! cost grows with the ports of this server and not with the sockets of the
+//! machine. It answers what a client's first packet would reach. Where it does
+//! not answer (no module, a sandbox), `/proc/net` is read instead, which reports
+//! less: there, an IPv6 socket on all addresses counts for IPv4 even if it is
+//! `IPV6_V6ONLY`.
+//!
+//! When to look is decided in `book`.
 //!
 //! Source: sock_diag(7); Linux `Documentation/networking/proc_net_tcp.rst`.
 
-use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::time::Duration;
 
-use rustix::io::Errno;
 use tracing::info;
 
-use super::book::Listening;
-use crate::sock_diag::{IPPROTO_TCP, IPPROTO_UDP, SockDiag, StateFlags};
+use super::book::{ServerPort, SocketId};
+use crate::sock_diag::{Protocol, SockDiag};
+
+/// Shortest time between two looks where `/proc/net` is read: the kernel then
+/// walks the tables of all sockets of the machine.
+const FILES_PAUSE: Duration = Duration::from_millis(100);
 
 /// Which sockets count as the workload's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -23,176 +33,163 @@ pub enum ListenScope {
     /// namespace, as under `portpool local`.
     Address,
     /// Those bound to all addresses too: where the namespace is ours, as in a
-    /// pod. An IPv6 socket on all addresses counts for IPv4 as well, as it does
-    /// unless it is `IPV6_V6ONLY`.
+    /// pod.
     Any,
 }
 
-/// The sockets of a protocol that wait for any client.
-#[derive(Debug)]
-struct Kind {
-    protocol: u8,
-    state: StateFlags,
-    /// `state` in a table of `/proc/net`.
-    digits: &'static str,
-    tables: [&'static str; 2],
+impl ListenScope {
+    /// Whether a socket that is bound to `bound` is the workload's, and gets what
+    /// is sent to `address`. `::` includes IPv4.
+    fn includes(self, bound: IpAddr, address: IpAddr) -> bool {
+        let bound = bound.to_canonical();
+        let is_wildcard =
+            bound.is_unspecified() && (bound.is_ipv6() || bound.is_ipv4() == address.is_ipv4());
+        bound == address || (self == Self::Any && is_wildcard)
+    }
 }
 
-const TCP: Kind = Kind {
-    protocol: IPPROTO_TCP,
-    state: StateFlags::LISTEN,
-    digits: "0A",
-    tables: ["tcp", "tcp6"],
-};
-
-/// Unconnected ones have the state of closed ones.
-const UDP: Kind = Kind {
-    protocol: IPPROTO_UDP,
-    state: StateFlags::CLOSE,
-    digits: "07",
-    tables: ["udp", "udp6"],
-};
-
-/// Reads which ports the workload listens on.
+/// Looks at server ports.
 #[derive(Debug)]
 pub struct Reader {
     address: IpAddr,
     scope: ListenScope,
-    tcp: Source,
-    udp: Source,
-    /// What [`Reader::read_change`] gave last.
-    last: Option<Listening>,
-}
-
-impl Reader {
-    /// Reads the ports of sockets that serve `address`.
-    #[must_use]
-    pub fn new(address: IpAddr, scope: ListenScope) -> Self {
-        let (tcp, udp) = (Source::open(TCP), Source::open(UDP));
-        Self {
-            address,
-            scope,
-            tcp,
-            udp,
-            last: None,
-        }
-    }
-
-    /// The listening ports now, unless they are those of the last time.
-    ///
-    /// # Errors
-    /// As [`Reader::read`].
-    pub fn read_change(&mut self) -> io::Result<Option<Listening>> {
-        let listening = self.read()?;
-        if self.last.as_ref() == Some(&listening) {
-            return Ok(None);
-        }
-        Ok(Some(self.last.insert(listening).clone()))
-    }
-
-    /// The listening ports now.
-    ///
-    /// # Errors
-    /// The file system's, where `/proc/net` is read.
-    pub fn read(&mut self) -> io::Result<Listening> {
-        let (address, scope) = (self.address, self.scope);
-        let ports = |sockets: Vec<SocketAddr>| {
-            let ours = sockets.into_iter().filter(|socket| {
-                let bound = socket.ip().to_canonical();
-                bound == address || (scope == ListenScope::Any && bound.is_unspecified())
-            });
-            ours.map(|socket| socket.port()).collect::<BTreeSet<u16>>()
-        };
-        Ok(Listening {
-            tcp: ports(self.tcp.sockets()?),
-            udp: ports(self.udp.sockets()?),
-        })
-    }
-}
-
-/// Where the sockets of one protocol are read.
-#[derive(Debug)]
-struct Source {
-    kind: Kind,
-    /// `None` from when it did not answer on: the kernel may look for a module
-    /// whenever it is asked.
+    /// `None` where the kernel does not answer.
     diag: Option<SockDiag>,
 }
 
-impl Source {
-    fn open(kind: Kind) -> Self {
-        let diag = SockDiag::open()
-            .inspect_err(|error| tell_of_files(&kind, error))
-            .ok();
-        Self { kind, diag }
+impl Reader {
+    /// A reader of the sockets that serve `address`, which is one of this machine.
+    #[must_use]
+    pub fn new(address: IpAddr, scope: ListenScope) -> Self {
+        let address = address.to_canonical();
+        let diag = open(address).inspect_err(|error| {
+            info!(%error, "no answer by sock_diag: reading /proc/net, which takes more processor time");
+        });
+        let diag = diag.ok();
+        Self {
+            address,
+            scope,
+            diag,
+        }
     }
 
-    fn sockets(&mut self) -> io::Result<Vec<SocketAddr>> {
-        let Some(diag) = &mut self.diag else {
-            return from_files(&self.kind);
-        };
-        match diag.local_addresses(self.kind.protocol, &self.kind.state) {
-            Ok(sockets) => Ok(sockets),
-            Err(error) => {
-                if is_lasting(&error) {
-                    tell_of_files(&self.kind, &error);
-                    self.diag = None;
-                }
-                from_files(&self.kind)
+    /// Shortest time between two looks; zero where a look costs little.
+    #[must_use]
+    pub fn pause(&self) -> Duration {
+        match self.diag {
+            Some(_) => Duration::ZERO,
+            None => FILES_PAUSE,
+        }
+    }
+
+    /// The sockets at `ports` now, in their order; `None` where the workload does
+    /// not listen.
+    ///
+    /// # Errors
+    /// The kernel's, or the file system's where `/proc/net` is read.
+    pub fn look(&mut self, ports: &[ServerPort]) -> io::Result<Vec<Option<SocketId>>> {
+        match &mut self.diag {
+            Some(diag) => ask(diag, self.address, self.scope, ports),
+            None => read_files(self.address, self.scope, ports),
+        }
+    }
+}
+
+/// Opens a socket for requests to the kernel.
+///
+/// # Errors
+/// The system's; [`io::ErrorKind::Unsupported`] when the kernel does not find
+/// sockets that are there. For a protocol without a module it finds none.
+fn open(address: IpAddr) -> io::Result<SockDiag> {
+    let mut diag = SockDiag::open()?;
+    let (tcp, udp) = (
+        TcpListener::bind((address, 0))?,
+        UdpSocket::bind((address, 0))?,
+    );
+    for (protocol, local) in [
+        (Protocol::Tcp, tcp.local_addr()?),
+        (Protocol::Udp, udp.local_addr()?),
+    ] {
+        if diag.listeners(protocol, &[local])? == [None] {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+    }
+    Ok(diag)
+}
+
+fn ask(
+    diag: &mut SockDiag,
+    address: IpAddr,
+    scope: ListenScope,
+    ports: &[ServerPort],
+) -> io::Result<Vec<Option<SocketId>>> {
+    let mut found = vec![None; ports.len()];
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let is_asked = |(_, port): &(usize, &ServerPort)| port.protocol == protocol;
+        let asked: Vec<(usize, &ServerPort)> = ports.iter().enumerate().filter(is_asked).collect();
+        let addresses = asked
+            .iter()
+            .map(|(_, port)| SocketAddr::new(address, port.number.get()));
+        let addresses: Vec<SocketAddr> = addresses.collect();
+        let sockets = diag.listeners(protocol, &addresses)?;
+        for ((index, _), socket) in asked.into_iter().zip(sockets) {
+            let ours = socket.filter(|socket| scope.includes(socket.local.ip(), address));
+            found[index] = ours.map(|socket| SocketId(socket.inode));
+        }
+    }
+    Ok(found)
+}
+
+fn read_files(
+    address: IpAddr,
+    scope: ListenScope,
+    ports: &[ServerPort],
+) -> io::Result<Vec<Option<SocketId>>> {
+    let mut found: HashMap<(Protocol, u16), SocketId> = HashMap::new();
+    for (protocol, state, tables) in [
+        (Protocol::Tcp, "0A", ["tcp", "tcp6"]),
+        // Unconnected ones have the state of closed ones.
+        (Protocol::Udp, "07", ["udp", "udp6"]),
+    ] {
+        if ports.iter().any(|port| port.protocol == protocol) {
+            for table in tables {
+                let sockets = parse_table(&read_table(table)?, state);
+                let ours = sockets
+                    .into_iter()
+                    .filter(|(bound, _)| scope.includes(bound.ip(), address));
+                found.extend(ours.map(|(bound, id)| ((protocol, bound.port()), id)));
             }
         }
     }
-}
-
-fn tell_of_files(kind: &Kind, error: &io::Error) {
-    info!(
-        tables = kind.tables.join(", "),
-        %error,
-        "no answer by sock_diag: reading /proc/net, which takes more processor time"
-    );
-}
-
-/// Whether the kernel will say so again: it has no module for it, or a sandbox
-/// forbids it. Other errors pass, as a lack of memory does.
-fn is_lasting(error: &io::Error) -> bool {
-    const LASTING: [Errno; 8] = [
-        Errno::NOENT,
-        Errno::PERM,
-        Errno::ACCESS,
-        Errno::PROTONOSUPPORT,
-        Errno::AFNOSUPPORT,
-        Errno::OPNOTSUPP,
-        Errno::NOSYS,
-        Errno::INVAL,
-    ];
-    Errno::from_io_error(error).is_some_and(|errno| LASTING.contains(&errno))
+    let found = ports
+        .iter()
+        .map(|port| found.get(&(port.protocol, port.number.get())).copied());
+    Ok(found.collect())
 }
 
 /// A missing table (no IPv6) counts as empty.
-fn from_files(kind: &Kind) -> io::Result<Vec<SocketAddr>> {
-    let mut sockets = Vec::new();
-    for table in kind.tables {
-        match std::fs::read_to_string(format!("/proc/net/{table}")) {
-            Ok(text) => sockets.extend(parse_table(&text, kind.digits)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
+fn read_table(name: &str) -> io::Result<String> {
+    match std::fs::read_to_string(format!("/proc/net/{name}")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        read => read,
     }
-    Ok(sockets)
 }
 
-/// The local addresses of the sockets in the state `digits`. Lines that are not
+/// The local addresses and inodes of the sockets in `state`. Lines that are not
 /// as documented are passed over.
-fn parse_table(table: &str, digits: &str) -> Vec<SocketAddr> {
+fn parse_table(table: &str, state: &str) -> Vec<(SocketAddr, SocketId)> {
     let sockets = table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(1);
-        let (local, _remote) = (fields.next()?, fields.next()?);
-        if fields.next()? != digits {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let (bound, port) = fields.get(1)?.split_once(':')?;
+        if *fields.get(3)? != state {
             return None;
         }
-        let (bound, port) = local.split_once(':')?;
         let port = u16::from_str_radix(port, 16).ok()?;
-        Some(SocketAddr::new(parse_address(bound)?, port))
+        let inode = fields.get(9)?.parse().ok()?;
+        Some((
+            SocketAddr::new(parse_address(bound)?, port),
+            SocketId(inode),
+        ))
     });
     sockets.collect()
 }
@@ -219,9 +216,9 @@ fn parse_address(text: &str) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::TargetPort;
     use proptest::prelude::*;
     use socket2::{Domain, Socket, Type};
-    use std::net::{TcpListener, UdpSocket};
 
     fn address(last: u8) -> IpAddr {
         IpAddr::from([127, 0, 0, last])
@@ -230,10 +227,19 @@ mod tests {
     /// One that asks the kernel, and one that reads files.
     fn readers(address: IpAddr, scope: ListenScope) -> [Reader; 2] {
         let asking = Reader::new(address, scope);
-        assert!(asking.tcp.diag.is_some() && asking.udp.diag.is_some());
+        assert!(asking.diag.is_some());
         let mut reading = Reader::new(address, scope);
-        (reading.tcp.diag, reading.udp.diag) = (None, None);
+        reading.diag = None;
         [asking, reading]
+    }
+
+    fn at(protocol: Protocol, number: u16) -> ServerPort {
+        let number = TargetPort::new(number).unwrap();
+        ServerPort { protocol, number }
+    }
+
+    fn finds(reader: &mut Reader, protocol: Protocol, port: u16) -> bool {
+        reader.look(&[at(protocol, port)]).unwrap() != [None]
     }
 
     #[test]
@@ -243,35 +249,33 @@ mod tests {
         for (mut here, mut elsewhere) in here.into_iter().zip(elsewhere) {
             let tcp = TcpListener::bind((address(9), 0)).unwrap();
             let udp = UdpSocket::bind((address(9), 0)).unwrap();
-            let (tcp_port, udp_port) = (
-                tcp.local_addr().unwrap().port(),
-                udp.local_addr().unwrap().port(),
-            );
-            let found = here.read().unwrap();
-            assert!(found.tcp.contains(&tcp_port) && found.udp.contains(&udp_port));
-            let found = elsewhere.read().unwrap();
-            assert!(!found.tcp.contains(&tcp_port) && !found.udp.contains(&udp_port));
+            let ports = [
+                at(Protocol::Udp, udp.local_addr().unwrap().port()),
+                at(Protocol::Tcp, tcp.local_addr().unwrap().port()),
+            ];
+            let found = here.look(&ports).unwrap();
+            assert!(found.iter().all(Option::is_some));
+            assert_ne!(found[0], found[1]);
+            assert_eq!(elsewhere.look(&ports).unwrap(), [None; 2]);
             drop((tcp, udp));
-            let found = here.read().unwrap();
-            assert!(!found.tcp.contains(&tcp_port) && !found.udp.contains(&udp_port));
+            assert_eq!(here.look(&ports).unwrap(), [None; 2]);
         }
     }
 
     #[test]
-    fn the_same_ports_are_reported_once() {
-        // No other test listens here, nor this one of another process.
-        let [.., high, low] = std::process::id().to_be_bytes();
-        let address = IpAddr::from([127, 90, high, low]);
-        let mut reader = Reader::new(address, ListenScope::Address);
-        assert_eq!(reader.read_change().unwrap(), Some(Listening::default()));
-        assert_eq!(reader.read_change().unwrap(), None);
-        let listener = TcpListener::bind((address, 0)).unwrap();
-        let tcp = BTreeSet::from([listener.local_addr().unwrap().port()]);
-        let udp = BTreeSet::new();
-        assert_eq!(reader.read_change().unwrap(), Some(Listening { tcp, udp }));
-        assert_eq!(reader.read_change().unwrap(), None);
-        drop(listener);
-        assert_eq!(reader.read_change().unwrap(), Some(Listening::default()));
+    fn a_socket_that_replaces_another_one_is_told_from_it() {
+        for mut reader in readers(address(9), ListenScope::Address) {
+            let first = TcpListener::bind((address(9), 0)).unwrap();
+            let at = at(Protocol::Tcp, first.local_addr().unwrap().port());
+            let before = reader.look(&[at]).unwrap();
+            assert_eq!(reader.look(&[at]).unwrap(), before);
+            let local = first.local_addr().unwrap();
+            drop(first);
+            let _second = TcpListener::bind(local).unwrap();
+            let after = reader.look(&[at]).unwrap();
+            assert!(after[0].is_some());
+            assert_ne!(after, before);
+        }
     }
 
     #[test]
@@ -283,11 +287,47 @@ mod tests {
             };
             let port = socket.local_addr().unwrap().port();
             for mut reader in readers(address(9), ListenScope::Any) {
-                assert!(reader.read().unwrap().tcp.contains(&port));
+                assert!(finds(&mut reader, Protocol::Tcp, port));
             }
             for mut reader in readers(address(9), ListenScope::Address) {
-                assert!(!reader.read().unwrap().tcp.contains(&port));
+                assert!(!finds(&mut reader, Protocol::Tcp, port));
             }
+        }
+    }
+
+    /// nginx does this for `listen [::]:80`.
+    #[test]
+    fn a_socket_for_ipv6_only_does_not_serve_an_ipv4_address() {
+        for (kind, protocol) in [(Type::STREAM, Protocol::Tcp), (Type::DGRAM, Protocol::Udp)] {
+            let Ok(socket) = Socket::new(Domain::IPV6, kind, None) else {
+                eprintln!("skipped: no IPv6 here");
+                return;
+            };
+            socket.set_only_v6(true).unwrap();
+            let anywhere = SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0));
+            socket.bind(&anywhere.into()).unwrap();
+            if protocol == Protocol::Tcp {
+                socket.listen(1).unwrap();
+            }
+            let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+            let mut ipv4 = Reader::new(address(9), ListenScope::Any);
+            assert!(!finds(&mut ipv4, protocol, port));
+            let mut ipv6 = Reader::new(Ipv6Addr::LOCALHOST.into(), ListenScope::Any);
+            assert!(finds(&mut ipv6, protocol, port));
+        }
+    }
+
+    #[test]
+    fn a_socket_for_ipv4_does_not_serve_an_ipv6_address() {
+        let ipv6 = IpAddr::from(Ipv6Addr::LOCALHOST);
+        if TcpListener::bind((ipv6, 0)).is_err() {
+            eprintln!("skipped: no IPv6 here");
+            return;
+        }
+        let socket = TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = socket.local_addr().unwrap().port();
+        for mut reader in readers(ipv6, ListenScope::Any) {
+            assert!(!finds(&mut reader, Protocol::Tcp, port));
         }
     }
 
@@ -300,11 +340,15 @@ mod tests {
         let stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let _accepted = listener.accept().unwrap();
         drop(listener);
+        let port = |address: io::Result<SocketAddr>| address.unwrap().port();
         for mut reader in readers(address(9), ListenScope::Address) {
-            let found = reader.read().unwrap();
-            assert!(found.udp.contains(&server.local_addr().unwrap().port()));
-            assert!(!found.udp.contains(&client.local_addr().unwrap().port()));
-            assert!(!found.tcp.contains(&stream.peer_addr().unwrap().port()));
+            assert!(finds(&mut reader, Protocol::Udp, port(server.local_addr())));
+            assert!(!finds(
+                &mut reader,
+                Protocol::Udp,
+                port(client.local_addr())
+            ));
+            assert!(!finds(&mut reader, Protocol::Tcp, port(stream.peer_addr())));
         }
     }
 
@@ -319,39 +363,11 @@ mod tests {
             ),
             ("00000000000000000000000001000000:1B58", "[::1]:7000"),
         ] {
-            let table = format!("{head}   0: {bound} 00000000:0000 0A 0:0\n");
-            assert_eq!(parse_table(&table, "0A"), [expected.parse().unwrap()]);
+            let table = format!("{head}   0: {bound} 0:0 0A 0:0 00:0 0 0 0 77 1\n");
+            let socket = (expected.parse().unwrap(), SocketId(77));
+            assert_eq!(parse_table(&table, "0A"), [socket]);
             assert_eq!(parse_table(&table, "07"), []);
         }
-    }
-
-    #[test]
-    fn files_are_read_from_when_the_kernel_does_not_answer_on() {
-        let listener = TcpListener::bind((address(9), 0)).unwrap();
-        // For experiments, RFC 3692: no module can be for it.
-        let kind = Kind {
-            protocol: 253,
-            ..TCP
-        };
-        let mut source = Source::open(kind);
-        assert!(source.diag.is_some());
-        for _ in 0..2 {
-            let found = source.sockets().unwrap();
-            assert!(found.contains(&listener.local_addr().unwrap()));
-            assert!(source.diag.is_none());
-        }
-    }
-
-    #[test]
-    fn only_a_lasting_error_ends_the_use_of_a_source() {
-        let errno = |errno: Errno| io::Error::from(errno);
-        for error in [Errno::NOENT, Errno::PERM, Errno::PROTONOSUPPORT] {
-            assert!(is_lasting(&errno(error)));
-        }
-        for error in [Errno::NOBUFS, Errno::BUSY, Errno::NOMEM] {
-            assert!(!is_lasting(&errno(error)));
-        }
-        assert!(!is_lasting(&io::ErrorKind::Interrupted.into()));
     }
 
     /// A socket to open, and its address.
@@ -361,7 +377,6 @@ mod tests {
         is_tcp: bool,
         /// With UDP the socket is connected, with TCP it is only bound.
         is_silent: bool,
-        only_v6: bool,
     }
 
     fn plan() -> impl Strategy<Value = Plan> {
@@ -374,26 +389,23 @@ mod tests {
             "[::ffff:127.0.0.9]:0",
             "[::ffff:0.0.0.0]:0",
         ]);
-        let flags = (any::<bool>(), any::<bool>(), any::<bool>());
-        (bound, flags).prop_map(|(bound, (is_tcp, is_silent, only_v6))| Plan {
+        (bound, any::<(bool, bool)>()).prop_map(|(bound, (is_tcp, is_silent))| Plan {
             bound,
             is_tcp,
             is_silent,
-            only_v6: only_v6 && !bound.contains("ffff"),
         })
     }
 
     /// The socket and its port. `None` where there is no IPv6.
-    fn open(plan: Plan) -> Option<(Socket, u16)> {
+    fn open_socket(plan: Plan) -> Option<(Socket, ServerPort)> {
         let bound: SocketAddr = plan.bound.parse().unwrap();
-        let kind = if plan.is_tcp {
-            Type::STREAM
-        } else {
-            Type::DGRAM
+        let (kind, protocol) = match plan.is_tcp {
+            true => (Type::STREAM, Protocol::Tcp),
+            false => (Type::DGRAM, Protocol::Udp),
         };
         let socket = Socket::new(Domain::for_address(bound), kind, None).ok()?;
         if bound.is_ipv6() {
-            socket.set_only_v6(plan.only_v6).unwrap();
+            socket.set_only_v6(false).unwrap();
         }
         socket.bind(&bound.into()).ok()?;
         if plan.is_tcp && !plan.is_silent {
@@ -404,7 +416,7 @@ mod tests {
             // Itself is a peer as good as any.
             let _ = socket.connect(&local.into());
         }
-        Some((socket, local.port()))
+        Some((socket, at(protocol, local.port())))
     }
 
     proptest! {
@@ -416,25 +428,19 @@ mod tests {
             served in prop::sample::select(vec!["127.0.0.9", "127.0.0.10", "::1"]),
             scope in prop::sample::select(vec![ListenScope::Address, ListenScope::Any]),
         ) {
-            let sockets: Vec<(Socket, u16)> = plans.into_iter().filter_map(open).collect();
-            let ports: BTreeSet<u16> = sockets.iter().map(|(_, port)| *port).collect();
-            let ours = |reader: &mut Reader| {
-                let found = reader.read().unwrap();
-                [found.tcp, found.udp].map(|found| {
-                    found.intersection(&ports).copied().collect::<BTreeSet<_>>()
-                })
-            };
+            let (sockets, ports): (Vec<Socket>, Vec<ServerPort>) =
+                plans.into_iter().filter_map(open_socket).unzip();
             let [mut asking, mut reading] = readers(served.parse().unwrap(), scope);
-            // Others may open a socket of the same number between two readings.
-            let agree = (0..5).any(|_| ours(&mut asking) == ours(&mut reading));
-            prop_assert!(agree, "{:?}, not {:?}", ours(&mut asking), ours(&mut reading));
-            prop_assert!(asking.tcp.diag.is_some() && asking.udp.diag.is_some());
+            // Others may open a socket of the same number between two looks.
+            let agree = (0..5).any(|_| asking.look(&ports).unwrap() == reading.look(&ports).unwrap());
+            prop_assert!(agree, "{:?}, not {:?}", asking.look(&ports), reading.look(&ports));
+            drop(sockets);
         }
 
         #[test]
         fn no_text_panics(text in "(.{0,80}\n){0,5}", bound in "\\PC{0,40}") {
-            parse_table(&text, TCP.digits);
-            parse_table(&format!("head\n 0: {bound}:1B58 0:0 0A\n"), TCP.digits);
+            parse_table(&text, "0A");
+            parse_table(&format!("head\n 0: {bound}:1B58 0:0 0A 0:0 00:0 0 0 0 77 1\n"), "0A");
         }
     }
 }

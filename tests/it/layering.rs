@@ -46,7 +46,7 @@ fn find_files(folder: &Path, module: &Module, found: &mut Vec<(Module, PathBuf)>
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_str().unwrap();
         let inside = [module.as_slice(), &[name.to_owned()]].concat();
-        if path.is_dir() {
+        if path.is_dir() && name != "tests" {
             find_files(&path, &inside, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") && name != "tests" {
             let is_root = module.is_empty() && (name == "lib" || name == "main");

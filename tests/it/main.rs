@@ -10,6 +10,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod agent;
 mod api;
 mod bad_input;
 mod chart;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::common::table;
-use portpool::agent::book::{Book, Listening, Notice, Now, Selected, Times, To};
+use portpool::agent::book::{Book, Notice, Now, Selected, SocketId, Times, To};
 use portpool::connection::sessions::span::SessionSpan;
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
@@ -159,6 +159,8 @@ struct World {
     /// Connection servers, by name, and sessions that they knew and that are over
     /// for them: given back through them, or ended by their agent.
     over: HashSet<(ConnectionServerId, SessionId)>,
+    /// When the recovery of each agent is over.
+    recovered_at: Vec<Duration>,
     /// Sessions that each agent has ended since it was started.
     ended: Vec<HashSet<SessionId>>,
     names: usize,
@@ -166,6 +168,15 @@ struct World {
 
 fn port(agent: usize, offset: u16) -> ListenPort {
     ListenPort::new(20_000 + u16::try_from(agent).unwrap() * PORTS + offset % PORTS).unwrap()
+}
+
+/// Does the looks of `book` that are due: the workload listens on every port.
+fn look(book: &mut Book, now: Now) {
+    while book.next_look().is_some_and(|next| next <= now.monotonic) {
+        for port in book.take_due_looks(now) {
+            book.see(port, Some(SocketId(1)), now);
+        }
+    }
 }
 
 impl World {
@@ -189,6 +200,7 @@ impl World {
             cuts: Vec::new(),
             unnoticed: Vec::new(),
             over: HashSet::new(),
+            recovered_at: vec![Duration::ZERO; agents],
             ended: vec![HashSet::new(); agents],
             names: 0,
             table,
@@ -209,11 +221,9 @@ impl World {
 
     fn book(&self, agent: usize, recovering: Option<Duration>) -> Book {
         let mut book = Book::new(TIMES, recovering);
-        book.set_row(self.table.row(Slot(u32::try_from(agent).unwrap())), TIMES);
-        book.set_listening(Listening {
-            tcp: (7000..7000 + PORTS).collect(),
-            ..Listening::default()
-        });
+        let row = self.table.row(Slot(u32::try_from(agent).unwrap()));
+        book.set_row(row, TIMES, self.now);
+        look(&mut book, self.now);
         book
     }
 
@@ -334,7 +344,9 @@ impl World {
                     self.break_stream(server, agent, noticing);
                 }
                 self.unnoticed.retain(|(_, of, _)| *of != agent);
-                self.agents[agent] = self.book(agent, Some(self.now.monotonic + GONE_AFTER));
+                let recovered_at = self.now.monotonic + GONE_AFTER;
+                self.recovered_at[agent] = recovered_at;
+                self.agents[agent] = self.book(agent, Some(recovered_at));
                 self.ended[agent].clear();
             }
             Event::RestartConnectionServer(server, is_noticed) => {
@@ -735,6 +747,9 @@ impl World {
             let passed = now - self.now.monotonic;
             self.now.monotonic = now;
             self.now.time += passed;
+            for book in &mut self.agents {
+                look(book, self.now);
+            }
             self.pending.retain(|_, pending| pending.until > now);
             self.closing.retain(|(until, _)| *until > now);
             if due.is_none() {
@@ -810,7 +825,7 @@ impl World {
                     here.map(|connection| &connection.session).collect();
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
-                let is_recovering = counts.free == 0 && counts.not_listening > 0;
+                let is_recovering = self.now.monotonic < self.recovered_at[agent];
                 let live = book.look_up(port).map(|live| live.id);
                 assert!(
                     !live

@@ -32,7 +32,7 @@ impl Book {
                 Some(_) => self.closed(from, &id, now, &mut notices),
                 None => {
                     self.closed(from, &id, now, &mut notices);
-                    self.ended(from, &id);
+                    self.ended(from, &id, now);
                 }
             }
             let session = self.sessions.get(&id);
@@ -80,6 +80,7 @@ impl Book {
             owner: owner.clone(),
             state: if is_open { State::Busy } else { State::Held },
             open: is_open.then(|| owner.clone()).into_iter().collect(),
+            closed: None,
             filter: PortFilter::default(),
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,

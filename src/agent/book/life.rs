@@ -46,13 +46,14 @@ impl Book {
         self.update(id, notices, |session| {
             let was_open = session.open.remove(from);
             if was_open && session.open.is_empty() {
+                session.closed = Some(now.monotonic);
                 session.state = State::Lingering;
                 session.until = Some(now.monotonic + linger);
             }
         });
         let is_over = |session: &Session| session.state == State::Lingering && linger.is_zero();
         if self.sessions.get(id).is_some_and(is_over) {
-            self.end(id, EndCause::Finished, notices);
+            self.end(id, EndCause::Finished, now, notices);
         }
     }
 
@@ -91,7 +92,13 @@ impl Book {
 
     /// Ends a live session and reports the end to all. Its port waits for all
     /// that may have connections on it.
-    pub(super) fn end(&mut self, id: &SessionId, cause: EndCause, notices: &mut Vec<Notice>) {
+    pub(super) fn end(
+        &mut self,
+        id: &SessionId,
+        cause: EndCause,
+        now: Now,
+        notices: &mut Vec<Notice>,
+    ) {
         let Some(session) = live(&mut self.sessions, id) else {
             return;
         };
@@ -105,7 +112,7 @@ impl Book {
         self.ports.mark(session.port, Occupancy::Lingering);
         notices.push(end_notice(To::All, id, cause));
         self.remember_over(id);
-        self.free_when_acknowledged(id);
+        self.free_when_acknowledged(id, now);
     }
 
     /// Remembers the end of `id` while recovering, so that no later greeting
@@ -117,23 +124,26 @@ impl Book {
         }
     }
 
-    pub(super) fn ended(&mut self, from: &ConnectionServerId, id: &SessionId) {
+    pub(super) fn ended(&mut self, from: &ConnectionServerId, id: &SessionId, now: Now) {
         if let Some(Session {
             state: State::Ending(waiting),
             ..
         }) = self.sessions.get_mut(id)
         {
             waiting.remove(from);
-            self.free_when_acknowledged(id);
+            self.free_when_acknowledged(id, now);
         }
     }
 
-    fn free_when_acknowledged(&mut self, id: &SessionId) {
+    fn free_when_acknowledged(&mut self, id: &SessionId, now: Now) {
         let is_acknowledged = |session: &Session| matches!(&session.state, State::Ending(waiting) if waiting.is_empty());
         if self.sessions.get(id).is_some_and(is_acknowledged)
             && let Some(session) = self.sessions.remove(id)
         {
-            self.ports.vacate(session.port);
+            // Connections that were cut are closed only now.
+            let is_cut = !session.open.is_empty();
+            let closed = is_cut.then_some(now.monotonic).or(session.closed);
+            self.ports.vacate(session.port, closed, now.monotonic);
         }
     }
 
@@ -148,19 +158,24 @@ impl Book {
         let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
             self.closed(from, &id, now, notices);
-            self.ended(from, &id);
+            self.ended(from, &id, now);
         }
     }
 
     /// Ends the sessions that `from` made and that are open nowhere. It may have
     /// stopped before their clients received them.
-    pub(super) fn end_orphans(&mut self, from: &ConnectionServerId, notices: &mut Vec<Notice>) {
+    pub(super) fn end_orphans(
+        &mut self,
+        from: &ConnectionServerId,
+        now: Now,
+        notices: &mut Vec<Notice>,
+    ) {
         let is_orphan = |session: &Session| session.owner == *from && session.open.is_empty();
         let orphans = self.sessions.iter();
         let orphans = orphans.filter(|(_, session)| is_orphan(session));
         let orphans: Vec<SessionId> = orphans.map(|(id, _)| id.clone()).collect();
         for id in orphans {
-            self.end(&id, EndCause::OwnerGone, notices);
+            self.end(&id, EndCause::OwnerGone, now, notices);
         }
     }
 

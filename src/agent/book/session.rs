@@ -34,6 +34,8 @@ pub(super) struct Session {
     pub(super) state: State,
     /// Connection servers with connections open on it.
     pub(super) open: BTreeSet<ConnectionServerId>,
+    /// When the last connection on it closed.
+    pub(super) closed: Option<Duration>,
     pub(super) filter: PortFilter,
     pub(super) idempotency_key: Option<String>,
     pub(super) bound_client: Option<IpAddr>,

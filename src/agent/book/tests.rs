@@ -1,7 +1,10 @@
 use super::*;
 use crate::pool::{PortProtocol, ProxyProtocol};
 use crate::session::{PortFilter, SessionState};
+use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
+
+mod offering;
 
 const TIMES: Times = Times {
     claim: Duration::from_secs(30),
@@ -47,13 +50,34 @@ fn at(seconds: u64) -> Now {
 /// A book whose workload listens on 7000 to 7003, with `a` attached.
 fn book(ranges: Vec<PortRange>) -> Book {
     let mut book = Book::new(TIMES, None);
-    book.set_row(Some(&row(ranges)), TIMES);
-    book.set_listening(Listening {
-        tcp: (7000..7004).collect(),
-        udp: BTreeSet::from([7000]),
-    });
+    book.set_row(Some(&row(ranges)), TIMES, at(0));
+    look(&mut book, at(0), workload);
     book.attach(&server("a"), "", &[], at(0));
     book
+}
+
+/// Does every look that is due at `now`. `socket` is what is there.
+fn look(book: &mut Book, now: Now, socket: impl Fn(ServerPort) -> Option<SocketId>) {
+    while book.next_look().is_some_and(|next| next <= now.monotonic) {
+        for port in book.take_due_looks(now) {
+            book.see(port, socket(port), now);
+        }
+    }
+}
+
+/// A workload that listens on TCP ports 7000 to 7003 and on UDP port 7000.
+fn workload(port: ServerPort) -> Option<SocketId> {
+    let number = port.number.get();
+    let is_there = match port.protocol {
+        Protocol::Tcp => (7000..7004).contains(&number),
+        Protocol::Udp => number == 7000,
+    };
+    is_there.then_some(SocketId(1))
+}
+
+/// A workload that does not listen.
+fn silent(_: ServerPort) -> Option<SocketId> {
+    None
 }
 
 fn server(id: &str) -> ConnectionServerId {
@@ -151,6 +175,8 @@ fn a_session_goes_through_its_life() {
         "not free before it is acknowledged"
     );
     book.report(&server("a"), &ended("s"), at(55));
+    assert_eq!(counts(&book), [1, 0, 0, 1, 0], "not free before it is seen");
+    look(&mut book, at(55), workload);
     assert_eq!(counts(&book), [2, 0, 0, 0, 0]);
 }
 
@@ -170,8 +196,8 @@ fn every_end_has_its_cause() {
             },
             EndCause::MaxDuration,
         ),
-        (|book| book.end_all(), EndCause::Drained),
-        (|book| book.set_row(None, TIMES), EndCause::Drained),
+        (|book| book.end_all(at(1)), EndCause::Drained),
+        (|book| book.set_row(None, TIMES, at(1)), EndCause::Drained),
         (
             |book| {
                 book.detach(&server("a"), at(1));
@@ -205,7 +231,7 @@ fn only_ports_that_the_workload_listens_on_are_offered() {
     let mut book = book(vec![range("main", 20_000, 7003, 2)]);
     assert_eq!(counts(&book), [1, 0, 0, 0, 1], "nothing listens on 7004");
     select(&mut book, "s", at(0)).unwrap();
-    book.set_listening(Listening::default());
+    look(&mut book, at(1), silent);
     assert_eq!(counts(&book), [0, 1, 0, 0, 1], "the session stays");
     book.report(&server("a"), &released("s"), at(0));
     book.report(&server("a"), &ended("s"), at(0));
@@ -233,7 +259,7 @@ fn shared_ports_depend_on_the_one_server_port() {
     };
     let mut book = book(vec![shared]);
     assert_eq!(counts(&book)[0], 16);
-    book.set_listening(Listening::default());
+    look(&mut book, at(1), silent);
     assert_eq!(counts(&book)[4], 16);
 }
 
@@ -242,7 +268,11 @@ fn a_changed_row_keeps_what_stays_and_ends_what_goes() {
     let mut book = book(vec![range("main", 20_000, 7000, 2)]);
     select(&mut book, "stays", at(0)).unwrap();
     select(&mut book, "goes", at(0)).unwrap();
-    let notices = book.set_row(Some(&row(vec![range("main", 20_000, 7000, 1)])), TIMES);
+    let notices = book.set_row(
+        Some(&row(vec![range("main", 20_000, 7000, 1)])),
+        TIMES,
+        at(1),
+    );
     assert_eq!(cause_of_end(&notices), Some(EndCause::Drained));
     assert!(book.look_up(port(20_000)).is_some());
     book.report(&server("a"), &ended("goes"), at(0));
@@ -265,11 +295,12 @@ fn a_draining_server_selects_nothing() {
 #[test]
 fn a_restarted_agent_adopts_before_it_offers() {
     let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
-    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 2)])), TIMES);
-    book.set_listening(Listening {
-        tcp: (7000..7002).collect(),
-        ..Listening::default()
-    });
+    book.set_row(
+        Some(&row(vec![range("main", 20_000, 7000, 2)])),
+        TIMES,
+        at(0),
+    );
+    look(&mut book, at(0), workload);
     let notices = book.attach(
         &server("a"),
         "",
@@ -290,7 +321,11 @@ fn a_restarted_agent_adopts_before_it_offers() {
 /// A book after a restart, until 15 s.
 fn recovering() -> Book {
     let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
-    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 2)])), TIMES);
+    book.set_row(
+        Some(&row(vec![range("main", 20_000, 7000, 2)])),
+        TIMES,
+        at(0),
+    );
     book
 }
 
@@ -343,7 +378,7 @@ fn a_session_that_ended_while_recovering_is_not_brought_back() {
             "all were ended",
             |book| {
                 book.attach(&server("a"), "", &listed(), at(1));
-                book.end_all();
+                book.end_all(at(1));
             },
             3,
             true,
@@ -399,6 +434,7 @@ fn no_port_waits_for_a_connection_server_that_has_left() {
     // Its connections are closed, and it has nothing to acknowledge.
     book.report(&server("b"), &released("busy"), at(1));
     book.report(&server("b"), &ended("busy"), at(1));
+    look(&mut book, at(2), workload);
     assert_eq!(counts(&book), [1, 1, 0, 0, 0]);
     // What it made can still be claimed through the other.
     book.tick(at(20));
@@ -532,17 +568,19 @@ fn a_session_of_a_dead_connection_server_may_still_be_claimed() {
 #[test]
 fn what_the_book_keeps_does_not_grow_with_the_sessions_seen() {
     let mut book = Book::new(TIMES, Some(Duration::from_secs(100)));
-    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 4)])), TIMES);
-    book.set_listening(Listening {
-        tcp: (7000..7004).collect(),
-        ..Listening::default()
-    });
+    book.set_row(
+        Some(&row(vec![range("main", 20_000, 7000, 4)])),
+        TIMES,
+        at(0),
+    );
+    look(&mut book, at(0), workload);
     // Its debug text; numbers in it may get longer.
     let kept = |book: &Book| format!("{book:?}").len();
     let (mut selected, mut early) = (0, 0);
     for number in 0..100_000 {
         let (id, now) = (format!("{number:06}"), at(number));
         book.tick(now);
+        look(&mut book, now, workload);
         book.attach(&server("a"), "here", &[], now);
         let another = server(&format!("another-{id}"));
         book.attach(&another, "there", &[], now);
@@ -587,7 +625,11 @@ fn what_the_book_keeps_does_not_grow_with_the_sessions_seen() {
 #[test]
 fn a_session_made_before_a_restart_is_waited_for_by_all() {
     let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
-    book.set_row(Some(&row(vec![range("main", 20_000, 7000, 2)])), TIMES);
+    book.set_row(
+        Some(&row(vec![range("main", 20_000, 7000, 2)])),
+        TIMES,
+        at(0),
+    );
     book.attach(&server("a"), "here", &[], at(1));
     book.detach(&server("a"), at(2));
     let known = known("s", 20_000, false);

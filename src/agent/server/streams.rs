@@ -34,8 +34,8 @@ impl Agent {
     fn attach(&self, hello: &Hello, outbox: &Outbox) -> Result<(), Status> {
         self.follow_greeting(hello)?;
         let from = &hello.connection_server;
-        let now = self.now();
         let mut inner = self.inner.lock();
+        let now = self.now();
         let table = inner.table.as_ref();
         if table.is_none_or(|table| table.row(self.slot).is_none()) {
             return Err(Status::failed_precondition(format!(
@@ -147,13 +147,12 @@ impl Agent {
             // The client gave the session back, on whichever stream that comes.
             ToAgent::Release(_) => self.change(|book, now| book.report(from, message, now)),
             ToAgent::Opened(_) | ToAgent::Closed(_) | ToAgent::Ended(_) => {
-                let now = self.now();
                 let mut inner = self.inner.lock();
+                let now = self.now();
                 let counts = inner.is_current(from, outbox);
                 if counts {
                     let notices = inner.book.report(from, message, now);
-                    inner.send(notices);
-                    inner.send_counts(To::All, now);
+                    inner.conclude(notices, now);
                 }
                 drop(inner);
                 self.sooner.notify_one();
@@ -200,13 +199,16 @@ impl Agent {
         request: Option<&Select>,
         outbox: &Outbox,
     ) -> bool {
-        let now = self.now();
         let mut inner = self.inner.lock();
+        let now = self.now();
         if !inner.is_current(from, outbox) {
             return false;
         }
         let selected = match request {
-            Some(request) => inner.book.select(from, request, now),
+            Some(request) => {
+                inner.verify(&request.filter, now);
+                inner.book.select(from, request, now)
+            }
             None => Err(RefusalCause::Malformed),
         };
         self.metrics.selected(selected.as_ref().err().copied());

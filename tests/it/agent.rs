@@ -1,0 +1,5 @@
+//! The agent as a process: what it takes while nothing happens, and the programs
+//! that it stands beside.
+
+mod budget;
+mod one_shot;
