@@ -2,7 +2,7 @@
 //! of these the pending ones, whose session the gate has been asked for.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -12,6 +12,7 @@ use super::io::Io;
 use super::quota::Permit;
 use super::snapshot::ClientSnapshot;
 use super::tcp::stream::Stream;
+use super::udp::flow::AddressPair;
 use crate::table::ListenPort;
 
 /// Most pending clients of a thread; further ones are refused. Bounds what
@@ -36,9 +37,7 @@ pub(super) struct TcpClient {
 pub(super) struct UdpClient {
     /// The connection port that its datagrams came in on.
     pub(super) port: ListenPort,
-    pub(super) address: SocketAddr,
-    /// The address that the datagrams were sent to, where the system reports it.
-    pub(super) local: Option<IpAddr>,
+    pub(super) addresses: AddressPair,
     pub(super) datagrams: Vec<Box<[u8]>>,
     pub(super) permit: Permit,
 }
@@ -78,9 +77,9 @@ struct Pending {
 #[derive(Debug, Default)]
 pub(super) struct PendingClients {
     clients: HashMap<PendingId, Pending>,
-    /// The pending UDP clients by port and address: their next datagrams come
+    /// The pending UDP clients by port and addresses: their next datagrams come
     /// while they wait.
-    udp: HashMap<(ListenPort, SocketAddr), PendingId>,
+    udp: HashMap<(ListenPort, AddressPair), PendingId>,
     last_id: u64,
 }
 
@@ -100,8 +99,8 @@ impl PendingClients {
         let (port, transport, address) = match &client {
             Client::Tcp(client) => (client.port, Transport::Tcp, client.address),
             Client::Udp(client) => {
-                self.udp.insert((client.port, client.address), id);
-                (client.port, Transport::Udp, client.address)
+                self.udp.insert((client.port, client.addresses), id);
+                (client.port, Transport::Udp, client.addresses.client)
             }
         };
         let since = io.now;
@@ -115,10 +114,10 @@ impl PendingClients {
     pub(super) fn keep_datagram(
         &mut self,
         port: ListenPort,
-        client: SocketAddr,
+        addresses: AddressPair,
         datagram: &[u8],
     ) -> bool {
-        let Some(id) = self.udp.get(&(port, client)) else {
+        let Some(id) = self.udp.get(&(port, addresses)) else {
             return false;
         };
         if let Some(Pending {
@@ -137,7 +136,7 @@ impl PendingClients {
     pub(super) fn take(&mut self, id: PendingId) -> Option<Client> {
         let client = self.clients.remove(&id)?.client;
         if let Client::Udp(client) = &client {
-            self.udp.remove(&(client.port, client.address));
+            self.udp.remove(&(client.port, client.addresses));
         }
         Some(client)
     }
@@ -179,8 +178,8 @@ impl PendingClients {
             },
             Client::Udp(client) => ClientSnapshot::Udp {
                 port: client.port,
-                address: client.address,
-                local: client.local,
+                address: client.addresses.client,
+                local: client.addresses.local,
                 datagrams: client.datagrams.into_iter().map(Vec::from).collect(),
             },
         });
@@ -209,8 +208,10 @@ impl Client {
                 datagrams,
             } => Self::Udp(UdpClient {
                 port,
-                address,
-                local,
+                addresses: AddressPair {
+                    client: address,
+                    local,
+                },
                 datagrams: datagrams.into_iter().map(Vec::into_boxed_slice).collect(),
                 permit,
             }),

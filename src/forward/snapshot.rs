@@ -107,7 +107,7 @@ pub struct FlowSnapshot {
     pub session: SessionKey,
     /// The client's address.
     pub client: SocketAddr,
-    /// The address that the client sends to.
+    /// The address that the client sends to; `None` where there is only one.
     pub local: Option<IpAddr>,
     /// The socket that is connected to the processing server.
     pub server: OwnedFd,
@@ -137,7 +137,7 @@ pub enum ClientSnapshot {
         port: ListenPort,
         /// The client's address.
         address: SocketAddr,
-        /// The address that they were sent to.
+        /// The address that they were sent to; `None` where there is only one.
         local: Option<IpAddr>,
         /// The datagrams in the order received.
         datagrams: Vec<Vec<u8>>,

@@ -1,5 +1,5 @@
-//! UDP through a connection port: one flow per client, each with a socket of
-//! its own that is connected to the server.
+//! UDP through a connection port: one flow per client and address that it sends
+//! to, each with a socket of its own that is connected to the server.
 //!
 //! ```text
 //!   first datagram ──Refuse, no place, loop, draining port──→ dropped
@@ -40,6 +40,6 @@
 mod batch;
 pub(super) mod datagrams;
 mod eviction;
-mod flow;
+pub(super) mod flow;
 mod port;
 pub(super) mod ports;

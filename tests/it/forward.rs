@@ -1,13 +1,14 @@
 //! The data plane on loopback: real bytes, real faults.
 
-use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+mod udp;
+
+use self::udp::{udp_client, udp_echo};
 use crate::common::network::{address, network};
 use crate::common::table;
 use nix::libc;
@@ -54,6 +55,8 @@ struct Bench {
     forwarder: Forwarder,
     gate: Arc<TestGate>,
     listen: IpAddr,
+    /// The first connection port.
+    first: u16,
     server: IpAddr,
     table: Table,
 }
@@ -65,6 +68,24 @@ impl Bench {
     }
 
     fn on(listen: IpAddr, server: IpAddr, decision: Decision) -> Self {
+        let mut bench = Self::idle(listen, FIRST, server, decision);
+        bench.lead(4, |_| {});
+        bench
+    }
+
+    /// A forwarder on every address of this machine: on `::` IPv4 ones as well.
+    /// Its one port is one that no other test uses.
+    fn everywhere(any: IpAddr, decision: Decision) -> Self {
+        let free = UdpSocket::bind((any, 0)).unwrap();
+        let first = free.local_addr().unwrap().port();
+        let mut bench = Self::idle(any, first, address(network(), 2), decision);
+        drop(free);
+        bench.lead(1, |range| range.protocol = PortProtocol::UDP);
+        bench
+    }
+
+    /// A forwarder without ports.
+    fn idle(listen: IpAddr, first: u16, server: IpAddr, decision: Decision) -> Self {
         let gate = Arc::new(TestGate {
             decision: Mutex::new(decision),
             admitted: AtomicU64::new(0),
@@ -73,21 +94,20 @@ impl Bench {
         });
         let forwarder = Forwarder::start(&Config::new(listen, Some(2)), &gate).unwrap();
         let table = table::table(Sessions::default(), Vec::new());
-        let mut bench = Self {
+        Self {
             forwarder,
             gate,
             listen,
+            first,
             server,
             table,
-        };
-        bench.lead(4, |_| {});
-        bench
+        }
     }
 
-    /// Leads `count` connection ports from 20000 on to as many server ports
+    /// Leads `count` connection ports from the first on to as many server ports
     /// from 7000 on.
     fn lead(&mut self, count: u16, change: impl FnOnce(&mut PortRange)) {
-        let mut range = table::range(FIRST, 7000, count);
+        let mut range = table::range(self.first, 7000, count);
         change(&mut range);
         self.table.rows = vec![table::row(0, Some(self.server), range)];
         self.forwarder.apply(&Arc::new(self.table.clone())).unwrap();
@@ -100,7 +120,7 @@ impl Bench {
     fn connect(&self) -> TcpStream {
         let deadline = Instant::now() + SOON;
         loop {
-            match TcpStream::connect((self.listen, FIRST)) {
+            match TcpStream::connect((self.listen, self.first)) {
                 Ok(stream) => {
                     stream.set_read_timeout(Some(SOON)).unwrap();
                     return stream;
@@ -122,8 +142,15 @@ impl Bench {
     /// Cuts the session on the first port, which is reported like a flow.
     fn cut(&self) {
         self.gate.admitted.fetch_add(1, Ordering::Relaxed);
-        let port = ListenPort::new(FIRST).unwrap();
+        let port = ListenPort::new(self.first).unwrap();
         self.forwarder.cut(port, SESSION);
+    }
+
+    /// Exports everything and imports it again, as a hand-over does.
+    fn hand_over(&self) {
+        let table = Arc::new(self.table.clone());
+        let snapshot = self.forwarder.export(&table).unwrap();
+        self.forwarder.import(snapshot, &table);
     }
 
     /// Waits until every admitted flow is reported as closed.
@@ -589,121 +616,6 @@ fn the_server_gets_the_clients_address_first() {
     assert_eq!(addresses.source_port, client.local_addr().unwrap().port());
     assert_eq!(addresses.destination_port, FIRST);
     assert_eq!(&received[28..], b"data");
-}
-
-fn udp_echo(address: IpAddr) -> Receiver<SocketAddr> {
-    let socket = UdpSocket::bind((address, 7000)).unwrap();
-    let (sender, clients) = channel();
-    std::thread::spawn(move || {
-        let mut datagram = vec![0; 65_535];
-        while let Ok((length, client)) = socket.recv_from(&mut datagram) {
-            let _ = socket.send_to(&datagram[..length], client);
-            if sender.send(client).is_err() {
-                return;
-            }
-        }
-    });
-    clients
-}
-
-fn udp_client(bench: &Bench) -> UdpSocket {
-    let any: IpAddr = if bench.listen.is_ipv4() {
-        Ipv4Addr::UNSPECIFIED.into()
-    } else {
-        std::net::Ipv6Addr::UNSPECIFIED.into()
-    };
-    let socket = UdpSocket::bind((any, 0)).unwrap();
-    socket.set_read_timeout(Some(SOON)).unwrap();
-    socket.connect((bench.listen, FIRST)).unwrap();
-    socket
-}
-
-#[test]
-fn datagrams_of_every_size_come_back_to_their_own_client() {
-    let bench = Bench::new(Decision::Admit(SESSION));
-    let _clients = udp_echo(bench.server);
-    let (one, other) = (udp_client(&bench), udp_client(&bench));
-    for length in [0, 1, 1472, 9000, 65_507] {
-        let (mine, theirs) = (pattern(length, 5), pattern(length, 6));
-        one.send(&mine).unwrap();
-        other.send(&theirs).unwrap();
-        let mut answer = vec![0; 65_535];
-        let received = one.recv(&mut answer).unwrap();
-        assert!(answer[..received] == mine, "{length} bytes");
-        let received = other.recv(&mut answer).unwrap();
-        assert!(answer[..received] == theirs, "{length} bytes");
-    }
-    assert_eq!(bench.forwarder.counters().udp_opened, 2);
-}
-
-#[test]
-fn a_flow_ends_when_it_is_silent_or_its_server_is_gone() {
-    let mut bench = Bench::new(Decision::Admit(SESSION));
-    udp_client(&bench).send(b"no one listens").unwrap();
-    until(|| bench.gate.closed.lock().unwrap().len() == 1);
-    bench.table.sessions.udp_idle_timeout_seconds = 1;
-    bench
-        .forwarder
-        .apply(&Arc::new(bench.table.clone()))
-        .unwrap();
-    let _clients = udp_echo(bench.server);
-    let client = udp_client(&bench);
-    client.send(b"x").unwrap();
-    client.recv(&mut [0; 8]).unwrap();
-    until(|| bench.forwarder.counters().idle == 1);
-    bench.all_closed();
-}
-
-#[test]
-fn removing_a_udp_port_keeps_its_flows_until_they_end() {
-    let mut bench = Bench::new(Decision::Admit(SESSION));
-    let _clients = udp_echo(bench.server);
-    let (living, other) = (udp_client(&bench), udp_client(&bench));
-    let echo = |text: &[u8]| {
-        living.send(text).unwrap();
-        let mut answer = [0; 16];
-        let length = living.recv(&mut answer).unwrap();
-        assert_eq!(&answer[..length], text);
-    };
-    echo(b"before");
-    let away = |range: &mut PortRange| range.connection_port = ListenPort::new(FIRST + 50).unwrap();
-    bench.lead(1, away);
-    echo(b"removed");
-    other.send(b"too late").unwrap();
-    until(|| bench.forwarder.counters().no_session == 1);
-    // The port comes back while the flow lives and is removed again: the flow stays.
-    bench.lead(4, |_| {});
-    echo(b"back");
-    bench.lead(1, away);
-    echo(b"removed again");
-    assert_eq!(bench.forwarder.counters().udp_opened, 1);
-    bench.cut();
-    bench.all_closed();
-    until(|| UdpSocket::bind((bench.listen, FIRST)).is_ok());
-    bench.lead(4, |_| {});
-    echo(b"a new flow");
-}
-
-#[test]
-fn a_pending_flow_keeps_its_first_datagrams() {
-    let bench = Bench::new(Decision::Ask);
-    let _clients = udp_echo(bench.server);
-    let client = udp_client(&bench);
-    client.send(b"one").unwrap();
-    client.send(b"two").unwrap();
-    until(|| !bench.gate.asked.lock().unwrap().is_empty());
-    let asked = bench.gate.asked.lock().unwrap().clone();
-    assert_eq!(asked.len(), 1, "one question");
-    bench
-        .forwarder
-        .answer(asked[0].1, asked[0].0, Decision::Admit(SESSION));
-    let mut answers = HashMap::new();
-    for _ in 0..2 {
-        let mut answer = [0; 8];
-        let length = client.recv(&mut answer).unwrap();
-        answers.insert(answer[..length].to_vec(), ());
-    }
-    assert!(answers.contains_key(b"one".as_slice()) && answers.contains_key(b"two".as_slice()));
 }
 
 #[test]

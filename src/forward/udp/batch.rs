@@ -2,11 +2,13 @@
 //! sent on together.
 
 use std::io::{self, IoSliceMut};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 
 use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use rustix::net::{self, RecvFlags};
+
+use super::flow::AddressPair;
 
 /// Most datagrams received in one call.
 const BATCH: usize = quinn_udp::BATCH_SIZE;
@@ -93,9 +95,8 @@ pub(super) struct Batch {
 /// Consecutive datagrams of one sender.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Run<'a> {
-    pub(super) sender: SocketAddr,
-    /// The address that they were sent to, where the system reports it.
-    pub(super) local: Option<IpAddr>,
+    /// The sender, a client or a server, and the address that it sent to.
+    pub(super) addresses: AddressPair,
     pub(super) bytes: &'a [u8],
     /// Length of each datagram but the last, which may be shorter.
     pub(super) stride: usize,
@@ -164,14 +165,6 @@ impl Batch {
         })
     }
 
-    /// Sets the address that the received datagrams were sent to: the system
-    /// need not report it where there is only one.
-    pub(super) fn set_local(&mut self, address: IpAddr, received: usize) {
-        for meta in &mut self.metas[..received] {
-            meta.dst_ip = Some(address);
-        }
-    }
-
     /// The run that begins with the datagram received as `first` of
     /// `received`, and the index after it. Datagrams of one length are joined.
     pub(super) fn run(&mut self, first: usize, received: usize) -> (Run<'_>, usize) {
@@ -180,8 +173,10 @@ impl Batch {
             &self.space[index * SLOT_BYTES..index * SLOT_BYTES + length]
         };
         let mut run = Run {
-            sender: meta.addr,
-            local: meta.dst_ip,
+            addresses: AddressPair {
+                client: meta.addr,
+                local: meta.dst_ip,
+            },
             bytes: slot(first, meta.len),
             stride: meta.stride,
         };

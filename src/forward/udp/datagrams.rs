@@ -12,7 +12,7 @@ use rustix::event::epoll::EventFlags;
 
 use super::batch::{Batch, ReceiveBatchSize, Run};
 use super::eviction;
-use super::flow::{Flow, connect};
+use super::flow::{AddressPair, Flow, connect};
 use super::port::Port;
 use super::ports::{DrainingPorts, Ports};
 use crate::forward::counters::{add, count};
@@ -128,7 +128,7 @@ impl Datagrams {
         pending: &mut PendingClients,
         io: &mut Io,
     ) {
-        if let Some(flow) = self.ports.flow_of(number, run.sender) {
+        if let Some(flow) = self.ports.flow_of(number, run.addresses) {
             return self.send_upstream(flow, run, io);
         }
         for datagram in run.datagrams() {
@@ -137,7 +137,7 @@ impl Datagrams {
                 stride: datagram.len(),
                 ..run
             };
-            match self.ports.flow_of(number, run.sender) {
+            match self.ports.flow_of(number, run.addresses) {
                 Some(flow) => self.send_upstream(flow, single, io),
                 None => self.meet(number, single, pending, io),
             }
@@ -174,7 +174,7 @@ impl Datagrams {
         let Some(port) = self.ports.get(number) else {
             return;
         };
-        if pending.keep_datagram(number, run.sender, run.bytes) {
+        if pending.keep_datagram(number, run.addresses, run.bytes) {
             return;
         }
         if port.is_draining {
@@ -183,19 +183,19 @@ impl Datagrams {
         if self.leads_back(port, number, run, io) {
             return count(&io.counters.loops);
         }
-        let source = SourceNetwork::of(run.sender.ip());
+        let AddressPair { client: sender, .. } = run.addresses;
+        let source = SourceNetwork::of(sender.ip());
         let permit = match self.quota.acquire(source, number) {
             Ok(permit) => permit,
             Err(exceeded) => return count(io.counters.exceeded(exceeded)),
         };
         let mut client = UdpClient {
             port: number,
-            address: run.sender,
-            local: run.local,
+            addresses: run.addresses,
             datagrams: Vec::new(),
             permit,
         };
-        match io.gate.admit(number, Transport::Udp, run.sender) {
+        match io.gate.admit(number, Transport::Udp, sender) {
             Decision::Admit(session) => {
                 if let Some(flow) = self.open_flow(client, session, io) {
                     self.send_upstream(flow, run, io);
@@ -216,7 +216,10 @@ impl Datagrams {
         pending: &mut PendingClients,
         io: &mut Io,
     ) {
-        match io.gate.admit(client.port, Transport::Udp, client.address) {
+        match io
+            .gate
+            .admit(client.port, Transport::Udp, client.addresses.client)
+        {
             Decision::Admit(session) => self.open(client, session, io),
             Decision::Refuse => count(&io.counters.no_session),
             Decision::Ask => pending.ask(Client::Udp(client), io),
@@ -226,13 +229,14 @@ impl Datagrams {
     /// Whether a datagram's sender would answer for ever: a connection port, or
     /// the server that the datagram would go to.
     fn leads_back(&self, port: &Port, number: ListenPort, run: Run<'_>, io: &Io) -> bool {
-        let sender = SocketAddr::new(run.sender.ip().to_canonical(), run.sender.port());
+        let AddressPair { client, local } = run.addresses;
+        let sender = SocketAddr::new(client.ip().to_canonical(), client.port());
         let route = io.routes.get(number);
         if route.is_some_and(|route| route.target == sender) {
             return true;
         }
         let is_open = |own: ListenPort| io.routes.has_udp(own) || self.ports.get(own).is_some();
-        port.is_at(sender.ip(), run.local) && ListenPort::new(sender.port()).is_some_and(is_open)
+        port.is_at(sender.ip(), local) && ListenPort::new(sender.port()).is_some_and(is_open)
     }
 
     /// Opens a flow for an admitted client and sends its first datagrams.
@@ -243,12 +247,11 @@ impl Datagrams {
         io: &mut Io,
     ) {
         let datagrams = std::mem::take(&mut client.datagrams);
-        let (sender, local) = (client.address, client.local);
+        let addresses = client.addresses;
         if let Some(flow) = self.open_flow(client, session, io) {
             for datagram in &datagrams {
                 let run = Run {
-                    sender,
-                    local,
+                    addresses,
                     bytes: datagram,
                     stride: datagram.len(),
                 };
@@ -277,8 +280,7 @@ impl Datagrams {
         };
         let flow = Flow {
             port: client.port,
-            client: client.address,
-            local: client.local,
+            addresses: client.addresses,
             session,
             server,
             target,
@@ -306,7 +308,7 @@ impl Datagrams {
 
     /// Takes in a flow; `None` when it cannot be watched, and has ended.
     fn add(&mut self, flow: Flow, io: &mut Io) -> Option<Key> {
-        let (number, client, session) = (flow.port, flow.client, flow.session);
+        let (number, addresses, session) = (flow.port, flow.addresses, flow.session);
         let key = self.flows.insert(flow);
         io.sessions.add(session, Transport::Udp, key);
         let source = EventSource::Flow.of_key(key);
@@ -314,7 +316,7 @@ impl Datagrams {
         let is_watched =
             flow.is_some_and(|flow| io.watch(&flow.server, source, EventFlags::IN).is_ok());
         if let Some(port) = self.ports.get_mut(number) {
-            port.flows.insert(client, key);
+            port.flows.insert(addresses, key);
         }
         io.schedule();
         if !is_watched {
@@ -369,7 +371,7 @@ impl Datagrams {
             return;
         };
         if let Some(port) = self.ports.get_mut(flow.port) {
-            port.flows.remove(&flow.client);
+            port.flows.remove(&flow.addresses);
         }
         let (number, session, traffic) = (flow.port, flow.session, flow.traffic);
         io.sessions.remove(session, Transport::Udp, key);

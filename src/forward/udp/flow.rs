@@ -15,13 +15,23 @@ use crate::forward::quota::Permit;
 use crate::forward::snapshot::FlowSnapshot;
 use crate::table::ListenPort;
 
+/// Both addresses of a flow on its client's side. They name the flow among
+/// those of a port: one socket of a client may ask several addresses of this
+/// machine, and each gets its own replies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(in crate::forward) struct AddressPair {
+    pub(in crate::forward) client: SocketAddr,
+    /// The address that the client sends to, and that its replies come from.
+    /// `None` where the port's socket has only one, or the system does not
+    /// report it.
+    pub(in crate::forward) local: Option<IpAddr>,
+}
+
 /// A client's flow of datagrams to its server and back.
 #[derive(Debug)]
 pub(super) struct Flow {
     pub(super) port: ListenPort,
-    pub(super) client: SocketAddr,
-    /// The address that the client sends to, and that its replies come from.
-    pub(super) local: Option<IpAddr>,
+    pub(super) addresses: AddressPair,
     pub(super) session: SessionKey,
     /// The socket that is connected to the server.
     pub(super) server: OwnedFd,
@@ -43,8 +53,8 @@ impl Flow {
         FlowSnapshot {
             port: self.port,
             session: self.session,
-            client: self.client,
-            local: self.local,
+            client: self.addresses.client,
+            local: self.addresses.local,
             server: self.server,
             idle: now.saturating_duration_since(self.active),
             traffic: self.traffic,
@@ -57,8 +67,10 @@ impl Flow {
         let target = net::getpeername(&snapshot.server).ok().flatten()?;
         Some(Self {
             port: snapshot.port,
-            client: snapshot.client,
-            local: snapshot.local,
+            addresses: AddressPair {
+                client: snapshot.client,
+                local: snapshot.local,
+            },
             session: snapshot.session,
             target: target.try_into().ok()?,
             receive_batch_size: ReceiveBatchSize::new(),

@@ -11,15 +11,14 @@ use rustix::io::Errno;
 use rustix::net::{self, SendFlags};
 
 use super::batch::{Batch, JOINED_DATAGRAM_MAX, ReceiveBatchSize, Received, Run};
-use super::flow::Flow;
+use super::flow::{AddressPair, Flow};
 use crate::forward::listeners::Listener;
 use crate::forward::slab::Key;
 
 /// An open UDP connection port.
 #[derive(Debug)]
 pub(super) struct Port {
-    /// The flows by their clients' addresses.
-    pub(super) flows: HashMap<SocketAddr, Key>,
+    pub(super) flows: HashMap<AddressPair, Key>,
     /// Whether the table no longer has the port: it takes no new flows then.
     pub(super) is_draining: bool,
     receive_batch_size: ReceiveBatchSize,
@@ -62,11 +61,7 @@ impl Port {
     /// Receives datagrams of clients into `batch`.
     pub(super) fn receive(&mut self, batch: &mut Batch) -> io::Result<Received> {
         let socket = UdpSockRef::from(&self.socket);
-        let received = batch.receive(&self.state, socket, &mut self.receive_batch_size)?;
-        if let Some(address) = self.address {
-            batch.set_local(address, received.count);
-        }
-        Ok(received)
+        batch.receive(&self.state, socket, &mut self.receive_batch_size)
     }
 
     /// Receives datagrams of a flow's server into `batch`.
@@ -102,16 +97,17 @@ impl Port {
     /// Sends a server's datagrams from the address that the client knows.
     pub(super) fn reply(&self, flow: &Flow, run: Run<'_>) -> Sent {
         let socket = self.socket.as_fd();
-        let plain = |datagram: &[u8]| match self.address {
-            Some(_) => net::sendto(socket, datagram, SendFlags::empty(), &flow.client)
+        let AddressPair { client, local } = flow.addresses;
+        let plain = |datagram: &[u8]| match local {
+            None => net::sendto(socket, datagram, SendFlags::empty(), &client)
                 .map(drop)
                 .map_err(io::Error::from),
-            None => {
-                let transmit = transmit(flow.client, flow.local, datagram, None);
+            Some(_) => {
+                let transmit = transmit(client, local, datagram, None);
                 self.state.try_send(UdpSockRef::from(&socket), &transmit)
             }
         };
-        self.send(run, socket, flow.client, flow.local, plain)
+        self.send(run, socket, client, local, plain)
     }
 
     /// Sends several datagrams in one call where the kernel can, else each with

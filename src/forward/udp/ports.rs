@@ -1,13 +1,14 @@
 //! The UDP ports of a thread, and their draining.
 
 use std::collections::{HashMap, HashSet};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::UdpSocket;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use quinn_udp::UdpSocketState;
 use rustix::event::epoll::EventFlags;
 
+use super::flow::AddressPair;
 use super::port::Port;
 use crate::forward::io::{EventSource, Io};
 use crate::forward::slab::Key;
@@ -58,9 +59,9 @@ impl Ports {
         self.ports.get_mut(&number)
     }
 
-    /// The flow of a client on a port.
-    pub(super) fn flow_of(&self, number: ListenPort, client: SocketAddr) -> Option<Key> {
-        self.ports.get(&number)?.flows.get(&client).copied()
+    /// The flow between `addresses` on a port.
+    pub(super) fn flow_of(&self, number: ListenPort, addresses: AddressPair) -> Option<Key> {
+        self.ports.get(&number)?.flows.get(&addresses).copied()
     }
 
     /// Takes no new flows on a port, and closes it when the last one has ended.
