@@ -277,6 +277,7 @@ fn encode_forwarding(
     let ended = [
         ("idle", counted.idle),
         ("cut", counted.cut),
+        ("client_gone", counted.client_gone),
         ("evicted", counted.evicted),
         ("undelivered", counted.undelivered),
         ("all", counted.closed),

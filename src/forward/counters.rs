@@ -65,10 +65,13 @@ counters! {
     no_source_port,
     /// Connections whose server could not be reached otherwise.
     connect_failed,
-    /// Connections and flows that were idle for too long.
+    /// Connections that were idle, and flows whose client was silent, for too
+    /// long.
     idle,
     /// Connections and flows cut with their session.
     cut,
+    /// UDP flows whose client's host has reported that its port is closed.
+    client_gone,
     /// UDP flows evicted for another one.
     evicted,
     /// Connections reset before all that had been read was delivered.

@@ -118,9 +118,14 @@ fn open_udp(address: SocketAddr) -> io::Result<Listener> {
 fn udp(socket: Socket) -> io::Result<Listener> {
     let is_ipv6 = socket.domain()? == Domain::IPV6;
     let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
+    // The network's reports that a client's port is closed are queued.
+    state.enable_transport_errors(UdpSockRef::from(&socket))?;
     // Each datagram would pay for data that is not read.
     ReceiveTimestampns.set(&socket, &false)?;
     sockopt::set_ip_recvtos(&socket, false)?;
+    if is_ipv6 {
+        sockopt::set_ipv6_recvtclass(&socket, false)?;
+    }
     let address = socket.local_addr()?.as_socket();
     if address.is_some_and(|address| !address.ip().is_unspecified()) {
         if is_ipv6 {

@@ -111,6 +111,11 @@ impl ClientQuota {
         self.live.load(Ordering::Relaxed)
     }
 
+    /// The number of clients on `port`.
+    pub(super) fn live_on(&self, port: ListenPort) -> u32 {
+        self.port(port).load(Ordering::Relaxed)
+    }
+
     /// A place for a client of `source` on `port`, or the bound that it would
     /// exceed.
     pub(super) fn acquire(

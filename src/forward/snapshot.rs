@@ -111,7 +111,7 @@ pub struct FlowSnapshot {
     pub local: Option<IpAddr>,
     /// The socket that is connected to the processing server.
     pub server: OwnedFd,
-    /// The time since the last event.
+    /// The time since the client's last datagram.
     pub idle: Duration,
     /// The bytes that have passed.
     pub traffic: Traffic,

@@ -7,11 +7,11 @@
 //!    │   └─Ask─→ pending ──Refuse, 2 s, cut──────────────────────┘
 //!    │ Admit        │ Admit
 //!    ↓              ↓
-//!   new ──────────────────── server gone, idle time, cut ────→ ended
-//!    │   └─────────── evicted: the longest idle ────────────────↑ ↑
+//!   new ───────── client or server gone, idle time, cut ─────→ ended
+//!    │   └─────────── evicted: the longest silent ──────────────↑ ↑
 //!    │ the client sends after a reply                           │ │
 //!    ↓                                                          │ │
-//!   assured ──────────────── server gone, idle time, cut ───────┘ │
+//!   assured ───── client or server gone, idle time, cut ────────┘ │
 //!        └─────────── evicted: without new ones ──────────────────┘
 //! ```
 //!
@@ -24,8 +24,10 @@
 //!   client's next datagram is a first one again.
 //!
 //! A datagram moves the arrows without a time, and the thread's tick those
-//! with one; the idle time counts from the last datagram either way. ICMP
-//! reports a server that is gone. A thread that has its share of flows evicts
+//! with one. The idle time counts from the client's last datagram: a server may
+//! send for ever to a client that is gone. While its port has a TCP connection
+//! too, whose peer the kernel probes, it counts from the last datagram either
+//! way. ICMP reports a server, or a client, whose port is closed. A thread that has its share of flows evicts
 //! one for each new one. `Datagrams::end` is the only way out of *new* and
 //! *assured*; an export takes out all of them, as they are.
 //!
@@ -35,7 +37,8 @@
 //!
 //! - `datagrams`: the arrows; `flow`: one flow; `port`: receiving and sending;
 //!   `ports`: opening, draining and closing; `batch`: receiving several
-//!   datagrams in one call; `eviction`: the choice of a flow.
+//!   datagrams in one call; `reports`: ICMP about clients; `eviction`: the
+//!   choice of a flow.
 
 mod batch;
 pub(super) mod datagrams;
@@ -43,3 +46,4 @@ mod eviction;
 pub(super) mod flow;
 mod port;
 pub(super) mod ports;
+mod reports;

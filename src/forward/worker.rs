@@ -130,13 +130,13 @@ impl Worker {
             scratch: Scratch::new(shared.threads),
             now,
         };
-        let (quota, ports) = (shared.udp_quota, shared.draining_ports);
+        let (tcp_quota, ports) = (shared.tcp_quota.clone(), shared.draining_ports);
         Ok(Self {
             inbox,
             wake: wake.clone(),
             io,
             streams: Streams::new(shared.tcp_quota, shared.peer_timeout, now)?,
-            datagrams: Datagrams::new(quota, shared.flow_share, ports),
+            datagrams: Datagrams::new(shared.udp_quota, tcp_quota, shared.flow_share, ports),
             pending: PendingClients::default(),
             unwatched: None,
             is_stopping: false,
@@ -221,7 +221,12 @@ impl Worker {
                 port.map(|port| streams.accept(port, pending, io));
             }
             EventSource::UdpPort => {
-                port.map(|port| datagrams.receive_from_clients(port, pending, io));
+                port.map(|port| {
+                    if signals.failed {
+                        datagrams.end_unreachable(port, io);
+                    }
+                    datagrams.receive_from_clients(port, pending, io)
+                });
             }
             EventSource::Client => streams.handle_event(key, Side::Client, signals, io),
             EventSource::Server => streams.handle_event(key, Side::Server, signals, io),

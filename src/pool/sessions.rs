@@ -18,7 +18,7 @@ pub struct Sessions {
     #[schemars(range(min = 0, max = WEEK_SECONDS))]
     pub idle_timeout_seconds: i32,
 
-    /// Time in seconds without a datagram after which a UDP client counts as gone, 1 to 604800. Default 60.
+    /// Time in seconds without a datagram from a UDP client after which it counts as gone, 1 to 604800. What it is sent does not count, unless it has a TCP connection to the same connection port. Default 60.
     #[schemars(range(min = 1, max = WEEK_SECONDS))]
     pub udp_idle_timeout_seconds: i32,
 

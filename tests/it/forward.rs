@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 mod udp;
+mod udp_ends;
 
 use self::udp::{udp_client, udp_echo};
 use crate::common::network::{address, network};

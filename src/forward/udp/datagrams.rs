@@ -15,6 +15,7 @@ use super::eviction;
 use super::flow::{AddressPair, Flow, connect};
 use super::port::Port;
 use super::ports::{DrainingPorts, Ports};
+use super::reports::Report;
 use crate::forward::counters::{add, count};
 use crate::forward::gate::{Decision, SessionKey, Traffic, Transport};
 use crate::forward::io::{EventSource, Io};
@@ -28,11 +29,16 @@ use crate::table::ListenPort;
 /// level-triggered, so what is left is reported again.
 const BATCHES_PER_TURN: usize = 4;
 
+/// ICMP reports on one socket before others get their turn.
+const REPORTS_PER_TURN: usize = 64;
+
 /// A thread's UDP part.
 pub(in crate::forward) struct Datagrams {
     ports: Ports,
     flows: Slab<Flow>,
     quota: Arc<ClientQuota>,
+    /// The places of TCP connections: where a port has one, its client lives.
+    tcp_quota: Arc<ClientQuota>,
     /// Most flows of this thread. Each thread has its own share, so that a flood
     /// on one port takes nothing from the ports of other threads.
     flow_share: Arc<AtomicU32>,
@@ -43,6 +49,7 @@ pub(in crate::forward) struct Datagrams {
 impl Datagrams {
     pub(in crate::forward) fn new(
         quota: Arc<ClientQuota>,
+        tcp_quota: Arc<ClientQuota>,
         flow_share: Arc<AtomicU32>,
         draining_ports: DrainingPorts,
     ) -> Self {
@@ -50,6 +57,7 @@ impl Datagrams {
             ports: Ports::new(draining_ports),
             flows: Slab::default(),
             quota,
+            tcp_quota,
             flow_share,
             random: Rng::new(),
             batch: Batch::new(),
@@ -103,7 +111,7 @@ impl Datagrams {
             let received = match port.receive(&mut batch) {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // An ICMP error of a reply: that client's flow will expire.
+                // An ICMP error of a reply, which is read from its queue.
                 Err(_) => continue,
             };
             has_received = true;
@@ -119,6 +127,23 @@ impl Datagrams {
         }
         self.batch = batch;
         has_received
+    }
+
+    /// Ends the flows of clients whose host reports that their port is closed, a
+    /// few at most. What is left is reported again.
+    pub(in crate::forward) fn end_unreachable(&mut self, number: ListenPort, io: &mut Io) {
+        for _ in 0..REPORTS_PER_TURN {
+            let report = self.ports.get(number).and_then(Port::receive_report);
+            let Some(report) = report else {
+                break;
+            };
+            if let Report::Closed(addresses) = report
+                && let Some(flow) = self.ports.flow_of(number, addresses)
+            {
+                count(&io.counters.client_gone);
+                self.end(flow, io);
+            }
+        }
     }
 
     fn handle_run(
@@ -151,7 +176,7 @@ impl Datagrams {
         let Some(port) = self.ports.get(flow.port) else {
             return;
         };
-        flow.active = io.now;
+        flow.client_active = io.now;
         flow.is_assured |= flow.traffic.downstream_bytes > 0;
         let sent = port.send_upstream(flow, run);
         io.scratch.carried.upstream_bytes += sent.bytes;
@@ -285,7 +310,8 @@ impl Datagrams {
             server,
             target,
             receive_batch_size: ReceiveBatchSize::new(),
-            active: io.now,
+            client_active: io.now,
+            server_active: io.now,
             traffic: Traffic::default(),
             is_assured: false,
             _permit: client.permit,
@@ -347,7 +373,7 @@ impl Datagrams {
                     break;
                 }
             };
-            flow.active = io.now;
+            flow.server_active = io.now;
             let mut next = 0;
             while next < received.count {
                 let (run, after) = batch.run(next, received.count);
@@ -386,11 +412,16 @@ impl Datagrams {
         self.end(key, io);
     }
 
-    /// Ends idle flows, and closes the ports that have drained.
+    /// Ends the flows of silent clients, and closes the ports that have drained.
     pub(in crate::forward) fn tick(&mut self, io: &mut Io) {
         if let Some(idle) = io.idle_times.udp() {
-            let is_late = |flow: &Flow| io.now.duration_since(flow.active) >= idle;
-            let late = self.flows.iter().filter(|(_, flow)| is_late(flow));
+            let is_late = |since| io.now.duration_since(since) >= idle;
+            // The kernel probes whether the peer of a TCP connection lives.
+            let has_connection = |flow: &Flow| self.tcp_quota.live_on(flow.port) > 0;
+            let late = self.flows.iter().filter(|(_, flow)| {
+                is_late(flow.client_active)
+                    && (is_late(flow.server_active) || !has_connection(flow))
+            });
             let late: Vec<Key> = late.map(|(key, _)| key).collect();
             for key in late {
                 count(&io.counters.idle);

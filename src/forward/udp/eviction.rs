@@ -4,8 +4,8 @@
 //! If new clients were refused, someone who sends from many addresses, forged
 //! ones even, could lock out everyone else. So a flow is evicted. First are the
 //! flows whose client has not sent again after a reply, since a forged address
-//! cannot; the longest idle of them goes. Only without such flows the longest
-//! idle of the others goes. The flow is chosen among [`SAMPLE`] flows taken at
+//! cannot; of them the one goes whose client has been silent for longest. Only
+//! without such flows it is chosen among the others. The flow is chosen among [`SAMPLE`] flows taken at
 //! random, so that a flood costs the same per datagram however many flows there
 //! are. Neighbours in the table came at the same time, so taking turns would
 //! meet all the oldest flows at once.
@@ -30,7 +30,7 @@ pub(super) fn choose(flows: &Slab<Flow>, random: &mut Rng) -> Option<Key> {
 
 /// The rank of a flow: the lowest is evicted first.
 fn eviction_rank(flow: &Flow) -> (bool, Instant) {
-    (flow.is_assured, flow.active)
+    (flow.is_assured, flow.client_active)
 }
 
 /// The item of the lowest rank among a few taken at random.
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_idle_of_the_unassured_goes_first() {
+    fn the_longest_silent_of_the_unassured_goes_first() {
         let mut items = Slab::default();
         let old = place(&mut items, (true, 1));
         let unassured = place(&mut items, (false, 7));

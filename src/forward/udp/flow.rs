@@ -38,8 +38,10 @@ pub(super) struct Flow {
     /// The server's address.
     pub(super) target: SocketAddr,
     pub(super) receive_batch_size: ReceiveBatchSize,
-    /// The time of the last datagram, either way.
-    pub(super) active: Instant,
+    /// The time of the client's last datagram.
+    pub(super) client_active: Instant,
+    /// The time of the server's last datagram; at first that of the flow's begin.
+    pub(super) server_active: Instant,
     pub(super) traffic: Traffic,
     /// The client has sent again after a reply: its address is not a forged one.
     pub(super) is_assured: bool,
@@ -56,7 +58,7 @@ impl Flow {
             client: self.addresses.client,
             local: self.addresses.local,
             server: self.server,
-            idle: now.saturating_duration_since(self.active),
+            idle: now.saturating_duration_since(self.client_active),
             traffic: self.traffic,
             is_assured: self.is_assured,
         }
@@ -75,7 +77,8 @@ impl Flow {
             target: target.try_into().ok()?,
             receive_batch_size: ReceiveBatchSize::new(),
             server: snapshot.server,
-            active: now.checked_sub(snapshot.idle).unwrap_or(now),
+            client_active: now.checked_sub(snapshot.idle).unwrap_or(now),
+            server_active: now,
             traffic: snapshot.traffic,
             is_assured: snapshot.is_assured,
             _permit: permit,

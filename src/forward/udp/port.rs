@@ -12,6 +12,7 @@ use rustix::net::{self, SendFlags};
 
 use super::batch::{Batch, JOINED_DATAGRAM_MAX, ReceiveBatchSize, Received, Run};
 use super::flow::{AddressPair, Flow};
+use super::reports::{self, Report};
 use crate::forward::listeners::Listener;
 use crate::forward::slab::Key;
 
@@ -64,6 +65,12 @@ impl Port {
         batch.receive(&self.state, socket, &mut self.receive_batch_size)
     }
 
+    /// Takes what a network has reported about a datagram that was sent to a
+    /// client; `None` when there is nothing more.
+    pub(super) fn receive_report(&self) -> Option<Report> {
+        reports::receive(self.socket.as_fd())
+    }
+
     /// Receives datagrams of a flow's server into `batch`.
     pub(super) fn receive_from_server(
         &self,
@@ -99,12 +106,14 @@ impl Port {
         let socket = self.socket.as_fd();
         let AddressPair { client, local } = flow.addresses;
         let plain = |datagram: &[u8]| match local {
-            None => net::sendto(socket, datagram, SendFlags::empty(), &client)
-                .map(drop)
-                .map_err(io::Error::from),
+            None => past_report(|| {
+                net::sendto(socket, datagram, SendFlags::empty(), &client)
+                    .map(drop)
+                    .map_err(io::Error::from)
+            }),
             Some(_) => {
                 let transmit = transmit(client, local, datagram, None);
-                self.state.try_send(UdpSockRef::from(&socket), &transmit)
+                past_report(|| self.state.try_send(UdpSockRef::from(&socket), &transmit))
             }
         };
         self.send(run, socket, client, local, plain)
@@ -126,7 +135,8 @@ impl Port {
             for bytes in run.bytes.chunks(run.stride * segments) {
                 let part = Run { bytes, ..run };
                 let transmit = transmit(destination, source, bytes, Some(run.stride));
-                match self.state.try_send(UdpSockRef::from(&socket), &transmit) {
+                let send = || self.state.try_send(UdpSockRef::from(&socket), &transmit);
+                match past_report(send) {
                     Ok(()) => sent.bytes += bytes.len() as u64,
                     // The network cannot split them: each is sent on its own.
                     Err(error) if is_unsupported(&error) => {
@@ -172,6 +182,15 @@ impl Sent {
             }
             _ => self.dropped += datagrams,
         }
+    }
+}
+
+/// Sends once more after an error: it may be a report on an earlier datagram, of
+/// another client even, in whose place nothing was sent.
+fn past_report(send: impl Fn() -> io::Result<()>) -> io::Result<()> {
+    match send() {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => send(),
+        sent => sent,
     }
 }
 
