@@ -109,3 +109,48 @@ async fn a_mounted_config_map_is_followed() {
     publish(2);
     generation(&mut current, 2).await;
 }
+
+/// How often the file at `path` is opened while `act` runs and a little after it, as the
+/// kernel reports them.
+async fn reads(path: &std::path::Path, act: impl FnOnce()) -> usize {
+    let flags = rustix::fs::inotify::CreateFlags::NONBLOCK;
+    let inotify = rustix::fs::inotify::init(flags).unwrap();
+    let opened = rustix::fs::inotify::WatchFlags::OPEN;
+    rustix::fs::inotify::add_watch(&inotify, path, opened).unwrap();
+    act();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut events = rustix::fs::inotify::Reader::new(&inotify, &mut buffer);
+    std::iter::from_fn(|| events.next().ok().map(|_| ())).count()
+}
+
+#[tokio::test]
+async fn a_file_beside_the_table_makes_nobody_read_the_table() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("table.json");
+    write_table(&path, &table(1, "a")).unwrap();
+    let followers = [(); 10].map(|()| follow_file(&path).unwrap());
+    for follower in &followers {
+        generation(&mut follower.watch(), 1).await;
+    }
+    let beside = reads(&path, || {
+        for number in 0..100 {
+            std::fs::write(folder.path().join(format!("{number}")), "beside").unwrap();
+        }
+        let draft = folder.path().join("draft");
+        std::fs::write(&draft, "beside").unwrap();
+        std::fs::rename(&draft, folder.path().join("0")).unwrap();
+        std::fs::remove_file(folder.path().join("1")).unwrap();
+    });
+    assert_eq!(beside.await, 0);
+    write_table(&path, &table(2, "a")).unwrap();
+    for follower in &followers {
+        generation(&mut follower.watch(), 2).await;
+    }
+    let text = table(3, "a").encode().unwrap();
+    let own = reads(&path, || std::fs::write(&path, text).unwrap());
+    assert!(own.await > 0, "a change of it is read");
+    for follower in &followers {
+        generation(&mut follower.watch(), 3).await;
+    }
+}
