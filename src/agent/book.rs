@@ -16,6 +16,22 @@
 //! connection server that may know it has acknowledged the end, has stopped, or
 //! is gone for good. So a free port has no session and no connection anywhere.
 //!
+//! # Time limits
+//!
+//! | limit | counts from | what renews it |
+//! |---|---|---|
+//! | claim deadline | the selection | nothing |
+//! | linger time | the end of the last connection | a connection ends it; it counts anew from the end of that one |
+//! | longest duration | the selection | nothing |
+//!
+//! A restart of the agent renews none of them, because connection servers report
+//! the times of each session in their greetings. The restarted agent ends no
+//! session for want of a connection before the recovery is over: a connection
+//! server that has not greeted yet may have one open. Neither does a connection
+//! server renew any of them when it comes back, is replaced or crashes. A limit
+//! that changes in the table applies to what is selected from then on; a
+//! restarted agent applies the new one to all.
+//!
 //! - `ports`, `listening`, `session`, `connection_servers`: the parts of the book;
 //! - `life`: the changes of sessions;
 //! - `attachment`: the arrival and departure of connection servers;
@@ -60,6 +76,19 @@ impl Now {
     /// The time of day in `duration`.
     fn time_in(self, duration: Duration) -> Timestamp {
         self.time.checked_add(duration).unwrap_or(Timestamp::MAX)
+    }
+
+    /// The time that has passed since `time`; zero when the clock says that it is
+    /// to come.
+    fn since(self, time: Timestamp) -> Duration {
+        let passed = self.time.duration_since(time);
+        passed.try_into().unwrap_or(Duration::ZERO)
+    }
+
+    /// The time that passes until `time`; zero when that is over.
+    fn until(self, time: Timestamp) -> Duration {
+        let left = time.duration_since(self.time);
+        left.try_into().unwrap_or(Duration::ZERO)
     }
 }
 

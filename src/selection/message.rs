@@ -156,6 +156,8 @@ pub struct Session {
     pub claim_deadline: Timestamp,
     /// When the port was selected. To the millisecond.
     pub created: Timestamp,
+    /// While it lingers: when its last connection closed. To the millisecond.
+    pub lingering_since: Option<Timestamp>,
     /// In a greeting: whether the sender has connections open on it.
     pub open_here: bool,
 }

@@ -73,7 +73,8 @@ pub struct Hello {
     #[prost(string, tag = "4")]
     pub table: ::prost::alloc::string::String,
     /// Sessions this connection server believes are live on this server: an agent
-    /// that was restarted adopts them, and ends those it cannot adopt.
+    /// that was restarted adopts them, and ends those it cannot adopt. Their times
+    /// are as the agent reported them, so a restart renews no time limit.
     #[prost(message, repeated, tag = "5")]
     pub sessions: ::prost::alloc::vec::Vec<Session>,
     /// What identifies the process on its host, at most 256 bytes: the boot, the
@@ -302,6 +303,9 @@ pub struct Session {
     /// In Hello: this connection server has connections open on it.
     #[prost(bool, tag = "10")]
     pub open_here: bool,
+    /// While Lingering: when its last connection closed; 0 when not known.
+    #[prost(uint64, tag = "11")]
+    pub lingering_since_ms: u64,
 }
 /// Nested message and enum types in `Session`.
 pub mod session {

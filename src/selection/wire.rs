@@ -355,6 +355,10 @@ impl TryFrom<v1::Session> for Session {
             state,
             claim_deadline: timestamp("claim_deadline_ms", session.claim_deadline_ms)?,
             created: timestamp("created_ms", session.created_ms)?,
+            lingering_since: match session.lingering_since_ms {
+                0 => None,
+                since => Some(timestamp("lingering_since_ms", since)?),
+            },
             open_here: session.open_here,
         })
     }
@@ -377,6 +381,7 @@ impl From<Session> for v1::Session {
             state: state.into(),
             claim_deadline_ms: unix_ms(session.claim_deadline),
             created_ms: unix_ms(session.created),
+            lingering_since_ms: session.lingering_since.map_or(0, unix_ms),
             open_here: session.open_here,
         }
     }
@@ -429,6 +434,7 @@ mod tests {
             state: session::State::Busy.into(),
             claim_deadline_ms: 31_000,
             created_ms: 1_000,
+            lingering_since_ms: 2_000,
             open_here: true,
         }
     }
@@ -441,10 +447,12 @@ mod tests {
         let bare = v1::Session {
             idempotency_key: String::new(),
             bound_client: String::new(),
+            lingering_since_ms: 0,
             ..session()
         };
         let read = Session::try_from(bare.clone()).unwrap();
         assert_eq!((&read.idempotency_key, read.bound_client), (&None, None));
+        assert_eq!(read.lingering_since, None);
         assert_eq!(v1::Session::from(read), bare);
     }
 

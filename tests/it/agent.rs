@@ -2,4 +2,5 @@
 //! that it stands beside.
 
 mod budget;
+mod limits;
 mod one_shot;

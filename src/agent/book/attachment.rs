@@ -5,10 +5,10 @@
 use std::collections::BTreeMap;
 
 use super::life::end_notice;
-use super::session::{ADOPTED, Session, State};
-use super::{Book, Notice, Now, To};
+use super::session::{ADOPTED, Closed, Session, State};
+use super::{Book, Notice, Now, Times, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
-use crate::session::{PortFilter, SessionId};
+use crate::session::{PortFilter, SessionId, SessionState};
 
 impl Book {
     /// Attaches a connection server that listens at `host_identity` and knows
@@ -73,21 +73,46 @@ impl Book {
         {
             return false;
         }
-        let is_open = known.open_here;
+        let Times {
+            claim,
+            linger,
+            max_duration,
+        } = self.times;
+        let closed = known.lingering_since.unwrap_or(now.time);
+        let (state, left) = match known.state {
+            _ if known.open_here => (State::Busy, None),
+            SessionState::Held => {
+                let left = now.until(known.claim_deadline).min(claim);
+                (State::Held, Some(left))
+            }
+            SessionState::Busy | SessionState::Lingering => {
+                let left = linger.saturating_sub(now.since(closed));
+                (State::Lingering, Some(left))
+            }
+        };
+        let until = left.map(|left| self.no_sooner_than_recovered(now.monotonic + left));
+        let at_most =
+            max_duration.map(|most| now.monotonic + most.saturating_sub(now.since(known.created)));
         let session = Session {
             number: ADOPTED,
             port: known.port,
             owner: owner.clone(),
-            state: if is_open { State::Busy } else { State::Held },
-            open: is_open.then(|| owner.clone()).into_iter().collect(),
-            closed: None,
+            closed: (state == State::Lingering).then_some(Closed {
+                monotonic: now.monotonic,
+                time: closed,
+            }),
+            open: (state == State::Busy)
+                .then(|| owner.clone())
+                .into_iter()
+                .collect(),
+            state,
             filter: PortFilter::default(),
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,
             created: known.created,
-            claim_deadline: now.time_in(self.times.claim),
-            until: (!is_open).then_some(now.monotonic + self.times.claim),
-            at_most: self.times.max_duration.map(|most| now.monotonic + most),
+            claim_deadline: known.claim_deadline,
+            until,
+            at_most,
         };
         self.insert(known.id.clone(), session);
         true

@@ -3,9 +3,10 @@
 //! send.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::ports::Occupancy;
-use super::session::{Session, State};
+use super::session::{Closed, Session, State};
 use super::{Book, Notice, Now, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
 use crate::session::{SessionId, SessionState};
@@ -42,19 +43,33 @@ impl Book {
         now: Now,
         notices: &mut Vec<Notice>,
     ) {
-        let linger = self.times.linger;
+        let until = self.no_sooner_than_recovered(now.monotonic + self.times.linger);
         self.update(id, notices, |session| {
             let was_open = session.open.remove(from);
             if was_open && session.open.is_empty() {
-                session.closed = Some(now.monotonic);
+                session.closed = Some(Closed {
+                    monotonic: now.monotonic,
+                    time: now.time,
+                });
                 session.state = State::Lingering;
-                session.until = Some(now.monotonic + linger);
+                session.until = Some(until);
             }
         });
-        let is_over = |session: &Session| session.state == State::Lingering && linger.is_zero();
+        let is_over = |session: &Session| {
+            session.state == State::Lingering
+                && session.until.is_some_and(|until| until <= now.monotonic)
+        };
         if self.sessions.get(id).is_some_and(is_over) {
             self.end(id, EndCause::Finished, now, notices);
         }
+    }
+
+    /// `deadline`, but not before the recovery is over: no session ends for want
+    /// of a connection while one may be open at a connection server that has not
+    /// greeted yet.
+    pub(super) fn no_sooner_than_recovered(&self, deadline: Duration) -> Duration {
+        self.recovering_until
+            .map_or(deadline, |recovered| recovered.max(deadline))
     }
 
     /// Changes a live session, keeps its deadline in step, and reports a new
@@ -142,7 +157,8 @@ impl Book {
         {
             // Connections that were cut are closed only now.
             let is_cut = !session.open.is_empty();
-            let closed = is_cut.then_some(now.monotonic).or(session.closed);
+            let closed = session.closed.map(|closed| closed.monotonic);
+            let closed = if is_cut { Some(now.monotonic) } else { closed };
             self.ports.vacate(session.port, closed, now.monotonic);
         }
     }
@@ -197,6 +213,10 @@ impl Book {
             state,
             claim_deadline: session.claim_deadline,
             created: session.created,
+            lingering_since: (session.state == State::Lingering)
+                .then_some(session.closed)
+                .flatten()
+                .map(|closed| closed.time),
             open_here: false,
         }
     }

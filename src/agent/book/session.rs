@@ -25,6 +25,14 @@ pub(super) enum State {
     Ending(BTreeSet<ConnectionServerId>),
 }
 
+/// When the last connection of a session closed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Closed {
+    pub(super) monotonic: Duration,
+    /// The time of day, which a restarted agent can use.
+    pub(super) time: Timestamp,
+}
+
 #[derive(Clone, Debug)]
 pub(super) struct Session {
     /// A number above those of all sessions made before it in this book.
@@ -35,7 +43,7 @@ pub(super) struct Session {
     /// Connection servers with connections open on it.
     pub(super) open: BTreeSet<ConnectionServerId>,
     /// When the last connection on it closed.
-    pub(super) closed: Option<Duration>,
+    pub(super) closed: Option<Closed>,
     pub(super) filter: PortFilter,
     pub(super) idempotency_key: Option<String>,
     pub(super) bound_client: Option<IpAddr>,

@@ -226,6 +226,7 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
             state: SessionState::Busy,
             claim_deadline: jiff::Timestamp::UNIX_EPOCH,
             created: jiff::Timestamp::UNIX_EPOCH,
+            lingering_since: None,
             open_here: false,
         },
         carried: Carried {

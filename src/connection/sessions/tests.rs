@@ -67,6 +67,7 @@ fn session(id: &str, number: u16) -> Session {
         state: SessionState::Held,
         claim_deadline: jiff::Timestamp::UNIX_EPOCH,
         created: jiff::Timestamp::UNIX_EPOCH,
+        lingering_since: None,
         open_here: false,
     }
 }

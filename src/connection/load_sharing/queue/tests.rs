@@ -75,6 +75,7 @@ impl Agent {
             state: SessionState::Held,
             claim_deadline: Timestamp::UNIX_EPOCH,
             created: Timestamp::UNIX_EPOCH,
+            lingering_since: None,
             open_here: false,
         };
         self.sessions.push((index, session.clone()));
