@@ -425,6 +425,7 @@ impl Book {
         Counts {
             ports,
             draining: self.is_draining(),
+            returning: self.ports.returning(),
         }
     }
 

@@ -175,15 +175,16 @@ impl Agent {
 }
 
 impl Inner {
-    /// Sends messages that the book has returned, does a look that is due, and
-    /// sends new counts.
+    /// Does a look that is due, sends new counts, and then the messages that the
+    /// book has returned: who hears that a session is over knows already that its
+    /// port returns.
     fn conclude(&mut self, notices: Vec<Notice>, now: Now) {
-        self.send(notices);
         if now.monotonic >= self.look_not_before {
             let due = self.book.take_due_looks(now);
             self.look(&due, now);
         }
         self.send_counts(To::All, now);
+        self.send(notices);
     }
 
     /// Looks at `ports`. Returns whether that was possible.

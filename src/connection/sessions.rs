@@ -307,6 +307,13 @@ impl Sessions {
             .any(|ending| ending.slot == slot)
     }
 
+    /// Whether sessions are over whose end their agents have yet to confirm.
+    #[must_use]
+    pub fn is_any_ending(&self) -> bool {
+        let inner = self.inner.read();
+        !inner.ending.is_empty() || !inner.released.is_empty()
+    }
+
     /// An agent reports a session, new or changed. A new one is logged under
     /// the span that `span` gives.
     pub fn learn(

@@ -133,6 +133,9 @@ pub struct Counts {
     pub ports: Vec<PortState>,
     /// Whether no port is offered any more, because the server is being removed.
     pub draining: bool,
+    /// Ports whose session is over and that become free by themselves. They count
+    /// as lingering, too.
+    pub returning: u32,
 }
 
 /// A session on a processing server.

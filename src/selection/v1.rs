@@ -173,6 +173,11 @@ pub struct Counts {
     /// No port is offered any more; the server is being removed.
     #[prost(bool, tag = "2")]
     pub draining: bool,
+    /// Ports whose session is over and that become free by themselves: once every
+    /// connection server has acknowledged the end, and the workload is seen to go
+    /// on listening. They count as lingering, too.
+    #[prost(uint32, tag = "3")]
+    pub returning: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PortCounts {

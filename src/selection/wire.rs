@@ -310,6 +310,7 @@ impl TryFrom<v1::Counts> for Counts {
         Ok(Self {
             ports: ports.collect::<Result<_, _>>()?,
             draining: counts.draining,
+            returning: counts.returning,
         })
     }
 }
@@ -328,6 +329,7 @@ impl From<Counts> for v1::Counts {
         Self {
             ports: ports.collect(),
             draining: counts.draining,
+            returning: counts.returning,
         }
     }
 }

@@ -140,6 +140,7 @@ impl Selection for LastPort {
                     ..v1::PortCounts::default()
                 }],
                 draining: false,
+                returning: 0,
             };
             while let Ok(Some(ToAgent {
                 message: Some(message),

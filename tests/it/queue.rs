@@ -13,6 +13,7 @@ use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionRequest};
 use portpool::table::PortRange;
 use rustix::process::Signal;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// "At once", on a machine that is busy with other tests.
 const AT_ONCE: Duration = Duration::from_secs(2);
@@ -172,9 +173,23 @@ async fn the_same_key_through_another_connection_server_gets_the_same_session() 
     assert_eq!(ids.len(), 1);
 }
 
-/// Clients that ask and give back at once, fewer than there are ports.
+#[tokio::test]
+async fn who_gives_a_port_back_can_ask_again_at_once() {
+    let (pool, mut sessions) = full().await;
+    let client = pool.client();
+    for _ in 0..50 {
+        client.release(&sessions.remove(0).id).await.unwrap();
+        sessions.push(client.request(SessionRequest::default()).await.unwrap());
+    }
+    let started = Instant::now();
+    assert!(pool.request().await.is_err());
+    assert!(started.elapsed() < AT_ONCE, "{:?}", started.elapsed());
+}
+
+/// Clients that use a port for a moment and ask for the next, fewer than there
+/// are ports.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_port_that_is_being_selected_counts_once() {
+async fn fewer_clients_than_ports_are_all_served_without_waiting() {
     const PORTS: u16 = 40;
     const CLIENTS: usize = 32;
     const ROUNDS: usize = 60;
@@ -202,7 +217,9 @@ async fn a_port_that_is_being_selected_counts_once() {
             let client = pool.client();
             for _ in 0..ROUNDS {
                 let session = client.request(SessionRequest::default()).await.unwrap();
-                client.release(&session.id).await.unwrap();
+                let mut stream = client.connect(&session).await.unwrap();
+                stream.write_all(b"mine").await.unwrap();
+                stream.read_exact(&mut [0; 4]).await.unwrap();
             }
         })
     });

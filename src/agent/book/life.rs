@@ -124,7 +124,7 @@ impl Book {
             self.id_by_key.remove(key);
         }
         session.state = State::Ending(self.connection_servers.may_know(session.number));
-        self.ports.mark(session.port, Occupancy::Lingering);
+        self.ports.mark(session.port, Occupancy::Ending);
         notices.push(end_notice(To::All, id, cause));
         self.remember_over(id);
         self.free_when_acknowledged(id, now);
@@ -201,7 +201,7 @@ impl Book {
         let state = match session.occupancy() {
             Occupancy::Held => SessionState::Held,
             Occupancy::Busy => SessionState::Busy,
-            Occupancy::Lingering => SessionState::Lingering,
+            Occupancy::Lingering | Occupancy::Ending => SessionState::Lingering,
         };
         selection::Session {
             id: id.clone(),

@@ -43,6 +43,7 @@ struct Group {
     held: u32,
     busy: u32,
     lingering: u32,
+    ending: u32,
 }
 
 /// The use of a port by its session.
@@ -50,14 +51,21 @@ struct Group {
 pub(super) enum Occupancy {
     Held,
     Busy,
-    /// Between connections, or being freed.
+    /// Between connections.
     Lingering,
+    /// The session is over; the port returns when all have acknowledged that.
+    Ending,
 }
 
 impl Group {
     /// Whether its sockets outlive sessions, as far as is known of all of them.
     fn is_lasting(&self) -> bool {
         self.is_proven && !self.has_lost
+    }
+
+    /// The ports whose session is over and that are not free yet.
+    fn returning(&self) -> u32 {
+        self.ending + self.on_trial
     }
 
     fn serves(&self, filter: &PortFilter) -> bool {
@@ -69,6 +77,7 @@ impl Group {
             Occupancy::Held => &mut self.held,
             Occupancy::Busy => &mut self.busy,
             Occupancy::Lingering => &mut self.lingering,
+            Occupancy::Ending => &mut self.ending,
         }
     }
 }
@@ -348,10 +357,15 @@ impl Ports {
             free: u32::try_from(group.free.len()).unwrap_or(u32::MAX),
             held: group.held,
             busy: group.busy,
-            lingering: group.lingering + group.on_trial,
+            lingering: group.lingering + group.returning(),
             not_listening: group.not_listening,
         });
         counts.collect()
+    }
+
+    /// The ports that become free without a client's doing.
+    pub(super) fn returning(&self) -> u32 {
+        self.groups.iter().map(Group::returning).sum()
     }
 
     /// The name and protocol of `port`.
@@ -402,6 +416,7 @@ impl Ports {
                 held: 0,
                 busy: 0,
                 lingering: 0,
+                ending: 0,
             });
             self.groups.len() - 1
         });

@@ -67,7 +67,8 @@ impl Session {
         match self.state {
             State::Held => Occupancy::Held,
             State::Busy => Occupancy::Busy,
-            State::Lingering | State::Ending(_) => Occupancy::Lingering,
+            State::Lingering => Occupancy::Lingering,
+            State::Ending(_) => Occupancy::Ending,
         }
     }
 

@@ -138,8 +138,10 @@ impl Allocation {
         // session is known.
         let live = key.and_then(|key| self.sessions.get_by_idempotency_key(key));
         let live = live.map(|KnownSession { slot, session }| Allocated { slot, session });
+        let is_returning = self.sessions.is_any_ending();
         let now = Instant::now();
-        let (caller, decisions) = inner.queue.enter(wanted, live, now + wait, now);
+        let until = now + wait;
+        let (caller, decisions) = inner.queue.enter(wanted, live, is_returning, until, now);
         let (sender, answer) = oneshot::channel();
         let client = Client {
             answer: sender,

@@ -17,7 +17,9 @@
 //!    free, and a later one that is served at once takes nothing from it: only
 //!    those who could use the same ports are before one another.
 //! 2. **Waiting.** A request waits as long as its client said, 0 s if it said
-//!    nothing. Then it is refused with the reason why nothing is free.
+//!    nothing. Then it is refused with the reason why nothing is free. While
+//!    sessions are over whose ports are not free yet, every request waits at
+//!    least [`RETURN_TIME`]: who gives a port back may ask at once.
 //! 3. **Leaving.** A request whose client is gone leaves at once, with or
 //!    without a key. If a server is being asked for it, what that selects is
 //!    given back, unless the client has asked again under its key.
@@ -53,6 +55,11 @@ pub const MAX_WAITING: usize = 6144;
 /// How long a server may take to select a port before the next one is asked. A
 /// selection takes well under a millisecond; a second is a server in trouble.
 pub const ASK_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long a request waits in any case while ports are on their way back. That
+/// takes milliseconds, or half a second where a workload must first prove that
+/// it goes on listening.
+pub const RETURN_TIME: Duration = Duration::from_millis(600);
 
 /// How long a request may take besides its own wait: a few servers that miss
 /// their deadline.
@@ -122,12 +129,14 @@ pub struct Queue {
 /// What may happen. Each method returns what is to be done, in order.
 impl Queue {
     /// A client asks, and waits until `until` when nothing is free. `live` is
-    /// the live session of its key, if there is one.
+    /// the live session of its key, if there is one. `is_returning` says that
+    /// sessions are over here whose end their agents have yet to report.
     #[must_use]
     pub fn enter(
         &mut self,
         wanted: Wanted,
         live: Option<Allocated>,
+        is_returning: bool,
         until: Instant,
         now: Instant,
     ) -> (Caller, Vec<Decision>) {
@@ -137,6 +146,11 @@ impl Queue {
             let answer = is_its.then_some(live).ok_or(Refusal::KeyReused);
             return (caller, vec![Decision::Answer(caller, answer)]);
         }
+        let until = if is_returning || self.servers.has_returning() {
+            until.max(now + RETURN_TIME)
+        } else {
+            until
+        };
         let key = wanted.idempotency_key.as_ref();
         let known = key.and_then(|key| self.by_key.get(key)).copied();
         let place = match known.map(|place| (place, &self.requests[&place].wanted)) {

@@ -48,6 +48,8 @@ pub struct ServerLoad {
     pub ports: Vec<PortState>,
     /// Whether its agent says that it takes nothing new.
     agent_draining: bool,
+    /// Its ports that become free without a client's doing.
+    returning: u32,
     /// The requests on their way to it, by entry: few, and looked through often.
     reserved: Vec<(Entry, u32)>,
     /// The number of the last report.
@@ -149,6 +151,7 @@ impl Servers {
         let server = self.server(slot);
         server.attached = false;
         server.ports.clear();
+        server.returning = 0;
         server.reserved.clear();
     }
 
@@ -157,6 +160,7 @@ impl Servers {
         let server = self.server(slot);
         server.ports = counts.ports;
         server.agent_draining = counts.draining;
+        server.returning = counts.returning;
         server.report.0 += 1;
     }
 
@@ -181,6 +185,12 @@ impl Servers {
         takers
             .flat_map(|server| server.ports.iter().map(|ports| server.free(ports)))
             .sum()
+    }
+
+    /// Whether ports are about to become free.
+    pub(super) fn has_returning(&self) -> bool {
+        let mut takers = self.loads().filter(|server| server.takes_sessions());
+        takers.any(|server| server.returning > 0)
     }
 
     /// Reserves a server for a request, among those that are not `excluded`;

@@ -43,6 +43,7 @@ impl Agent {
         Counts {
             ports: ports.collect(),
             draining: false,
+            returning: 0,
         }
     }
 
@@ -158,7 +159,9 @@ impl World {
             slot: Self::slot(index),
             session: session.clone(),
         });
-        let (caller, decisions) = self.queue.enter(wanted.clone(), live, until, self.now);
+        let (caller, decisions) = self
+            .queue
+            .enter(wanted.clone(), live, false, until, self.now);
         self.clients.insert(caller, (wanted, until));
         self.carry_out(decisions);
         caller
@@ -453,6 +456,39 @@ fn a_session_that_another_connection_server_made_is_the_answer_to_its_key() {
 }
 
 #[test]
+fn every_request_waits_a_moment_for_ports_that_are_on_their_way_back() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    let counts = Counts {
+        returning: 1,
+        ..world.agents[0].counts()
+    };
+    let decisions = world.queue.counted(Slot(0), counts, world.now);
+    world.carry_out(decisions);
+    let enter = |world: &mut World, is_returning| {
+        let (now, until) = (world.now, world.now);
+        let (caller, decisions) = world
+            .queue
+            .enter(anything(), None, is_returning, until, now);
+        world.clients.insert(caller, (anything(), now));
+        world.carry_out(decisions);
+        caller
+    };
+    let first = enter(&mut world, false);
+    let second = enter(&mut world, false);
+    assert_eq!(world.queue.waiting(), 2);
+    world.agents[0].free = [1, 0, 0];
+    world.settle();
+    world.pass(RETURN_TIME);
+    assert_eq!(got(&world, first), Some("game"));
+    assert_eq!(got(&world, second), Some("no-free-port"));
+    // The agent has not heard of it, but its connection server has.
+    let third = enter(&mut world, true);
+    let fourth = enter(&mut world, false);
+    assert_eq!(got(&world, third), None);
+    assert_eq!(got(&world, fourth), Some("no-free-port"));
+}
+
+#[test]
 fn a_server_that_fails_is_not_asked_again_before_it_reports() {
     let mut world = World::new(&[[1, 0, 0]]);
     let waiting = world.enter(anything(), 9 * SECOND);
@@ -499,7 +535,7 @@ fn the_queue_is_bounded_and_says_so() {
         world.enter(anything(), SECOND);
     }
     let until = world.now + SECOND;
-    let (caller, decisions) = world.queue.enter(anything(), None, until, world.now);
+    let (caller, decisions) = world.queue.enter(anything(), None, false, until, world.now);
     let refused = Decision::Answer(caller, Err(Refusal::QueueFull));
     assert_eq!(decisions, [refused]);
     // Those who do not wait hear what everybody hears.
@@ -512,17 +548,18 @@ fn a_closed_queue_refuses_those_who_wait_until_it_is_open() {
     let mut world = World::new(&[[0, 0, 0]]);
     let (caller, _) = world
         .queue
-        .enter(anything(), None, world.now + SECOND, world.now);
+        .enter(anything(), None, false, world.now + SECOND, world.now);
     let refused = |caller| [Decision::Answer(caller, Err(Refusal::ShuttingDown))];
     assert_eq!(world.queue.close(world.now), refused(caller));
-    let (caller, decisions) = world
-        .queue
-        .enter(anything(), None, world.now + SECOND, world.now);
+    let (caller, decisions) =
+        world
+            .queue
+            .enter(anything(), None, false, world.now + SECOND, world.now);
     assert_eq!(decisions, refused(caller));
     world.queue.open();
     let (_, decisions) = world
         .queue
-        .enter(anything(), None, world.now + SECOND, world.now);
+        .enter(anything(), None, false, world.now + SECOND, world.now);
     assert_eq!(decisions, []);
 }
 

@@ -16,6 +16,7 @@ fn counts(ports: &[PortState]) -> Counts {
     Counts {
         ports: ports.to_vec(),
         draining: false,
+        returning: 0,
     }
 }
 
