@@ -64,7 +64,7 @@ use self::routes::Routes;
 use self::timers::IdleTimes;
 use self::udp::ports::DrainingPorts;
 use self::worker::{Command, Unwatched, Worker};
-use crate::table::{ListenPort, Table};
+use crate::table::{ListenPort, PortIndex, Table};
 
 /// How long applying a table waits for ports to be watched or closed. 60,000
 /// ports take a data thread about 0.1 s, a turn of its loop milliseconds.
@@ -207,8 +207,8 @@ impl Forwarder {
     /// # Errors
     /// [`ApplyError`] names the port that cannot be opened; nothing has
     /// changed then.
-    pub fn apply(&self, table: &Arc<Table>) -> Result<(), ApplyError> {
-        let wanted = listeners_of(table);
+    pub fn apply(&self, table: &Arc<PortIndex>) -> Result<(), ApplyError> {
+        let wanted = listeners_of(table.table());
         let mut open = self.open.lock();
         // Locked while opening, so that no thread closes a port that is kept.
         let mut draining = self.draining.lock();
@@ -238,7 +238,7 @@ impl Forwarder {
             self.draining.lock().extend(reopened);
             return Err(error);
         }
-        self.set_idle_times(table);
+        self.set_idle_times(table.table());
         for (port, _) in reopened {
             self.owner(*port).send(Command::Reopen(*port));
         }

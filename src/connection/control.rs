@@ -23,7 +23,7 @@ use crate::forward::snapshot::ForwarderSnapshot;
 use crate::forward::{ApplyError, Forwarder, SessionKey};
 use crate::selection::{EndCause, Session, ToAgent};
 use crate::session::SessionId;
-use crate::table::{Slot, Table};
+use crate::table::{PortIndex, Slot, Table};
 
 /// The sessions and the data plane that follows them.
 #[derive(Debug)]
@@ -92,13 +92,13 @@ impl Control {
     }
 
     /// Takes everything out of the data plane and copies what is known of
-    /// sessions. The data plane stands still until [`Control::import`].
+    /// sessions. The data plane stands still until [`Control::resume`].
     ///
     /// # Errors
     /// When a data thread cannot be paused; nothing has changed then.
-    pub fn export(&self, _: &Pause, table: &Arc<Table>) -> io::Result<ControlSnapshot> {
+    pub fn export(&self, _: &Pause) -> io::Result<ControlSnapshot> {
         Ok(ControlSnapshot {
-            forwarder: self.forwarder.export(table)?,
+            forwarder: self.forwarder.export()?,
             sessions: self.sessions.export(),
         })
     }
@@ -110,8 +110,9 @@ impl Control {
             sessions,
             mut forwarder,
         } = snapshot;
+        let table = Arc::new(PortIndex::new(table.clone()));
         let orphans: HashSet<SessionKey> =
-            self.sessions.import(sessions, table, forwarder.sessions());
+            self.sessions.import(sessions, &table, forwarder.sessions());
         let has_session = |key: &SessionKey| !orphans.contains(key);
         forwarder
             .connections
@@ -122,14 +123,14 @@ impl Control {
             flows: forwarder.flows.len(),
         };
         // After the sessions, which data threads ask at once.
-        self.forwarder.import(forwarder, table);
+        self.forwarder.import(forwarder, &table);
         imported
     }
 
     /// Has the data plane go on after a hand-over that failed. The sessions
     /// never left.
-    pub fn resume(&self, snapshot: ForwarderSnapshot, table: &Arc<Table>) {
-        self.forwarder.import(snapshot, table);
+    pub fn resume(&self, snapshot: ForwarderSnapshot) {
+        self.forwarder.resume(snapshot);
     }
 
     fn carry_out(&self, actions: Actions) {
@@ -173,12 +174,13 @@ impl Change<'_> {
             forwarder,
             ..
         } = self.control;
-        let former = sessions.set_table(table);
-        if let Err(error) = forwarder.apply(table) {
+        let index = Arc::new(PortIndex::new(table.clone()));
+        let former = sessions.set_table(index.clone());
+        if let Err(error) = forwarder.apply(&index) {
             sessions.restore_table(former);
             return Err(error);
         }
-        sessions.forget_removed(table);
+        sessions.forget_removed(&index);
         Ok(())
     }
 

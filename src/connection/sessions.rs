@@ -42,10 +42,9 @@ pub use self::actions::{Action, Actions};
 use self::gate::PendingLookup;
 use self::span::{Carried, SessionSpan};
 use crate::forward::{SessionKey, Traffic};
-use crate::pool::Admission;
 use crate::selection::{EndCause, Session, ToAgent};
 use crate::session::{SessionId, SessionState};
-use crate::table::{ListenPort, PortIndex, Row, Slot, Table};
+use crate::table::{ListenPort, PortIndex, Row, Slot};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
 /// request, a connection or a session, and those are bounded where they begin.
@@ -81,7 +80,8 @@ pub struct Sessions {
 
 #[derive(Debug, Default)]
 struct Inner {
-    rules: TableRules,
+    /// The table in force; `None` before the first.
+    table: Option<Arc<PortIndex>>,
     outboxes: HashMap<Slot, Outbox>,
     live: HashMap<ListenPort, Live>,
     port_by_id: HashMap<SessionId, ListenPort>,
@@ -142,10 +142,10 @@ struct Ending {
     span: SessionSpan,
 }
 
-impl TableRules {
+impl Inner {
     /// The row that `port` belongs to.
     fn row(&self, port: ListenPort) -> Option<&Row> {
-        let (row, _) = self.ports.as_ref()?.find(port)?;
+        let (row, _) = self.table.as_ref()?.find(port)?;
         Some(row)
     }
 
@@ -153,9 +153,7 @@ impl TableRules {
     fn slot(&self, port: ListenPort) -> Option<Slot> {
         self.row(port).map(|row| row.slot)
     }
-}
 
-impl Inner {
     fn send(&self, slot: Slot, message: ToAgent) {
         if let Some(outbox) = self.outboxes.get(&slot) {
             // A closed outbox is a stream that just broke; the next greeting has
@@ -213,39 +211,28 @@ impl Inner {
     }
 }
 
-/// What a table says about sessions.
-#[derive(Debug, Default)]
-pub struct TableRules {
-    admission: Admission,
-    ports: Option<PortIndex>,
-}
-
 impl Sessions {
     /// Follows `table`: which slot a port belongs to, and whether a session is
-    /// needed. Returns what was in force before.
-    pub fn set_table(&self, table: &Arc<Table>) -> TableRules {
-        self.restore_table(TableRules {
-            admission: table.sessions.admission,
-            ports: Some(PortIndex::new(table.clone())),
-        })
+    /// needed. Returns the one that was in force before.
+    pub fn set_table(&self, table: Arc<PortIndex>) -> Option<Arc<PortIndex>> {
+        self.inner.write().table.replace(table)
     }
 
-    /// Follows a former table again. Returns what was in force before.
-    pub fn restore_table(&self, rules: TableRules) -> TableRules {
-        std::mem::replace(&mut self.inner.write().rules, rules)
+    /// Follows the former table again, or none.
+    pub fn restore_table(&self, former: Option<Arc<PortIndex>>) {
+        self.inner.write().table = former;
     }
 
     /// Forgets what was kept for ports and slots that `table`, which is in
     /// force, does not have.
-    pub fn forget_removed(&self, table: &Table) {
-        let Inner {
-            rules,
-            last_ended,
-            released,
-            ..
-        } = &mut *self.inner.write();
-        last_ended.retain(|port, _| rules.slot(*port).is_some());
-        released.retain(|_, slot| table.row(*slot).is_some());
+    pub fn forget_removed(&self, table: &PortIndex) {
+        let mut inner = self.inner.write();
+        inner
+            .last_ended
+            .retain(|port, _| table.find(*port).is_some());
+        inner
+            .released
+            .retain(|_, slot| table.table().row(*slot).is_some());
     }
 
     /// An agent's stream is up: from now on its messages go to `outbox`, the
@@ -325,7 +312,7 @@ impl Sessions {
         let port = session.port;
         let mut inner = self.inner.write();
         // Another server cannot speak for this port.
-        if inner.rules.slot(port) != Some(slot) {
+        if inner.slot(port) != Some(slot) {
             return Actions::default();
         }
         let known = inner.live.get(&port).map(|live| live.session.id.clone());
@@ -348,7 +335,7 @@ impl Sessions {
         // A successor on the port means that we missed the end of the former.
         let cut = known.and_then(|id| inner.end(&id, "SUPERSEDED"));
         let span = span();
-        let server = inner.rules.row(port).map_or("", |row| &row.server);
+        let server = inner.row(port).map_or("", |row| &row.server);
         span.selected(&session, server);
         let live = Live {
             key: SessionKey(self.next_key.fetch_add(1, Ordering::Relaxed) + 1),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwapOption;
 
 use crate::pool::ProxyProtocol;
-use crate::table::{ListenPort, PortIndex, Table};
+use crate::table::{ListenPort, PortIndex};
 
 /// The server that a connection port leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,8 +22,8 @@ pub(super) struct Routes(ArcSwapOption<PortIndex>);
 
 impl Routes {
     /// Puts a table in force; returns the former routes.
-    pub(super) fn set(&self, table: Arc<Table>) -> Option<Arc<PortIndex>> {
-        self.0.swap(Some(Arc::new(PortIndex::new(table))))
+    pub(super) fn set(&self, table: Arc<PortIndex>) -> Option<Arc<PortIndex>> {
+        self.0.swap(Some(table))
     }
 
     /// Puts former routes back in force.

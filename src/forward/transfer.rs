@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! Forwarder::export ─commands→ threads ─their parts→ ForwarderSnapshot ─→ another process
-//! Forwarder::import ←── ForwarderSnapshot, or the same one when the hand-over failed
-//!         └─ places in the quotas, routes ─ WorkerSnapshot ─commands→ threads
+//! Forwarder::import ←── ForwarderSnapshot; Forwarder::resume when the hand-over failed
+//!         └─ places in the quotas ─ WorkerSnapshot ─commands→ threads
 //! ```
 
 use std::collections::BTreeSet;
@@ -18,7 +18,7 @@ use super::Forwarder;
 use super::quota::SourceNetwork;
 use super::snapshot::{ClientSnapshot, ForwarderSnapshot, WorkerSnapshot};
 use super::worker::Command;
-use crate::table::Table;
+use crate::table::PortIndex;
 
 impl Forwarder {
     /// Takes everything from the threads, which run on with nothing. Nothing
@@ -26,11 +26,11 @@ impl Forwarder {
     /// by another process. Dropping the result closes this process's descriptors
     /// and reports nothing.
     ///
-    /// Call no other method until then but [`Forwarder::import`].
+    /// Call no other method until then but [`Forwarder::resume`].
     ///
     /// # Errors
-    /// When a thread cannot export; everything is imported again then.
-    pub fn export(&self, table: &Arc<Table>) -> io::Result<ForwarderSnapshot> {
+    /// When a thread cannot export; everything goes on then.
+    pub fn export(&self) -> io::Result<ForwarderSnapshot> {
         let (sender, replies) = mpsc::channel();
         for worker in &self.workers {
             worker.send(Command::Export(sender.clone()));
@@ -50,16 +50,23 @@ impl Forwarder {
         match failure {
             None => Ok(snapshot),
             Some(error) => {
-                self.import(snapshot, table);
+                self.resume(snapshot);
                 Err(error)
             }
         }
     }
 
-    /// Continues what another process, or this one, has exported. `table` gives
-    /// the routes. Clients count towards the limits, and none is refused even if
-    /// there are more than the limits allow.
-    pub fn import(&self, snapshot: ForwarderSnapshot, table: &Arc<Table>) {
+    /// Continues what another process has exported; `table` gives the routes.
+    /// Clients count towards the limits, and none is refused even if there are
+    /// more than the limits allow.
+    pub fn import(&self, snapshot: ForwarderSnapshot, table: &Arc<PortIndex>) {
+        self.set_idle_times(table.table());
+        self.routes.set(table.clone());
+        self.resume(snapshot);
+    }
+
+    /// Continues what this process has exported, by the same table.
+    pub fn resume(&self, snapshot: ForwarderSnapshot) {
         let mut shares: Vec<WorkerSnapshot> = self
             .workers
             .iter()
@@ -99,8 +106,6 @@ impl Forwarder {
                 .clients
                 .push((client, permit));
         }
-        self.set_idle_times(table);
-        self.routes.set(table.clone());
         self.draining.lock().extend(draining);
         self.set_limits(&open);
         *self.open.lock() = open;

@@ -43,6 +43,12 @@ impl PortIndex {
         Self { table, starts }
     }
 
+    /// The table.
+    #[must_use]
+    pub fn table(&self) -> &Arc<Table> {
+        &self.table
+    }
+
     /// The row and range that `port` belongs to.
     #[must_use]
     pub fn find(&self, port: ListenPort) -> Option<(&Row, &PortRange)> {

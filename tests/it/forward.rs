@@ -15,10 +15,10 @@ use crate::common::table;
 use nix::libc;
 use nix::sys::socket::GetSockOpt;
 use portpool::forward::{
-    Config, Decision, Forwarder, Gate, PendingId, SessionKey, Traffic, Transport,
+    ApplyError, Config, Decision, Forwarder, Gate, PendingId, SessionKey, Traffic, Transport,
 };
 use portpool::pool::{PortProtocol, ProxyProtocol, Sessions};
-use portpool::table::{ListenPort, PortRange, Table};
+use portpool::table::{ListenPort, PortIndex, PortRange, Table};
 
 const SOON: Duration = Duration::from_secs(10);
 const FIRST: u16 = 20_000;
@@ -111,7 +111,12 @@ impl Bench {
         let mut range = table::range(self.first, 7000, count);
         change(&mut range);
         self.table.rows = vec![table::row(0, Some(self.server), range)];
-        self.forwarder.apply(&Arc::new(self.table.clone())).unwrap();
+        self.apply().unwrap();
+    }
+
+    fn apply(&self) -> Result<(), ApplyError> {
+        let table = Arc::new(self.table.clone());
+        self.forwarder.apply(&Arc::new(PortIndex::new(table)))
     }
 
     fn serve(&self) -> TcpListener {
@@ -149,9 +154,8 @@ impl Bench {
 
     /// Exports everything and imports it again, as a hand-over does.
     fn hand_over(&self) {
-        let table = Arc::new(self.table.clone());
-        let snapshot = self.forwarder.export(&table).unwrap();
-        self.forwarder.import(snapshot, &table);
+        let snapshot = self.forwarder.export().unwrap();
+        self.forwarder.resume(snapshot);
     }
 
     /// Waits until every admitted flow is reported as closed.
@@ -345,17 +349,16 @@ fn an_exported_stream_holds_nothing_back() {
         let mut space = [0; 65_536];
         while !enough.load(Ordering::Relaxed) && client.read(&mut space).is_ok() {}
     });
-    let table = Arc::new(bench.table.clone());
     for _ in 0..10 {
         std::thread::sleep(Duration::from_millis(50));
-        let snapshot = bench.forwarder.export(&table).unwrap();
+        let snapshot = bench.forwarder.export().unwrap();
         for connection in &snapshot.connections {
             for socket in [&connection.client, &connection.server] {
                 assert_eq!(LowWater.get(socket).unwrap(), 1);
             }
         }
         assert_eq!(snapshot.connections.len(), 1);
-        bench.forwarder.import(snapshot, &table);
+        bench.forwarder.resume(snapshot);
     }
     is_enough.store(true, Ordering::Relaxed);
     receiver.join().unwrap();
@@ -408,10 +411,7 @@ fn a_server_that_refuses_or_has_no_address_resets_the_client() {
     assert!(was_reset(&mut bench.connect()));
     until(|| bench.forwarder.counters().connect_refused == 1);
     bench.table.rows[0].address = None;
-    bench
-        .forwarder
-        .apply(&Arc::new(bench.table.clone()))
-        .unwrap();
+    bench.apply().unwrap();
     assert!(was_reset(&mut bench.connect()));
     until(|| bench.forwarder.counters().no_server == 1);
     bench.all_closed();
@@ -537,10 +537,7 @@ fn a_client_that_came_before_a_cut_is_not_admitted_after_it() {
 fn a_silent_connection_is_reset_after_its_idle_time() {
     let mut bench = Bench::new(Decision::Admit(SESSION));
     bench.table.sessions.idle_timeout_seconds = 1;
-    bench
-        .forwarder
-        .apply(&Arc::new(bench.table.clone()))
-        .unwrap();
+    bench.apply().unwrap();
     let (mut client, _server) = bench.pair();
     let started = Instant::now();
     assert!(was_reset(&mut client));
@@ -579,11 +576,7 @@ fn a_port_in_use_is_named_and_nothing_is_changed() {
     let mut bench = Bench::new(Decision::Admit(SESSION));
     let _other = TcpListener::bind((bench.listen, FIRST + 5)).unwrap();
     bench.table.rows[0].ranges[0].count = 8;
-    let error = bench
-        .forwarder
-        .apply(&Arc::new(bench.table.clone()))
-        .unwrap_err()
-        .to_string();
+    let error = bench.apply().unwrap_err().to_string();
     assert!(
         error.contains(&(FIRST + 5).to_string()) && error.contains("another program"),
         "{error}"

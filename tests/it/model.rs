@@ -22,7 +22,7 @@ use portpool::selection::{
     KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, ToAgent,
 };
 use portpool::session::{PortFilter, SessionId};
-use portpool::table::{ListenPort, PortRange, Slot, Table};
+use portpool::table::{ListenPort, PortIndex, PortRange, Slot, Table};
 use proptest::prelude::*;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -227,10 +227,14 @@ impl World {
         book
     }
 
+    fn index(&self) -> Arc<PortIndex> {
+        Arc::new(PortIndex::new(Arc::new(self.table.clone())))
+    }
+
     fn connection_server(&mut self, index: usize) -> ConnectionServer {
         self.names += 1;
         let sessions = Sessions::default();
-        sessions.set_table(&Arc::new(self.table.clone()));
+        sessions.set_table(self.index());
         let streams = (0..self.table.rows.len()).map(|_| None).collect();
         ConnectionServer {
             name: ConnectionServerId::new(&format!("server-{}", self.names)).unwrap(),
@@ -464,12 +468,12 @@ impl World {
         self.collect();
         // Pending clients give up here.
         self.pending.retain(|_, pending| pending.server != server);
+        let table = self.index();
         let former = &mut self.servers[server];
         let sessions = Sessions::default();
         let flows = self.connections.iter();
         let flows = flows.filter(|connection| connection.server == server);
         let keys = flows.map(|connection| connection.key);
-        let table = Arc::new(self.table.clone());
         let orphans = sessions.import(former.sessions.export(), &table, keys);
         assert!(orphans.is_empty(), "connections without a session");
         former.sessions = sessions;

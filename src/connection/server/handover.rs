@@ -119,7 +119,7 @@ impl Server {
     async fn export(&self, mut export: Export, pause: &Pause) -> Result<(), handover::Error> {
         let (load_sharing, admin) = (self.load_sharing.try_clone()?, self.admin.try_clone()?);
         let table = self.table.borrow().clone();
-        let control = self.parts.control.export(pause, &table)?;
+        let control = self.parts.control.export(pause)?;
         let state = handover::State {
             agents: self.parts.agents.export(),
             table,
@@ -130,8 +130,7 @@ impl Server {
         let exporting = tokio::task::spawn_blocking(move || (export.complete(&state), state));
         let (exported, state) = exporting.await.expect("exporting does not panic");
         if exported.is_err() {
-            let forwarder = state.control.forwarder;
-            self.parts.control.resume(forwarder, &state.table);
+            self.parts.control.resume(state.control.forwarder);
         }
         exported
     }

@@ -25,9 +25,13 @@ pub(super) struct PendingLookup {
 impl Inner {
     fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(live) = self.live.get(&port) else {
-            return match self.rules.admission {
-                Admission::Open => Decision::Admit(NO_SESSION),
-                Admission::Reserved => Decision::Ask,
+            return match self
+                .table
+                .as_ref()
+                .map(|table| table.table().sessions.admission)
+            {
+                Some(Admission::Open) => Decision::Admit(NO_SESSION),
+                Some(Admission::Reserved) | None => Decision::Ask,
             };
         };
         if live.bound_client.is_some_and(|bound| bound != client) {
@@ -57,7 +61,7 @@ impl Sessions {
         let ports = inner
             .pending_lookups
             .keys()
-            .filter(|port| inner.rules.slot(**port) == Some(slot));
+            .filter(|port| inner.slot(**port) == Some(slot));
         for &port in ports {
             inner.look_up(slot, port);
         }
@@ -96,7 +100,7 @@ impl Gate for Sessions {
     fn ask(&self, id: PendingId, port: ListenPort, _transport: Transport, client: SocketAddr) {
         let now = Instant::now();
         let mut inner = self.inner.write();
-        let Some(slot) = inner.rules.slot(port) else {
+        let Some(slot) = inner.slot(port) else {
             return;
         };
         let pending = inner.pending_lookups.entry(port).or_default();

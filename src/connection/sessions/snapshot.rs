@@ -14,7 +14,7 @@ use crate::connection::sessions::span::{Carried, SessionSpan};
 use crate::forward::SessionKey;
 use crate::selection::Session;
 use crate::session::SessionId;
-use crate::table::{ListenPort, Slot, Table};
+use crate::table::{ListenPort, PortIndex, Slot};
 
 /// A live session, for another process.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,10 +88,10 @@ impl Sessions {
     pub fn import(
         &self,
         snapshot: SessionsSnapshot,
-        table: &Arc<Table>,
+        table: &Arc<PortIndex>,
         flows: impl Iterator<Item = SessionKey>,
     ) -> HashSet<SessionKey> {
-        self.set_table(table);
+        self.set_table(table.clone());
         let mut open: HashMap<SessionKey, u32> = HashMap::new();
         for key in flows {
             *open.entry(key).or_default() += 1;
@@ -109,7 +109,7 @@ impl Sessions {
         } in snapshot.live
         {
             let span = SessionSpan::taken_over(client, age);
-            let server = inner.rules.row(session.port).map_or("", |row| &row.server);
+            let server = inner.row(session.port).map_or("", |row| &row.server);
             span.selected(&session, server);
             inner.insert(Live {
                 key,

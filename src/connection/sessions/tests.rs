@@ -4,8 +4,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
 use crate::forward::{Decision, Gate, PendingId, Transport};
-use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions as Settings};
-use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, TargetPort};
+use crate::pool::{Admission, LoadSharing, PortProtocol, ProxyProtocol, Sessions as Settings};
+use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 const PORT: u16 = 20_000;
 
@@ -44,6 +44,10 @@ fn table(admission: Admission) -> Table {
     }
 }
 
+fn index(table: Table) -> Arc<PortIndex> {
+    Arc::new(PortIndex::new(Arc::new(table)))
+}
+
 fn port(number: u16) -> ListenPort {
     ListenPort::new(number).unwrap()
 }
@@ -75,7 +79,7 @@ fn session(id: &str, number: u16) -> Session {
 /// Sessions with slot 0 attached, and the messages to its agent.
 fn attached() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
     let sessions = Sessions::default();
-    sessions.set_table(&Arc::new(table(Admission::Reserved)));
+    sessions.set_table(index(table(Admission::Reserved)));
     let (outbox, mut sent) = unbounded_channel();
     sessions.attach(Slot(0), outbox.clone(), |_| ToAgent::Goodbye);
     sent.try_recv().expect("the greeting");
@@ -334,7 +338,7 @@ fn a_released_session_is_removed_at_once_and_reported_to_its_agent() {
 #[test]
 fn open_admission_needs_no_session() {
     let sessions = Sessions::default();
-    sessions.set_table(&Arc::new(table(Admission::Open)));
+    sessions.set_table(index(table(Admission::Open)));
     assert_eq!(admit(&sessions, PORT, 1), Decision::Admit(NO_SESSION));
     sessions.closed(port(PORT), NO_SESSION, Traffic::default());
 }
@@ -418,9 +422,9 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
                 end(sessions);
                 let mut table = table(Admission::Reserved);
                 let rows = std::mem::take(&mut table.rows);
-                sessions.set_table(&Arc::new(table.clone()));
-                sessions.forget_removed(&table);
-                sessions.set_table(&Arc::new(Table { rows, ..table }));
+                sessions.set_table(index(table.clone()));
+                sessions.forget_removed(&index(table.clone()));
+                sessions.set_table(index(Table { rows, ..table }));
             },
             false,
         ),
@@ -431,7 +435,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
         play(&sessions);
         sessions.detach(Slot(0), &outbox);
         let successor = Sessions::default();
-        let table = Arc::new(table(Admission::Reserved));
+        let table = index(table(Admission::Reserved));
         successor.import(sessions.export(), &table, std::iter::empty());
         for (who, sessions) in [("it", sessions), ("its successor", successor)] {
             let (again, mut sent) = unbounded_channel();
