@@ -254,7 +254,7 @@ fn encode_forwarding(
     let refused = [
         ("no_session", counted.no_session),
         ("no_server", counted.no_server),
-        ("parked_too_long", counted.pending_too_long),
+        ("pending_too_long", counted.pending_too_long),
         ("too_many", counted.too_many),
         ("limit_total", counted.limit_total),
         ("limit_source", counted.limit_source),
