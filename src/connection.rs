@@ -39,6 +39,7 @@ use std::time::Duration;
 
 use self::handover::successor::Starter;
 use self::server::Server;
+use crate::pool::rules::check_address;
 use crate::{admin, cluster, follow, forward};
 
 /// Runs a connection server: gives clients connection ports and forwards them
@@ -60,7 +61,7 @@ pub struct Options {
     pub config_map: Option<String>,
 
     /// Address that clients are given unless the table has one; default: the one that they reached this server by
-    #[arg(long, value_name = "HOST")]
+    #[arg(long, value_name = "HOST", value_parser = parse_address)]
     pub advertise: Option<String>,
 
     /// Address that the load-sharing port and the connection ports listen on; `::` takes IPv6 and IPv4
@@ -95,6 +96,10 @@ pub struct Options {
     /// listen there for the next one. SIGUSR2 starts that: this program again, as it is on disk then
     #[arg(long, value_name = "PATH")]
     pub handover: Option<PathBuf>,
+}
+
+fn parse_address(text: &str) -> Result<String, String> {
+    check_address(text).map(|()| text.to_owned())
 }
 
 /// Why a connection server could not run.

@@ -47,6 +47,9 @@ pub const MAX_PORT_NAME_LENGTH: usize = 15;
 /// Most connection ports that one port entry gives a processing server.
 pub const MAX_COUNT: i32 = 10_000;
 
+/// Most characters of an address that clients are given: the limit of a DNS name.
+pub const MAX_ADDRESS_LENGTH: usize = 253;
+
 /// The highest port number.
 pub const MAX_PORT: i32 = 65_535;
 
@@ -121,6 +124,7 @@ pub struct ProcessingPoolSpec {
     #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, because clients know the addresses that it gave: create another pool"))]
     #[x_kube(validation = rules::LOAD_SHARING_PORT_OUTSIDE.to_schema())]
     #[x_kube(validation = rules::ADMIN_PORT_FREE.to_schema())]
+    #[x_kube(validation = rules::ADVERTISED_ADDRESS.to_schema())]
     pub connection_server: ConnectionServer,
 
     /// How the processing server for a request is chosen. Default: the defaults of its fields.
@@ -222,13 +226,16 @@ pub struct ConnectionServer {
     /// Range that connection ports are taken from. Keep it outside the ip_local_port_range of the kernel, which is 32768 to 60999 by default. A processing server keeps its ports while the range includes them; otherwise it gets other ports, and the sessions on the former ones end. Default 20000 to 29999.
     pub connection_ports: ConnectionPorts,
 
-    /// Address that answers give clients to connect to: an IP address or a DNS name of 1 to 253 characters. Default: the address that the client sent its request to.
+    /// Address that answers give clients to connect to: an IP address or a DNS name, without a port, of 1 to 253 characters. Default: the address that the client sent its request to.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[0-9A-Za-z.:_-]+$"))]
+    #[schemars(length(min = 1, max = MAX_ADDRESS_LENGTH))]
     pub advertised_address: Option<String>,
 
     /// How clients outside the pod network reach the connection server: ClusterIP (not at all), NodePort, LoadBalancer or HostNetwork. It cannot be changed. Default ClusterIP. `portpool local` ignores it.
     pub exposure: Exposure,
+
+    /// Whether a LoadBalancer Service takes a node port for each connection port, of the 2,768 that a cluster has by default. Only load balancers that forward to node ports need them; an error of the load balancer says so. Default false. `portpool local` ignores it.
+    pub allocate_load_balancer_node_ports: bool,
 }
 
 impl Default for ConnectionServer {
@@ -239,6 +246,7 @@ impl Default for ConnectionServer {
             connection_ports: ConnectionPorts::default(),
             advertised_address: None,
             exposure: Exposure::default(),
+            allocate_load_balancer_node_ports: false,
         }
     }
 }

@@ -41,6 +41,8 @@ pub struct ValidPool {
     pub drain_limit: Duration,
     /// How clients outside the pod network reach the connection server.
     pub exposure: Exposure,
+    /// Whether the Service of a load balancer takes node ports.
+    pub allocate_load_balancer_node_ports: bool,
     /// The processing server's pod as far as this program knows pods, or why no
     /// pod can be created of the template. Running servers are planned without
     /// it, so that a pool with a wrong template is still looked after.
@@ -98,6 +100,9 @@ impl ValidPool {
             sessions: spec.sessions.clone(),
             drain_limit: Duration::from_secs(drain_seconds.into()),
             exposure: spec.connection_server.exposure,
+            allocate_load_balancer_node_ports: spec
+                .connection_server
+                .allocate_load_balancer_node_ports,
             template: serde_json::from_value(spec.template.0.clone())
                 .map_err(|error| FieldProblem::new("spec.template", error.to_string())),
             raw_template: spec.template.clone(),

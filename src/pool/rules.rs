@@ -1,4 +1,5 @@
-//! Rules about several fields of a pool. Each stands here once, in two
+//! Rules of a pool that the schema's bounds cannot express, most of them about
+//! several fields. Each stands here once, in two
 //! languages: as CEL, which the API server evaluates, and as a function, which
 //! names the field at fault and the remedy. `tests/it/manifest.rs` compares the
 //! two over generated pools.
@@ -6,14 +7,15 @@
 //! Bounds of single fields are in the schema (`pool`); the functions expect
 //! values within them.
 
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use kube::core::Rule;
 
 use super::{
     AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer,
-    MAX_NAME_LENGTH, MAX_PORT, MAX_RANGES, PortEntry, PortProtocol, ProcessingPoolSpec,
-    ProxyProtocol,
+    MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_PORT, MAX_RANGES, PortEntry, PortProtocol,
+    ProcessingPoolSpec, ProxyProtocol,
 };
 
 /// What is wrong with a field.
@@ -193,6 +195,21 @@ pub(super) const ADMIN_PORT_FREE: FieldRule<ConnectionServer> = FieldRule {
     },
 };
 
+pub(super) const ADVERTISED_ADDRESS: FieldRule<ConnectionServer> = FieldRule {
+    cel: || {
+        "!has(self.advertisedAddress) || (isIP(self.advertisedAddress) ? ip(self.advertisedAddress).isGlobalUnicast() || ip(self.advertisedAddress).isLoopback() || ip(self.advertisedAddress).isLinkLocalUnicast() : self.advertisedAddress.matches('^([0-9A-Za-z_]([0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?([.]|$))+$') && !self.advertisedAddress.matches('(^|[.])[0-9]*$'))".to_owned()
+    },
+    message: || {
+        "advertisedAddress must be an IP address that can be connected to, or a DNS name, without a port".to_owned()
+    },
+    problems: |server| {
+        let address = server.advertised_address.as_deref();
+        let message = address.and_then(|address| check_address(address).err());
+        let problem = message.map(|message| FieldProblem::new("advertisedAddress", message));
+        problem.into_iter().collect()
+    },
+};
+
 pub(super) const IN_ORDER: FieldRule<ConnectionPorts> = FieldRule {
     cel: || "self.first <= self.last".to_owned(),
     message: || "first must not be above last".to_owned(),
@@ -275,7 +292,11 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     let server = &spec.connection_server;
     let ports = (IN_ORDER.problems)(&server.connection_ports);
     problems.extend(within("spec.connectionServer.connectionPorts", ports));
-    for rule in [LOAD_SHARING_PORT_OUTSIDE, ADMIN_PORT_FREE] {
+    for rule in [
+        LOAD_SHARING_PORT_OUTSIDE,
+        ADMIN_PORT_FREE,
+        ADVERTISED_ADDRESS,
+    ] {
         problems.extend(within("spec.connectionServer", (rule.problems)(server)));
     }
     for rule in [ENOUGH_PORTS, TABLE_FITS] {
@@ -288,6 +309,44 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
 #[must_use]
 pub fn check_name(name: &str) -> Vec<FieldProblem> {
     (NAME.problems)(name)
+}
+
+/// Checks an address that clients are given: an IP address that can be connected
+/// to, or a DNS name, of at most 253 characters.
+///
+/// # Errors
+/// What is wrong, and the remedy.
+pub fn check_address(address: &str) -> Result<(), String> {
+    let is_good = match address.parse() {
+        Ok(IpAddr::V4(ip)) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast()),
+        // An IPv4 address in IPv6 form is written as IPv4.
+        Ok(IpAddr::V6(ip)) => {
+            !(ip.is_unspecified() || ip.is_multicast() || ip.to_ipv4_mapped().is_some())
+        }
+        Err(_) => is_dns_name(address),
+    };
+    if is_good {
+        return Ok(());
+    }
+    Err(format!(
+        "must be an IP address that can be connected to, or a DNS name, without a port; this is {address:?}"
+    ))
+}
+
+/// Source: RFC 1123, section 2.1, with the underscores that are seen in practice.
+/// A name whose last label is a number would be read as an IPv4 address.
+fn is_dns_name(name: &str) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(is_letter)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let last = name.rsplit('.').next().unwrap_or_default();
+    name.len() <= MAX_ADDRESS_LENGTH
+        && name.split('.').all(is_label)
+        && !last.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 fn broken(is_broken: bool, path: &str, message: impl FnOnce() -> String) -> Vec<FieldProblem> {

@@ -348,6 +348,41 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
     }
 }
 
+#[test]
+fn an_address_that_clients_cannot_use_is_refused_in_cel_and_in_code() {
+    let validator = Validator::new();
+    let cases = [
+        (
+            true,
+            "192.0.2.1 127.0.0.2 169.254.1.1 10.0.0.0 ::1 2001:db8::1 fe80::1 fd00:0:0::7",
+        ),
+        (
+            true,
+            "localhost game.example.org a_b.example xn--bcher-kva.example 3com 1.example 10.0.0.x",
+        ),
+        (
+            false,
+            "0.0.0.0 255.255.255.255 224.0.0.1 :: 0:0::0 ff02::1 ::ffff:192.0.2.1 fe80::1%eth0",
+        ),
+        (
+            false,
+            "game.example.org:443 192.0.2.1:80 [::1] [::1]:80 ... . .a a. a..b -a a- a.-b *.a",
+        ),
+        (false, "1.2.3 1.2.3.4.5 256.1.1.1 01.2.3.4 7 a/b a,b"),
+    ];
+    for (is_good, addresses) in cases {
+        let labels = [63, 64].map(|length| format!("{}.example", "a".repeat(length)));
+        let long = labels[usize::from(!is_good)].as_str();
+        for address in addresses.split(' ').chain([long]) {
+            let mut spec = small_pool();
+            spec.connection_server.advertised_address = Some(address.to_owned());
+            let (here, cel) = (rules::check(&spec), broken_cel_rules(&validator, &spec));
+            assert_eq!(here.is_empty(), is_good, "{address}: {here:?}");
+            assert_eq!(cel.is_empty(), is_good, "{address}: {cel:?}");
+        }
+    }
+}
+
 fn entry(index: i32, port: i32, count: i32) -> PortEntry {
     PortEntry {
         name: format!("e{index}"),

@@ -28,7 +28,10 @@ pub(super) fn services(owner: Owner<'_>, table: &Table) -> Vec<Value> {
         Exposure::LoadBalancer => {
             let mut ports = vec![load_sharing_port(owner, false)];
             ports.extend(connection_ports(table, false));
-            vec![first("LoadBalancer", &ports)]
+            let mut service = first("LoadBalancer", &ports);
+            service["spec"]["allocateLoadBalancerNodePorts"] =
+                pool.allocate_load_balancer_node_ports.into();
+            vec![service]
         }
         Exposure::NodePort => {
             let ports = connection_ports(table, true);

@@ -65,6 +65,11 @@ fn cases() -> Vec<Case> {
         case(
             "connectionServer.advertisedAddress",
             json!("games.example.org"),
+        )
+        .unsatisfiable(json!("games.example.org:443"), "without a port"),
+        case(
+            "connectionServer.allocateLoadBalancerNodePorts",
+            json!(true),
         ),
         case("connectionServer.exposure", json!("HostNetwork")),
         case("loadSharing.policy", json!("Packed")),
