@@ -2,7 +2,7 @@
 
 POOL ?= examples/echo.yaml
 
-.PHONY: all help run check test e2e e2e-kind cluster cluster-down lint generate image tools tools-present scale-operator robustness bench bench-tools bench-publish soak
+.PHONY: all help run check test openapi e2e e2e-kind cluster cluster-down lint generate image tools tools-present scale-operator robustness bench bench-tools bench-publish soak
 
 all: lint test
 
@@ -25,6 +25,9 @@ test:  ## Every test: examples with their real programs, the controller with a r
 	@echo "to build, 5 more for the API server the first time, and 10 to run. make check is shorter and needs none of them."
 	@$(MAKE) --no-print-directory tools-present
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked --workspace
+
+openapi:  ## The API against its OpenAPI document: two validators and schemathesis (Python, Go, network once)
+	PORTPOOL_OPENAPI=$$(tools/openapi) && export PORTPOOL_OPENAPI && cargo test --locked --test it openapi:: -- --ignored
 
 e2e: tools-present  ## Tests on a real Kubernetes node on this machine (root, no Docker), which they remove again
 	tools/e2e tools/cluster

@@ -13,8 +13,9 @@ use utoipa::ToSchema;
 use crate::pool::{ClientBinding, Policy, PortProtocol};
 use crate::table::Slot;
 
-/// Longest idempotency or affinity key, in bytes.
-pub const MAX_KEY_BYTES: usize = 128;
+/// Most characters of an idempotency or affinity key. The OpenAPI document can
+/// bound characters, not bytes.
+pub const MAX_KEY_CHARACTERS: usize = 128;
 
 /// Longest time a request may wait for a port, in seconds.
 pub const MAX_WAIT_SECONDS: u32 = 300;
@@ -97,7 +98,7 @@ impl PortFilter {
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct SessionRequest {
     /// The same key gives the same session, so a lost reply leaks nothing: 1
-    /// to 128 bytes. While the first request waits, each is answered when its own
+    /// to 128 characters. While the first request waits, each is answered when its own
     /// `waitSeconds` are over, or all are when a port is free. A different
     /// request under a key in use is refused with 422.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,7 +112,7 @@ pub struct SessionRequest {
     #[schema(min_length = 1, max_length = 15)]
     pub port_name: Option<String>,
     /// Under the AffinityHash policy, equal keys go to the same processing
-    /// server while it has room: 1 to 128 bytes.
+    /// server while it has room: 1 to 128 characters.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 128)]
     pub affinity_key: Option<String>,

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 
 use crate::pool::PortProtocol;
-use crate::session::{MAX_KEY_BYTES, SessionId};
+use crate::session::{MAX_KEY_CHARACTERS, SessionId};
 use crate::table::ListenPort;
 
 /// Most characters of a bad value that an error shows.
@@ -43,22 +43,22 @@ pub(super) fn connection_port(number: u32) -> Result<ListenPort, FieldError> {
     port.ok_or_else(|| FieldError::new("connection_port", &number, "be 1 to 65535"))
 }
 
-/// At most `most` bytes; `None` when empty.
+/// At most `most` characters; `None` when empty.
 pub(super) fn optional(
     field: &'static str,
     text: String,
     most: usize,
     rule: &'static str,
 ) -> Result<Option<String>, FieldError> {
-    if text.len() > most {
+    if text.chars().count() > most {
         return Err(FieldError::new(field, &text, rule));
     }
     Ok((!text.is_empty()).then_some(text))
 }
 
 pub(super) fn idempotency_key(text: String) -> Result<Option<String>, FieldError> {
-    let rule = "have at most 128 bytes";
-    optional("idempotency_key", text, MAX_KEY_BYTES, rule)
+    let rule = "have at most 128 characters";
+    optional("idempotency_key", text, MAX_KEY_CHARACTERS, rule)
 }
 
 pub(super) fn protocol(text: &str) -> Result<PortProtocol, FieldError> {

@@ -101,7 +101,7 @@ pub struct Select {
     /// Chosen by the connection server, at most 64 bytes; never used before.
     #[prost(string, tag = "2")]
     pub session_id: ::prost::alloc::string::String,
-    /// Empty, or at most 128 bytes: the same key gives the same live session.
+    /// Empty, or at most 128 characters: the same key gives the same live session.
     #[prost(string, tag = "3")]
     pub idempotency_key: ::prost::alloc::string::String,
     /// Empty means any port name.

@@ -41,7 +41,7 @@ async fn requests_that_are_wrong_get_problem_details() {
     let huge = format!(r#"{{"idempotencyKey":"{}"}}"#, "k".repeat(100_000));
     let cases = [
         (json, "{", 400, "malformed"),
-        (json, "[1]", 422, "invalid-field"),
+        (json, "[null,null]", 422, "must be a JSON object"),
         (json, r#"{"protocol":"SCTP"}"#, 422, "invalid-field"),
         (json, r#"{"waitSeconds":"soon"}"#, 422, "invalid-field"),
         (json, r#"{"waitSeconds":301}"#, 422, "must not exceed 300"),
@@ -58,7 +58,7 @@ async fn requests_that_are_wrong_get_problem_details() {
             422,
             "the pool has main (TCPUDP)",
         ),
-        (json, r#"{"affinityKey":""}"#, 422, "1 to 128 bytes"),
+        (json, r#"{"affinityKey":""}"#, 422, "1 to 128 characters"),
         (json, &long, 422, "this one has 129"),
         (json, &huge, 413, "too-large"),
         (json, &"[".repeat(8000), 422, "invalid-field"),
@@ -105,7 +105,10 @@ async fn requests_that_are_wrong_get_problem_details() {
             "{line}: {answer}"
         );
     }
-    pool.request().await.unwrap();
+    // Characters are counted, not bytes.
+    let longest = format!(r#"{{"idempotencyKey":"{}"}}"#, "\u{e9}".repeat(128));
+    let answer = post(&pool, json, &longest);
+    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
     let metrics = get(pool.connection_address(0), 7701, "/metrics");
     for cause in [
         "malformed",

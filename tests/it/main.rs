@@ -26,6 +26,7 @@ mod layering;
 mod local;
 mod manifest;
 mod model;
+mod openapi;
 mod operator;
 mod pool;
 mod queue;

@@ -18,6 +18,7 @@ use axum::{Json, Router};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::sync::watch;
 use utoipa::OpenApi;
+use utoipa::openapi::RefOr;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -29,13 +30,13 @@ use crate::connection::sessions::Sessions;
 use crate::pool::MAX_PORT_NAME_LENGTH;
 use crate::selection;
 use crate::session::{
-    MAX_KEY_BYTES, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session, SessionId,
+    MAX_KEY_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session, SessionId,
     SessionRequest, SessionState,
 };
 use crate::table::{Slot, Table};
 
-/// Largest request body in bytes: keys of 128 bytes and names, with room for
-/// escapes.
+/// Largest request body in bytes: keys of 128 characters and names, with room
+/// for escapes.
 pub(super) const MAX_BODY_BYTES: usize = 8 * 1024;
 
 /// How long a body may take to arrive.
@@ -112,12 +113,19 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 }
 
 fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
-    OpenApiRouter::with_openapi(Document::openapi())
+    let (router, mut document) = OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(create_session))
         .routes(routes!(get_session, delete_session))
         .routes(routes!(get_pool))
         .routes(routes!(get_openapi))
-        .split_for_parts()
+        .split_for_parts();
+    // The macro cannot say that a body may be left out, only that it may be null.
+    let sessions = document.paths.paths.get_mut("/v1/sessions");
+    let create = sessions.and_then(|path| path.post.as_mut());
+    if let Some(RefOr::T(body)) = create.and_then(|operation| operation.request_body.as_mut()) {
+        body.required = None;
+    }
+    (router, document)
 }
 
 /// Ask for a session: a connection port of your own for a while.
@@ -163,7 +171,7 @@ async fn create_session(
     path = "/v1/sessions/{id}",
     params(("id" = String, Path, description = "Session id")),
     responses(
-        (status = 200, body = Session),
+        (status = 200, description = "The session", body = Session),
         (status = 404, description = "Unknown, or over", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -202,7 +210,7 @@ async fn delete_session(
 }
 
 /// Live state of the pool: servers, ports and sessions.
-#[utoipa::path(get, path = "/v1/pool", responses((status = 200, body = PoolState)))]
+#[utoipa::path(get, path = "/v1/pool", responses((status = 200, description = "The pool", body = PoolState)))]
 async fn get_pool(State(api): State<Arc<Api>>) -> Json<PoolState> {
     Json(api.pool_state())
 }
@@ -322,6 +330,11 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
     if !media_type.trim().eq_ignore_ascii_case("application/json") {
         return Err(Refused::NotJson);
     }
+    // serde would also take the fields from a list, in their order.
+    if body.trim_ascii_start().starts_with(b"[") {
+        let message = "the body must be a JSON object".to_owned();
+        return Err(Refused::InvalidField(message));
+    }
     let request: SessionRequest = serde_json::from_slice(&body).map_err(|error| {
         if error.is_data() {
             Refused::InvalidField(error.to_string())
@@ -335,17 +348,21 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
 
 fn check(request: &SessionRequest) -> Result<(), String> {
     let keys = [
-        ("idempotencyKey", &request.idempotency_key, MAX_KEY_BYTES),
-        ("affinityKey", &request.affinity_key, MAX_KEY_BYTES),
+        (
+            "idempotencyKey",
+            &request.idempotency_key,
+            MAX_KEY_CHARACTERS,
+        ),
+        ("affinityKey", &request.affinity_key, MAX_KEY_CHARACTERS),
         ("portName", &request.port_name, MAX_PORT_NAME_LENGTH),
     ];
     for (name, value, most) in keys {
-        if let Some(value) = value
-            && (value.is_empty() || value.len() > most)
+        let length = value.as_ref().map(|value| value.chars().count());
+        if let Some(length) = length
+            && !(1..=most).contains(&length)
         {
             return Err(format!(
-                "{name} must have 1 to {most} bytes; this one has {}",
-                value.len()
+                "{name} must have 1 to {most} characters; this one has {length}"
             ));
         }
     }
