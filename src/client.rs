@@ -19,23 +19,26 @@
 mod command;
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::client::legacy::Client as HttpClient;
-use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::{HttpConnector, HttpInfo};
 use hyper_util::rt::TokioExecutor;
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UdpSocket, lookup_host};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 pub use self::command::{
     AskOptions, CommandError, ConnectOptions, ReleaseOptions, RequestOptions, connect, release,
     request,
 };
-use crate::session::{PoolState, Problem, Session, SessionRequest};
+use crate::session::{MAX_ID_BYTES, PoolState, Problem, Session, SessionRequest};
 
 /// How long an answer may take beyond the time that a request waits.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -56,11 +59,17 @@ const TRIES: u32 = 3;
 /// Pause between tries.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
+/// The type of the refusal of a connection server that stops. It says that
+/// another one answers.
+const SHUTTING_DOWN: &str = "urn:portpool:problem:shutting-down";
+
 /// A client of one load-sharing port. Cheap to clone; keeps connections.
 #[derive(Clone, Debug)]
 pub struct Client {
     base: Uri,
     http: HttpClient<HttpConnector, Full<Bytes>>,
+    /// Where the load-sharing port has answered last.
+    answered: Arc<Mutex<Option<IpAddr>>>,
 }
 
 /// Why there is no answer, or another one than expected.
@@ -69,6 +78,9 @@ pub enum ClientError {
     /// Not `HOST:PORT` or `http://HOST:PORT`.
     #[error("{0:?} is not the address of a load-sharing port; give HOST:PORT or http://HOST:PORT")]
     Address(String),
+    /// No session can have this id.
+    #[error("{0:?} is not the id of a session; portpool request -o wide prints it")]
+    SessionId(String),
     /// The server refused.
     #[error("{0}")]
     Refused(Problem),
@@ -108,7 +120,7 @@ impl ClientError {
     #[must_use]
     pub fn is_bad_input(&self) -> bool {
         match self {
-            Self::Address(_) => true,
+            Self::Address(_) | Self::SessionId(_) => true,
             Self::Refused(problem) => matches!(problem.status, 400 | 413 | 415 | 422),
             _ => false,
         }
@@ -118,6 +130,13 @@ impl ClientError {
     #[must_use]
     pub fn is_exhausted(&self) -> bool {
         matches!(self, Self::Refused(problem) if problem.status == 503)
+    }
+
+    /// Whether to ask again at once: the connection server stops, and another one
+    /// answers.
+    #[must_use]
+    pub fn is_shutting_down(&self) -> bool {
+        matches!(self, Self::Refused(problem) if problem.kind == SHUTTING_DOWN)
     }
 
     /// Whether asking again later may help: nothing was free, or no server
@@ -153,6 +172,7 @@ impl Client {
         Ok(Self {
             base,
             http: HttpClient::builder(TokioExecutor::new()).build(connector),
+            answered: Arc::default(),
         })
     }
 
@@ -176,16 +196,17 @@ impl Client {
                 result => return result,
             }
             tries += 1;
-            tokio::time::sleep(RETRY_PAUSE).await;
+            sleep(RETRY_PAUSE).await;
         }
     }
 
     /// The live session `id`.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] with status 404 when it is over.
+    /// [`ClientError::Refused`] with status 404 when it is over;
+    /// [`ClientError::SessionId`].
     pub async fn get(&self, id: &str) -> Result<Session, ClientError> {
-        let path = format!("/v1/sessions/{id}");
+        let path = session_path(id)?;
         let (status, body) = self
             .send(Method::GET, &path, Vec::new(), ANSWER_DEADLINE)
             .await?;
@@ -195,9 +216,10 @@ impl Client {
     /// Gives session `id` back; its connections are cut.
     ///
     /// # Errors
-    /// [`ClientError::Refused`] with status 404 when it is over.
+    /// [`ClientError::Refused`] with status 404 when it is over;
+    /// [`ClientError::SessionId`].
     pub async fn release(&self, id: &str) -> Result<(), ClientError> {
-        let path = format!("/v1/sessions/{id}");
+        let path = session_path(id)?;
         let (status, body) = self
             .send(Method::DELETE, &path, Vec::new(), ANSWER_DEADLINE)
             .await?;
@@ -231,8 +253,10 @@ impl Client {
         let deadline = Instant::now() + CONNECT_DEADLINE;
         let connecting = async {
             loop {
-                let connected = TcpStream::connect((session.address.as_str(), session.port)).await;
-                match connected {
+                match self
+                    .first_of(session, async |to| TcpStream::connect(to).await)
+                    .await
+                {
                     Err(error)
                         if error.kind() == io::ErrorKind::ConnectionRefused
                             && Instant::now() + REFUSED_PAUSE < deadline =>
@@ -248,6 +272,50 @@ impl Client {
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let prepared = connected.and_then(|stream| stream.set_nodelay(true).map(|()| stream));
         prepared.map_err(|source| ClientError::Connect { address, source })
+    }
+
+    /// A UDP socket that exchanges datagrams with the session's connection port
+    /// only.
+    ///
+    /// # Errors
+    /// [`ClientError::Connect`].
+    pub async fn connect_udp(&self, session: &Session) -> Result<UdpSocket, ClientError> {
+        let connected = self.first_of(session, async |to: SocketAddr| {
+            let any = match to.ip() {
+                IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+                IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            };
+            let socket = UdpSocket::bind((any, 0)).await?;
+            socket.connect(to).await?;
+            Ok(socket)
+        });
+        connected.await.map_err(|source| ClientError::Connect {
+            address: endpoint(session),
+            source,
+        })
+    }
+
+    /// The first success of `connect` at an address of the session's port, else
+    /// the first error. A name may have addresses that the pool does not listen
+    /// on, and over UDP nothing tells so. The address where the load-sharing port
+    /// has answered therefore comes first, if it is one of them.
+    async fn first_of<T>(
+        &self,
+        session: &Session,
+        connect: impl AsyncFn(SocketAddr) -> io::Result<T>,
+    ) -> io::Result<T> {
+        let found = lookup_host((session.address.as_str(), session.port)).await?;
+        let mut addresses: Vec<SocketAddr> = found.collect();
+        let answered = *self.answered.lock();
+        addresses.sort_by_key(|address| Some(address.ip()) != answered);
+        let mut failed = None;
+        for address in addresses {
+            match connect(address).await {
+                Ok(connected) => return Ok(connected),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+        }
+        Err(failed.unwrap_or_else(|| io::Error::other("the name has no address")))
     }
 
     fn address(&self) -> String {
@@ -283,6 +351,9 @@ impl Client {
                 .await
                 .map_err(|error| unreachable(format!("{:#}", anyhow::Error::new(error))))?;
             let (head, body) = response.into_parts();
+            if let Some(connection) = head.extensions.get::<HttpInfo>() {
+                *self.answered.lock() = Some(connection.remote_addr().ip());
+            }
             let body = Limited::new(body, MAX_ANSWER_BYTES).collect().await;
             let body = body.map_err(|error| unreachable(error.to_string()))?;
             Ok((head.status, body.to_bytes()))
@@ -312,6 +383,16 @@ impl Client {
                 status,
             },
         }
+    }
+}
+
+/// The path of session `id`.
+fn session_path(id: &str) -> Result<String, ClientError> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    if (1..=MAX_ID_BYTES).contains(&id.len()) && id.bytes().all(is_plain) {
+        Ok(format!("/v1/sessions/{id}"))
+    } else {
+        Err(ClientError::SessionId(id.to_owned()))
     }
 }
 

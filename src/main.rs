@@ -128,7 +128,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     use client::CommandError;
     match error.downcast_ref::<CommandError>() {
         Some(CommandError::Client(error)) if error.is_exhausted() => ExitCode::from(EXIT_EXHAUSTED),
-        Some(CommandError::Client(error)) if error.is_bad_input() => ExitCode::from(EXIT_BAD_INPUT),
+        Some(error) if error.is_bad_input() => ExitCode::from(EXIT_BAD_INPUT),
         Some(_) => ExitCode::FAILURE,
         None if error.downcast_ref().is_some_and(local::Error::is_bad_input) => {
             ExitCode::from(EXIT_BAD_INPUT)

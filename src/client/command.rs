@@ -3,8 +3,8 @@
 use std::io;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt, stdin, stdout};
-use tokio::net::UdpSocket;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, stderr, stdin, stdout};
+use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{Client, ClientError, endpoint};
@@ -19,6 +19,16 @@ const ANSWER_TIME: Duration = Duration::from_secs(5);
 
 /// How long to wait for the answer to a datagram before it is sent again.
 const DATAGRAM_TIME: Duration = Duration::from_secs(1);
+
+/// How long an interrupted command may take to give its session back.
+const GIVE_BACK_TIME: Duration = Duration::from_millis(500);
+
+/// How long the line that says where a command is connected may take. A reader
+/// that has stopped must not hold up the connection.
+const SAY_TIME: Duration = Duration::from_millis(200);
+
+/// Pause before a request that was waiting is sent to the next connection server.
+const UPGRADE_PAUSE: Duration = Duration::from_millis(200);
 
 /// Pause before the next request under `--retry-seconds`.
 const ASK_PAUSE: Duration = Duration::from_secs(1);
@@ -85,16 +95,17 @@ impl From<&AskOptions> for SessionRequest {
 #[command(after_help = "\
 Examples:
   portpool request 127.0.0.1:7700                       prints HOST:PORT
-  portpool request 127.0.0.1:7700 -o json               with id, server and deadline
+  portpool request 127.0.0.1:7700 -o wide               and the id, for portpool release
+  portpool request 127.0.0.1:7700 -o json               with server and deadline
   portpool request 127.0.0.1:7700 --wait 30             wait when nothing is free
   nc $(portpool request 127.0.0.1:7700 | tr : ' ')      and connect to it
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now.")]
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 130 and 143 interrupted.")]
 pub struct RequestOptions {
     #[command(flatten)]
     ask: AskOptions,
 
-    /// text: HOST:PORT; json: the whole session
+    /// text: HOST:PORT; wide: HOST:PORT and the session's id; json: the whole session
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     output: Output,
 }
@@ -102,6 +113,7 @@ pub struct RequestOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Output {
     Text,
+    Wide,
     Json,
 }
 
@@ -117,12 +129,12 @@ Examples:
   echo hello | portpool connect 127.0.0.1:7700 --udp
   portpool connect 127.0.0.1:7700 --port-name shell     only ports of that entry
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now.")]
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 130 and 143 interrupted.")]
 pub struct ConnectOptions {
     #[command(flatten)]
     ask: AskOptions,
 
-    /// Send each chunk of input as a UDP datagram
+    /// Ask for a port that forwards UDP, and send each chunk of input as a datagram; without it, TCP
     #[arg(long)]
     udp: bool,
 
@@ -139,13 +151,16 @@ pub struct ConnectOptions {
 #[derive(clap::Args, Clone, Debug)]
 #[command(after_help = "\
 Example:
-  portpool release 127.0.0.1:7700 $(portpool request 127.0.0.1:7700 -o json | jq -r .id)")]
+  portpool request 127.0.0.1:7700 -o wide               prints HOST:PORT ID
+  portpool release 127.0.0.1:7700 ID
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 130 and 143 interrupted.")]
 pub struct ReleaseOptions {
     /// The pool's load-sharing port: HOST:PORT or http://HOST:PORT
     #[arg(value_name = "ADDRESS")]
     address: String,
 
-    /// The session's id
+    /// The session's id, as portpool request -o wide prints it
     #[arg(value_name = "ID")]
     id: String,
 }
@@ -156,6 +171,12 @@ pub enum CommandError {
     /// Asking or connecting failed.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// `--udp` and `--protocol TCP` do not go together.
+    #[error("--udp needs a port that forwards UDP: leave out --protocol TCP")]
+    Protocol,
+    /// A signal came before the end.
+    #[error("interrupted")]
+    Interrupted,
     /// The connection or a standard stream broke.
     #[error("connection broke: {0}")]
     Broken(#[from] io::Error),
@@ -171,16 +192,37 @@ pub enum CommandError {
     },
 }
 
-/// Asks for a session, for as long as `--retry-seconds` says.
+impl CommandError {
+    /// Whether the arguments are at fault.
+    #[must_use]
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            Self::Client(error) => error.is_bad_input(),
+            Self::Protocol => true,
+            Self::Interrupted | Self::Broken(_) | Self::Answer { .. } => false,
+        }
+    }
+}
+
+/// Asks for a session, for as long as `--retry-seconds` says. A request that waits
+/// goes on waiting when its connection server is replaced.
 async fn ask(
     client: &Client,
-    wanted: SessionRequest,
+    mut wanted: SessionRequest,
     retry_seconds: u32,
 ) -> Result<Session, ClientError> {
-    let deadline = Instant::now() + Duration::from_secs(retry_seconds.into());
+    let started = Instant::now();
+    let deadline = started + Duration::from_secs(retry_seconds.into());
+    let wait_until = started + Duration::from_secs(wanted.wait_seconds.into());
     loop {
+        let now = Instant::now;
         match client.request(wanted.clone()).await {
-            Err(error) if error.may_pass() && Instant::now() < deadline => {
+            Err(error) if error.is_shutting_down() && now() < wait_until => {
+                sleep(UPGRADE_PAUSE).await;
+                let left = wait_until.saturating_duration_since(now()).as_secs();
+                wanted.wait_seconds = u32::try_from(left).unwrap_or(u32::MAX);
+            }
+            Err(error) if error.may_pass() && now() < deadline => {
                 tracing::info!(%error, "no session yet");
                 sleep(ASK_PAUSE).await;
             }
@@ -199,6 +241,7 @@ pub async fn request(options: RequestOptions) -> Result<(), CommandError> {
     let session = ask(&client, wanted, options.ask.retry_seconds).await?;
     let line = match options.output {
         Output::Text => endpoint(&session),
+        Output::Wide => format!("{} {}", endpoint(&session), session.id),
         Output::Json => serde_json::to_string_pretty(&session).map_err(io::Error::other)?,
     };
     let mut stdout = stdout();
@@ -215,27 +258,84 @@ pub async fn connect(
     interrupt: impl Future<Output = ()>,
 ) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
-    let mut wanted = SessionRequest::from(&options.ask);
-    if options.udp {
-        wanted.protocol.get_or_insert(PortProtocol::UDP);
-    }
-    let session = ask(&client, wanted, options.ask.retry_seconds).await?;
-    eprintln!("connected to {} on {}", session.server, endpoint(&session));
-    let expected = options.send.as_deref().zip(options.expect.as_deref());
-    let piping = async {
-        match (expected, options.udp) {
-            (Some((text, expected)), udp) => expect(&client, &session, udp, text, expected).await,
-            (None, true) => pipe_datagrams(&session).await,
-            (None, false) => pipe_stream(&client, &session).await,
-        }
+    let protocol = options.protocol()?;
+    let wanted = SessionRequest {
+        protocol: Some(protocol),
+        ..SessionRequest::from(&options.ask)
     };
-    let piped = tokio::select! {
-        piped = piping => piped,
-        () = interrupt => Ok(()),
+    tokio::pin!(interrupt);
+    let session = tokio::select! {
+        session = ask(&client, wanted, options.ask.retry_seconds) => session?,
+        () = &mut interrupt => return Err(CommandError::Interrupted),
+    };
+    let used = tokio::select! {
+        used = talk(&client, &session, &options) => used,
+        () = &mut interrupt => Err(CommandError::Interrupted),
     };
     // Best effort: the session may be over already.
-    let _ = client.release(&session.id).await;
-    piped
+    let give_back = client.release(&session.id);
+    if matches!(used, Err(CommandError::Interrupted)) {
+        let _ = timeout(GIVE_BACK_TIME, give_back).await;
+        return used;
+    }
+    tokio::select! {
+        _ = give_back => {}
+        () = &mut interrupt => {}
+    }
+    used
+}
+
+impl ConnectOptions {
+    fn is_udp(&self) -> bool {
+        self.udp || self.ask.protocol == Some(PortProtocol::UDP)
+    }
+
+    /// The protocol that the port has to forward.
+    fn protocol(&self) -> Result<PortProtocol, CommandError> {
+        match self.ask.protocol {
+            Some(PortProtocol::TCP) if self.udp => Err(CommandError::Protocol),
+            Some(protocol) => Ok(protocol),
+            None if self.udp => Ok(PortProtocol::UDP),
+            None => Ok(PortProtocol::TCP),
+        }
+    }
+}
+
+/// A way to the processing server.
+enum Connection {
+    Stream(TcpStream),
+    Datagrams(UdpSocket),
+}
+
+/// Connects, says so, and pipes, or compares the answer with the expected one.
+async fn talk(
+    client: &Client,
+    session: &Session,
+    options: &ConnectOptions,
+) -> Result<(), CommandError> {
+    let connection = if options.is_udp() {
+        Connection::Datagrams(client.connect_udp(session).await?)
+    } else {
+        Connection::Stream(client.connect(session).await?)
+    };
+    say_connected(session).await;
+    let expected = options.send.as_deref().zip(options.expect.as_deref());
+    match (connection, expected) {
+        (connection, Some((text, expected))) => expect(session, connection, text, expected).await,
+        (Connection::Stream(stream), None) => pipe_stream(stream).await,
+        (Connection::Datagrams(socket), None) => pipe_datagrams(&socket).await,
+    }
+}
+
+async fn say_connected(session: &Session) {
+    let line = format!("connected to {} on {}\n", session.server, endpoint(session));
+    let mut stderr = stderr();
+    let say = async {
+        stderr.write_all(line.as_bytes()).await?;
+        stderr.flush().await
+    };
+    // Without a reader of the line, the connection is no worse.
+    let _ = timeout(SAY_TIME, say).await;
 }
 
 /// `portpool release`.
@@ -248,18 +348,18 @@ pub async fn release(options: ReleaseOptions) -> Result<(), CommandError> {
 
 /// Sends `text`; the answer has to begin with `expected`.
 async fn expect(
-    client: &Client,
     session: &Session,
-    udp: bool,
+    connection: Connection,
     text: &str,
     expected: &str,
 ) -> Result<(), CommandError> {
-    let mut got = Vec::new();
+    let (length, mut got) = (expected.len(), Vec::new());
     let exchange = async {
-        if udp {
-            exchange_datagrams(session, text, expected.len(), &mut got).await
-        } else {
-            exchange_stream(client, session, text, expected.len(), &mut got).await
+        match connection {
+            Connection::Stream(stream) => exchange_stream(stream, text, length, &mut got).await,
+            Connection::Datagrams(socket) => {
+                exchange_datagrams(&socket, text, length, &mut got).await
+            }
         }
     };
     // After a timeout, the part that has arrived is compared.
@@ -282,13 +382,11 @@ async fn expect(
 /// Sends `text` and adds `length` bytes of the answer to `got`, or fewer when
 /// the server ends the connection.
 async fn exchange_stream(
-    client: &Client,
-    session: &Session,
+    mut stream: TcpStream,
     text: &str,
     length: usize,
     got: &mut Vec<u8>,
-) -> Result<(), CommandError> {
-    let mut stream = client.connect(session).await?;
+) -> io::Result<()> {
     stream.write_all(text.as_bytes()).await?;
     let mut chunk = [0; 4096];
     while got.len() < length {
@@ -303,12 +401,11 @@ async fn exchange_stream(
 /// Sends `text` as a datagram, repeats it until a reply arrives, and adds
 /// `length` bytes of the answer to `got`.
 async fn exchange_datagrams(
-    session: &Session,
+    socket: &UdpSocket,
     text: &str,
     length: usize,
     got: &mut Vec<u8>,
-) -> Result<(), CommandError> {
-    let socket = udp_socket(session).await?;
+) -> io::Result<()> {
     let mut reply = vec![0; 65_535];
     while got.len() < length {
         socket.send(text.as_bytes()).await?;
@@ -319,21 +416,8 @@ async fn exchange_datagrams(
     Ok(())
 }
 
-/// A socket that talks to the session's connection port only.
-async fn udp_socket(session: &Session) -> io::Result<UdpSocket> {
-    let any = if session.address.contains(':') {
-        "[::]:0"
-    } else {
-        "0.0.0.0:0"
-    };
-    let socket = UdpSocket::bind(any).await?;
-    let peer = (session.address.as_str(), session.port);
-    socket.connect(peer).await?;
-    Ok(socket)
-}
-
-async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandError> {
-    let (mut from_server, mut to_server) = client.connect(session).await?.into_split();
+async fn pipe_stream(stream: TcpStream) -> Result<(), CommandError> {
+    let (mut from_server, mut to_server) = stream.into_split();
     let upload = async {
         tokio::io::copy(&mut stdin(), &mut to_server).await?;
         // The server sees the end of our input and may still answer.
@@ -355,8 +439,7 @@ async fn pipe_stream(client: &Client, session: &Session) -> Result<(), CommandEr
     }
 }
 
-async fn pipe_datagrams(session: &Session) -> Result<(), CommandError> {
-    let socket = udp_socket(session).await?;
+async fn pipe_datagrams(socket: &UdpSocket) -> Result<(), CommandError> {
     let mut stdout = stdout();
     let mut stdin = stdin();
     let (mut chunk, mut reply) = (vec![0; 65_507], vec![0; 65_535]);

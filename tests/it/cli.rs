@@ -4,8 +4,10 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
-use crate::common::{COUNT, Pool, SERVER_PORT};
+use crate::common::{COUNT, Pool, Process, SERVER_PORT};
+use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionState};
+use portpool::table::ListenPort;
 
 fn portpool(arguments: &[&str], input: &[u8]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_portpool"))
@@ -59,6 +61,12 @@ async fn request_prints_where_to_connect_and_release_gives_it_back() {
         (SessionState::Held, "main")
     );
     assert!(session.claim_deadline.is_some());
+    let wide = run(&["request", &address, "-o", "wide"], b"").await;
+    let (place, id) = text(&wide.stdout).trim_end().split_once(' ').unwrap();
+    assert!(place.starts_with(&format!("{host}:2000")), "{place}");
+    let released = run(&["release", &address, id], b"").await;
+    assert_eq!(released.status.code(), Some(0));
+    pool.until(|state| state.sessions == 2).await;
     let keyed = ["request", &address, "--idempotency-key", "mine"];
     let (one, other) = (run(&keyed, b"").await, run(&keyed, b"").await);
     assert_eq!(one.stdout, other.stdout);
@@ -114,7 +122,7 @@ async fn exit_codes_distinguish_failures() {
     for _ in 0..COUNT {
         pool.request().await.unwrap();
     }
-    let cases: [(&[&str], i32, &str); 8] = [
+    let cases: [(&[&str], i32, &str); 11] = [
         (&["request", &address], 3, "all 4 matching ports are in use"),
         (&["connect", &address], 3, "all 4 matching ports are in use"),
         (&["request", &unused], 1, "failed to ask"),
@@ -135,6 +143,21 @@ async fn exit_codes_distinguish_failures() {
             "give TCP, UDP or TCPUDP",
         ),
         (&["release", &address, "none"], 1, "no live session"),
+        (
+            &["release", &address, "a b"],
+            2,
+            "is not the id of a session",
+        ),
+        (
+            &["release", &address, "a?b"],
+            2,
+            "is not the id of a session",
+        ),
+        (
+            &["connect", &address, "--udp", "--protocol", "tcp"],
+            2,
+            "leave out --protocol TCP",
+        ),
     ];
     for (arguments, code, words) in cases {
         let output = run(arguments, b"").await;
@@ -143,6 +166,136 @@ async fn exit_codes_distinguish_failures() {
         assert!(message.contains(words), "{arguments:?}: {message}");
         assert!(output.stdout.is_empty(), "{arguments:?}");
     }
+}
+
+/// A pool with one port for UDP, which comes first, and one for TCP.
+async fn mixed() -> Pool {
+    let mut pool = Pool::new(1, |table| {
+        let mut udp = table.rows[0].ranges[0].clone();
+        (udp.count, udp.protocol) = (1, PortProtocol::UDP);
+        let mut tcp = udp.clone();
+        (tcp.name, tcp.protocol) = ("game".to_owned(), PortProtocol::TCP);
+        tcp.connection_port = ListenPort::new(20_001).unwrap();
+        table.rows[0].ranges = vec![udp, tcp];
+    });
+    pool.start_workload(0);
+    pool.start_agent(0);
+    pool.start_connection_server(0);
+    pool.until(|state| state.free_ports == 2).await;
+    pool
+}
+
+#[tokio::test]
+async fn connect_asks_for_what_it_talks() {
+    let pool = mixed().await;
+    let address = format!("{}:7700", pool.connection_address(0));
+    for (options, port) in [
+        (&[] as &[&str], 20_001),
+        (&["--udp"], 20_000),
+        (&["--protocol", "udp"], 20_000),
+        (&["--protocol", "tcp"], 20_001),
+    ] {
+        for _ in 0..2 {
+            let arguments = [&["connect", &address], options].concat();
+            let output = run(&arguments, b"hello").await;
+            let told = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(0), "{options:?}: {told}");
+            assert_eq!(text(&output.stdout), "hello", "{options:?}: {told}");
+            assert!(told.contains(&format!(":{port}\n")), "{options:?}: {told}");
+            pool.until(|state| state.free_ports == 2).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn connect_says_that_it_is_connected_only_then() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    // The address in the answers is one where nobody is.
+    pool.table.advertised_address = Some(pool.connection_address(7).to_string());
+    pool.table.generation += 1;
+    pool.publish();
+    pool.until(|state| state.generation == pool.table.generation)
+        .await;
+    let address = format!("{}:7700", pool.connection_address(0));
+    let output = run(&["connect", &address], b"hello").await;
+    let told = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(told.contains("failed to connect to"), "{told}");
+    assert!(!told.contains("connected to"), "{told}");
+}
+
+/// A program in a namespace of mounts where `hosts` is the file of names.
+fn named(hosts: &std::path::Path, arguments: &[&str]) -> Command {
+    let script = r#"mount --bind "$1" /etc/hosts && shift && exec "$@""#;
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "sh", "-c", script, "sh"])
+        .arg(hosts)
+        .args(arguments);
+    command
+}
+
+#[tokio::test]
+async fn connect_uses_the_address_of_a_name_at_which_the_pool_answers() {
+    let pool = Pool::running(1, |_| {}).await;
+    let host = pool.connection_address(0);
+    // IPv6 too, on a port of its own, because all tests share its one address.
+    let v6 = Process::start(&[
+        "connection-server".to_owned(),
+        format!("--table={}", pool.table_file().display()),
+        "--listen=::1".to_owned(),
+        "--load-sharing-port=17700".to_owned(),
+        "--admin=[::1]:0".to_owned(),
+    ]);
+    let hosts = tempfile::NamedTempFile::new().unwrap();
+    let names = format!("::1 v6only\n::1 both\n{host} both\n");
+    std::fs::write(hosts.path(), names).unwrap();
+    if !named(hosts.path(), &["true"])
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        eprintln!("skipped: no namespace of mounts here (unshare --mount)");
+        return;
+    }
+    let program = env!("CARGO_BIN_EXE_portpool");
+    for (address, options) in [
+        ("v6only:17700", &[] as &[&str]),
+        ("v6only:17700", &["--udp"]),
+        // A name with addresses of both kinds, of which the pool has one.
+        ("both:7700", &[]),
+        ("both:7700", &["--udp"]),
+        ("both:17700", &["--udp"]),
+    ] {
+        let script = ["--retry-seconds=10", "--send=hello", "--expect=hello"];
+        let arguments = [&[program, "connect", address], &script as &[&str], options].concat();
+        let output = named(hosts.path(), &arguments).output().unwrap();
+        let told = text(&output.stderr);
+        assert!(output.status.success(), "{address} {options:?}: {told}");
+    }
+    drop(v6);
+}
+
+#[tokio::test]
+async fn a_request_that_waits_outlasts_an_upgrade() {
+    let mut pool = Pool::new(1, |table| table.rows[0].ranges[0].count = 1);
+    pool.start_workload(0);
+    pool.start_agent(0);
+    pool.connection_servers.push(pool.start_successor(0));
+    pool.until(|state| state.free_ports == 1).await;
+    let session = pool.request().await.unwrap();
+    let address = format!("{}:7700", pool.connection_address(0));
+    let waiting = tokio::spawn(async move { run(&["request", &address, "--wait=30"], b"").await });
+    for _ in 0..2 {
+        pool.until(|state| state.waiting == 1).await;
+        let successor = pool.start_successor(0);
+        assert!(pool.connection_servers[0].ends(), "it is replaced");
+        pool.connection_servers[0] = successor;
+    }
+    pool.until(|state| state.waiting == 1).await;
+    pool.client().release(&session.id).await.unwrap();
+    let output = waiting.await.unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    pool.until(|state| state.sessions == 1).await;
 }
 
 #[test]
