@@ -286,6 +286,7 @@ impl Running {
             server.stop().await;
         }
         self.events.say("stopped");
+        self.events.flush();
     }
 }
 
