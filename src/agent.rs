@@ -223,7 +223,11 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
 /// Lets sessions go on for up to `drain`, then ends them.
 async fn drain(agent: &Agent, drain: Duration) {
     agent.stop();
-    info!(sessions = agent.session_count(), "draining");
+    info!(
+        sessions = agent.session_count(),
+        seconds = drain.as_secs(),
+        "draining: live sessions may go on; a second signal cuts them at once"
+    );
     let empty = async |deadline: Instant| {
         while agent.session_count() > 0 && Instant::now() < deadline {
             sleep(DRAIN_CHECK).await;

@@ -37,6 +37,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tracing::info;
+
 use self::handover::successor::Starter;
 use self::server::Server;
 use crate::pool::rules::check_address;
@@ -175,9 +177,13 @@ pub async fn run(
         listen: without_ipv6(options.listen),
         ..options
     };
-    let mut follower = follower(&options).await?;
-    let first = tokio::select! {
-        first = follower.first() => first?,
+    let following = async {
+        let mut follower = follower(&options).await?;
+        let first = follower.first().await?;
+        Ok::<_, Error>((follower, first))
+    };
+    let (follower, first) = tokio::select! {
+        following = following => following?,
         () = &mut shutdown => return Ok(()),
     };
     let mut socket = match &options.handover {
@@ -188,14 +194,28 @@ pub async fn run(
         Some(_) => Some(Starter::new(is_supervised).map_err(Error::Upgrades)?),
         None => None,
     };
-    let mut server = Server::start(&options, &first, &follower).await?;
-    if let Some(socket) = &mut socket {
-        socket.publish()?;
-    }
-    server.begin().await;
-    loop {
+    let (mut server, mut is_asked_to_stop) = {
+        let starting = async {
+            let mut server = Server::start(&options, &first, &follower).await?;
+            if let Some(socket) = &mut socket {
+                socket.publish()?;
+            }
+            server.begin().await;
+            Ok::<_, Error>(server)
+        };
+        tokio::pin!(starting);
         tokio::select! {
-            () = &mut shutdown => break,
+            server = &mut starting => (server?, false),
+            () = &mut shutdown => {
+                // A hand-over that is cut would cut what was handed over.
+                info!("stopping once the start is complete, which includes a hand-over to this process");
+                (starting.await?, true)
+            }
+        }
+    };
+    while !is_asked_to_stop {
+        tokio::select! {
+            () = &mut shutdown => is_asked_to_stop = true,
             () = or_never(starter.as_mut().map(Starter::requested)) => {
                 starter.iter_mut().for_each(|starter| starter.start(1));
             }
@@ -211,12 +231,12 @@ pub async fn run(
         server
             .stop(Duration::from_secs(options.drain_seconds))
             .await;
-        if let Some(socket) = &socket {
-            socket.remove();
-        }
         return Ok(());
     }
-    drop((server, socket, follower));
+    if let Some(socket) = socket {
+        socket.leave();
+    }
+    drop((server, follower));
     match starter {
         Some(starter) => match starter.stand_in(shutdown).await {
             Some(status) if !status.success() => Err(Error::Successor { status }),

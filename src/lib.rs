@@ -134,6 +134,7 @@
 //! table        → pool                            the port-relationship table; no tokio
 //! pool         the ProcessingPool resource; no tokio
 //! sock_diag    questions to the kernel about sockets; no tokio
+//! signals      SIGINT and SIGTERM
 //! telemetry    logs
 //!
 //! agent::book                          pure
@@ -160,6 +161,7 @@ pub mod plan;
 pub mod pool;
 pub mod selection;
 pub mod session;
+pub mod signals;
 pub mod sock_diag;
 pub mod table;
 pub mod telemetry;

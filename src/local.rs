@@ -38,6 +38,11 @@ use crate::table::Slot;
 /// How often the pool is observed and a plan applied.
 const STEP: Duration = Duration::from_millis(250);
 
+/// How often the removal of the folder is tried while children make files there.
+/// Each makes three at most.
+const REMOVALS: usize = 20;
+const REMOVAL_PAUSE: Duration = Duration::from_millis(5);
+
 /// Runs a whole pool on this machine, without Kubernetes: the containers'
 /// commands as processes, one loopback address per processing server.
 ///
@@ -98,7 +103,14 @@ impl Error {
 /// # Errors
 /// [`Error`]; nothing was started then.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    let manifest = manifest::load(&options.file)?;
+    tokio::pin!(shutdown);
+    let file = options.file.clone();
+    // A pipe may be opened without anyone who writes into it.
+    let loading = tokio::task::spawn_blocking(move || manifest::load(&file));
+    let manifest = tokio::select! {
+        loaded = loading => loaded.expect("loading does not panic")?,
+        () = &mut shutdown => return Ok(()),
+    };
     let first = plan_first(&manifest.pool);
     check::can_run(&manifest.pool, &first.table).map_err(|problems| manifest.error(problems))?;
     let system = |action: &str| {
@@ -106,22 +118,47 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         move |source| Error::System { action, source }
     };
     let binary = std::env::current_exe().map_err(system("find this program"))?;
-    let folder = tempfile::Builder::new().prefix("portpool-").tempdir();
-    let folder = folder.map_err(system("make a folder for the table"))?;
-    let mut running = Running::new(options, manifest.pool, binary, folder.path().to_owned());
+    let folder = Folder::new().map_err(system("make a folder for the table"))?;
+    let mut running = Running::new(options, manifest.pool, binary, folder.0.clone());
     running.start().map_err(system("write the table"))?;
     let mut upgrades = signal(SignalKind::user_defined2()).map_err(system("wait for SIGUSR2"))?;
-    tokio::pin!(shutdown);
     loop {
         tokio::select! {
             () = tokio::time::sleep(STEP) => {}
             () = &mut shutdown => break,
             Some(()) = upgrades.recv() => running.replace_connection_servers(),
         }
-        running.step().await;
+        tokio::select! {
+            () = running.step() => {}
+            // The connection server may not answer.
+            () = &mut shutdown => break,
+        }
     }
     running.stop().await;
     Ok(())
+}
+
+/// The folder of the table and the sockets. It is removed at the end, also at one
+/// that does not wait for the children.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new() -> io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("portpool-").tempdir()?;
+        Ok(Self(folder.keep()))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        for _ in 0..REMOVALS {
+            if std::fs::remove_dir_all(&self.0).is_ok() {
+                return;
+            }
+            // A child has just made a file there.
+            std::thread::sleep(REMOVAL_PAUSE);
+        }
+    }
 }
 
 /// Address of the processing server in `slot`: 127.0.0.2 and up.

@@ -4,8 +4,11 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use portpool::client::CommandError;
+use portpool::signals::Signals;
 use portpool::{agent, client, connection, echo, forward, local, manifest, operator, telemetry};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::io::AsyncWriteExt;
+use tokio::runtime::Runtime;
 
 /// Gives a client its own port on its own server for a while.
 #[derive(Parser)]
@@ -18,7 +21,8 @@ Examples:
   portpool local -f examples/echo.yaml    run a pool on this machine
   portpool connect 127.0.0.1:7700         in another terminal: use a session of it
 
-Exit codes: 0 done, 1 failed, 2 wrong input (nothing was started), 3 nothing is free now."
+Exit codes: 0 done, 1 failed, 2 wrong input (nothing was started), 3 nothing is free now,
+130 and 143 interrupted by SIGINT and SIGTERM. A second signal ends every command at once."
 )]
 struct Cli {
     #[command(flatten)]
@@ -60,72 +64,85 @@ fn main() -> ExitCode {
     if let Command::ConnectionServer(_) = &cli.command {
         forward::reserve_file_table();
     }
-    let _logs = match telemetry::init(&cli.telemetry) {
+    let logs = match telemetry::init(&cli.telemetry) {
         Ok(logs) => logs,
         Err(error) => {
             eprintln!("error: --log {:?}: {error}", cli.telemetry.log);
             return ExitCode::from(EXIT_BAD_INPUT);
         }
     };
-    let runtime = match tokio::runtime::Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: failed to start the runtime: {error}");
-            return ExitCode::FAILURE;
+    let (signals, runtime) =
+        match Signals::handle().and_then(|signals| Ok((signals, Runtime::new()?))) {
+            Ok(started) => started,
+            Err(error) => {
+                logs.say(&format!("error: failed to start: {error}"));
+                return ExitCode::FAILURE;
+            }
+        };
+    let ended = runtime.block_on(async {
+        tokio::select! {
+            result = run(cli.command, is_supervised, &signals) => result,
+            // What was running is dropped, and cleans up.
+            () = signals.second() => Err(CommandError::Interrupted.into()),
         }
-    };
-    let result = runtime.block_on(run(cli.command, is_supervised));
+    });
     // A blocked read of standard input must not keep the program running.
     runtime.shutdown_background();
-    match result {
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_interruption(&error) => signals.exit_code(),
         Err(error) => {
-            eprintln!("error: {error}");
+            logs.say(&format!("error: {error}"));
             exit_code(&error)
         }
     }
 }
 
 /// `is_supervised`: whether `portpool local` runs this process.
-async fn run(command: Command, is_supervised: bool) -> anyhow::Result<()> {
+async fn run(command: Command, is_supervised: bool, signals: &Signals) -> anyhow::Result<()> {
+    let interrupt = signals.first();
     match command {
-        Command::Local(options) => local::run(options, interrupted()?).await?,
-        Command::Request(options) => client::request(options).await?,
-        Command::Connect(options) => client::connect(options, interrupted()?).await?,
-        Command::Release(options) => client::release(options).await?,
-        Command::Controller(options) => operator::run(options, interrupted()?).await?,
-        Command::Crd => print!("{}", manifest::crd_yaml()),
+        Command::Local(options) => local::run(options, interrupt).await?,
+        Command::Request(options) => unless(interrupt, client::request(options)).await?,
+        Command::Connect(options) => client::connect(options, interrupt).await?,
+        Command::Release(options) => unless(interrupt, client::release(options)).await?,
+        Command::Controller(options) => operator::run(options, interrupt).await?,
+        Command::Crd => unless(interrupt, print(&manifest::crd_yaml())).await?,
         Command::ConnectionServer(options) => {
-            connection::run(options, is_supervised, interrupted()?).await?
+            connection::run(options, is_supervised, interrupt).await?
         }
-        Command::ProcessingServer(options) => agent::run(options, interrupted()?).await?,
-        Command::Echo(options) => echo::run(options, interrupted()?).await?,
+        Command::ProcessingServer(options) => agent::run(options, interrupt).await?,
+        Command::Echo(options) => echo::run(options, interrupt).await?,
         Command::RunProgram(_) => unreachable!("handled before the runtime starts"),
     }
     Ok(())
 }
 
-/// Completes at SIGTERM or Ctrl-C; a second one ends the process at once.
-fn interrupted() -> std::io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut either = async move || {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    Ok(async move {
-        either().await;
-        tokio::spawn(async move {
-            either().await;
-            std::process::exit(130);
-        });
-    })
+/// What `work` gives, unless `interrupt` comes first.
+async fn unless<E>(
+    interrupt: impl Future<Output = ()>,
+    work: impl Future<Output = Result<(), E>>,
+) -> anyhow::Result<()>
+where
+    anyhow::Error: From<E>,
+{
+    tokio::select! {
+        done = work => Ok(done?),
+        () = interrupt => Err(CommandError::Interrupted.into()),
+    }
+}
+
+async fn print(text: &str) -> std::io::Result<()> {
+    let mut stdout = tokio::io::stdout();
+    stdout.write_all(text.as_bytes()).await?;
+    stdout.flush().await
+}
+
+fn is_interruption(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(CommandError::Interrupted))
 }
 
 fn exit_code(error: &anyhow::Error) -> ExitCode {
-    use client::CommandError;
     match error.downcast_ref::<CommandError>() {
         Some(CommandError::Client(error)) if error.is_exhausted() => ExitCode::from(EXIT_EXHAUSTED),
         Some(error) if error.is_bad_input() => ExitCode::from(EXIT_BAD_INPUT),

@@ -50,10 +50,13 @@ use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use prometheus_client::registry::Registry;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use self::context::Context;
+use self::lease::Held;
 use self::memory::Memory;
 use self::metrics::Metrics;
 use self::stores::Stores;
@@ -63,6 +66,13 @@ use crate::{admin, cluster};
 
 /// Time for which changes of a pool are collected, so that one reconcile sees them.
 const DEBOUNCE: Duration = Duration::from_millis(100);
+
+/// How long the reconciles under way may go on at the end. Each is safe to cut:
+/// the next controller observes what there is.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the release of the lease may take. It runs out by itself.
+const RELEASE_LIMIT: Duration = Duration::from_secs(2);
 
 /// Runs the controller, which makes a Kubernetes cluster match its ProcessingPools.
 ///
@@ -141,49 +151,104 @@ pub enum Error {
 }
 
 /// Runs the controller until `shutdown`. It then finishes the reconciles under way
-/// and releases the lease.
+/// and releases the lease, if the API server lets it do so in time.
 ///
 /// # Errors
 /// The cluster or the admin port cannot be used, or the lease was lost.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
-    let client = cluster::connect().await.map_err(Error::Cluster)?;
-    check_resource(&client, &options).await?;
-    let mut registry = Registry::default();
-    admin::register_build_info(&mut registry);
-    let metrics = Arc::new(Metrics::new(&mut registry));
-    let stopping = CancellationToken::new();
-    serve_admin(options.admin, registry, &stopping).await?;
+    let end = End::default();
     tokio::pin!(shutdown);
-    let held = match &options.lease {
-        Some(lease) => tokio::select! {
-            held = lease::hold(&client, lease) => Some(held?),
-            () = &mut shutdown => return Ok(()),
-        },
-        None => None,
+    // The API server may never answer.
+    let Started {
+        client,
+        metrics,
+        held,
+    } = tokio::select! {
+        started = start(&options, &end) => started?,
+        () = &mut shutdown => return Ok(()),
     };
-    metrics.leader.set(1);
     let lost = async {
         match &held {
             Some(held) => held.lost().await,
             None => pending().await,
         }
     };
-    let controllers = controllers(&client, &options, &metrics, &stopping);
+    let controllers = controllers(&client, &options, &metrics, &end);
     tokio::pin!(controllers);
     let result = tokio::select! {
         () = &mut controllers => Ok(()),
         () = lost => Err(Error::LeaseLost),
         () = shutdown => {
-            stopping.cancel();
-            controllers.await;
+            end.finish(controllers).await;
             Ok(())
         }
     };
-    stopping.cancel();
-    if let Some(held) = held {
-        held.release().await;
+    end.stopping.cancel();
+    if let Some(held) = held
+        && timeout(RELEASE_LIMIT, held.release()).await.is_err()
+    {
+        warn!("the lease was not released in time; it runs out by itself");
     }
     result
+}
+
+/// How the controller ends.
+#[derive(Clone, Default)]
+struct End {
+    /// Nothing new begins after that.
+    stopping: CancellationToken,
+    under_way: TaskTracker,
+}
+
+impl End {
+    /// Lets the reconciles under way finish. The `controllers` themselves would
+    /// also wait for lists that the API server has never answered.
+    async fn finish(&self, controllers: impl Future<Output = ()>) {
+        self.stopping.cancel();
+        self.under_way.close();
+        if !self.under_way.is_empty() {
+            info!(
+                reconciles = self.under_way.len(),
+                seconds = FINISH_LIMIT.as_secs(),
+                "stopping: reconciles under way may finish; a second signal cuts them at once"
+            );
+        }
+        tokio::select! {
+            () = controllers => {}
+            () = self.under_way.wait() => {}
+            () = sleep(FINISH_LIMIT) => {
+                warn!("reconciles under way are cut: the API server does not answer in time");
+            }
+        }
+    }
+}
+
+/// What a controller runs with.
+struct Started {
+    client: Client,
+    metrics: Arc<Metrics>,
+    held: Option<Held>,
+}
+
+/// Reaches the cluster, serves the admin port until the `end`, and waits for the
+/// lease.
+async fn start(options: &Options, end: &End) -> Result<Started, Error> {
+    let client = cluster::connect().await.map_err(Error::Cluster)?;
+    check_resource(&client, options).await?;
+    let mut registry = Registry::default();
+    admin::register_build_info(&mut registry);
+    let metrics = Arc::new(Metrics::new(&mut registry));
+    serve_admin(options.admin, registry, &end.stopping).await?;
+    let held = match &options.lease {
+        Some(lease) => Some(lease::hold(&client, lease).await?),
+        None => None,
+    };
+    metrics.leader.set(1);
+    Ok(Started {
+        client,
+        metrics,
+        held,
+    })
 }
 
 /// Checks that ProcessingPools can be listed. Of several namespaces, one suffices:
@@ -260,22 +325,11 @@ impl Backoff for OwnBackoff {
 }
 
 /// One controller per watched namespace, or one for all.
-async fn controllers(
-    client: &Client,
-    options: &Options,
-    metrics: &Arc<Metrics>,
-    stopping: &CancellationToken,
-) {
+async fn controllers(client: &Client, options: &Options, metrics: &Arc<Metrics>, end: &End) {
     info!(namespaces = ?options.namespaces, image = options.image, "controller ready");
-    let controllers = scopes(options).into_iter().map(|scope| {
-        controller(
-            client.clone(),
-            scope,
-            options,
-            metrics.clone(),
-            stopping.clone(),
-        )
-    });
+    let controllers = scopes(options)
+        .into_iter()
+        .map(|scope| controller(client.clone(), scope, options, metrics.clone(), end.clone()));
     join_all(controllers).await;
 }
 
@@ -284,7 +338,7 @@ async fn controller(
     scope: Option<String>,
     options: &Options,
     metrics: Arc<Metrics>,
-    stopping: CancellationToken,
+    end: End,
 ) {
     let pools = within(&client, scope.as_deref());
     let (pool_store, writer) = reflector::store();
@@ -299,7 +353,7 @@ async fn controller(
     let mut controller = Controller::for_stream(pool_changes, pool_store.clone())
         .with_config(config)
         .trigger_backoff(OwnBackoff)
-        .graceful_shutdown_on(stopping.cancelled_owned());
+        .graceful_shutdown_on(end.stopping.cancelled_owned());
     let (stores, changes) = Stores::watch(&client, scope.as_deref());
     for (resource, changes) in changes {
         controller =
@@ -324,7 +378,10 @@ async fn controller(
     };
     controller
         .run(
-            async |pool, context: Arc<Context>| reconcile::reconcile(&pool, &context).await,
+            move |pool, context: Arc<Context>| {
+                end.under_way
+                    .track_future(async move { reconcile::reconcile(&pool, &context).await })
+            },
             |pool, error, context| reconcile::after_error(&pool, error, &context),
             Arc::new(context),
         )

@@ -265,6 +265,11 @@ impl Server {
     pub(super) async fn stop(self, drain: Duration) {
         self.draining.cancel();
         self.parts.allocation.close();
+        info!(
+            sessions = self.parts.sessions.open_count(),
+            seconds = drain.as_secs(),
+            "draining: live sessions may go on; a second signal cuts them at once"
+        );
         let deadline = Instant::now() + drain;
         while self.parts.sessions.open_count() > 0 && Instant::now() < deadline {
             tokio::time::sleep(DRAIN_CHECK).await;

@@ -17,6 +17,13 @@ const ASK: &str = "127.0.0.1:7700";
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
+/// The turn of a test that runs a pool.
+pub fn one_at_a_time() -> MutexGuard<'static, ()> {
+    ONE_AT_A_TIME
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// A running `portpool local`.
 struct Local {
     child: Child,
@@ -28,9 +35,7 @@ struct Local {
 
 impl Local {
     fn start(file: &Path) -> Self {
-        let turn = ONE_AT_A_TIME
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let turn = one_at_a_time();
         let folder = tempfile::tempdir().unwrap();
         let mut child = Command::new(PORTPOOL)
             .env("TMPDIR", folder.path())

@@ -17,6 +17,7 @@ mod chart;
 mod claim;
 mod cli;
 mod client;
+mod ending;
 mod forward;
 mod generated;
 mod handover;

@@ -10,13 +10,16 @@ use tokio::net::UnixListener;
 
 use super::Error;
 
-/// The listening socket; only this user may connect to it.
+/// The listening socket; only this user may connect to it. Dropping it removes
+/// its file.
 #[derive(Debug)]
 pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
-    /// Its path until [`Socket::publish`].
-    hidden: Option<PathBuf>,
+    /// Where its file is: beside `path` until [`Socket::publish`].
+    file: PathBuf,
+    /// Whether the file is a successor's to replace.
+    is_left: bool,
 }
 
 impl Socket {
@@ -25,21 +28,22 @@ impl Socket {
     /// # Errors
     /// [`Error::Socket`].
     pub fn prepare(path: &Path) -> Result<Self, Error> {
-        let mut hidden = path.as_os_str().to_owned();
-        hidden.push(format!(".{}", std::process::id()));
-        let hidden = PathBuf::from(hidden);
+        let mut file = path.as_os_str().to_owned();
+        file.push(format!(".{}", std::process::id()));
+        let file = PathBuf::from(file);
         let listen = || {
             // A dead process that had our id may have left one.
-            let _ = fs::remove_file(&hidden);
-            let listener = UnixListener::bind(&hidden)?;
-            fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
+            let _ = fs::remove_file(&file);
+            let listener = UnixListener::bind(&file)?;
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600))?;
             Ok(listener)
         };
         match listen() {
             Ok(listener) => Ok(Self {
                 listener,
                 path: path.to_owned(),
-                hidden: Some(hidden),
+                file,
+                is_left: false,
             }),
             Err(source) => Err(Error::Socket {
                 path: path.to_owned(),
@@ -53,14 +57,11 @@ impl Socket {
     /// # Errors
     /// [`Error::Socket`].
     pub fn publish(&mut self) -> Result<(), Error> {
-        let Some(hidden) = &self.hidden else {
-            return Ok(());
-        };
-        fs::rename(hidden, &self.path).map_err(|source| Error::Socket {
+        fs::rename(&self.file, &self.path).map_err(|source| Error::Socket {
             path: self.path.clone(),
             source,
         })?;
-        self.hidden = None;
+        self.file.clone_from(&self.path);
         Ok(())
     }
 
@@ -73,17 +74,17 @@ impl Socket {
         stream.into_std()
     }
 
-    /// Removes the socket. A process that has a successor must not.
-    pub fn remove(&self) {
-        // A socket that stays refuses connections, which the next process sees.
-        let _ = fs::remove_file(&self.path);
+    /// Closes the socket, but leaves its file, which a successor replaces.
+    pub fn leave(mut self) {
+        self.is_left = true;
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if let Some(hidden) = &self.hidden {
-            let _ = fs::remove_file(hidden);
+        if !self.is_left {
+            // One that stays refuses connections, which the next process sees.
+            let _ = fs::remove_file(&self.file);
         }
     }
 }
