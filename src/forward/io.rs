@@ -19,8 +19,10 @@ use super::timers::{IdleTimes, Timers};
 use crate::table::ListenPort;
 
 /// The events of a connection's socket: edges only, so that it is registered
-/// once and costs no epoll call while it runs.
+/// once and costs no epoll call while it runs. An urgent byte wakes up whoever
+/// waits for bytes anyway.
 pub(super) const STREAM_EVENTS: EventFlags = EventFlags::IN
+    .union(EventFlags::PRI)
     .union(EventFlags::OUT)
     .union(EventFlags::RDHUP)
     .union(EventFlags::ET);

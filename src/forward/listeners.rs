@@ -98,6 +98,8 @@ fn open_tcp(address: SocketAddr) -> io::Result<Listener> {
     socket.set_reuse_address(true)?;
     // Accepted sockets inherit it. Messages must not wait for a full segment.
     socket.set_tcp_nodelay(true)?;
+    // Inherited too: a read that passes an urgent byte must not lose it.
+    socket.set_out_of_band_inline(true)?;
     bind(&socket, address)?;
     socket.listen(BACKLOG)?;
     Ok(Listener::Tcp(socket.into()))

@@ -65,6 +65,8 @@ pub struct DirectionSnapshot {
     /// Bytes that were read from the source and that the destination did not take
     /// yet.
     pub kept: Vec<u8>,
+    /// Whether `kept` is one urgent byte.
+    pub is_urgent: bool,
     /// Whether the source has ended its side.
     pub is_read: bool,
     /// Whether the end was passed on to the destination.

@@ -44,6 +44,9 @@
 //! - *reset* and *closed*: the sockets are closed, with a reset or in order;
 //!   after that `Gate::closed` reports the end of an admitted client.
 //!
+//! Bytes keep their order, and an urgent one its place: `EPOLLPRI` reports it,
+//! a read or a splice stops there, and it is sent as urgent.
+//!
 //! Events move the arrows without a time, and the thread's tick those with
 //! one. A lost peer that sends no reset is found by the kernel's probes
 //! (`liveness`). `Streams::end` is the only way out of *connecting*, *open*,

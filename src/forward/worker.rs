@@ -203,6 +203,7 @@ impl Worker {
         let (key, port) = (Key::from_bits(id), port_of(id));
         let signals = Signals {
             readable: flags.contains(EventFlags::IN),
+            urgent: flags.contains(EventFlags::PRI),
             writable: flags.contains(EventFlags::OUT),
             ended: flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR),
             gone: flags.intersects(EventFlags::HUP | EventFlags::ERR),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 mod udp;
 mod udp_ends;
+mod urgent;
 
 use self::udp::{udp_client, udp_echo};
 use crate::common::network::{address, network};

@@ -101,9 +101,10 @@ fn idle() -> impl Strategy<Value = Duration> {
 
 fn direction() -> impl Strategy<Value = DirectionSnapshot> {
     let kept = vec(any::<u8>(), 0..2000);
-    (kept, any::<bool>(), any::<bool>(), any::<u64>()).prop_map(
-        |(kept, is_read, is_done, bytes)| DirectionSnapshot {
+    (kept, any::<[bool; 3]>(), any::<u64>()).prop_map(
+        |(kept, [is_urgent, is_read, is_done], bytes)| DirectionSnapshot {
             kept,
+            is_urgent,
             is_read,
             is_done,
             bytes,

@@ -136,6 +136,9 @@ pub struct Direction {
     pub is_done: bool,
     #[prost(uint64, tag = "4")]
     pub bytes: u64,
+    /// What is kept is one urgent byte.
+    #[prost(bool, tag = "5")]
+    pub is_urgent: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Flows {

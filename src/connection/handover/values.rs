@@ -84,6 +84,7 @@ impl From<&DirectionSnapshot> for v1::Direction {
     fn from(direction: &DirectionSnapshot) -> Self {
         Self {
             kept: direction.kept.clone(),
+            is_urgent: direction.is_urgent,
             is_read: direction.is_read,
             is_done: direction.is_done,
             bytes: direction.bytes,
@@ -98,6 +99,7 @@ impl TryFrom<Option<v1::Direction>> for DirectionSnapshot {
         let direction = direction.ok_or(Error::Malformed("a connection lacks a direction"))?;
         Ok(Self {
             kept: direction.kept,
+            is_urgent: direction.is_urgent,
             is_read: direction.is_read,
             is_done: direction.is_done,
             bytes: direction.bytes,

@@ -76,7 +76,7 @@ pub(super) struct BusySource {
     side: Side,
     watch: Watch,
     idle_polls: u8,
-    /// Bytes of its connection at the last poll.
+    /// Bytes that it had sent by the last poll.
     seen: u64,
 }
 
@@ -159,7 +159,9 @@ impl Coalescing {
         io: &mut Io,
     ) -> Outcome {
         let outcome = connection.pump_from(source.side, &mut io.scratch);
-        let total = connection.traffic().total();
+        // Its own bytes: it may have stopped at an urgent one while the other
+        // side sends on.
+        let total = connection.bytes_from(source.side);
         let bytes = total - std::mem::replace(&mut source.seen, total);
         if bytes > 0 {
             connection.active = io.now;
@@ -220,7 +222,9 @@ impl BusySource {
         }
         if (former == Watch::End) != (watch == Watch::End) {
             let events = match watch {
-                Watch::End => STREAM_EVENTS.difference(EventFlags::IN),
+                // Every segment would wake up who waits for an urgent byte. A
+                // splice stops there, so the source soon counts as idle.
+                Watch::End => STREAM_EVENTS.difference(EventFlags::IN.union(EventFlags::PRI)),
                 Watch::Segments | Watch::Bursts => STREAM_EVENTS,
             };
             let _ = io.change_watch(socket, source.of_key(self.key), events);

@@ -36,6 +36,8 @@ pub(in crate::forward) enum Side {
 pub(in crate::forward) struct Signals {
     /// There may be something to read, or the end of it.
     pub(in crate::forward) readable: bool,
+    /// There is an urgent byte.
+    pub(in crate::forward) urgent: bool,
     /// There may be room to send.
     pub(in crate::forward) writable: bool,
     /// The peer has ended its sending.
@@ -181,6 +183,7 @@ impl<S: Stream> Connection<S> {
     pub(super) fn event(&mut self, side: Side, signals: Signals, scratch: &mut Scratch) -> Outcome {
         let Signals {
             readable,
+            urgent,
             writable,
             ended,
             gone,
@@ -189,11 +192,13 @@ impl<S: Stream> Connection<S> {
         let (is_read_done, is_stuck, is_holding) = match side {
             Side::Client => {
                 self.client_ended |= ended;
+                self.upstream.is_urgent |= urgent;
                 let (from, to) = (&self.upstream, &self.downstream);
                 (from.is_done, from.is_holding(), to.is_holding())
             }
             Side::Server => {
                 self.server_ended |= ended;
+                self.downstream.is_urgent |= urgent;
                 let (from, to) = (&self.downstream, &self.upstream);
                 (from.is_done, from.is_holding(), to.is_holding())
             }
@@ -215,7 +220,7 @@ impl<S: Stream> Connection<S> {
             return Outcome::Broken;
         }
         // What is held goes first; its destination is reported when it has room.
-        let reads = (readable || ended || gone) && !is_stuck;
+        let reads = (readable || urgent || ended || gone) && !is_stuck;
         let writes = writable && is_holding;
         match side {
             Side::Client => self.move_bytes(reads, writes, scratch),
@@ -251,6 +256,11 @@ impl<S: Stream> Connection<S> {
     /// Whether what `source` sends goes through a pipe.
     pub(super) fn has_pipe(&self, source: Side) -> bool {
         self.direction_from(source).has_pipe()
+    }
+
+    /// The bytes that `source` has sent so far.
+    pub(super) fn bytes_from(&self, source: Side) -> u64 {
+        self.direction_from(source).bytes
     }
 
     /// Marks `source` as busy if it sends much. Returns whether the mark is

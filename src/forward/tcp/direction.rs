@@ -6,13 +6,16 @@
 //! more is read until that is sent. So a slow reader costs at most one scratch
 //! space, and the sender feels it through TCP's own window.
 //!
+//! An urgent byte is sent as such, in its place. The kernel reports one
+//! (`EPOLLPRI`); only then it is looked for.
+//!
 //! A direction that keeps filling the scratch space is lent a pipe, through
 //! which the kernel moves pages instead of copying bytes twice.
 
 use rustix::io::Errno;
 
 use super::pipes::{Pipe, Pipes};
-use super::stream::Stream;
+use super::stream::{Mark, Stream};
 use crate::forward::scratch::{SCRATCH_BYTES, Scratch};
 use crate::forward::snapshot::DirectionSnapshot;
 
@@ -35,6 +38,8 @@ const MUCH_BYTES: usize = 4 * 1024 * 1024;
 enum Held {
     /// Bytes, from an offset on.
     Bytes(Box<[u8]>, usize),
+    /// A byte that is urgent.
+    Urgent(u8),
     /// A pipe, and the number of bytes in it: lent until the direction is quiet.
     Pipe(Pipe, usize),
 }
@@ -48,6 +53,8 @@ pub(super) struct Direction {
     pub(super) bytes: u64,
     /// Reads in a row that have filled the scratch space.
     full_reads: u8,
+    /// An urgent byte was reported, and the next bytes to read may hold it.
+    pub(super) is_urgent: bool,
     /// The source has ended its side.
     pub(super) is_read: bool,
     /// The destination has everything, and the end after it: nothing follows.
@@ -111,7 +118,12 @@ impl Direction {
             match self.fill(source, destination, scratch) {
                 Ok(0) => self.is_read = true,
                 // The source has nothing more; the next event reports more.
-                Ok(length) if length < SCRATCH_BYTES && !at_end && self.held.is_none() => {
+                Ok(length)
+                    if length < SCRATCH_BYTES
+                        && !at_end
+                        && !self.is_urgent
+                        && self.held.is_none() =>
+                {
                     return Progress::Blocked;
                 }
                 Ok(_) | Err(Fault::Source(Errno::INTR)) => {}
@@ -130,14 +142,51 @@ impl Direction {
         destination: &S,
         scratch: &mut Scratch,
     ) -> Result<usize, Fault> {
+        if self.is_urgent {
+            // It is empty: what is held was sent.
+            self.give_back(&mut scratch.pipes);
+            match source.mark().map_err(Fault::Source)? {
+                Mark::None => self.is_urgent = false,
+                Mark::Ahead(length) => return self.copy(source, destination, length, scratch),
+                Mark::Here => return self.copy_urgent(source, destination),
+            }
+        }
         if let Some(Held::Pipe(pipe, inside)) = self.held.as_deref_mut() {
             let length = source.fill_pipe(pipe).map_err(Fault::Source)?;
             *inside += length;
             pipe.moved += length;
             self.bytes += length as u64;
-            return Ok(length);
+            if length > 0 {
+                return Ok(length);
+            }
+            // The end, or an urgent byte and later the end.
+            self.is_urgent = true;
+            return self.fill(source, destination, scratch);
         }
-        let space = &mut scratch.space[..SCRATCH_BYTES];
+        self.copy(source, destination, SCRATCH_BYTES, scratch)
+    }
+
+    /// Reads and sends the urgent byte, which is the next one.
+    fn copy_urgent<S: Stream>(&mut self, source: &S, destination: &S) -> Result<usize, Fault> {
+        let mut byte = [0];
+        let length = source.read(&mut byte).map_err(Fault::Source)?;
+        self.bytes += length as u64;
+        if length > 0 {
+            self.held = Some(Box::new(Held::Urgent(byte[0])));
+            self.flush(destination).map_err(Fault::Destination)?;
+        }
+        Ok(length)
+    }
+
+    /// Reads up to `most` bytes, and sends what the destination takes at once.
+    fn copy<S: Stream>(
+        &mut self,
+        source: &S,
+        destination: &S,
+        most: usize,
+        scratch: &mut Scratch,
+    ) -> Result<usize, Fault> {
+        let space = &mut scratch.space[..SCRATCH_BYTES.min(most)];
         let length = source.read(space).map_err(Fault::Source)?;
         self.bytes += length as u64;
         let sent = match length {
@@ -171,6 +220,14 @@ impl Direction {
                     }
                 }
             }
+            Some(Held::Urgent(byte)) => loop {
+                match destination.send_urgent(*byte) {
+                    Ok(_) => break,
+                    Err(Errno::AGAIN) => return Ok(false),
+                    Err(Errno::INTR) => {}
+                    Err(errno) => return Err(errno),
+                }
+            },
             Some(Held::Pipe(pipe, inside)) => {
                 while *inside > 0 {
                     match destination.drain_pipe(pipe, *inside) {
@@ -191,7 +248,7 @@ impl Direction {
     pub(super) fn is_holding(&self) -> bool {
         match self.held.as_deref() {
             None => false,
-            Some(Held::Bytes(..)) => true,
+            Some(Held::Bytes(..) | Held::Urgent(_)) => true,
             Some(Held::Pipe(_, inside)) => *inside > 0,
         }
     }
@@ -217,8 +274,11 @@ impl Direction {
     /// The direction as plain data, for another thread or process; a lent pipe
     /// is emptied and given back.
     pub(super) fn export(mut self, pipes: &mut Pipes) -> DirectionSnapshot {
-        let kept = match self.held.take().map(|held| *held) {
+        let held = self.held.take().map(|held| *held);
+        let is_urgent = matches!(held, Some(Held::Urgent(_)));
+        let kept = match held {
             None => Vec::new(),
+            Some(Held::Urgent(byte)) => vec![byte],
             Some(Held::Bytes(kept, offset)) => kept[offset..].to_vec(),
             Some(Held::Pipe(pipe, inside)) => {
                 let kept = pipe.read(inside);
@@ -228,6 +288,7 @@ impl Direction {
         };
         DirectionSnapshot {
             kept,
+            is_urgent,
             is_read: self.is_read,
             is_done: self.is_done,
             bytes: self.bytes,
@@ -236,10 +297,15 @@ impl Direction {
 
     /// An exported direction.
     pub(super) fn import(snapshot: DirectionSnapshot) -> Self {
-        let held = Held::Bytes(snapshot.kept.into_boxed_slice(), 0);
-        let is_holding = !matches!(&held, Held::Bytes(kept, _) if kept.is_empty());
+        let held = match snapshot.kept.as_slice() {
+            [] => None,
+            [byte] if snapshot.is_urgent => Some(Held::Urgent(*byte)),
+            _ => Some(Held::Bytes(snapshot.kept.into_boxed_slice(), 0)),
+        };
         Self {
-            held: is_holding.then(|| Box::new(held)),
+            held: held.map(Box::new),
+            // What was reported of the socket is not known.
+            is_urgent: true,
             is_read: snapshot.is_read,
             is_done: snapshot.is_done,
             bytes: snapshot.bytes,

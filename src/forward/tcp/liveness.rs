@@ -53,6 +53,9 @@ impl Liveness {
                 Some(connection) => {
                     // The socket of a peer that is gone already reports that.
                     let _ = guard(&connection.client, self.peer_timeout);
+                    // Nor is a read that passes an urgent byte to lose it. The
+                    // clients' sockets have that from their listener.
+                    let _ = sockopt::set_socket_oobinline(&connection.server, true);
                     let _ = guard(&connection.server, self.peer_timeout);
                 }
                 None => {}

@@ -33,6 +33,7 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 /// A client that has just arrived may have sent already.
 const FIRST_SIGNALS: Signals = Signals {
     readable: true,
+    urgent: false,
     writable: false,
     ended: false,
     gone: false,
