@@ -41,7 +41,8 @@
 //!    (`connection::sessions`). It admits the client of a known session and
 //!    reports `Opened` to the agent; for an unknown one it asks the agent first.
 //! 5. The session is *busy* while any connection server has a connection of it.
-//! 6. After the last `Closed` it *lingers*: the client may come back.
+//! 6. After the last `Closed` it *lingers*: the client may come back. If no
+//!    connection has claimed it, it is held again until the claim deadline.
 //! 7. The agent sends `End` to all connection servers; each closes what is
 //!    left of the session and answers `Ended`.
 //! 8. When all have answered, the port is free. A connection server that is dead
@@ -89,7 +90,8 @@
 //!   **lingering** one whose client may come back; **not listening** one whose
 //!   workload does not listen.
 //! - **claim**: the client's first connection of a session, due before the
-//!   claim deadline.
+//!   claim deadline. One that does not reach the workload, or that carries nothing
+//!   from the client and is soon gone, does not count.
 //! - **book**: the agent's record of its ports and sessions.
 //! - **host identity**: the address that a connection server listens on, with
 //!   its host and boot. No two processes have the same at a time, so a new

@@ -5,10 +5,15 @@
 //!
 //! ```text
 //!           select            opened            last closed         opened
-//!   free ───────────→ held ───────────→ busy ──────────────→ lingering ──→ busy
+//!   free ───────────→ held ←──────────→ busy ──────────────→ lingering ──→ busy
+//!    ↑                  │ unclaimed       │                         │
 //!    ↑                  │ deadline        │ released, too long      │ linger time
 //!    └── all acknowledged ── ending ←─────┴─────────────────────────┘
 //! ```
+//!
+//! A session whose connections have all closed, and that none of them has claimed,
+//! is held again until its claim deadline. So a port scan, or a workload that does
+//! not accept yet, does not cost a client its session.
 //!
 //! A port is offered only while the workload listens on its server port;
 //! otherwise it is not listening. The caller looks at the workload's sockets when
@@ -20,7 +25,7 @@
 //!
 //! | limit | counts from | what renews it |
 //! |---|---|---|
-//! | claim deadline | the selection | nothing |
+//! | claim deadline | the selection | nothing; it does not apply while a connection is open, or after one has claimed the session |
 //! | linger time | the end of the last connection | a connection ends it; it counts anew from the end of that one |
 //! | longest duration | the selection | nothing |
 //!
@@ -267,12 +272,14 @@ impl Book {
             owner: owner.clone(),
             state: State::Held,
             open: BTreeSet::new(),
+            is_claimed: false,
             closed: None,
             filter: request.filter.clone(),
             idempotency_key: request.idempotency_key.clone(),
             bound_client: request.bound_client,
             created: now.time,
             claim_deadline: now.time_in(self.times.claim),
+            claim_until: now.monotonic + self.times.claim,
             until: Some(now.monotonic + self.times.claim),
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
         };
@@ -315,7 +322,10 @@ impl Book {
                     notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
                 }
             }
-            ToAgent::Closed(id) => self.closed(from, id, now, &mut notices),
+            ToAgent::Closed {
+                session_id,
+                is_claimed,
+            } => self.closed(from, session_id, *is_claimed, now, &mut notices),
             ToAgent::Release(id) => {
                 if self.sessions.contains_key(id) {
                     self.end(id, EndCause::Released, now, &mut notices);

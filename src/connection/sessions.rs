@@ -34,6 +34,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
@@ -49,6 +50,10 @@ use crate::table::{ListenPort, PortIndex, Row, Slot};
 /// Where messages to one agent go. Unbounded: every message stands for a
 /// request, a connection or a session, and those are bounded where they begin.
 pub type Outbox = UnboundedSender<ToAgent>;
+
+/// How long a client that sends nothing must stay to claim its session: longer
+/// than a scan, and longer than the data plane tries to reach a server.
+const CLAIMING_TIME: Duration = Duration::from_secs(5);
 
 /// The key of connections under `admission: Open`, which belong to no session.
 const NO_SESSION: SessionKey = SessionKey(0);
@@ -115,19 +120,57 @@ struct Live {
 #[derive(Debug, Default)]
 struct Flows {
     open: u32,
+    /// From when on one has been open, if one is.
+    since: Option<Instant>,
+    /// Whether one has claimed the session, see [`Flows::close`].
+    is_claimed: bool,
     carried: Carried,
 }
 
+impl Live {
+    /// The session with what is known here, for its agent or another process.
+    fn report(&self) -> Session {
+        let flows = self.flows.lock();
+        Session {
+            is_claimed: self.session.is_claimed || flows.is_claimed,
+            open_here: flows.open > 0,
+            ..self.session.clone()
+        }
+    }
+}
+
 impl Flows {
+    /// The flows of a session that comes from another process with `open` of them.
+    fn imported(open: u32, session: &Session, carried: Carried) -> Self {
+        Self {
+            open,
+            since: (open > 0).then(Instant::now),
+            is_claimed: session.is_claimed,
+            carried,
+        }
+    }
+
     fn open(&mut self) {
         self.open += 1;
+        self.since.get_or_insert_with(Instant::now);
         self.carried.opened();
     }
 
     /// One has ended. Returns whether it was the last.
+    ///
+    /// It has claimed the session if something that the client sent has reached
+    /// the server, or if the client stayed for [`CLAIMING_TIME`]. What connects and
+    /// leaves is a scan or a probe, which may well receive a greeting.
     fn close(&mut self, traffic: Traffic) -> bool {
+        let has_lasted = self
+            .since
+            .is_some_and(|since| since.elapsed() >= CLAIMING_TIME);
+        self.is_claimed |= traffic.upstream_bytes > 0 || has_lasted;
         self.open -= 1;
         self.carried.closed(traffic);
+        if self.open == 0 {
+            self.since = None;
+        }
         self.open == 0
     }
 }
@@ -243,10 +286,7 @@ impl Sessions {
             .live
             .values()
             .filter(|live| live.slot == slot)
-            .map(|live| Session {
-                open_here: live.flows.lock().open > 0,
-                ..live.session.clone()
-            });
+            .map(Live::report);
         let _ = outbox.send(greet(known.collect()));
         // They may have been lost with the former stream.
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {

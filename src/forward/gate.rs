@@ -41,7 +41,8 @@ pub enum Decision {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PendingId(pub u64);
 
-/// What a flow carried, reported at its end.
+/// What a flow carried, reported at its end: nothing if it did not reach the
+/// server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// Bytes from the client to the server.

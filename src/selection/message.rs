@@ -27,7 +27,12 @@ pub enum ToAgent {
     /// The first connection on the session is open at the sender.
     Opened(SessionId),
     /// The last connection on the session has closed at the sender.
-    Closed(SessionId),
+    Closed {
+        /// The session.
+        session_id: SessionId,
+        /// Whether a connection at the sender has claimed the session.
+        is_claimed: bool,
+    },
     /// The client gave the session back; or the session was over at the sender
     /// before the agent was restarted and reported it as live.
     Release(SessionId),
@@ -161,6 +166,8 @@ pub struct Session {
     pub created: Timestamp,
     /// While it lingers: when its last connection closed. To the millisecond.
     pub lingering_since: Option<Timestamp>,
+    /// Whether a connection has claimed it; in a greeting, one of the sender too.
+    pub is_claimed: bool,
     /// In a greeting: whether the sender has connections open on it.
     pub open_here: bool,
 }

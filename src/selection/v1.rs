@@ -125,6 +125,11 @@ pub struct Opened {
 pub struct Closed {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
+    /// No connection of the session has claimed it here: the workload was not
+    /// reached, or the client sent nothing and was soon gone. A session that is
+    /// not claimed anywhere is held again until its claim deadline.
+    #[prost(bool, tag = "2")]
+    pub unclaimed: bool,
 }
 /// The client gave the session back. Also sent when the agent was restarted and
 /// reports a session as live that had already ended here.
@@ -311,6 +316,9 @@ pub struct Session {
     /// While Lingering: when its last connection closed; 0 when not known.
     #[prost(uint64, tag = "11")]
     pub lingering_since_ms: u64,
+    /// A connection has claimed it; in Hello, one of this connection server too.
+    #[prost(bool, tag = "12")]
+    pub claimed: bool,
 }
 /// Nested message and enum types in `Session`.
 pub mod session {

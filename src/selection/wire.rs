@@ -77,7 +77,10 @@ impl TryFrom<v1::ToAgent> for ToAgent {
                 })?)
             }
             Message::Opened(v1::Opened { session_id: id }) => Self::Opened(session_id(&id)?),
-            Message::Closed(v1::Closed { session_id: id }) => Self::Closed(session_id(&id)?),
+            Message::Closed(closed) => Self::Closed {
+                session_id: session_id(&closed.session_id)?,
+                is_claimed: !closed.unclaimed,
+            },
             Message::Release(v1::Release { session_id: id }) => Self::Release(session_id(&id)?),
             Message::Ended(v1::Ended { session_id: id }) => Self::Ended(session_id(&id)?),
             Message::Lookup(v1::Lookup {
@@ -108,8 +111,12 @@ impl From<ToAgent> for v1::ToAgent {
             ToAgent::Opened(id) => Message::Opened(v1::Opened {
                 session_id: session_id(id),
             }),
-            ToAgent::Closed(id) => Message::Closed(v1::Closed {
-                session_id: session_id(id),
+            ToAgent::Closed {
+                session_id,
+                is_claimed,
+            } => Message::Closed(v1::Closed {
+                session_id: session_id.to_string(),
+                unclaimed: !is_claimed,
             }),
             ToAgent::Release(id) => Message::Release(v1::Release {
                 session_id: session_id(id),
@@ -361,6 +368,7 @@ impl TryFrom<v1::Session> for Session {
                 0 => None,
                 since => Some(timestamp("lingering_since_ms", since)?),
             },
+            is_claimed: session.claimed,
             open_here: session.open_here,
         })
     }
@@ -384,6 +392,7 @@ impl From<Session> for v1::Session {
             claim_deadline_ms: unix_ms(session.claim_deadline),
             created_ms: unix_ms(session.created),
             lingering_since_ms: session.lingering_since.map_or(0, unix_ms),
+            claimed: session.is_claimed,
             open_here: session.open_here,
         }
     }
@@ -437,6 +446,7 @@ mod tests {
             claim_deadline_ms: 31_000,
             created_ms: 1_000,
             lingering_since_ms: 2_000,
+            claimed: true,
             open_here: true,
         }
     }

@@ -2,5 +2,6 @@
 //! that it stands beside.
 
 mod budget;
+mod claims;
 mod limits;
 mod one_shot;

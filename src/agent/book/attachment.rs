@@ -2,7 +2,8 @@
 //! about sessions, and what their absence means. `connection_servers` keeps
 //! which of them are attached.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::life::end_notice;
 use super::session::{ADOPTED, Closed, Session, State};
@@ -29,9 +30,12 @@ impl Book {
         for id in ids {
             match listed.get(&id) {
                 Some(session) if session.open_here => self.opened(from, &id, &mut notices),
-                Some(_) => self.closed(from, &id, now, &mut notices),
+                Some(session) => {
+                    let is_claimed = session.is_claimed;
+                    self.closed(from, &id, is_claimed, now, &mut notices);
+                }
                 None => {
-                    self.closed(from, &id, now, &mut notices);
+                    self.closed(from, &id, true, now, &mut notices);
                     self.ended(from, &id, now);
                 }
             }
@@ -78,42 +82,43 @@ impl Book {
             linger,
             max_duration,
         } = self.times;
+        let created = now.since(known.created);
         let closed = known.lingering_since.unwrap_or(now.time);
-        let (state, left) = match known.state {
-            _ if known.open_here => (State::Busy, None),
-            SessionState::Held => {
-                let left = now.until(known.claim_deadline).min(claim);
-                (State::Held, Some(left))
-            }
-            SessionState::Busy | SessionState::Lingering => {
-                let left = linger.saturating_sub(now.since(closed));
-                (State::Lingering, Some(left))
-            }
-        };
-        let until = left.map(|left| self.no_sooner_than_recovered(now.monotonic + left));
-        let at_most =
-            max_duration.map(|most| now.monotonic + most.saturating_sub(now.since(known.created)));
-        let session = Session {
+        let left_to_claim = now.until(known.claim_deadline).min(claim);
+        let mut session = Session {
             number: ADOPTED,
             port: known.port,
             owner: owner.clone(),
-            closed: (state == State::Lingering).then_some(Closed {
-                monotonic: now.monotonic,
-                time: closed,
-            }),
-            open: (state == State::Busy)
-                .then(|| owner.clone())
-                .into_iter()
-                .collect(),
-            state,
+            state: State::Busy,
+            open: BTreeSet::new(),
+            is_claimed: known.is_claimed,
+            closed: None,
             filter: PortFilter::default(),
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,
             created: known.created,
             claim_deadline: known.claim_deadline,
-            until,
-            at_most,
+            claim_until: self.no_sooner_than_recovered(now.monotonic + left_to_claim),
+            until: None,
+            at_most: max_duration.map(|most| now.monotonic + most.saturating_sub(created)),
         };
+        if known.open_here {
+            session.open.insert(owner.clone());
+        } else {
+            let left = match known.state {
+                SessionState::Held => Duration::ZERO,
+                SessionState::Busy | SessionState::Lingering => {
+                    session.closed = Some(Closed {
+                        monotonic: now.monotonic,
+                        time: closed,
+                    });
+                    linger.saturating_sub(now.since(closed))
+                }
+            };
+            let linger_until = self.no_sooner_than_recovered(now.monotonic + left);
+            let (state, until) = session.at_rest(linger_until);
+            (session.state, session.until) = (state, Some(until));
+        }
         self.insert(known.id.clone(), session);
         true
     }

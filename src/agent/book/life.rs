@@ -40,18 +40,21 @@ impl Book {
         &mut self,
         from: &ConnectionServerId,
         id: &SessionId,
+        is_claimed: bool,
         now: Now,
         notices: &mut Vec<Notice>,
     ) {
         let until = self.no_sooner_than_recovered(now.monotonic + self.times.linger);
         self.update(id, notices, |session| {
             let was_open = session.open.remove(from);
+            session.is_claimed |= is_claimed;
             if was_open && session.open.is_empty() {
                 session.closed = Some(Closed {
                     monotonic: now.monotonic,
                     time: now.time,
                 });
-                session.state = State::Lingering;
+                let (state, until) = session.at_rest(until);
+                session.state = state;
                 session.until = Some(until);
             }
         });
@@ -164,7 +167,8 @@ impl Book {
     }
 
     /// Counts every session as closed and acknowledged at `from`, which has no
-    /// connections and will admit none.
+    /// connections and will admit none. Those that it had may have claimed their
+    /// sessions.
     pub(super) fn write_off(
         &mut self,
         from: &ConnectionServerId,
@@ -173,7 +177,7 @@ impl Book {
     ) {
         let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
-            self.closed(from, &id, now, notices);
+            self.closed(from, &id, true, now, notices);
             self.ended(from, &id, now);
         }
     }
@@ -217,6 +221,7 @@ impl Book {
                 .then_some(session.closed)
                 .flatten()
                 .map(|closed| closed.time),
+            is_claimed: session.is_claimed,
             open_here: false,
         }
     }

@@ -42,6 +42,8 @@ pub(super) struct Session {
     pub(super) state: State,
     /// Connection servers with connections open on it.
     pub(super) open: BTreeSet<ConnectionServerId>,
+    /// Whether a connection has claimed it.
+    pub(super) is_claimed: bool,
     /// When the last connection on it closed.
     pub(super) closed: Option<Closed>,
     pub(super) filter: PortFilter,
@@ -49,6 +51,8 @@ pub(super) struct Session {
     pub(super) bound_client: Option<IpAddr>,
     pub(super) created: Timestamp,
     pub(super) claim_deadline: Timestamp,
+    /// The same moment on the other clock.
+    pub(super) claim_until: Duration,
     /// When the state ends without an event.
     pub(super) until: Option<Duration>,
     /// When the session ends in any state.
@@ -56,6 +60,17 @@ pub(super) struct Session {
 }
 
 impl Session {
+    /// The state of a session without connections that would linger until
+    /// `linger_until`, and when that state ends. One that no connection has
+    /// claimed is held until the claim deadline, unless that is earlier.
+    pub(super) fn at_rest(&self, linger_until: Duration) -> (State, Duration) {
+        if !self.is_claimed && self.claim_until >= linger_until {
+            (State::Held, self.claim_until)
+        } else {
+            (State::Lingering, linger_until)
+        }
+    }
+
     pub(super) fn deadline(&self) -> Option<Duration> {
         if matches!(self.state, State::Ending(_)) {
             return None;

@@ -108,8 +108,20 @@ fn opened(id: &str) -> ToAgent {
     ToAgent::Opened(session(id))
 }
 
+/// The last connection has closed, and it was one that claims the session.
 fn closed(id: &str) -> ToAgent {
-    ToAgent::Closed(session(id))
+    ToAgent::Closed {
+        session_id: session(id),
+        is_claimed: true,
+    }
+}
+
+/// The last connection has closed, and none has claimed the session.
+fn probed(id: &str) -> ToAgent {
+    ToAgent::Closed {
+        session_id: session(id),
+        is_claimed: false,
+    }
 }
 
 fn ended(id: &str) -> ToAgent {
@@ -133,6 +145,7 @@ fn known(id: &str, number: u16, open_here: bool) -> selection::Session {
         claim_deadline: Timestamp::UNIX_EPOCH,
         created: Timestamp::UNIX_EPOCH,
         lingering_since: None,
+        is_claimed: false,
         open_here,
     }
 }

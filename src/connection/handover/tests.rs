@@ -228,6 +228,7 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
             claim_deadline: jiff::Timestamp::UNIX_EPOCH,
             created: jiff::Timestamp::UNIX_EPOCH,
             lingering_since: None,
+            is_claimed: false,
             open_here: false,
         },
         carried: Carried {

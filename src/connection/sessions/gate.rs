@@ -126,7 +126,11 @@ impl Gate for Sessions {
             if let Some(live) = inner.live.get(&port).filter(|live| live.key == session) {
                 let mut flows = live.flows.lock();
                 if flows.close(traffic) {
-                    inner.send(live.slot, ToAgent::Closed(live.session.id.clone()));
+                    let message = ToAgent::Closed {
+                        session_id: live.session.id.clone(),
+                        is_claimed: flows.is_claimed,
+                    };
+                    inner.send(live.slot, message);
                 }
                 return;
             }

@@ -59,7 +59,7 @@ impl Sessions {
         let live = inner.live.values().map(|live| SessionSnapshot {
             slot: live.slot,
             key: live.key,
-            session: live.session.clone(),
+            session: live.report(),
             carried: live.flows.lock().carried,
             client: live.span.client(),
             age: live.span.age(),
@@ -115,10 +115,11 @@ impl Sessions {
                 key,
                 slot,
                 bound_client: session.bound_client.map(|client| client.to_canonical()),
-                flows: Mutex::new(Flows {
-                    open: open.remove(&key).unwrap_or(0),
+                flows: Mutex::new(Flows::imported(
+                    open.remove(&key).unwrap_or(0),
+                    &session,
                     carried,
-                }),
+                )),
                 session,
                 span,
             });

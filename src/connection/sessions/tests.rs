@@ -72,6 +72,7 @@ fn session(id: &str, number: u16) -> Session {
         claim_deadline: jiff::Timestamp::UNIX_EPOCH,
         created: jiff::Timestamp::UNIX_EPOCH,
         lingering_since: None,
+        is_claimed: false,
         open_here: false,
     }
 }
@@ -132,7 +133,10 @@ fn opened(id: &str) -> Option<ToAgent> {
 }
 
 fn closed(id: &str) -> Option<ToAgent> {
-    Some(ToAgent::Closed(id_of(id)))
+    Some(ToAgent::Closed {
+        session_id: id_of(id),
+        is_claimed: false,
+    })
 }
 
 fn ended(id: &str) -> Option<ToAgent> {
@@ -466,4 +470,55 @@ fn a_released_session_does_not_come_back_with_late_messages() {
     assert_eq!(sessions.end(Slot(0), &id_of("a"), EndCause::Finished), []);
     learn_new(&sessions, session("b", PORT));
     assert!(sessions.get(&id_of("b")).is_some());
+}
+
+/// Whether a connection with `traffic` that stays for `time` claims its session,
+/// and whether a greeting and a successor say so.
+fn claims(traffic: Traffic, time: std::time::Duration) -> [bool; 3] {
+    let (sessions, _outbox, mut sent) = attached();
+    learn_new(&sessions, session("a", PORT));
+    let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
+        panic!("not admitted")
+    };
+    next(&mut sent);
+    for live in sessions.inner.write().live.values_mut() {
+        let since = live.flows.get_mut().since.as_mut().unwrap();
+        *since = since.checked_sub(time).unwrap();
+    }
+    sessions.closed(port(PORT), key, traffic);
+    let Some(ToAgent::Closed { is_claimed, .. }) = next(&mut sent) else {
+        panic!("not reported")
+    };
+    let successor = Sessions::default();
+    let table = index(table(Admission::Reserved));
+    let _none = successor.import(sessions.export(), &table, std::iter::empty());
+    let listed = [sessions, successor].map(|sessions| {
+        let mut known = Vec::new();
+        let (outbox, _sent) = tokio::sync::mpsc::unbounded_channel();
+        sessions.attach(Slot(0), outbox, |sessions| {
+            known = sessions;
+            ToAgent::Goodbye
+        });
+        known[0].is_claimed
+    });
+    [is_claimed, listed[0], listed[1]]
+}
+
+#[test]
+fn what_connects_and_leaves_claims_nothing() {
+    let carried = |upstream_bytes, downstream_bytes| Traffic {
+        upstream_bytes,
+        downstream_bytes,
+    };
+    let cases = [
+        ("a scan, or an unreachable server", carried(0, 0), false),
+        ("a scan that was greeted", carried(0, 20), false),
+        ("a client that sends", carried(1, 0), true),
+    ];
+    for (what, traffic, expected) in cases {
+        let found = claims(traffic, std::time::Duration::ZERO);
+        assert_eq!(found, [expected; 3], "{what}");
+    }
+    let watched = claims(carried(0, 20), super::CLAIMING_TIME);
+    assert_eq!(watched, [true; 3], "a client that stays");
 }

@@ -353,6 +353,15 @@ impl<S: Stream> Connection<S> {
         self.downstream.give_back_if_idle(pipes);
     }
 
+    /// What is reported at the end: nothing has reached a server that did not
+    /// accept.
+    pub(super) fn carried(&self) -> Traffic {
+        if self.is_connecting {
+            return Traffic::default();
+        }
+        self.traffic()
+    }
+
     /// The bytes that were read so far.
     pub(super) fn traffic(&self) -> Traffic {
         Traffic {

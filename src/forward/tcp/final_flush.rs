@@ -194,7 +194,7 @@ impl FinalFlushes {
 
     /// Takes a connection of which one side is lost.
     pub(super) fn start(&mut self, connection: Connection, io: &mut Io) {
-        let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
+        let (port, session, traffic) = (connection.port, connection.session, connection.carried());
         connection.reset();
         let flush = FinalFlush::of(connection, io.now, &mut io.scratch.pipes);
         let Some(flush) = flush else {

@@ -306,7 +306,7 @@ impl Streams {
         let Some(mut connection) = self.connections.remove(key) else {
             return;
         };
-        let (port, session, traffic) = (connection.port, connection.session, connection.traffic());
+        let (port, session, traffic) = (connection.port, connection.session, connection.carried());
         io.sessions.remove(session, Transport::Tcp, key);
         match end {
             End::FinalFlush => self.final_flushes.start(connection, io),

@@ -182,8 +182,7 @@ impl Datagrams {
         io.scratch.carried.upstream_bytes += sent.bytes;
         add(&io.counters.datagrams_dropped, sent.dropped);
         if sent.is_gone {
-            count(&io.counters.connect_refused);
-            self.end(key, io);
+            self.end_refused(key, io);
         }
     }
 
@@ -367,9 +366,7 @@ impl Datagrams {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
-                    // ICMP: the server does not listen any more.
-                    count(&io.counters.connect_refused);
-                    self.end(key, io);
+                    self.end_refused(key, io);
                     break;
                 }
             };
@@ -389,6 +386,18 @@ impl Datagrams {
             }
         }
         self.batch = batch;
+    }
+
+    /// Ends a flow whose server does not listen, as ICMP reports. If the server has
+    /// never replied, nothing is known to have reached it.
+    fn end_refused(&mut self, key: Key, io: &mut Io) {
+        count(&io.counters.connect_refused);
+        if let Some(flow) = self.flows.get_mut(key)
+            && flow.traffic.downstream_bytes == 0
+        {
+            flow.traffic = Traffic::default();
+        }
+        self.end(key, io);
     }
 
     /// Ends a flow: the only way out of the flows, except for an export.

@@ -214,3 +214,71 @@ fn a_recovering_agent_ends_nothing_for_want_of_a_connection() {
         assert!(is_busy(&book), "{state:?}");
     }
 }
+
+/// A port scan, or a client that comes while the workload does not listen.
+#[test]
+fn a_session_that_no_connection_has_claimed_is_held_until_its_deadline() {
+    for linger in [0, 5] {
+        let times = Times {
+            linger: Duration::from_secs(linger),
+            ..TIMES
+        };
+        let mut book = book(vec![range("main", 20_000, 7000, 1)]);
+        book.set_row(
+            Some(&row(vec![range("main", 20_000, 7000, 1)])),
+            times,
+            at(0),
+        );
+        select(&mut book, "s", at(0)).unwrap();
+        for second in [1, 10, 20] {
+            book.report(&server("a"), &opened("s"), at(second));
+            assert_eq!(counts(&book), [0, 0, 1, 0, 0]);
+            book.report(&server("a"), &probed("s"), at(second));
+            assert_eq!(counts(&book), [0, 1, 0, 0, 0], "held again");
+        }
+        let held = book.look_up(port(20_000)).unwrap();
+        assert_eq!(held.claim_deadline, at(30).time, "as it was");
+        assert_eq!(cause_of_end(&book.tick(at(29))), None);
+        assert_eq!(cause_of_end(&book.tick(at(30))), Some(EndCause::Unclaimed));
+    }
+}
+
+/// Once claimed, a session is not held for later connections that carry nothing.
+#[test]
+fn a_claim_is_for_good() {
+    let mut book = book(vec![range("main", 20_000, 7000, 1)]);
+    select(&mut book, "s", at(0)).unwrap();
+    book.report(&server("a"), &opened("s"), at(1));
+    book.report(&server("a"), &closed("s"), at(2));
+    book.report(&server("a"), &opened("s"), at(3));
+    book.report(&server("a"), &probed("s"), at(4));
+    assert_eq!(counts(&book), [0, 0, 0, 1, 0]);
+    assert_eq!(cause_of_end(&book.tick(at(9))), Some(EndCause::Finished));
+}
+
+#[test]
+fn a_probe_near_the_claim_deadline_leaves_the_linger_time() {
+    let mut book = book(vec![range("main", 20_000, 7000, 1)]);
+    select(&mut book, "s", at(0)).unwrap();
+    book.report(&server("a"), &opened("s"), at(28));
+    book.report(&server("a"), &probed("s"), at(29));
+    assert_eq!(counts(&book), [0, 0, 0, 1, 0]);
+    assert_eq!(book.next_deadline(), Some(Duration::from_secs(34)));
+}
+
+/// Connection servers say so in their greetings.
+#[test]
+fn a_restarted_agent_knows_what_is_claimed() {
+    for (is_claimed, ends) in [(false, 30), (true, 15)] {
+        let mut book = recovering();
+        let known = selection::Session {
+            state: SessionState::Busy,
+            claim_deadline: at(30).time,
+            is_claimed,
+            ..known("s", 20_000, false)
+        };
+        book.attach(&server("a"), "", &[known], at(1));
+        let end = (0..60).find(|second| cause_of_end(&book.tick(at(*second))).is_some());
+        assert_eq!(end, Some(ends), "claimed {is_claimed}");
+    }
+}

@@ -77,6 +77,7 @@ impl Agent {
             claim_deadline: Timestamp::UNIX_EPOCH,
             created: Timestamp::UNIX_EPOCH,
             lingering_since: None,
+            is_claimed: false,
             open_here: false,
         };
         self.sessions.push((index, session.clone()));
