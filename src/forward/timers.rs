@@ -3,6 +3,18 @@
 //! One tick serves all deadlines of seconds: each part compares its own times
 //! at a tick, so that an event need not move a timer. The tick runs only
 //! while something has a deadline.
+//!
+//! # Idle times
+//!
+//! | limit | counts from | what renews it |
+//! |---|---|---|
+//! | `idleTimeoutSeconds` | the connection's begin | bytes that are read from one side or taken by the other one, and the end of a side that is passed on |
+//! | `udpIdleTimeoutSeconds` | the flow's first datagram | a datagram of the client; of the server only as `udp` says |
+//!
+//! Nothing else renews them. Acknowledgements and the kernel's keep-alive probes do
+//! not, because this code never sees them. A hand-over does not: a snapshot has the
+//! time that a client has been idle. A newer table does not either, but a limit that
+//! it changes applies to all clients from the next look on.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

@@ -546,6 +546,42 @@ fn a_silent_connection_is_reset_after_its_idle_time() {
     assert_eq!(bench.forwarder.counters().idle, 1);
 }
 
+/// A hand-over registers the sockets anew, which epoll answers with an event.
+#[test]
+fn nothing_but_bytes_and_ends_renews_the_idle_time() {
+    type Other = fn(&mut Bench);
+    let others: [(&str, Other); 2] = [
+        ("a hand-over", |bench| bench.hand_over()),
+        ("a newer table", |bench| {
+            bench.table.generation += 1;
+            bench.apply().unwrap();
+        }),
+    ];
+    for (what, other) in others {
+        for is_half_closed in [false, true] {
+            let mut bench = Bench::new(Decision::Admit(SESSION));
+            bench.table.sessions.idle_timeout_seconds = 2;
+            bench.apply().unwrap();
+            let (mut client, mut server) = bench.pair();
+            let started = Instant::now();
+            if is_half_closed {
+                server.shutdown(Shutdown::Write).unwrap();
+                assert_eq!(client.read(&mut [0]).unwrap(), 0);
+            }
+            for _ in 0..3 {
+                std::thread::sleep(Duration::from_millis(450));
+                other(&mut bench);
+            }
+            server.set_nonblocking(false).unwrap();
+            assert!(was_reset(&mut server), "{what}");
+            let lasted = started.elapsed();
+            let expected = Duration::from_millis(1_900)..Duration::from_millis(2_700);
+            assert!(expected.contains(&lasted), "{what}: {lasted:?}");
+            assert_eq!(bench.forwarder.counters().idle, 1);
+        }
+    }
+}
+
 #[test]
 fn removing_a_port_keeps_its_connections_and_closes_the_port() {
     let mut bench = Bench::new(Decision::Admit(SESSION));

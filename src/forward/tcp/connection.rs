@@ -9,7 +9,7 @@ use std::time::Instant;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
 
-use super::direction::{Direction, Fault, Progress};
+use super::direction::{Direction, Fault, Position, Progress};
 use super::pipes::Pipes;
 use super::stream::Stream;
 use crate::forward::gate::{SessionKey, Traffic};
@@ -71,8 +71,8 @@ pub(super) struct Connection<S = OwnedFd> {
     pub(super) client: S,
     pub(super) server: S,
     pub(super) is_connecting: bool,
-    /// The time of the last event; of a finished connection, of the event
-    /// that finished it.
+    /// The time when something was moved last; of a finished connection, when
+    /// it was finished.
     pub(super) active: Instant,
     client_ended: bool,
     server_ended: bool,
@@ -360,6 +360,14 @@ impl<S: Stream> Connection<S> {
             return Traffic::default();
         }
         self.traffic()
+    }
+
+    /// What was moved so far, both ways. An event after which it is the same was
+    /// no sign of life: an import registers the sockets anew, and epoll reports
+    /// then that there is room to send.
+    pub(super) fn position(&self) -> (bool, [Position; 2]) {
+        let positions = [self.upstream.position(), self.downstream.position()];
+        (self.is_connecting, positions)
     }
 
     /// The bytes that were read so far.

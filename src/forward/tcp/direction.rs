@@ -61,6 +61,15 @@ pub(super) struct Direction {
     pub(super) is_done: bool,
 }
 
+/// What a direction has moved so far. It differs whenever bytes or the end were
+/// moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Position {
+    read: u64,
+    held: usize,
+    is_done: bool,
+}
+
 /// How far a direction got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Progress {
@@ -242,6 +251,21 @@ impl Direction {
         }
         self.held = None;
         Ok(true)
+    }
+
+    /// What was moved so far.
+    pub(super) fn position(&self) -> Position {
+        let held = match self.held.as_deref() {
+            None => 0,
+            Some(Held::Bytes(kept, offset)) => kept.len() - offset,
+            Some(Held::Urgent(_)) => 1,
+            Some(Held::Pipe(_, length)) => *length,
+        };
+        Position {
+            read: self.bytes,
+            held,
+            is_done: self.is_done,
+        }
     }
 
     /// Whether bytes wait for the destination.

@@ -232,11 +232,13 @@ impl Streams {
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
-        // The time that a finished one waits for its peers does not begin anew.
-        if !connection.is_finished() {
+        let before = connection.position();
+        let outcome = connection.event(side, signals, &mut io.scratch);
+        // A finished one moves nothing more, so the time that it waits for its
+        // peers does not begin anew.
+        if connection.position() != before {
             connection.active = io.now;
         }
-        let outcome = connection.event(side, signals, &mut io.scratch);
         // The other side may take nothing, and so never show it.
         let is_waiting = matches!(outcome, Outcome::Waiting | Outcome::Ready);
         if signals.failed && is_waiting && connection.has_lost(side) {
