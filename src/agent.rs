@@ -220,7 +220,8 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
     }
 }
 
-/// Lets sessions go on for up to `drain`, then ends them.
+/// Lets sessions go on for up to `drain`, then ends them. Nothing renews that time:
+/// it counts from the signal.
 async fn drain(agent: &Agent, drain: Duration) {
     agent.stop();
     info!(

@@ -18,6 +18,11 @@
 //! Order: a growing pool gets its row first, then the server, then the address.
 //! A shrinking one drains a row, stops the server when it is empty, and drops
 //! the row when the server is gone.
+//!
+//! A server drains for `drainSeconds` at most. That counts from when its row
+//! became `Draining`, which the table remembers, so no restart of the controller
+//! renews it. Only a row that becomes `Active` again begins anew when it drains the
+//! next time. A longer or shorter `drainSeconds` applies to what drains already.
 
 pub mod objects;
 mod ports;

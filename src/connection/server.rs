@@ -261,7 +261,8 @@ impl Server {
         self.tasks.spawn(admin::serve(listener, state, stopping));
     }
 
-    /// Lets live sessions go on for up to `drain`, then closes everything.
+    /// Lets live sessions go on for up to `drain`, then closes everything. Nothing
+    /// renews that time: it counts from the signal.
     pub(super) async fn stop(self, drain: Duration) {
         self.draining.cancel();
         self.parts.allocation.close();

@@ -174,6 +174,52 @@ fn a_server_with_sessions_is_kept_until_the_limit() {
     assert_eq!(world.step(&pool(0, 4)).stop, [Slot(0)]);
 }
 
+/// Each step is one of a new controller: a plan has no other memory than the table.
+#[test]
+fn nothing_renews_the_drain_limit() {
+    type Change = fn(&mut World);
+    let changes: [(&str, Change); 5] = [
+        ("nothing", |_| {}),
+        ("sessions come and go", |world| {
+            let server = world.servers.get_mut(&Slot(0)).unwrap();
+            server.sessions = server.sessions.map(|sessions| 1 + sessions % 3);
+        }),
+        ("it is out of reach now and then", |world| {
+            let server = world.servers.get_mut(&Slot(0)).unwrap();
+            server.sessions = match server.sessions {
+                Some(_) => None,
+                None => Some(1),
+            };
+        }),
+        ("its template changes", |world| {
+            world.servers.get_mut(&Slot(0)).unwrap().is_outdated ^= true;
+        }),
+        ("other parts read a newer table", |world| {
+            world.seen_generation += 2;
+        }),
+    ];
+    for (what, change) in changes {
+        let mut world = World::default();
+        world.settle(&pool(2, 4));
+        world.servers.get_mut(&Slot(0)).unwrap().sessions = Some(1);
+        world.servers.get_mut(&Slot(1)).unwrap().sessions = Some(2);
+        let begun = world.elapsed;
+        let mut pools = [pool(1, 4), pool(1, 3)].into_iter().cycle();
+        let stopped = loop {
+            let now = world.elapsed;
+            if world.step(&pools.next().unwrap()).stop.contains(&Slot(0)) {
+                break now - begun;
+            }
+            assert!(now < begun + 2 * LIMIT, "{what}: it is never stopped");
+            change(&mut world);
+        };
+        assert!(
+            (LIMIT..LIMIT + 2 * SETTLE).contains(&stopped),
+            "{what}: {stopped:?}"
+        );
+    }
+}
+
 #[test]
 fn not_ready_servers_go_first() {
     let mut world = World::default();
