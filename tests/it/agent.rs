@@ -1,7 +1,6 @@
-//! The agent as a process: what it takes while nothing happens, and the programs
-//! that it stands beside.
+//! The agent as a process: the programs that it stands beside, what uses up a
+//! claim, and limits that outlive it.
 
-mod budget;
 mod claims;
 mod limits;
 mod one_shot;

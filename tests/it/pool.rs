@@ -1,5 +1,7 @@
-//! A whole pool as processes: its faults, an outage, and its size.
+//! A whole pool as processes: its faults, an outage, its size, and what it takes
+//! while nothing happens.
 
+mod budget;
 mod faults;
 mod outage;
 mod scale;

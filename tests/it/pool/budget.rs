@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::common::cluster::{Space, spec};
 use crate::common::{Pool, turn};
 use portpool::agent::sockets::ListenScope;
 use portpool::agent::{self, Options};
@@ -29,6 +30,9 @@ const AGENT: f64 = 0.001;
 
 /// Most of a processor that the connection server of a hundred agents may take.
 const CONNECTION_SERVER: f64 = 0.02;
+
+/// Most of a processor that the controller of a hundred servers may take.
+const CONTROLLER: f64 = 0.02;
 
 /// The processor time that a thread has taken so far; zero once it has ended.
 ///
@@ -84,6 +88,21 @@ fn run_agents(pool: &Pool) -> (PathBuf, oneshot::Sender<()>, std::thread::JoinHa
     (told.recv().unwrap(), stop, thread)
 }
 
+/// The share of a processor that each of the `times` takes while nothing happens.
+async fn shares<const N: usize>(times: impl Fn() -> [Duration; N]) -> [f64; N] {
+    let mut least = [f64::MAX; N];
+    for _ in 0..SPANS {
+        let (before, started) = (times(), Instant::now());
+        tokio::time::sleep(SPAN).await;
+        let (after, passed) = (times(), started.elapsed());
+        for (least, (before, after)) in least.iter_mut().zip(before.into_iter().zip(after)) {
+            let share = (after - before).as_secs_f64() / passed.as_secs_f64();
+            *least = least.min(share);
+        }
+    }
+    least
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     let _turn = turn().await;
@@ -105,24 +124,10 @@ async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     pool.until(|state| state.free_ports == ports).await;
     tokio::time::sleep(REST).await;
 
-    let connection_server = pool.connection_servers[0].id();
-    let mut least = [f64::MAX; 2];
-    for _ in 0..SPANS {
-        let times = || {
-            [
-                processor_time(&agents),
-                processor_time_of_all(connection_server),
-            ]
-        };
-        let (before, started) = (times(), Instant::now());
-        tokio::time::sleep(SPAN).await;
-        let (after, passed) = (times(), started.elapsed());
-        for (least, (before, after)) in least.iter_mut().zip(before.into_iter().zip(after)) {
-            let share = (after - before).as_secs_f64() / passed.as_secs_f64();
-            *least = least.min(share);
-        }
-    }
-    let (agent, connection_server) = (least[0] / f64::from(AGENTS), least[1]);
+    let process = pool.connection_servers[0].id();
+    let [agents, connection_server] =
+        shares(|| [processor_time(&agents), processor_time_of_all(process)]).await;
+    let agent = agents / f64::from(AGENTS);
     println!(
         "of a processor: {:.3} % for an idle agent with {PORTS} ports, {:.2} % for the connection server of {AGENTS}",
         agent * 100.0,
@@ -135,5 +140,22 @@ async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     assert!(
         connection_server < CONNECTION_SERVER,
         "an idle connection server takes {connection_server}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_idle_controller_of_a_hundred_servers_takes_little() {
+    let _turn = turn().await;
+    let space = Space::with_pool("idle-budget", spec(AGENTS.into())).await;
+    tokio::time::sleep(REST).await;
+    let process = space.controller.as_ref().unwrap().id();
+    let [controller] = shares(|| [processor_time_of_all(process)]).await;
+    println!(
+        "of a processor: {:.2} % for the idle controller of {AGENTS} servers",
+        controller * 100.0
+    );
+    assert!(
+        controller < CONTROLLER,
+        "an idle controller takes {controller}"
     );
 }
