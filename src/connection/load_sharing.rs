@@ -7,8 +7,8 @@
 //!                                             └─Select→ agents ⇄ processing servers
 //! ```
 //!
-//! - `http`: connections of the port; `client_stream`: one of them, and whether
-//!   its client is still there; `api`: its paths; `problem`: its refusals;
+//! - `http`: connections of the port; `room`: how many, and who gives way;
+//!   `client_stream`: one of them, and whether its client is still there; `api`: its paths; `problem`: its refusals;
 //! - `allocation`: carries out what the queue decides;
 //! - `queue`: pure: the rules by which requests get ports, wait and leave;
 //! - `servers`, `policy`: pure: which server a request is sent to;
@@ -22,4 +22,5 @@ pub mod policy;
 pub mod problem;
 pub mod queue;
 pub mod refusal;
+pub(in crate::connection) mod room;
 pub mod servers;

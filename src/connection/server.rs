@@ -32,6 +32,7 @@ use super::load_sharing::allocation::Allocation;
 use super::load_sharing::api::{self, Api};
 use super::load_sharing::http;
 use super::load_sharing::queue::Queue;
+use super::load_sharing::room;
 use super::load_sharing::servers::ServerLoad;
 use super::metrics::{self, Metrics};
 use super::sessions::Sessions;
@@ -123,6 +124,7 @@ impl Server {
             control.clone(),
             sessions.clone(),
             metrics.clone(),
+            room::most_waiting(),
         ));
         registry.register_collector(Box::new(metrics::Live::new(
             &forwarder,

@@ -1,18 +1,18 @@
-//! The queue of the load-sharing port as clients meet it: who waits and
-//! who leaves.
+//! The queue of the load-sharing port as clients meet it: who waits, who leaves,
+//! and who is not kept out by those who wait.
 
 use std::collections::HashSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common::{COUNT, Pool, Process, SERVER_PORT, SOON, table, turn};
+use crate::common::{COUNT, Pool, Process, SERVER_PORT, SOON, get, table, turn};
 use portpool::client::Client;
 use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionRequest};
 use portpool::table::PortRange;
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// "At once", on a machine that is busy with other tests.
@@ -30,7 +30,7 @@ fn waiting(seconds: u32) -> SessionRequest {
 
 /// A pool of one server whose ports all have a session: these.
 async fn full() -> (Pool, Vec<Session>) {
-    let pool = Pool::running(1, |_| {}).await;
+    let pool = Pool::running(1, |table| table.sessions.claim_seconds = 300).await;
     let mut sessions = Vec::new();
     for _ in 0..COUNT {
         sessions.push(pool.request().await.unwrap());
@@ -95,6 +95,8 @@ async fn clients_that_hang_up_leave_the_queue_with_and_without_a_key() {
         request.idempotency_key = Some("kept".to_owned());
     });
     let streams = [post(address, &waiting(120)), post(address, &keyed)];
+    // What old clients send after a body must not hide that they are gone.
+    (&streams[1]).write_all(b"\r\n").unwrap();
     pool.until(|state| state.waiting == 4).await;
     for (program, signal) in &programs {
         program.signal(*signal);
@@ -171,6 +173,74 @@ async fn the_same_key_through_another_connection_server_gets_the_same_session() 
         ids.insert(answer.await.unwrap().unwrap().id);
     }
     assert_eq!(ids.len(), 1);
+}
+
+/// Lets this process open `count` files.
+fn allow_files(count: u64) {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let needed = count + 1000;
+    assert!(
+        maximum.is_none_or(|most| most >= needed),
+        "{maximum:?} open files"
+    );
+    if current.is_some_and(|current| current < needed) {
+        let current = Some(needed);
+        setrlimit(Resource::Nofile, Rlimit { current, maximum }).unwrap();
+    }
+}
+
+/// That asking and giving back take no longer than always.
+async fn is_open_to_others(pool: &Pool, session: &Session) {
+    let started = Instant::now();
+    let answer = get(pool.connection_address(0), 7700, "/v1/pool");
+    assert!(answer.contains(" 200 "), "{answer}");
+    pool.client().get(&session.id).await.unwrap();
+    pool.client().release(&session.id).await.unwrap();
+    assert!(started.elapsed() < AT_ONCE, "{:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn however_many_wait_others_can_ask_and_give_back() {
+    const CLIENTS: usize = 8250;
+    let _turn = turn().await;
+    allow_files(CLIENTS as u64);
+    let (pool, sessions) = full().await;
+    let address = pool.connection_address(0);
+    let connect = move || {
+        let clients = (0..CLIENTS).map(|_| post(address, &waiting(60)));
+        clients.collect::<Vec<_>>()
+    };
+    let mut clients = tokio::task::spawn_blocking(connect).await.unwrap();
+    // The last ones are told, and their connections closed.
+    let mut answer = String::new();
+    let last = clients.last_mut().unwrap();
+    last.read_to_string(&mut answer).unwrap();
+    assert!(
+        answer.contains("urn:portpool:problem:queue-full"),
+        "{answer}"
+    );
+    assert!(answer.to_lowercase().contains("retry-after: 1"), "{answer}");
+    is_open_to_others(&pool, &sessions[0]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_that_their_clients_keep_lock_nobody_out() {
+    const CLIENTS: usize = 8250;
+    let _turn = turn().await;
+    allow_files(CLIENTS as u64);
+    let (pool, sessions) = full().await;
+    let address = pool.connection_address(0);
+    let connect = move || {
+        let clients = (0..CLIENTS).map(|_| {
+            let mut stream = post(address, &SessionRequest::default());
+            let _ = stream.read(&mut [0; 1024]).unwrap();
+            stream
+        });
+        clients.collect::<Vec<_>>()
+    };
+    let clients = tokio::task::spawn_blocking(connect).await.unwrap();
+    is_open_to_others(&pool, &sessions[0]).await;
+    drop(clients);
 }
 
 #[tokio::test]

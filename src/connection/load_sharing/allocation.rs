@@ -42,7 +42,6 @@ pub struct Allocation {
     sooner: Notify,
 }
 
-#[derive(Default)]
 struct Inner {
     queue: Queue,
     clients: HashMap<Caller, Client>,
@@ -83,14 +82,25 @@ impl Drop for Entered {
 }
 
 impl Allocation {
-    /// An empty queue.
+    /// An empty queue in which at most `most_waiting` clients wait.
     #[must_use]
-    pub fn new(control: Arc<Control>, sessions: Arc<Sessions>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(
+        control: Arc<Control>,
+        sessions: Arc<Sessions>,
+        metrics: Arc<Metrics>,
+        most_waiting: usize,
+    ) -> Self {
+        let inner = Inner {
+            queue: Queue::new(most_waiting),
+            clients: HashMap::new(),
+            outboxes: HashMap::new(),
+            alarm: None,
+        };
         Self {
             control,
             sessions,
             metrics,
-            inner: Mutex::default(),
+            inner: Mutex::new(inner),
             sooner: Notify::new(),
         }
     }

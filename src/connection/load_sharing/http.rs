@@ -1,8 +1,7 @@
 //! Serves the API over HTTP/1.1 and HTTP/2 with every wait and buffer bounded.
 
 use std::convert::Infallible;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fmt::Display;
 use std::time::Duration;
 
 use axum::Router;
@@ -10,19 +9,18 @@ use axum::body::Body;
 use axum::response::IntoResponse;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::server::graceful::GracefulConnection;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::api::Ends;
 use super::client_stream::ClientStream;
 use super::problem::Refused;
-
-/// Most connections at once; further ones wait in the kernel's backlog. Each
-/// may hold an HTTP/1 head of up to [`HEAD_BYTES`], so 128 MiB in the worst case.
-const MAX_CONNECTIONS: usize = 8192;
+use super::room::{Place, Room, SHORT_DEADLINE};
 
 /// Most bytes of a request's head.
 const HEAD_BYTES: u32 = 16 * 1024;
@@ -44,8 +42,8 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
     grace: Duration,
 ) {
-    let graceful = GracefulShutdown::new();
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let room = Room::new();
+    let (stopping, served) = (CancellationToken::new(), TaskTracker::new());
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -64,10 +62,10 @@ pub async fn serve(
     tokio::pin!(shutdown);
     loop {
         let accept = async {
-            let permit = connections.clone().acquire_owned().await;
-            (listener.accept().await, permit)
+            let place = room.enter().await;
+            (listener.accept().await, place)
         };
-        let (accepted, permit) = tokio::select! {
+        let (accepted, place) = tokio::select! {
             accepted = accept => accepted,
             () = &mut shutdown => break,
         };
@@ -75,52 +73,93 @@ pub async fn serve(
             Ok((stream, _)) => ClientStream::new(stream),
             Err(error) => {
                 warn!(%error, "failed to accept a connection on the load-sharing port");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
+                sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let has_requested = Arc::new(AtomicBool::new(false));
-        let Some(service) = service(&stream, &router, has_requested.clone()) else {
+        let requested = CancellationToken::new();
+        let Some(service) = service(&stream, &router, requested.clone()) else {
             continue;
         };
         let connection = builder.serve_connection(TokioIo::new(stream.clone()), service);
-        let connection = graceful.watch(connection.into_owned());
+        let connection = connection.into_owned();
+        let (stopping, being_served) = (stopping.clone(), served.token());
         tokio::spawn(async move {
+            attend(connection, &place, &requested, &stopping).await;
+            drop(being_served);
             tokio::select! {
-                served = connection => if let Err(error) = served {
-                    debug!(%error, "connection to the load-sharing port broke");
-                },
-                () = no_request_in_time(&has_requested) => debug!("connection to the load-sharing port sent no request in time"),
+                biased;
+                () = stream.end() => {}
+                () = place.is_needed() => {}
             }
-            stream.end().await;
-            drop(permit);
+            drop(place);
         });
     }
     drop(listener);
-    if tokio::time::timeout(grace, graceful.shutdown())
-        .await
-        .is_err()
-    {
+    stopping.cancel();
+    served.close();
+    if timeout(grace, served.wait()).await.is_err() {
         warn!("requests were still being answered at shutdown");
+    }
+}
+
+/// Serves `connection`, whose first request is noted in `requested`. Once the
+/// server is `stopping`, or room is short, the request under way is its last.
+async fn attend<C: GracefulConnection<Error: Display>>(
+    connection: C,
+    place: &Place,
+    requested: &CancellationToken,
+    stopping: &CancellationToken,
+) {
+    let give_way = async {
+        // One that has not sent a request would be refused it otherwise.
+        requested.cancelled().await;
+        place.is_needed().await;
+    };
+    tokio::pin!(connection, give_way);
+    let in_time = no_request_in_time(place, requested);
+    tokio::pin!(in_time);
+    let mut is_last = false;
+    loop {
+        tokio::select! {
+            served = &mut connection => {
+                if let Err(error) = served {
+                    debug!(%error, "connection to the load-sharing port broke");
+                }
+                return;
+            }
+            () = &mut in_time => {
+                return debug!("connection to the load-sharing port sent no request in time");
+            }
+            () = &mut give_way, if !is_last => {}
+            () = stopping.cancelled(), if !is_last => {}
+        }
+        is_last = true;
+        connection.as_mut().graceful_shutdown();
     }
 }
 
 /// Completes when the first request has not come in time. The builder's own
 /// deadline begins only once it knows the HTTP version from the first bytes.
-async fn no_request_in_time(has_requested: &AtomicBool) {
-    tokio::time::sleep(HEAD_DEADLINE).await;
-    if has_requested.load(Ordering::Relaxed) {
-        std::future::pending().await
+async fn no_request_in_time(place: &Place, requested: &CancellationToken) {
+    let short = async {
+        place.is_needed().await;
+        sleep(SHORT_DEADLINE).await;
+    };
+    tokio::select! {
+        () = sleep(HEAD_DEADLINE) => {}
+        () = short => {}
+        () = requested.cancelled() => std::future::pending().await,
     }
 }
 
 /// The router as a service of this connection, which notes that a request came
-/// in `has_requested`; `None` when the connection is gone already. It drops a
+/// in `requested`; `None` when the connection is gone already. It drops a
 /// request whose client has left.
 fn service(
     stream: &ClientStream,
     router: &Router,
-    has_requested: Arc<AtomicBool>,
+    requested: CancellationToken,
 ) -> Option<
     impl hyper::service::Service<
         http::Request<hyper::body::Incoming>,
@@ -139,7 +178,7 @@ fn service(
     let (router, stream) = (router.clone(), stream.clone());
     Some(hyper::service::service_fn(
         move |request: http::Request<hyper::body::Incoming>| {
-            has_requested.store(true, Ordering::Relaxed);
+            requested.cancel();
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(ends);
             let version = request.version();

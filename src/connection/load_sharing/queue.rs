@@ -29,8 +29,9 @@
 //!    request keeps its place while one of its clients is left. A different
 //!    request with the same key is refused at once.
 //! 5. **Bound.** A client holds one place for each key, and one for each request
-//!    without a key. Up to [`MAX_WAITING`] clients wait; further ones are refused
-//!    at once, so that there is room for those who give back or ask.
+//!    without a key. So many clients may wait as [`Queue::new`] is given; further
+//!    ones are refused at once, so that there is room for those who give back or
+//!    ask.
 //! 6. **Failure.** A server that refuses a request, or does not answer within
 //!    [`ASK_DEADLINE`], is not asked again for it before it has reported anew.
 //!    The request keeps its place.
@@ -47,10 +48,6 @@ use super::servers::{ReportNumber, Reservation, Servers};
 use crate::selection::{Counts, RefusalCause};
 use crate::session::PortFilter;
 use crate::table::{Slot, Table};
-
-/// Most clients that wait at once: each may take a connection of the
-/// load-sharing port, which needs some for other requests.
-pub const MAX_WAITING: usize = 6144;
 
 /// How long a server may take to select a port before the next one is asked. A
 /// selection takes well under a millisecond; a second is a server in trouble.
@@ -109,8 +106,9 @@ enum Due {
 }
 
 /// The requests that are not answered, and the servers that they wait for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Queue {
+    most_waiting: usize,
     servers: Servers,
     requests: BTreeMap<Place, Request>,
     // By filter first: a request that cannot be served must not make every
@@ -124,6 +122,26 @@ pub struct Queue {
     last_number: u64,
     /// What the change under way leads to.
     decisions: Vec<Decision>,
+}
+
+impl Queue {
+    /// An empty queue in which at most `most_waiting` clients wait.
+    #[must_use]
+    pub fn new(most_waiting: usize) -> Self {
+        Self {
+            most_waiting,
+            servers: Servers::default(),
+            requests: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            places: HashMap::new(),
+            by_key: HashMap::new(),
+            asks: BTreeMap::new(),
+            deadlines: BTreeSet::new(),
+            is_closed: false,
+            last_number: 0,
+            decisions: Vec::new(),
+        }
+    }
 }
 
 /// What may happen. Each method returns what is to be done, in order.
@@ -167,7 +185,7 @@ impl Queue {
             self.line_up(place);
         }
         self.refuse_the_impatient(place, now);
-        if self.is_waiting(place) && self.places.len() > MAX_WAITING {
+        if self.is_waiting(place) && self.places.len() > self.most_waiting {
             self.answer(caller, Err(Refusal::QueueFull));
         }
         (caller, self.take_decisions())
@@ -252,7 +270,8 @@ impl Queue {
         self.take_decisions()
     }
 
-    /// Refuses every waiting request, and from now on those that would wait.
+    /// Refuses every waiting request, and from now on those that would wait, but
+    /// for those that wait no longer than [`RETURN_TIME`].
     #[must_use]
     pub fn close(&mut self, now: Instant) -> Vec<Decision> {
         self.is_closed = true;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::super::refusal::Refusal;
 use super::request::{Allocated, AskError, Decision, Wanted};
-use super::{ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, Place, Queue, Request};
+use super::{ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, Place, Queue, RETURN_TIME, Request};
 use crate::selection::RefusalCause;
 use crate::session::PortFilter;
 use crate::table::Slot;
@@ -111,7 +111,9 @@ impl Queue {
             return;
         }
         let is_closed = self.is_closed;
-        let gives_up = |(_, until): &(&Caller, &Instant)| is_closed || **until <= now;
+        let gives_up = |(_, until): &(&Caller, &Instant)| {
+            **until <= now || is_closed && **until > now + RETURN_TIME
+        };
         let callers = request.callers.iter().filter(gives_up);
         let callers: Vec<Caller> = callers.map(|(caller, _)| *caller).collect();
         if callers.is_empty() {

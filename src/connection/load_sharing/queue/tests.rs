@@ -14,6 +14,9 @@ const ENTRIES: [(&str, PortProtocol); 3] = [
     ("both", PortProtocol::TCPUDP),
 ];
 
+/// More than the property test has clients.
+const MOST_WAITING: usize = 100;
+
 const SECOND: Duration = Duration::from_secs(1);
 
 /// A server's agent, with as many ports of each entry.
@@ -110,7 +113,7 @@ struct World {
 impl World {
     fn new(free: &[[u32; 3]]) -> Self {
         let mut world = Self {
-            queue: Queue::default(),
+            queue: Queue::new(MOST_WAITING),
             now: Instant::now(),
             agents: Vec::new(),
             clients: BTreeMap::new(),
@@ -532,7 +535,7 @@ fn a_server_that_is_late_or_gone_costs_no_place_and_no_port() {
 #[test]
 fn the_queue_is_bounded_and_says_so() {
     let mut world = World::new(&[[0, 0, 0]]);
-    for _ in 0..MAX_WAITING {
+    for _ in 0..MOST_WAITING {
         world.enter(anything(), SECOND);
     }
     let until = world.now + SECOND;
