@@ -124,7 +124,7 @@ pub struct ProcessingPoolSpec {
     #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, because clients know the addresses that it gave: create another pool"))]
     #[x_kube(validation = rules::LOAD_SHARING_PORT_OUTSIDE.to_schema())]
     #[x_kube(validation = rules::ADMIN_PORT_FREE.to_schema())]
-    #[x_kube(validation = rules::ADVERTISED_ADDRESS.to_schema())]
+    #[x_kube(validation = rules::ADVERTISED_ADDRESS.to_schema().field_path(".advertisedAddress"))]
     pub connection_server: ConnectionServer,
 
     /// How the processing server for a request is chosen. Default: the defaults of its fields.

@@ -194,3 +194,20 @@ fn an_observed_object_covers_the_desired_one_until_it_differs() {
         assert_eq!(covers(&observed, &desired), is_covered, "{observed}");
     }
 }
+
+#[test]
+fn a_load_balancer_takes_node_ports_only_when_it_is_asked_to() {
+    for wanted in [None, Some(false), Some(true)] {
+        let pool = pool(|value| {
+            let server = &mut value["spec"]["connectionServer"];
+            *server = json!({ "exposure": "LoadBalancer" });
+            if let Some(wanted) = wanted {
+                server["allocateLoadBalancerNodePorts"] = wanted.into();
+            }
+        });
+        let objects = objects(owner(&pool), &table(&pool), &settings());
+        let service = &find(&objects, "Service")[0];
+        let expected = wanted.unwrap_or(false);
+        assert_eq!(service["spec"]["allocateLoadBalancerNodePorts"], expected);
+    }
+}

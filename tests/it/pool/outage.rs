@@ -26,7 +26,8 @@ struct Clients {
 }
 
 impl Clients {
-    fn start(pool: &Pool, count: usize) -> Self {
+    /// `pause` is the time between two sessions of a client.
+    fn start(pool: &Pool, count: usize, pause: Duration) -> Self {
         let (stop, served) = (Arc::<AtomicBool>::default(), Arc::default());
         let servers: Arc<[(Client, IpAddr)]> = (0..2)
             .map(|index| (pool.client_of(index), pool.connection_address(index)))
@@ -38,7 +39,10 @@ impl Clients {
             tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     match take_session(&servers, &turn).await {
-                        Some(()) => served.lock().push(Instant::now()),
+                        Some(()) => {
+                            served.lock().push(Instant::now());
+                            sleep(pause).await;
+                        }
                         None => sleep(Duration::from_millis(10)).await,
                     }
                 }
@@ -112,7 +116,7 @@ async fn two_connection_servers() -> Pool {
 async fn a_killed_connection_server_keeps_no_ports_once_another_replaces_it() {
     let _turn = turn().await;
     let mut pool = two_connection_servers().await;
-    let clients = Clients::start(&pool, 2 * usize::from(COUNT));
+    let clients = Clients::start(&pool, 2 * usize::from(COUNT), Duration::ZERO);
     while clients.served() < 200 {
         sleep(Duration::from_millis(10)).await;
     }
@@ -134,9 +138,10 @@ async fn a_killed_connection_server_keeps_no_ports_once_another_replaces_it() {
 async fn a_killed_connection_server_keeps_no_port_of_later_sessions() {
     let _turn = turn().await;
     let mut pool = two_connection_servers().await;
-    // Fewer clients than ports: agents keep the ports that the dead server used.
-    let clients = Clients::start(&pool, usize::from(COUNT) / 2);
-    while clients.served() < 200 {
+    // Fewer clients than ports, and slow ones: agents keep the ports that the dead
+    // server used, and those whose end it has not confirmed yet.
+    let clients = Clients::start(&pool, usize::from(COUNT) / 2, Duration::from_millis(50));
+    while clients.served() < 100 {
         sleep(Duration::from_millis(10)).await;
     }
     let killed = Instant::now();
