@@ -123,7 +123,7 @@ async fn a_waiting_client_that_leaves_is_not_served() {
             pool.until(|state| state.waiting == 1).await;
             leave(stream, how);
             let took = pool.until(|state| state.waiting == 0).await;
-            assert!(took < Duration::from_secs(2), "{version}, {how}: {took:?}");
+            assert!(took < Duration::from_secs(1), "{version}, {how}: {took:?}");
         }
     }
     pool.client().release(&sessions[0].id).await.unwrap();

@@ -23,6 +23,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::allocation::Allocation;
+use super::client_stream::MayWait;
 use super::problem::{ProblemName, Refused};
 use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
@@ -147,10 +148,14 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
 async fn create_session(
     State(api): State<Arc<Api>>,
     Extension(ends): Extension<Ends>,
+    Extension(may_wait): Extension<MayWait>,
     request: Request<Body>,
 ) -> Result<Response, Refused> {
     let (head, body) = request.into_parts();
     let request = read_request(&head.headers, body).await?;
+    if request.wait_seconds > 0 {
+        may_wait.say();
+    }
     let address = reached_by(&head.uri, &head.headers, ends.local.ip());
     let client = ends.client.ip().to_canonical();
     let table = api.table.borrow().clone();

@@ -12,10 +12,16 @@ use axum::http::Version;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::{sleep, timeout};
 
 /// How long after the end of its side a client is first asked whether it is
-/// still there. Nearly every request has its answer by then.
+/// still there. Nearly every request that does not wait has its answer by then.
 const FIRST_PROBE: Duration = Duration::from_millis(250);
+
+/// The same for a request that may wait: if it has to, its client holds a place
+/// in the queue.
+const FIRST_PROBE_OF_WAITING: Duration = Duration::from_millis(20);
 
 /// How often it is asked after that. A client that leaves later than its side
 /// ended is served for at most this long.
@@ -27,6 +33,16 @@ const LAST_BYTES: Duration = Duration::from_secs(1);
 /// An interim response. A client of HTTP/1.1 has to skip it, whether it expects
 /// one or not (RFC 9110, section 15.2), and this is the one that all do skip.
 const PROBE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
+/// What a request says once it is read: that its client would wait.
+#[derive(Clone, Debug, Default)]
+pub(super) struct MayWait(Arc<Notify>);
+
+impl MayWait {
+    pub(super) fn say(&self) {
+        self.0.notify_one();
+    }
+}
 
 /// A stream whose clones are the same connection.
 #[derive(Clone, Debug)]
@@ -50,11 +66,11 @@ impl ClientStream {
     /// the same when a client closes its socket or dies. Only data tells them
     /// apart, since a host resets a connection on which nobody will read them.
     /// So we send an interim response. Clients of HTTP/1.0 do not know those:
-    /// there the end of the side counts as leaving.
+    /// there the end of the side counts as leaving, if the request may wait.
     ///
     /// May be polled only while no part of a response is under way, because it
     /// writes between responses.
-    pub(super) async fn departure(&self, version: Version) {
+    pub(super) async fn departure(&self, version: Version, may_wait: &MayWait) {
         if version > Version::HTTP_11 {
             // The library sees the end of HTTP/2 connections and streams itself.
             return std::future::pending().await;
@@ -65,13 +81,23 @@ impl ClientStream {
         let _ = self.0.ready(Interest::PRIORITY).await;
         let reset = self.0.ready(Interest::ERROR);
         tokio::pin!(reset);
-        let mut pause = FIRST_PROBE;
-        loop {
+        let is_probed = version == Version::HTTP_11;
+        let first_probe = async {
             tokio::select! {
-                _ = &mut reset => return,
-                () = tokio::time::sleep(pause) => {}
+                () = sleep(FIRST_PROBE), if is_probed => {}
+                () = may_wait.0.notified() => match is_probed {
+                    true => sleep(FIRST_PROBE_OF_WAITING).await,
+                    // A port that is free is selected by then.
+                    false => sleep(FIRST_PROBE).await,
+                },
             }
-            let is_asked = version == Version::HTTP_11
+        };
+        tokio::select! {
+            _ = &mut reset => return,
+            () = first_probe => {}
+        }
+        loop {
+            let is_asked = is_probed
                 && self
                     .0
                     .try_write(PROBE)
@@ -79,7 +105,10 @@ impl ClientStream {
             if !is_asked {
                 return;
             }
-            pause = NEXT_PROBE;
+            tokio::select! {
+                _ = &mut reset => return,
+                () = sleep(NEXT_PROBE) => {}
+            }
         }
     }
 
@@ -100,7 +129,7 @@ impl ClientStream {
             }
         };
         // The bytes are dropped after that.
-        let _ = tokio::time::timeout(LAST_BYTES, discard).await;
+        let _ = timeout(LAST_BYTES, discard).await;
     }
 }
 

@@ -18,7 +18,7 @@ use tower::ServiceExt;
 use tracing::{debug, warn};
 
 use super::api::Ends;
-use super::client_stream::ClientStream;
+use super::client_stream::{ClientStream, MayWait};
 use super::problem::Refused;
 use super::room::{Place, Room, SHORT_DEADLINE};
 
@@ -181,13 +181,15 @@ fn service(
             requested.cancel();
             let mut request = request.map(Body::new);
             request.extensions_mut().insert(ends);
+            let may_wait = MayWait::default();
+            request.extensions_mut().insert(may_wait.clone());
             let version = request.version();
             let (router, stream) = (router.clone(), stream.clone());
             async move {
                 tokio::select! {
                     biased;
                     response = router.oneshot(request) => response,
-                    () = stream.departure(version) => Ok(Refused::Departed.into_response()),
+                    () = stream.departure(version, &may_wait) => Ok(Refused::Departed.into_response()),
                 }
             }
         },
