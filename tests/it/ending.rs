@@ -593,7 +593,7 @@ fn local_ends_at_a_signal_in_every_state_and_leaves_nothing() {
         program.until_said("load-sharing port");
         program.ends_at(signal, 0, "local that starts");
         // It runs, and then has a session that waits for its client.
-        let (mut program, _, _) = local(&quiet, Reader::Reads);
+        let (mut program, _, other) = local(&quiet, Reader::Reads);
         until_servers(1);
         let asked = Command::new(env!("CARGO_BIN_EXE_portpool"))
             .args(["request", "127.0.0.1:7700"])
@@ -609,6 +609,7 @@ fn local_ends_at_a_signal_in_every_state_and_leaves_nothing() {
             std::thread::sleep(Duration::from_millis(5));
         }
         std::fs::remove_file(file).unwrap();
+        std::fs::remove_file(other).unwrap();
     }
 }
 
