@@ -5,7 +5,9 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::sys::socket::SetSockOpt;
-use nix::sys::socket::sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo, ReceiveTimestampns};
+use nix::sys::socket::sockopt::{
+    Ipv4PacketInfo, Ipv6DontFrag, Ipv6RecvPacketInfo, ReceiveTimestampns,
+};
 use quinn_udp::{UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 use socket2::{Domain, Socket, Type};
@@ -142,6 +144,8 @@ fn udp(socket: Socket) -> io::Result<Listener> {
         .or_else(|error| if is_ipv6 { Ok(()) } else { Err(error) })?;
     if is_ipv6 {
         sockopt::set_ipv6_mtu_discover(&socket, Ipv6PathMtuDiscovery::WANT)?;
+        // With it, each datagram beyond the MTU would be dropped.
+        Ipv6DontFrag.set(&socket, &false)?;
     }
     Ok(Listener::Udp(socket.into(), state))
 }
