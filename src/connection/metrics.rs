@@ -289,6 +289,14 @@ fn encode_forwarding(
         "cause",
         &ended,
     )?;
+    let unanswered = [("udp", counted.unanswered)];
+    family(
+        encoder,
+        "portpool_flows_unanswered",
+        "UDP flows that ended without a byte from their server: it sent nothing, or sent from another port",
+        "transport",
+        &unanswered,
+    )?;
     let dropped = [("buffer_full", counted.datagrams_dropped)];
     family(
         encoder,

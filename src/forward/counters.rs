@@ -72,6 +72,9 @@ counters! {
     cut,
     /// UDP flows whose client's host has reported that its port is closed.
     client_gone,
+    /// UDP flows that have ended without an answer: the server sent nothing, or
+    /// sent it from another port, which the kernel drops without a count of ours.
+    unanswered,
     /// UDP flows evicted for another one.
     evicted,
     /// Connections reset before all that had been read was delivered.

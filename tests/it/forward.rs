@@ -6,6 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+mod properties;
+mod properties_tcp;
+mod properties_udp;
 mod udp;
 mod udp_ends;
 mod urgent;

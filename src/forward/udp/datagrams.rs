@@ -409,6 +409,9 @@ impl Datagrams {
             port.flows.remove(&flow.addresses);
         }
         let (number, session, traffic) = (flow.port, flow.session, flow.traffic);
+        if traffic.downstream_bytes == 0 {
+            count(&io.counters.unanswered);
+        }
         io.sessions.remove(session, Transport::Udp, key);
         // Closed before it is reported: a free port has no flow.
         drop(flow);
