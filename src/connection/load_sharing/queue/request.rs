@@ -48,7 +48,7 @@ pub struct Allocated {
 pub enum AskError {
     /// It refused.
     Refused(RefusalCause),
-    /// It did not answer within [`ASK_DEADLINE`].
+    /// It did not answer in time.
     TimedOut,
     /// Its stream went down before the answer.
     Detached,
