@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_that_replaces_another_one_is_told_from_it() {
+    fn a_socket_that_replaces_another_one_has_another_id() {
         for mut reader in readers(address(9), ListenScope::Address) {
             let first = TcpListener::bind((address(9), 0)).unwrap();
             let at = at(Protocol::Tcp, first.local_addr().unwrap().port());

@@ -125,7 +125,7 @@ async fn reads(path: &std::path::Path, act: impl FnOnce()) -> usize {
 }
 
 #[tokio::test]
-async fn a_file_beside_the_table_makes_nobody_read_the_table() {
+async fn a_file_beside_the_table_makes_no_one_read_the_table() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("table.json");
     write_table(&path, &table(1, "a")).unwrap();

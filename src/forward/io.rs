@@ -19,7 +19,7 @@ use super::timers::{IdleTimes, Timers};
 use crate::table::ListenPort;
 
 /// The events of a connection's socket: edges only, so that it is registered
-/// once and costs no epoll call while it runs. An urgent byte wakes up whoever
+/// once and costs no epoll call while it runs. An urgent byte wakes up the side that
 /// waits for bytes anyway.
 pub(super) const STREAM_EVENTS: EventFlags = EventFlags::IN
     .union(EventFlags::PRI)

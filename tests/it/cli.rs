@@ -210,7 +210,7 @@ async fn connect_asks_for_what_it_talks() {
 #[tokio::test]
 async fn connect_says_that_it_is_connected_only_then() {
     let mut pool = Pool::running(1, |_| {}).await;
-    // The address in the answers is one where nobody is.
+    // The address in the answers is one where no one listens.
     pool.table.advertised_address = Some(pool.connection_address(7).to_string());
     pool.table.generation += 1;
     pool.publish();

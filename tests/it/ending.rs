@@ -192,7 +192,7 @@ async fn client_commands_end_at_a_signal_whatever_they_wait_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connect_ends_at_a_signal_whoever_stalls() {
+async fn connect_ends_at_a_signal_whichever_side_stalls() {
     let _turn = turn().await;
     let pool = Pool::running(1, |_| {}).await;
     let address = format!("{}:7700", pool.connection_address(0));
@@ -290,9 +290,11 @@ async fn the_first_process_of_a_container_ends_at_a_signal_too() {
     }
 }
 
-/// The arguments of the roles in `pool`, beside those that run.
-fn roles(pool: &Pool) -> [Vec<String>; 3] {
-    let (host, server) = (pool.connection_address(9), pool.server_address(9));
+/// The arguments of the roles: a connection server and an agent at the addresses
+/// `index` of `pool`, and a workload beside those that run.
+fn roles(pool: &Pool, index: u32) -> [Vec<String>; 3] {
+    let (host, server) = (pool.connection_address(index), pool.server_address(index));
+    let workload = pool.server_address(9);
     let table = format!("--table={}", pool.table_file().display());
     [
         vec![
@@ -309,7 +311,7 @@ fn roles(pool: &Pool) -> [Vec<String>; 3] {
             format!("--address={server}"),
             format!("--admin={server}:7071"),
         ],
-        vec!["echo".to_owned(), format!("--listen={server}")],
+        vec!["echo".to_owned(), format!("--listen={workload}")],
     ]
 }
 
@@ -318,7 +320,7 @@ async fn roles_end_at_a_signal_also_before_they_have_a_table() {
     let _turn = turn().await;
     let pool = Pool::new(1, |_| {});
     for (signal, _) in SIGNALS {
-        for arguments in roles(&pool) {
+        for arguments in roles(&pool, 9) {
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
             let mut program = Program::start(&arguments);
             program.until_said("ready");
@@ -354,13 +356,7 @@ async fn a_role_that_drains_says_so_and_a_second_signal_ends_it() {
     pool.start_workload(0);
     pool.agents.clear();
     for (signal, code) in SIGNALS {
-        let [mut connection_server, mut agent, _] = roles(&pool);
-        let host = pool.connection_address(0);
-        connection_server[2] = format!("--listen={host}");
-        connection_server[3] = format!("--admin={host}:7701");
-        let server = pool.server_address(0);
-        agent[3] = format!("--address={server}");
-        agent[4] = format!("--admin={server}:7071");
+        let [connection_server, agent, _] = roles(&pool, 0);
         let start = |arguments: &[String]| {
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
             Program::start(&arguments)
@@ -398,13 +394,7 @@ async fn a_log_that_no_one_reads_holds_nothing_up() {
     pool.start_workload(0);
     let trace = [("PORTPOOL_LOG", "trace")];
     for (signal, _) in SIGNALS {
-        let [mut connection_server, mut agent, echo] = roles(&pool);
-        let host = pool.connection_address(0);
-        connection_server[2] = format!("--listen={host}");
-        connection_server[3] = format!("--admin={host}:7701");
-        let server = pool.server_address(0);
-        agent[3] = format!("--address={server}");
-        agent[4] = format!("--admin={server}:7071");
+        let [connection_server, agent, echo] = roles(&pool, 0);
         let start = |arguments: &[String]| {
             let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
             Program::with(&arguments, &trace, Reader::HasStopped, Reader::HasStopped)
@@ -433,7 +423,7 @@ async fn what_the_log_lost_is_counted_once_it_is_read_again() {
     let mut pool = Pool::new(1, |_| {});
     pool.start_workload(0);
     pool.start_agent(0);
-    let [mut arguments, _, _] = roles(&pool);
+    let [mut arguments, _, _] = roles(&pool, 9);
     let host = pool.connection_address(0);
     arguments[2] = format!("--listen={host}");
     arguments[3] = format!("--admin={host}:7701");

@@ -211,7 +211,7 @@ async fn however_many_wait_others_can_ask_and_give_back() {
         clients.collect::<Vec<_>>()
     };
     let mut clients = tokio::task::spawn_blocking(connect).await.unwrap();
-    // The last ones are told, and their connections closed.
+    // The last ones are refused, and their connections closed.
     let mut answer = String::new();
     let last = clients.last_mut().unwrap();
     last.read_to_string(&mut answer).unwrap();
@@ -224,7 +224,7 @@ async fn however_many_wait_others_can_ask_and_give_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_that_their_clients_keep_lock_nobody_out() {
+async fn connections_that_their_clients_keep_lock_no_one_out() {
     const CLIENTS: usize = 8250;
     let _turn = turn().await;
     allow_files(CLIENTS as u64);

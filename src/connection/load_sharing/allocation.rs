@@ -260,10 +260,10 @@ impl Allocation {
         change.learn(*slot, session.clone(), span);
         let mut inner = self.inner.lock();
         let now = Instant::now();
-        let (is_told, decisions) = inner.queue.selected(ask, allocated, counts, now);
+        let (is_received, decisions) = inner.queue.selected(ask, allocated, counts, now);
         // Under the lock: a client that asks again under the key must not be told
         // of what is given back.
-        if !is_told
+        if !is_received
             && is_new
             && change.release(&session.id).is_err()
             && let Some(outbox) = inner.outboxes.get(slot)

@@ -64,7 +64,7 @@ impl ClientStream {
     /// have sent all that it has to say and still read, as `nc -N` and clients in
     /// the manner of HTTP/1.0 do (RFC 9112, section 9.6). Yet the kernel sends
     /// the same when a client closes its socket or dies. Only data tells them
-    /// apart, since a host resets a connection on which nobody will read them.
+    /// apart, since a host resets a connection on which no one reads them.
     /// So we send an interim response. Clients of HTTP/1.0 do not know those:
     /// there the end of the side counts as leaving, if the request may wait.
     ///

@@ -199,7 +199,7 @@ impl Queue {
     }
 
     /// A server has selected a port under `ask`; `counts` are those after it.
-    /// Returns also whether a client is told of the session.
+    /// Returns also whether a client receives the session.
     #[must_use]
     pub fn selected(
         &mut self,
@@ -210,12 +210,12 @@ impl Queue {
     ) -> (bool, Vec<Decision>) {
         let place = self.settle(ask).and_then(|ask| ask.place);
         self.servers.counted(allocated.slot, counts);
-        let is_told = match place {
+        let is_received = match place {
             Some(place) => self.give(place, allocated),
             None => self.give_by_key(allocated),
         };
         self.wake(now);
-        (is_told, self.take_decisions())
+        (is_received, self.take_decisions())
     }
 
     /// A server has refused to select a port under `ask`.

@@ -41,7 +41,7 @@ async fn a_client_that_was_refused_may_come_again() {
     for _ in 0..3 {
         let mut stream = connect(&session);
         // It may be reset by now.
-        let _ = stream.write_all(b"to nobody");
+        let _ = stream.write_all(b"unread");
         assert!(is_cut(&mut stream));
         assert!(is_held(&pool, &session).await);
     }
@@ -66,7 +66,7 @@ async fn a_datagram_to_a_server_that_refuses_does_not_use_up_the_claim() {
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
     for _ in 0..3 {
         client
-            .send_to(b"to nobody", (session.address.as_str(), session.port))
+            .send_to(b"unread", (session.address.as_str(), session.port))
             .unwrap();
         assert!(is_held(&pool, &session).await);
     }

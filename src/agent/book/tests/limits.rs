@@ -139,7 +139,7 @@ fn ends(play: fn(&mut Book, u64), when: u64) -> Vec<(String, u64, EndCause)> {
 #[test]
 fn nothing_renews_the_claim_deadline() {
     for (what, second, cause) in ends(|_, _| {}, 10) {
-        // One that nobody may have received does not wait so long.
+        // One that no client may have received does not wait so long.
         let is_orphan = cause == EndCause::OwnerGone && second < 40;
         let is_due = cause == EndCause::Unclaimed && second == 40;
         assert!(is_due || is_orphan, "{what}: {cause:?} at {second}");

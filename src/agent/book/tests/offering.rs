@@ -208,7 +208,7 @@ fn a_session_that_never_had_a_connection_leaves_its_port_free() {
 
 /// The caller looks at what a request would get, as the book says.
 #[test]
-fn a_port_that_is_found_silent_is_given_to_nobody() {
+fn a_port_that_is_found_not_listening_is_not_given() {
     let mut book = book(vec![range("main", 20_000, 7000, 2)]);
     let filter = PortFilter::default();
     let (first, server_ports) = book.next_port(&filter).unwrap();

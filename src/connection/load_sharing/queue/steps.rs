@@ -239,7 +239,7 @@ impl Queue {
         }
     }
 
-    /// Gives a session to a request. Returns whether a client is told of it.
+    /// Gives a session to a request. Returns whether a client receives it.
     pub(super) fn give(&mut self, place: Place, allocated: &Allocated) -> bool {
         let asking = self.requests.get(&place).and_then(|request| request.asking);
         if let Some(ask) = asking.and_then(|ask| self.asks.get_mut(&ask)) {
@@ -249,7 +249,7 @@ impl Queue {
     }
 
     /// Gives a session to the request of its key, if that could have made it.
-    /// Returns whether a client is told of it.
+    /// Returns whether a client receives it.
     pub(super) fn give_by_key(&mut self, allocated: &Allocated) -> bool {
         let key = allocated.session.idempotency_key.as_ref();
         let Some(&place) = key.and_then(|key| self.by_key.get(key)) else {

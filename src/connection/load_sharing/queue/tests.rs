@@ -192,9 +192,10 @@ impl World {
                 let allocated = Allocated { slot, session };
                 let id = allocated.session.id.clone();
                 let is_new = self.known.insert(id.clone());
-                let (is_told, decisions) = self.queue.selected(ask, &allocated, counts, self.now);
+                let (is_received, decisions) =
+                    self.queue.selected(ask, &allocated, counts, self.now);
                 self.carry_out(decisions);
-                if !is_told && is_new {
+                if !is_received && is_new {
                     let mut told = self.answers.values().flatten();
                     assert!(told.all(|told| told.session.id != id), "a client has {id}");
                     let sessions = &self.agents[index].sessions;
@@ -230,7 +231,7 @@ impl World {
                     let place = self.queue.asks[&ask].place;
                     assert!(
                         place.is_none_or(|place| self.has_client(place)),
-                        "nobody asks"
+                        "no one asks"
                     );
                     let agent = &mut self.agents[slot.0 as usize];
                     assert!(agent.attached);
@@ -657,7 +658,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
     #[test]
-    fn no_request_waits_for_a_free_port_and_nobody_who_is_gone_is_served(
+    fn no_request_waits_for_a_free_port_and_no_departed_client_is_served(
         free in proptest::collection::vec(proptest::array::uniform3(0u32..3), 2),
         events in proptest::collection::vec(event(), 1..60),
     ) {
