@@ -209,7 +209,7 @@ impl<S: Stream> Connection<S> {
                 Side::Client => {}
                 Side::Server => {
                     if gone && let Some(errno) = self.server.take_error() {
-                        return Outcome::Unreachable(errno);
+                        return self.connect_failed(errno);
                     }
                     self.is_connecting = false;
                 }
@@ -226,6 +226,20 @@ impl<S: Stream> Connection<S> {
             Side::Client => self.move_bytes(reads, writes, scratch),
             Side::Server => self.move_bytes(writes, reads, scratch),
         }
+    }
+
+    /// What an error of the server's socket means before its connecting was
+    /// reported. Linux reports the first two only of a socket that had been
+    /// connected: the server has accepted and left at once, and what it sent
+    /// is still to be read.
+    ///
+    /// Source: Linux, `net/ipv4/tcp_input.c`, `tcp_reset`.
+    fn connect_failed(&mut self, errno: Errno) -> Outcome {
+        if matches!(errno, Errno::CONNRESET | Errno::PIPE) {
+            self.is_connecting = false;
+            return Outcome::Broken;
+        }
+        Outcome::Unreachable(errno)
     }
 
     /// Moves what can be moved, both ways.
@@ -298,7 +312,7 @@ impl<S: Stream> Connection<S> {
         for progress in progress {
             match progress {
                 Progress::Broken(Fault::Destination(errno)) if self.is_connecting => {
-                    return Outcome::Unreachable(errno);
+                    return self.connect_failed(errno);
                 }
                 Progress::Broken(_) => return Outcome::Broken,
                 _ => {}

@@ -81,12 +81,12 @@ impl FinalFlush {
         let traffic = connection.traffic();
         let gone = (is_gone(&connection.client), is_gone(&connection.server));
         let (side, source, destination, direction) = match gone {
-            (true, false) if !connection.is_connecting => {
+            (true, false) => {
                 connection.downstream.give_back(pipes);
                 let (client, server) = (connection.client, connection.server);
                 (Side::Server, client, server, connection.upstream)
             }
-            (false, true) if !connection.is_connecting => {
+            (false, true) => {
                 connection.upstream.give_back(pipes);
                 let (client, server) = (connection.client, connection.server);
                 (Side::Client, server, client, connection.downstream)

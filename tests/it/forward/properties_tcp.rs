@@ -42,6 +42,32 @@ fn closing_with_unread_bytes_resets_the_other_side() {
 }
 
 #[test]
+fn a_server_that_answers_and_resets_at_once_is_heard() {
+    let bench = Bench::new(Decision::Admit(SESSION));
+    let listener = bench.serve();
+    let server = std::thread::spawn(move || {
+        for _ in 0..200 {
+            let (mut stream, _) = listener.accept().unwrap();
+            // It leaves with a byte unread.
+            assert_eq!(stream.peek(&mut [0; 1]).unwrap(), 1);
+            stream.write_all(b"last").unwrap();
+        }
+    });
+    for _ in 0..200 {
+        let mut client = bench.connect();
+        client.write_all(b"?").unwrap();
+        let mut answer = [0; 4];
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"last");
+        assert!(was_reset(&mut client));
+    }
+    server.join().unwrap();
+    let closed = bench.all_closed();
+    assert!(closed.iter().all(|traffic| traffic.downstream_bytes == 4));
+    assert_eq!(bench.forwarder.counters().connect_failed, 0);
+}
+
+#[test]
 fn both_sides_of_a_connection_are_probed() {
     let bench = Bench::new(Decision::Admit(SESSION));
     let (_client, _server) = bench.pair();

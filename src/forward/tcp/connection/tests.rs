@@ -410,7 +410,7 @@ fn an_urgent_byte_that_is_held_is_exported_as_one() {
 }
 
 #[test]
-fn a_server_that_refuses_is_distinguished_from_a_client_that_leaves() {
+fn a_server_that_refuses_is_told_from_sides_that_leave() {
     let gone = Signals {
         gone: true,
         failed: true,
@@ -427,6 +427,12 @@ fn a_server_that_refuses_is_distinguished_from_a_client_that_leaves() {
         .connection
         .event(Side::Server, gone, &mut bench.scratch);
     assert_eq!(outcome, Outcome::Unreachable(Errno::CONNREFUSED));
+    let mut bench = start();
+    bench.connection.server.error.set(Some(Errno::CONNRESET));
+    let outcome = bench
+        .connection
+        .event(Side::Server, gone, &mut bench.scratch);
+    assert_eq!(outcome, Outcome::Broken, "it had accepted");
     let mut bench = start();
     bench.connection.client.error.set(Some(Errno::CONNRESET));
     let outcome = bench
