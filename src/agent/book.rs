@@ -38,87 +38,37 @@
 //! restarted agent applies the new one to all.
 //!
 //! - `ports`, `listening`, `session`, `connection_servers`: the parts of the book;
+//! - `select`: the choice of a port, which makes a session;
 //! - `life`: the changes of sessions;
 //! - `attachment`: the arrival and departure of connection servers;
-//! - this file: the requests of the agent.
+//! - `times`: the clocks, and how long sessions may take;
+//! - this file: everything else that the agent asks the book.
 //!
 //! Source: US 8,544,018 B2, claim 1, the processing server's port position
-//! storage part and request receiving part.
+//! storage part.
 
 mod attachment;
 mod connection_servers;
 mod life;
 mod listening;
 mod ports;
+mod select;
 mod session;
+mod times;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
-
-use jiff::Timestamp;
 
 use self::connection_servers::ConnectionServers;
 use self::life::end_notice;
 pub use self::listening::{ServerPort, SocketId};
 use self::ports::Ports;
+pub use self::select::Selected;
 use self::session::{ADOPTED, Session, State};
-use crate::selection::{
-    self, ConnectionServerId, Counts, EndCause, FromAgent, RefusalCause, Select, ToAgent,
-};
-use crate::session::{PortFilter, SessionId};
+pub use self::times::{Now, Times};
+use crate::selection::{self, ConnectionServerId, Counts, EndCause, FromAgent, ToAgent};
+use crate::session::SessionId;
 use crate::table::{ListenPort, Row, RowState};
-
-/// The time, as the book needs it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Now {
-    /// The time since any fixed moment; it never goes back.
-    pub monotonic: Duration,
-    /// The time of day, which clients see.
-    pub time: Timestamp,
-}
-
-impl Now {
-    /// The time of day in `duration`.
-    fn time_in(self, duration: Duration) -> Timestamp {
-        self.time.checked_add(duration).unwrap_or(Timestamp::MAX)
-    }
-
-    /// The time that has passed since `time`; zero when the clock says that it is
-    /// to come.
-    fn since(self, time: Timestamp) -> Duration {
-        let passed = self.time.duration_since(time);
-        passed.try_into().unwrap_or(Duration::ZERO)
-    }
-
-    /// The time that passes until `time`; zero when that is over.
-    fn until(self, time: Timestamp) -> Duration {
-        let left = time.duration_since(self.time);
-        left.try_into().unwrap_or(Duration::ZERO)
-    }
-}
-
-/// How long sessions may take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Times {
-    /// The time from selection to the first connection.
-    pub claim: Duration,
-    /// The time from the last connection's end to the session's.
-    pub linger: Duration,
-    /// The time from selection to the end, even with open connections.
-    pub max_duration: Option<Duration>,
-}
-
-impl From<&crate::pool::Sessions> for Times {
-    fn from(sessions: &crate::pool::Sessions) -> Self {
-        let seconds = |value: i32| Duration::from_secs(u64::try_from(value).unwrap_or(0));
-        let max_duration = seconds(sessions.max_duration_seconds);
-        Self {
-            claim: seconds(sessions.claim_seconds),
-            linger: seconds(sessions.linger_seconds),
-            max_duration: (!max_duration.is_zero()).then_some(max_duration),
-        }
-    }
-}
 
 /// A message to connection servers.
 #[derive(Clone, Debug, PartialEq)]
@@ -138,15 +88,6 @@ pub enum To {
     AllBut(ConnectionServerId),
     /// This one.
     One(ConnectionServerId),
-}
-
-/// The selection of a port for a request.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Selected {
-    /// The session on the selected port.
-    pub session: selection::Session,
-    /// The messages to send before the answer.
-    pub notices: Vec<Notice>,
 }
 
 /// The book of one processing server.
@@ -223,91 +164,6 @@ impl Book {
     /// reaches, or none.
     pub fn see(&mut self, port: ServerPort, socket: Option<SocketId>, now: Now) {
         self.ports.see(port, socket, now.monotonic);
-    }
-
-    /// The port that [`Book::select`] gives a request for `filter` next, and the
-    /// server ports that it leads to. What was seen there last may be a second
-    /// old, so that the caller looks again.
-    #[must_use]
-    pub fn next_port(&self, filter: &PortFilter) -> Option<(ListenPort, Vec<ServerPort>)> {
-        let port = self.ports.longest_free(filter)?;
-        Some((port, self.ports.server_ports(port)))
-    }
-
-    /// Selects an available connection port for a request of the connection
-    /// server `owner`: the port that has been free for the longest time. The same
-    /// idempotency key selects the same live session.
-    ///
-    /// # Errors
-    /// The cause of the refusal; nothing has changed then.
-    pub fn select(
-        &mut self,
-        owner: &ConnectionServerId,
-        request: &Select,
-        now: Now,
-    ) -> Result<Selected, RefusalCause> {
-        if let Some(same) = self.with_key_of(request) {
-            let session = same?;
-            let notices = Vec::new();
-            return Ok(Selected { session, notices });
-        }
-        if self.sessions.contains_key(&request.session_id) {
-            return Err(RefusalCause::DuplicateId);
-        }
-        if self.is_draining() {
-            return Err(RefusalCause::Draining);
-        }
-        if self.is_recovering(now) {
-            return Err(RefusalCause::Recovering);
-        }
-        if !self.ports.knows(&request.filter) {
-            return Err(RefusalCause::UnknownPort);
-        }
-        let port = self.ports.longest_free(&request.filter);
-        let port = port.ok_or(RefusalCause::NoFreePort)?;
-        let id = request.session_id.clone();
-        let session = Session {
-            number: self.next_number,
-            port,
-            owner: owner.clone(),
-            state: State::Held,
-            open: BTreeSet::new(),
-            is_claimed: false,
-            closed: None,
-            filter: request.filter.clone(),
-            idempotency_key: request.idempotency_key.clone(),
-            bound_client: request.bound_client,
-            created: now.time,
-            claim_deadline: now.time_in(self.times.claim),
-            claim_until: now.monotonic + self.times.claim,
-            until: Some(now.monotonic + self.times.claim),
-            at_most: self.times.max_duration.map(|most| now.monotonic + most),
-        };
-        self.next_number += 1;
-        let described = self.describe(&id, &session);
-        self.insert(id, session);
-        let notice = Notice {
-            to: To::AllBut(owner.clone()),
-            message: FromAgent::Session(described.clone()),
-        };
-        Ok(Selected {
-            session: described,
-            notices: vec![notice],
-        })
-    }
-
-    /// The live session with the idempotency key of `request`, or the refusal
-    /// when a different request made it.
-    fn with_key_of(&self, request: &Select) -> Option<Result<selection::Session, RefusalCause>> {
-        let id = self.id_by_key.get(request.idempotency_key.as_ref()?)?;
-        let session = self.sessions.get(id)?;
-        let is_same = session.bound_client == request.bound_client
-            && (session.filter == request.filter || self.ports.fits(session.port, &request.filter));
-        Some(if is_same {
-            Ok(self.describe(id, session))
-        } else {
-            Err(RefusalCause::KeyReused)
-        })
     }
 
     /// Takes a report of the connection server `from`: `Opened`, `Closed`,

@@ -17,70 +17,21 @@
 //! and are not about to go with that session. Programs that serve one client and
 //! end would give the next one a reset. What one socket of an entry has proven
 //! holds for the entry's other ports too, until one of their sockets goes: from
-//! then on each socket must prove itself.
+//! then on each socket must prove itself. `trial` decides that.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod group;
+mod trial;
+
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::listening::{Listening, OUTLIVED_AFTER, ServerPort, Sight, SocketId};
+pub(super) use self::group::Occupancy;
+use self::group::{Group, Vacancy};
+use self::trial::Trial;
+use super::listening::{Listening, ServerPort, Sight, SocketId};
 use crate::pool::PortProtocol;
 use crate::session::{PortFilter, PortState, SessionId};
 use crate::table::{ListenPort, Row, TargetPort};
-
-/// Ports of one name and protocol.
-#[derive(Clone, Debug)]
-struct Group {
-    name: String,
-    protocol: PortProtocol,
-    /// Whether one of its sockets has outlived a session.
-    is_proven: bool,
-    /// Whether a socket of it has gone.
-    has_lost: bool,
-    /// Free ports, by the order in which they became free.
-    free: BTreeSet<(u64, ListenPort)>,
-    not_listening: u32,
-    on_trial: u32,
-    held: u32,
-    busy: u32,
-    lingering: u32,
-    ending: u32,
-}
-
-/// The use of a port by its session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Occupancy {
-    Held,
-    Busy,
-    /// Between connections.
-    Lingering,
-    /// The session is over; the port returns when all have acknowledged that.
-    Ending,
-}
-
-impl Group {
-    /// Whether its sockets outlive sessions, as far as is known of all of them.
-    fn is_lasting(&self) -> bool {
-        self.is_proven && !self.has_lost
-    }
-
-    /// The ports whose session is over and that are not free yet.
-    fn returning(&self) -> u32 {
-        self.ending + self.on_trial
-    }
-
-    fn serves(&self, filter: &PortFilter) -> bool {
-        filter.admits(&self.name, self.protocol)
-    }
-
-    fn count(&mut self, occupancy: Occupancy) -> &mut u32 {
-        match occupancy {
-            Occupancy::Held => &mut self.held,
-            Occupancy::Busy => &mut self.busy,
-            Occupancy::Lingering => &mut self.lingering,
-            Occupancy::Ending => &mut self.ending,
-        }
-    }
-}
 
 /// The session on a port.
 #[derive(Clone, Debug)]
@@ -89,25 +40,6 @@ struct Occupant {
     occupancy: Occupancy,
     /// The sockets at the port when the session came.
     sockets: Vec<Option<SocketId>>,
-}
-
-/// What must be seen before a port is free again.
-#[derive(Clone, Debug)]
-struct Trial {
-    /// When its session ended. Only what was seen since then counts.
-    since: Duration,
-    /// When the sockets that the session used count as lasting.
-    ends: Duration,
-    /// The sockets at the port when the session came.
-    sockets: Vec<Option<SocketId>>,
-}
-
-/// A port without a session.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Vacancy {
-    Free,
-    NotListening,
-    OnTrial,
 }
 
 #[derive(Clone, Debug)]
@@ -204,34 +136,42 @@ impl Ports {
         let is_lost = before.is_some() && before != socket;
         for number in leading {
             self.unlist(number);
-            let server_ports = self.server_ports(number);
-            let is_listening = self.listening.covers(server_ports.iter().copied());
-            let sights: Vec<&Sight> = server_ports
-                .iter()
-                .filter_map(|port| self.listening.get(*port))
-                .collect();
-            let mut proven = Vec::new();
-            if let Some(port) = self.ports.get_mut(&number) {
-                let group = &mut self.groups[port.group];
-                group.has_lost |= is_lost;
-                port.is_listening = is_listening;
-                if let Some(trial) = &port.trial
-                    && is_over(trial, &sights, now)
-                {
-                    let lasts = |index: &usize| {
-                        let socket = sights[*index].socket;
-                        is_listening && Some(&socket) == trial.sockets.get(*index)
-                    };
-                    let all = 0..sights.len();
-                    group.is_proven |= all.clone().all(|index| lasts(&index));
-                    proven.extend(all.filter(lasts).map(|index| server_ports[index]));
-                    port.trial = None;
-                }
-            }
-            for server_port in proven {
+            self.note_sockets(number, is_lost);
+            self.end_trial(number, now);
+            self.list(number);
+        }
+    }
+
+    /// Follows a change of the sockets at `number`; `is_lost` says that one of
+    /// them has gone.
+    fn note_sockets(&mut self, number: ListenPort, is_lost: bool) {
+        let server_ports = self.server_ports(number);
+        if let Some(port) = self.ports.get_mut(&number) {
+            port.is_listening = self.listening.covers(server_ports.into_iter());
+            self.groups[port.group].has_lost |= is_lost;
+        }
+    }
+
+    /// Ends the trial of `number` if what was seen decides it.
+    fn end_trial(&mut self, number: ListenPort, now: Duration) {
+        let server_ports = self.server_ports(number);
+        let sights: Vec<&Sight> = server_ports
+            .iter()
+            .filter_map(|port| self.listening.get(*port))
+            .collect();
+        let Some(port) = self.ports.get_mut(&number) else {
+            return;
+        };
+        let trial = port.trial.as_ref();
+        let Some(lasting) = trial.and_then(|trial| trial.outcome(&sights, now)) else {
+            return;
+        };
+        port.trial = None;
+        self.groups[port.group].is_proven |= lasting.iter().all(|lasts| *lasts);
+        for (server_port, lasts) in server_ports.into_iter().zip(lasting) {
+            if lasts {
                 self.listening.prove(server_port);
             }
-            self.list(number);
         }
     }
 
@@ -280,7 +220,7 @@ impl Ports {
     /// The port that serves `filter` and has been free for the longest time.
     pub(super) fn longest_free(&self, filter: &PortFilter) -> Option<ListenPort> {
         let groups = self.groups.iter().filter(|group| group.serves(filter));
-        let earliest = groups.filter_map(|group| group.free.first()).min()?;
+        let earliest = groups.filter_map(Group::longest_free).min()?;
         Some(earliest.1)
     }
 
@@ -331,11 +271,9 @@ impl Ports {
             port.freed = self.next_freed;
             let is_lasting = is_proven || self.groups[port.group].is_lasting();
             let closed = closed.filter(|_| !is_lasting);
-            port.trial = occupant.zip(closed).map(|(occupant, closed)| Trial {
-                since: now,
-                ends: closed + OUTLIVED_AFTER,
-                sockets: occupant.sockets,
-            });
+            port.trial = occupant
+                .zip(closed)
+                .map(|(occupant, closed)| Trial::new(occupant.sockets, closed, now));
             if let Some(trial) = &port.trial {
                 for server_port in server_ports {
                     self.listening.begin_trial(server_port, trial.ends, now);
@@ -351,16 +289,7 @@ impl Ports {
 
     /// Ports by name, protocol and state.
     pub(super) fn counts(&self) -> Vec<PortState> {
-        let counts = self.groups.iter().map(|group| PortState {
-            name: group.name.clone(),
-            protocol: group.protocol,
-            free: u32::try_from(group.free.len()).unwrap_or(u32::MAX),
-            held: group.held,
-            busy: group.busy,
-            lingering: group.lingering + group.returning(),
-            not_listening: group.not_listening,
-        });
-        counts.collect()
+        self.groups.iter().map(Group::state).collect()
     }
 
     /// The ports that become free without a client's doing.
@@ -389,7 +318,7 @@ impl Ports {
             return false;
         };
         let group = &self.groups[port.group];
-        port.target == target && group.name == range.name && group.protocol == range.protocol
+        port.target == target && group.includes(range)
     }
 
     /// Adds `number` as the row says, unless it is there.
@@ -401,25 +330,12 @@ impl Ports {
         if self.ports.contains_key(&number) {
             return;
         }
-        let is_group = |group: &Group| group.name == range.name && group.protocol == range.protocol;
-        let (name, protocol) = (range.name.clone(), range.protocol);
-        let group = self.groups.iter().position(is_group).unwrap_or_else(|| {
-            let free = BTreeSet::new();
-            self.groups.push(Group {
-                name,
-                protocol,
-                is_proven: false,
-                has_lost: false,
-                free,
-                not_listening: 0,
-                on_trial: 0,
-                held: 0,
-                busy: 0,
-                lingering: 0,
-                ending: 0,
-            });
+        let known = self.groups.iter().position(|group| group.includes(range));
+        let group = known.unwrap_or_else(|| {
+            self.groups.push(Group::new(range));
             self.groups.len() - 1
         });
+        let protocol = range.protocol;
         for server_port in ServerPort::all(target, protocol) {
             self.listening.add(server_port, number, now);
         }
@@ -450,12 +366,7 @@ impl Ports {
         let Some((port, vacancy)) = port.and_then(|port| Some((port, port.vacancy()?))) else {
             return;
         };
-        let group = &mut self.groups[port.group];
-        match vacancy {
-            Vacancy::Free => drop(group.free.insert((port.freed, number))),
-            Vacancy::NotListening => group.not_listening += 1,
-            Vacancy::OnTrial => group.on_trial += 1,
-        }
+        self.groups[port.group].list(number, port.freed, vacancy);
     }
 
     /// Undoes [`Ports::list`].
@@ -464,25 +375,6 @@ impl Ports {
         let Some((port, vacancy)) = port.and_then(|port| Some((port, port.vacancy()?))) else {
             return;
         };
-        let group = &mut self.groups[port.group];
-        match vacancy {
-            Vacancy::Free => drop(group.free.remove(&(port.freed, number))),
-            Vacancy::NotListening => group.not_listening -= 1,
-            Vacancy::OnTrial => group.on_trial -= 1,
-        }
+        self.groups[port.group].unlist(number, port.freed, vacancy);
     }
-}
-
-/// Whether `sights` decide what becomes of a port on `trial`.
-fn is_over(trial: &Trial, sights: &[&Sight], now: Duration) -> bool {
-    if sights.iter().any(|sight| sight.seen_at < trial.since) {
-        return false;
-    }
-    let is_gone = sights.iter().any(|sight| sight.socket.is_none());
-    let is_other = |(index, sight): (usize, &&Sight)| {
-        sight.is_proven() || trial.sockets.get(index) != Some(&sight.socket)
-    };
-    let are_others = sights.iter().enumerate().all(is_other);
-    let has_ended = now >= trial.ends && sights.iter().all(|sight| sight.seen_at >= trial.ends);
-    is_gone || are_others || has_ended
 }

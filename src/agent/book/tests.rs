@@ -1,5 +1,8 @@
 use super::*;
+use jiff::Timestamp;
+
 use crate::pool::{PortProtocol, ProxyProtocol};
+use crate::selection::{RefusalCause, Select};
 use crate::session::{PortFilter, SessionState};
 use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};

@@ -1,0 +1,108 @@
+//! The selection of a port for a request, which makes a session.
+//!
+//! Source: US 8,544,018 B2, claim 1, the request receiving part.
+
+use std::collections::BTreeSet;
+
+use super::listening::ServerPort;
+use super::session::{Session, State};
+use super::{Book, Notice, Now, To};
+use crate::selection::{self, ConnectionServerId, FromAgent, RefusalCause, Select};
+use crate::session::PortFilter;
+use crate::table::ListenPort;
+
+/// The selection of a port for a request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Selected {
+    /// The session on the selected port.
+    pub session: selection::Session,
+    /// The messages to send before the answer.
+    pub notices: Vec<Notice>,
+}
+
+impl Book {
+    /// The port that [`Book::select`] gives a request for `filter` next, and the
+    /// server ports that it leads to. What was seen there last may be a second
+    /// old, so that the caller looks again.
+    #[must_use]
+    pub fn next_port(&self, filter: &PortFilter) -> Option<(ListenPort, Vec<ServerPort>)> {
+        let port = self.ports.longest_free(filter)?;
+        Some((port, self.ports.server_ports(port)))
+    }
+
+    /// Selects an available connection port for a request of the connection
+    /// server `owner`: the port that has been free for the longest time. The same
+    /// idempotency key selects the same live session.
+    ///
+    /// # Errors
+    /// The cause of the refusal; nothing has changed then.
+    pub fn select(
+        &mut self,
+        owner: &ConnectionServerId,
+        request: &Select,
+        now: Now,
+    ) -> Result<Selected, RefusalCause> {
+        if let Some(same) = self.with_key_of(request) {
+            let session = same?;
+            let notices = Vec::new();
+            return Ok(Selected { session, notices });
+        }
+        if self.sessions.contains_key(&request.session_id) {
+            return Err(RefusalCause::DuplicateId);
+        }
+        if self.is_draining() {
+            return Err(RefusalCause::Draining);
+        }
+        if self.is_recovering(now) {
+            return Err(RefusalCause::Recovering);
+        }
+        if !self.ports.knows(&request.filter) {
+            return Err(RefusalCause::UnknownPort);
+        }
+        let port = self.ports.longest_free(&request.filter);
+        let port = port.ok_or(RefusalCause::NoFreePort)?;
+        let id = request.session_id.clone();
+        let session = Session {
+            number: self.next_number,
+            port,
+            owner: owner.clone(),
+            state: State::Held,
+            open: BTreeSet::new(),
+            is_claimed: false,
+            closed: None,
+            filter: request.filter.clone(),
+            idempotency_key: request.idempotency_key.clone(),
+            bound_client: request.bound_client,
+            created: now.time,
+            claim_deadline: now.time_in(self.times.claim),
+            claim_until: now.monotonic + self.times.claim,
+            until: Some(now.monotonic + self.times.claim),
+            at_most: self.times.max_duration.map(|most| now.monotonic + most),
+        };
+        self.next_number += 1;
+        let described = self.describe(&id, &session);
+        self.insert(id, session);
+        let notice = Notice {
+            to: To::AllBut(owner.clone()),
+            message: FromAgent::Session(described.clone()),
+        };
+        Ok(Selected {
+            session: described,
+            notices: vec![notice],
+        })
+    }
+
+    /// The live session with the idempotency key of `request`, or the refusal
+    /// when a different request made it.
+    fn with_key_of(&self, request: &Select) -> Option<Result<selection::Session, RefusalCause>> {
+        let id = self.id_by_key.get(request.idempotency_key.as_ref()?)?;
+        let session = self.sessions.get(id)?;
+        let is_same = session.bound_client == request.bound_client
+            && (session.filter == request.filter || self.ports.fits(session.port, &request.filter));
+        Some(if is_same {
+            Ok(self.describe(id, session))
+        } else {
+            Err(RefusalCause::KeyReused)
+        })
+    }
+}
