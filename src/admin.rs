@@ -25,6 +25,17 @@ pub struct AdminState {
     pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
     /// Port-relationship table in use.
     pub table: Box<dyn Fn() -> Option<Arc<Table>> + Send + Sync>,
+    /// What only this role has.
+    pub pages: Pages,
+}
+
+/// Pages of one role, beside those of every role.
+#[derive(Default)]
+pub struct Pages {
+    /// What serves them.
+    pub router: Router,
+    /// Their paths, a line each, for the page `/`.
+    pub paths: &'static str,
 }
 
 /// Why the admin port cannot be served.
@@ -76,16 +87,20 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, AdminError> {
 /// Serves the pages on `listener` until `shutdown`.
 pub async fn serve(
     listener: TcpListener,
-    state: AdminState,
+    mut state: AdminState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) {
+    let Pages { router, paths } = std::mem::take(&mut state.pages);
+    let index =
+        async move || format!("portpool\n\n/livez\n/readyz\n/metrics\n/v1/port-table\n{paths}");
     let router = Router::new()
         .route("/", get(index))
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
         .route("/v1/port-table", get(port_table))
-        .with_state(Arc::new(state));
+        .with_state(Arc::new(state))
+        .merge(router);
     // Open requests are cut at shutdown: their clients poll and ask again.
     tokio::select! {
         served = axum::serve(listener, router) => {
@@ -95,10 +110,6 @@ pub async fn serve(
         }
         () = shutdown => {}
     }
-}
-
-async fn index() -> &'static str {
-    "portpool\n\n/livez\n/readyz\n/metrics\n/v1/port-table\n"
 }
 
 async fn readyz(State(state): State<Arc<AdminState>>) -> Response {

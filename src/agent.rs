@@ -217,6 +217,7 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
             _ => Ok(()),
         }),
         table: Box::new(move || table.table()),
+        pages: admin::Pages::default(),
     }
 }
 

@@ -13,8 +13,9 @@
 //! # The modules
 //!
 //! ```text
-//! server        → agents, control, handover, load_sharing, metrics, sessions  wires all parts, from start to stop
+//! server        → agents, control, handover, inspection, load_sharing, metrics, sessions  wires all parts, from start to stop
 //! handover      → agents, control, sessions             all of it to a new process, without cutting anything
+//! inspection    → load_sharing, sessions                the admin port's own pages: which session is where
 //! load_sharing  → control, metrics, sessions            the load-sharing port: from a request to a session
 //! agents        → control, load_sharing, metrics, sessions  a stream of the selection protocol per processing server
 //! metrics       → load_sharing, sessions                what is counted
@@ -28,6 +29,7 @@
 pub mod agents;
 pub mod control;
 pub mod handover;
+pub mod inspection;
 pub mod load_sharing;
 pub mod metrics;
 mod server;

@@ -299,6 +299,7 @@ async fn serve_admin(
         // A controller that waits for the lease is ready to take over.
         ready: Box::new(|| Ok(())),
         table: Box::new(|| None),
+        pages: admin::Pages::default(),
     };
     tokio::spawn(admin::serve(
         listener,

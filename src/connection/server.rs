@@ -28,6 +28,7 @@ use tracing::{error, info, warn};
 use super::agents::host_identity;
 use super::agents::{Agents, AgentsSnapshot};
 use super::control::Control;
+use super::inspection;
 use super::load_sharing::allocation::Allocation;
 use super::load_sharing::api::{self, Api};
 use super::load_sharing::http;
@@ -153,10 +154,15 @@ impl Server {
         };
         parts.apply(&parts.control.begin_change().await, &initial.table)?;
         let (in_use, table) = watch::channel(initial.table);
-        let api = wire_api(&parts, metrics, table.clone(), options.advertise.clone());
+        let api = Arc::new(wire_api(
+            &parts,
+            metrics,
+            table.clone(),
+            options.advertise.clone(),
+        ));
         let admin = initial.admin.as_fd().try_clone_to_owned();
         let server = Self {
-            router: api::router(Arc::new(api)),
+            router: api::router(api.clone()),
             parts,
             table,
             is_successor: initial.is_successor,
@@ -167,7 +173,7 @@ impl Server {
             stopping: CancellationToken::new(),
             tasks: TaskTracker::new(),
         };
-        server.serve_admin(initial.admin, registry);
+        server.serve_admin(initial.admin, registry, api);
         server.keep_time();
         let (parts, stopping) = (server.parts.clone(), server.stopping.clone());
         server
@@ -231,7 +237,7 @@ impl Server {
         }
     }
 
-    fn serve_admin(&self, listener: TcpListener, registry: Registry) {
+    fn serve_admin(&self, listener: TcpListener, registry: Registry, api: Arc<Api>) {
         let (draining, allocation, table) = (
             self.draining.clone(),
             self.parts.allocation.clone(),
@@ -258,6 +264,7 @@ impl Server {
                 }
             }),
             table: Box::new(move || Some(table.borrow().clone())),
+            pages: inspection::pages(api, self.stopping.clone()),
         };
         let stopping = self.stopping.clone().cancelled_owned();
         self.tasks.spawn(admin::serve(listener, state, stopping));

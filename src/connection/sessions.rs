@@ -22,11 +22,15 @@
 //!
 //! - `gate`: what the data plane asks and reports;
 //! - `actions`: what it must do after a change;
+//! - `listing`, `events`: which session is where, and what happens to it, for
+//!   the admin port;
 //! - `snapshot`: to a successor and from a predecessor; `span`: logs;
 //! - this file: the live sessions, and what agents and clients change.
 
 mod actions;
+pub mod events;
 mod gate;
+pub mod listing;
 pub mod snapshot;
 pub mod span;
 
@@ -40,6 +44,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use self::actions::{Action, Actions};
+use self::events::Watchers;
 use self::gate::PendingLookup;
 use self::span::{Carried, SessionSpan};
 use crate::forward::{SessionKey, Traffic};
@@ -102,6 +107,7 @@ struct Inner {
     /// every connection server had the end.
     last_ended: HashMap<ListenPort, SessionId>,
     pending_lookups: HashMap<ListenPort, Vec<PendingLookup>>,
+    watchers: Watchers,
 }
 
 #[derive(Debug)]
@@ -218,6 +224,7 @@ impl Inner {
             self.id_by_idempotency_key.insert(key.clone(), id.clone());
         }
         self.last_ended.remove(&port);
+        self.tell(&live, None);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
     }
@@ -227,6 +234,7 @@ impl Inner {
     fn end(&mut self, id: &SessionId, cause: &'static str) -> Option<Action> {
         let port = self.port_by_id.remove(id)?;
         let live = self.live.remove(&port)?;
+        self.tell(&live, Some(cause));
         // The key may name a later session by now.
         if let Some(key) = &live.session.idempotency_key
             && self.id_by_idempotency_key.get(key) == Some(id)
@@ -358,7 +366,11 @@ impl Sessions {
         let known = inner.live.get(&port).map(|live| live.session.id.clone());
         if known.as_ref() == Some(&session.id) {
             if let Some(live) = inner.live.get_mut(&port) {
-                live.session = session;
+                let former = std::mem::replace(&mut live.session, session).state;
+                let live = &inner.live[&port];
+                if live.session.state != former {
+                    inner.tell(live, None);
+                }
             }
             return Actions::default();
         }

@@ -8,6 +8,7 @@ use super::context::Reconcile;
 use super::observation::{Observation, Pods};
 use super::requests::Error;
 use crate::client;
+use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
 
 /// How long a connection server may take to report its numbers.
@@ -24,7 +25,7 @@ impl Reconcile<'_> {
         let uid = self.owner.uid;
         stores.ready().await;
         let pods = Pods::of(stores, self.owner);
-        let live = ask(&pods, self.owner.pool.load_sharing_port).await;
+        let live = ask(&pods).await;
         let mut observation =
             Observation::new(stores, self.owner, &self.template_hash, &pods, live);
         if memory.is_due_for_listing(uid) {
@@ -39,10 +40,11 @@ impl Reconcile<'_> {
     }
 }
 
-/// Asks the connection servers, one after another, until one answers.
-async fn ask(pods: &Pods, port: u16) -> Option<PoolState> {
+/// Asks the connection servers on their admin ports, one after another, until
+/// one answers.
+async fn ask(pods: &Pods) -> Option<PoolState> {
     for address in pods.connection_addresses() {
-        let address = SocketAddr::new(address, port).to_string();
+        let address = SocketAddr::new(address, CONNECTION_ADMIN_PORT).to_string();
         let Ok(client) = client::Client::new(&address) else {
             continue;
         };

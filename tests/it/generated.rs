@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::common::agree;
+use portpool::connection::{inspection, load_sharing};
 
 #[test]
 fn protocol_code_is_generated_from_its_proto() {
@@ -28,12 +29,14 @@ fn protocol_code_is_generated_from_its_proto() {
 }
 
 #[test]
-fn openapi_document_is_generated_from_the_handlers() {
-    let mut document = portpool::connection::load_sharing::api::openapi()
-        .to_pretty_json()
-        .unwrap();
-    document.push('\n');
-    agree("docs/openapi.json", &document);
+fn openapi_documents_are_generated_from_the_handlers() {
+    let documents = [
+        ("docs/openapi.json", load_sharing::api::openapi()),
+        ("docs/openapi-admin.json", inspection::openapi()),
+    ];
+    for (path, document) in documents {
+        agree(path, &(document.to_pretty_json().unwrap() + "\n"));
+    }
 }
 
 #[test]

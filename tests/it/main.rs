@@ -23,6 +23,7 @@ mod generated;
 mod handover;
 mod http;
 mod image;
+mod inspection;
 mod layering;
 mod local;
 mod manifest;

@@ -45,6 +45,9 @@ pub enum Refused {
     /// The resource has other methods.
     #[error("see /openapi.json for the paths and methods")]
     MethodNotAllowed,
+    /// As many watch events as may.
+    #[error("{0} clients watch events of this connection server: end one, or ask again")]
+    TooManyWatchers(usize),
     /// The client left. One of HTTP/1.0 may still read this.
     #[error(
         "the client ended its side while the request was waiting: keep it open, or ask over HTTP/1.1"
@@ -95,6 +98,11 @@ impl Refused {
                 Code::METHOD_NOT_ALLOWED,
                 "method-not-allowed",
                 "Method not allowed",
+            ),
+            Self::TooManyWatchers(_) => (
+                Code::SERVICE_UNAVAILABLE,
+                "too-many-watchers",
+                "Too many watchers",
             ),
             Self::Departed => (Code::SERVICE_UNAVAILABLE, "departed", "Client has left"),
             Self::Allocation(refusal) => {

@@ -1,0 +1,144 @@
+//! The admin port's own pages of a connection server: which session is where,
+//! what happens to sessions, and the live state of the pool. They change
+//! nothing.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use futures::{Stream, StreamExt};
+use tokio::sync::Semaphore;
+use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged;
+use tokio_util::sync::CancellationToken;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::load_sharing::api::Api;
+use super::load_sharing::problem::Refused;
+use super::sessions::events::SessionEvent;
+use super::sessions::listing::{PAGE_MAX, SessionPage, SessionQuery};
+use crate::admin::Pages;
+use crate::session::{PoolState, Problem};
+
+/// Most clients that watch events at a time.
+const WATCHERS_MAX: usize = 32;
+
+/// The OpenAPI document of these pages.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "portpool connection server, admin port",
+        description = "Which session is where, as one connection server knows it. Every connection server of a pool knows all live sessions; connections are those through the one that is asked."
+    ),
+    components(schemas(SessionEvent))
+)]
+struct Document;
+
+/// What the handlers need.
+struct Inspection {
+    api: Arc<Api>,
+    watchers: Arc<Semaphore>,
+    stopping: CancellationToken,
+}
+
+/// The pages. Watchers are sent away when `stopping`.
+#[must_use]
+pub fn pages(api: Arc<Api>, stopping: CancellationToken) -> Pages {
+    let inspection = Inspection {
+        api,
+        watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        stopping,
+    };
+    let (router, _) = documented().split_for_parts();
+    Pages {
+        router: router.with_state(Arc::new(inspection)),
+        paths: "/v1/pool\n/v1/sessions\n/v1/events\n/openapi.json\n",
+    }
+}
+
+/// The OpenAPI document, as served at `/openapi.json` of the admin port.
+#[must_use]
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    documented().split_for_parts().1
+}
+
+fn documented() -> OpenApiRouter<Arc<Inspection>> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(list_sessions))
+        .routes(routes!(watch_events))
+        .routes(routes!(get_pool))
+        .routes(routes!(get_openapi))
+}
+
+/// The live sessions, a page at a time.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions",
+    params(SessionQuery),
+    responses(
+        (status = 200, description = "A page of sessions", body = SessionPage),
+        (status = 422, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn list_sessions(
+    State(inspection): State<Arc<Inspection>>,
+    query: Result<Query<SessionQuery>, QueryRejection>,
+) -> Result<Json<SessionPage>, Refused> {
+    let Query(query) = query.map_err(|error| Refused::InvalidField(error.body_text()))?;
+    let Some(length) = query.page_length() else {
+        let message = format!("limit must be 1 to {PAGE_MAX}");
+        return Err(Refused::InvalidField(message));
+    };
+    Ok(Json(inspection.api.sessions.list(&query, length)))
+}
+
+/// Changes of sessions from now on, as server-sent events. The name of an event
+/// is the state that a session is in now (`Held`, `Busy`, `Lingering`) or
+/// `Ended`; its data is a `SessionEvent`. A watcher that reads too slowly gets
+/// an event `lost` with the number of those that it missed. To miss nothing,
+/// watch first and then list.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    responses(
+        (status = 200, description = "A stream of events", body = String, content_type = "text/event-stream"),
+        (status = 503, description = "Too many clients watch already", body = Problem, content_type = "application/problem+json",
+            headers(("retry-after" = u32, description = "Seconds"))),
+    )
+)]
+async fn watch_events(
+    State(inspection): State<Arc<Inspection>>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refused> {
+    let place = inspection.watchers.clone().try_acquire_owned();
+    let place = place.map_err(|_| Refused::TooManyWatchers(WATCHERS_MAX))?;
+    let events = BroadcastStream::new(inspection.api.sessions.watch());
+    let stopping = inspection.stopping.clone().cancelled_owned();
+    let events = events.take_until(stopping).map(move |event| {
+        let _place = &place;
+        Ok(match event {
+            Ok(event) => Event::default()
+                .event(event.name())
+                .json_data(&event)
+                .unwrap_or_default(),
+            Err(Lagged(lost)) => Event::default().event("lost").data(lost.to_string()),
+        })
+    });
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+}
+
+/// Live state of the pool: sessions by server, ports by state.
+#[utoipa::path(get, path = "/v1/pool", responses((status = 200, description = "The pool", body = PoolState)))]
+async fn get_pool(State(inspection): State<Arc<Inspection>>) -> Json<PoolState> {
+    Json(inspection.api.pool_state())
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "OpenAPI")))]
+async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi())
+}

@@ -1,0 +1,160 @@
+//! Which session is where: the live sessions as one connection server knows
+//! them, a page at a time.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use super::{Inner, Live, Sessions};
+use crate::pool::PortProtocol;
+use crate::session::SessionState;
+use crate::table::Slot;
+
+/// Most sessions of a page.
+pub const PAGE_MAX: usize = 1000;
+
+/// Sessions of a page whose request names no number.
+const PAGE_DEFAULT: usize = 100;
+
+/// A live session as one connection server knows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SessionInfo {
+    /// Names the session.
+    pub id: String,
+    /// The slot of its processing server.
+    #[schema(value_type = u32)]
+    pub slot: Slot,
+    /// The name of its processing server; absent when the table has that no more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
+    /// Its connection port.
+    pub port: u16,
+    /// What the port forwards.
+    pub protocol: PortProtocol,
+    /// Name of the port entry.
+    pub port_name: String,
+    /// Where the session is in its life, as its agent reported last.
+    pub state: SessionState,
+    /// While `Held`: when it ends unless its client connects (RFC 3339).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub claim_deadline: Option<jiff::Timestamp>,
+    /// When the port was selected (RFC 3339).
+    #[schema(value_type = String, format = DateTime)]
+    pub created: jiff::Timestamp,
+    /// The address that asked for it, if it asked this connection server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub requester: Option<IpAddr>,
+    /// The only address that may connect, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub bound_client: Option<IpAddr>,
+    /// Connections and UDP flows that are open through this connection server.
+    pub connections: u32,
+}
+
+/// Which sessions are listed, and from where on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, IntoParams)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub struct SessionQuery {
+    /// Only sessions of the processing server with this name.
+    pub server: Option<String>,
+    /// Only sessions on ports of the entry with this name.
+    pub port_name: Option<String>,
+    /// Only sessions in this state.
+    pub state: Option<SessionState>,
+    /// Most sessions of the page: 1 to 1000, default 100.
+    #[param(minimum = 1, maximum = 1000)]
+    pub limit: Option<usize>,
+    /// Only sessions after this one: `next` of the page before.
+    pub after: Option<String>,
+}
+
+/// A page of sessions, in the order of their ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct SessionPage {
+    /// The sessions.
+    pub items: Vec<SessionInfo>,
+    /// What `after` is for the next page; absent on the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+impl SessionQuery {
+    /// The number of sessions of a page; `None` if it is out of bounds.
+    #[must_use]
+    pub fn page_length(&self) -> Option<usize> {
+        let limit = self.limit.unwrap_or(PAGE_DEFAULT);
+        (1..=PAGE_MAX).contains(&limit).then_some(limit)
+    }
+
+    fn admits(&self, session: &Live, server: Option<&str>) -> bool {
+        let is = |wanted: &Option<String>, value: Option<&str>| {
+            wanted.is_none() || wanted.as_deref() == value
+        };
+        is(&self.server, server)
+            && is(&self.port_name, Some(&session.session.port_name))
+            && self
+                .state
+                .is_none_or(|state| state == session.session.state)
+            && self
+                .after
+                .as_deref()
+                .is_none_or(|after| session.session.id.as_str() > after)
+    }
+}
+
+impl Inner {
+    /// The name of the processing server in `slot`.
+    fn server(&self, slot: Slot) -> Option<&str> {
+        let row = self.table.as_ref()?.table().row(slot)?;
+        Some(&row.server)
+    }
+
+    /// `live` as others see it.
+    pub(super) fn info(&self, live: &Live) -> SessionInfo {
+        let session = &live.session;
+        let is_held = session.state == SessionState::Held;
+        SessionInfo {
+            id: session.id.to_string(),
+            slot: live.slot,
+            server: self.server(live.slot).map(str::to_owned),
+            port: session.port.get(),
+            protocol: session.protocol,
+            port_name: session.port_name.clone(),
+            state: session.state,
+            claim_deadline: is_held.then_some(session.claim_deadline),
+            created: session.created,
+            requester: live.span.client(),
+            bound_client: live.bound_client,
+            connections: live.flows.lock().open,
+        }
+    }
+}
+
+impl Sessions {
+    /// The live sessions that `query` asks for, at most `length` of them.
+    #[must_use]
+    pub fn list(&self, query: &SessionQuery, length: usize) -> SessionPage {
+        let inner = self.inner.read();
+        let mut found: Vec<&Live> = inner
+            .live
+            .values()
+            .filter(|live| query.admits(live, inner.server(live.slot)))
+            .collect();
+        found.sort_unstable_by(|one, other| one.session.id.cmp(&other.session.id));
+        let page = &found[..found.len().min(length)];
+        let has_more = page.len() < found.len();
+        SessionPage {
+            items: page.iter().map(|live| inner.info(live)).collect(),
+            next: page
+                .last()
+                .filter(|_| has_more)
+                .map(|live| live.session.id.to_string()),
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! The admin port's pages about sessions: which is where, and what happens to it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+
+use serde_json::Value;
+
+use crate::common::{Pool, SOON, connect, echo, get};
+
+/// The status and the JSON body of the answer to `GET path` on an admin port.
+fn ask(pool: &Pool, path: &str) -> (u16, Value) {
+    let answer = get(pool.connection_address(0), 7701, path);
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, serde_json::from_str(body).unwrap())
+}
+
+fn ids(page: &Value) -> Vec<&str> {
+    let items = page["items"].as_array().unwrap().iter();
+    items.map(|item| item["id"].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn sessions_are_listed_by_server_port_name_and_state() {
+    let pool = Pool::running(2, |_| {}).await;
+    let mut sessions = Vec::new();
+    for _ in 0..4 {
+        sessions.push(pool.request().await.unwrap());
+    }
+    let mut client = connect(&sessions[0]);
+    echo(&mut client, "busy now");
+    pool.until(|state| state.servers.iter().any(|server| server.ports[0].busy == 1))
+        .await;
+
+    let (_, all) = ask(&pool, "/v1/sessions");
+    let mut expected: Vec<&str> = sessions.iter().map(|session| session.id.as_str()).collect();
+    expected.sort_unstable();
+    assert_eq!(ids(&all), expected);
+    assert!(all.get("next").is_none());
+
+    let (_, busy) = ask(&pool, "/v1/sessions?state=Busy");
+    assert_eq!(ids(&busy), [sessions[0].id.as_str()]);
+    let busy = &busy["items"][0];
+    assert_eq!(busy["port"], sessions[0].port);
+    assert_eq!(busy["server"], sessions[0].server.as_str());
+    assert_eq!(busy["connections"], 1);
+    assert_eq!(
+        busy["requester"],
+        client.local_addr().unwrap().ip().to_string()
+    );
+
+    let (server, name) = (&sessions[1].server, &sessions[1].port_name);
+    let (_, there) = ask(
+        &pool,
+        &format!("/v1/sessions?server={server}&portName={name}"),
+    );
+    assert_eq!(ids(&there).len(), 2, "of two servers");
+    let (_, none) = ask(&pool, "/v1/sessions?portName=other");
+    assert!(ids(&none).is_empty());
+
+    let mut paged = Vec::new();
+    let mut path = "/v1/sessions?limit=3".to_owned();
+    loop {
+        let (_, page) = ask(&pool, &path);
+        paged.extend(ids(&page).iter().map(|&id| id.to_owned()));
+        match page["next"].as_str() {
+            Some(next) => path = format!("/v1/sessions?limit=3&after={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(paged, expected);
+}
+
+#[tokio::test]
+async fn a_wrong_question_about_sessions_names_the_parameter() {
+    let pool = Pool::running(1, |_| {}).await;
+    for (query, named) in [
+        ("limit=0", "limit must be 1 to 1000"),
+        ("limit=1001", "limit must be 1 to 1000"),
+        ("limit=many", "limit"),
+        ("state=Asleep", "Asleep"),
+        ("servers=one", "servers"),
+    ] {
+        let (status, problem) = ask(&pool, &format!("/v1/sessions?{query}"));
+        let detail = problem["detail"].as_str().unwrap();
+        assert_eq!(status, 422, "{query}: {problem}");
+        assert!(detail.contains(named), "{query}: {detail}");
+    }
+}
+
+/// A client that watches events, after the head of the answer.
+fn watch(pool: &Pool) -> (u16, BufReader<TcpStream>) {
+    let mut stream = TcpStream::connect((pool.connection_address(0), 7701)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    write!(stream, "GET /v1/events HTTP/1.0\r\n\r\n").unwrap();
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    stream.read_line(&mut line).unwrap();
+    let status = line.split(' ').nth(1).unwrap().parse().unwrap();
+    while line != "\r\n" {
+        line.clear();
+        stream.read_line(&mut line).unwrap();
+    }
+    (status, stream)
+}
+
+/// The name and the data of the next event.
+fn next_event(watcher: &mut BufReader<TcpStream>) -> (String, Value) {
+    let (mut name, mut data) = (None, None);
+    loop {
+        let mut line = String::new();
+        watcher.read_line(&mut line).unwrap();
+        match line.trim_end().split_once(": ") {
+            Some(("event", value)) => name = Some(value.to_owned()),
+            Some(("data", value)) => data = Some(serde_json::from_str(value).unwrap()),
+            _ if name.is_some() => return (name.unwrap(), data.unwrap()),
+            _ => assert!(!line.is_empty(), "the stream has ended"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_watches_learns_of_every_change_of_a_session() {
+    let mut pool = Pool::running(1, |table| table.sessions.linger_seconds = 60).await;
+    let (status, mut watcher) = watch(&pool);
+    assert_eq!(status, 200);
+    let session = pool.request().await.unwrap();
+    let mut client = connect(&session);
+    echo(&mut client, "watched");
+    drop(client);
+    pool.until(|state| state.servers[0].ports[0].lingering == 1)
+        .await;
+    pool.client().release(&session.id).await.unwrap();
+    for expected in ["Held", "Busy", "Lingering", "Ended"] {
+        let (name, event) = next_event(&mut watcher);
+        assert_eq!(name, expected, "{event}");
+        assert_eq!(event["session"]["id"], session.id.as_str());
+        let cause = event.get("cause").and_then(Value::as_str);
+        assert_eq!(cause, (name == "Ended").then_some("RELEASED"));
+    }
+    // Nobody has to leave for the connection server to end.
+    pool.connection_servers[0].terminate();
+    pool.connection_servers[0].wait();
+    let mut rest = String::new();
+    watcher.read_to_string(&mut rest).unwrap();
+}
+
+#[tokio::test]
+async fn watchers_beyond_the_bound_are_refused_until_one_leaves() {
+    let pool = Pool::running(1, |_| {}).await;
+    let mut watchers: Vec<_> = (0..32).map(|_| watch(&pool)).collect();
+    assert!(watchers.iter().all(|(status, _)| *status == 200));
+    let (status, mut refused) = watch(&pool);
+    let mut problem = String::new();
+    refused.read_to_string(&mut problem).unwrap();
+    assert_eq!(status, 503, "{problem}");
+    assert!(problem.contains("too-many-watchers"), "{problem}");
+    watchers.pop();
+    let deadline = std::time::Instant::now() + SOON;
+    // Its leaving is noticed when something is written to it.
+    while watch(&pool).0 != 200 {
+        assert!(std::time::Instant::now() < deadline);
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
