@@ -19,7 +19,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-pub use self::ports::{PortEntry, PortProtocol, ProxyProtocol};
+pub use self::ports::{Mapping, PortEntry, PortProtocol, ProxyProtocol};
 pub use self::sessions::{Admission, ClientBinding, Sessions};
 
 /// Most characters of a pool's name: pods and services append up to 11 to it, and

@@ -23,14 +23,18 @@ use std::num::{NonZeroU16, ParseIntError};
 use std::str::FromStr;
 
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
-use crate::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use crate::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions};
 
-/// The format that this code writes and reads.
-pub const FORMAT_VERSION: u32 = 1;
+/// The format that this code writes.
+pub const FORMAT_VERSION: u32 = 2;
+
+/// The oldest format that this code reads. Format 1 has `shared` in place of
+/// `mapping`.
+const OLDEST_FORMAT_VERSION: u32 = 1;
 
 /// Key of the table in its ConfigMap.
 pub const TABLE_KEY: &str = "table.json";
@@ -170,18 +174,38 @@ pub struct PortRange {
     pub name: String,
     /// First connection port of the run.
     pub connection_port: ListenPort,
-    /// First server port of the run, or the only one when `shared`.
+    /// First server port of the run, or the only one with [`Mapping::Shared`].
     pub server_port: TargetPort,
     /// Number of connection ports, at least 1.
     pub count: u16,
     /// Transport protocols that are forwarded on each of them.
     pub protocol: PortProtocol,
-    /// Whether all connection ports lead to the one server port.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub shared: bool,
+    /// The server ports that the connection ports lead to.
+    #[serde(
+        default,
+        alias = "shared",
+        deserialize_with = "mapping_of_any_format",
+        skip_serializing_if = "is_default"
+    )]
+    pub mapping: Mapping,
     /// Whether the server first receives the address of the client.
     #[serde(default, skip_serializing_if = "is_default")]
     pub proxy_protocol: ProxyProtocol,
+}
+
+/// Reads a mapping, or `shared` of format 1.
+fn mapping_of_any_format<'de, D: Deserializer<'de>>(value: D) -> Result<Mapping, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either {
+        IsShared(bool),
+        Mapping(Mapping),
+    }
+    Ok(match Either::deserialize(value)? {
+        Either::IsShared(true) => Mapping::Shared,
+        Either::IsShared(false) => Mapping::Offset,
+        Either::Mapping(mapping) => mapping,
+    })
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -202,7 +226,10 @@ impl PortRange {
         if offset >= self.count {
             return None;
         }
-        let step = if self.shared { 0 } else { offset };
+        let step = match self.mapping {
+            Mapping::Offset => offset,
+            Mapping::Shared => 0,
+        };
         TargetPort::new(self.server_port.get().checked_add(step)?)
     }
 
@@ -220,12 +247,11 @@ impl PortRange {
 
     /// The last server port's number; above 65535 when the run is too long.
     fn last_server_port(&self) -> u32 {
-        let steps = if self.shared {
-            1
-        } else {
-            u32::from(self.count)
+        let steps = match self.mapping {
+            Mapping::Offset => u32::from(self.count) - 1,
+            Mapping::Shared => 0,
         };
-        u32::from(self.server_port.get()) + steps - 1
+        u32::from(self.server_port.get()) + steps
     }
 }
 

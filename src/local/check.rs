@@ -8,7 +8,7 @@ use std::path::Path;
 use super::{connection_address, container, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{FieldProblem, ValidPool};
-use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT};
+use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Mapping};
 use crate::table::{PortRange, Slot, Table};
 
 /// Most ports in use that are reported, because one program may use a whole
@@ -207,7 +207,11 @@ fn targets(ranges: &[PortRange]) -> impl Iterator<Item = (&PortRange, u16)> {
     ranges.iter().flat_map(|range| {
         let ports = range
             .connection_ports()
-            .take(if range.shared { 1 } else { usize::MAX });
+            .take(if range.mapping == Mapping::Shared {
+                1
+            } else {
+                usize::MAX
+            });
         ports.filter_map(move |port| Some((range, range.target(port)?.get())))
     })
 }

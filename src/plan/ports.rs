@@ -4,6 +4,7 @@
 use std::ops::RangeInclusive;
 
 use super::validate::{Entry, ValidPool};
+use crate::pool::Mapping;
 use crate::table::{ListenPort, PortRange, Row, RowState, TargetPort};
 
 /// Gives every active row of `rows` the ports that `pool` asks for. Draining rows
@@ -48,7 +49,7 @@ fn is_wanted(range: &PortRange, pool: &ValidPool) -> bool {
         && pool.entries.iter().any(|entry| {
             entry.name == range.name
                 && entry.protocol == range.protocol
-                && entry.shared == range.shared
+                && entry.mapping == range.mapping
                 && entry.proxy_protocol == range.proxy_protocol
                 && entry.port <= range.server_port
         })
@@ -64,10 +65,9 @@ fn drop_partial(ranges: &mut Vec<PortRange>, pool: &ValidPool) {
         let mut next = entry.port.get();
         let is_whole = pieces.iter().all(|piece| {
             let fits = piece.server_port.get() == next;
-            next = if entry.shared {
-                next
-            } else {
-                next.saturating_add(piece.count)
+            next = match entry.mapping {
+                Mapping::Offset => next.saturating_add(piece.count),
+                Mapping::Shared => next,
             };
             fits
         });
@@ -148,14 +148,17 @@ impl Used {
             if count == 0 {
                 break;
             }
-            let step = if entry.shared { 0 } else { given };
+            let step = match entry.mapping {
+                Mapping::Offset => given,
+                Mapping::Shared => 0,
+            };
             pieces.push(PortRange {
                 name: entry.name.clone(),
                 connection_port: ListenPort::new(run.first)?,
                 server_port: TargetPort::new(entry.port.get() + step)?,
                 count,
                 protocol: entry.protocol,
-                shared: entry.shared,
+                mapping: entry.mapping,
                 proxy_protocol: entry.proxy_protocol,
             });
             given += count;

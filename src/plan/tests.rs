@@ -1,6 +1,7 @@
 use super::*;
 use crate::pool::{
-    ConnectionPorts, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol,
+    ConnectionPorts, Mapping, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
+    ProxyProtocol,
 };
 use crate::table::{MAX_ENCODED_BYTES, Slot};
 use proptest::prelude::*;
@@ -13,7 +14,7 @@ fn entry(name: &str, port: i32, count: i32) -> PortEntry {
         port,
         count,
         protocol: PortProtocol::TCP,
-        shared: false,
+        mapping: Mapping::Offset,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -653,7 +654,7 @@ proptest! {
 fn the_largest_table_fits_into_a_config_map() {
     let entries = (0..8).map(|index| PortEntry {
         protocol: PortProtocol::TCPUDP,
-        shared: true,
+        mapping: Mapping::Shared,
         ..entry(&format!("fifteen-bytes-{index}"), 40_000 + index, 7)
     });
     let mut resource = resource(750, entries.collect(), 65_535);

@@ -11,7 +11,7 @@ use kube::ResourceExt;
 pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
     ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT, MAX_PORT,
-    MAX_PORT_ENTRIES, MAX_REPLICAS, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
+    MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
     ProxyProtocol, Sessions, WEEK_SECONDS, rules,
 };
 use crate::table::TargetPort;
@@ -62,8 +62,8 @@ pub struct Entry {
     pub count: u16,
     /// The transport protocols that are forwarded.
     pub protocol: PortProtocol,
-    /// Whether all connection ports lead to `port`.
-    pub shared: bool,
+    /// The server ports that connection ports lead to, from `port` on.
+    pub mapping: Mapping,
     /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
 }
@@ -185,7 +185,7 @@ impl Checker {
             port: TargetPort::new(port).expect("a port was checked"),
             count: u16::try_from(count).expect("a count was checked"),
             protocol: entry.protocol,
-            shared: entry.shared,
+            mapping: entry.mapping,
             proxy_protocol: entry.proxy_protocol,
         }
     }

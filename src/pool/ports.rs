@@ -27,7 +27,7 @@ pub struct PortEntry {
     #[schemars(range(min = 1, max = MAX_PORT))]
     pub port: i32,
 
-    /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. Unless `shared` is true, the workload listens on this many ports: port, port + 1, and so on. Default 1.
+    /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. With mapping Offset, the workload listens on this many ports: port, port + 1, and so on. Default 1.
     #[serde(default = "default_count")]
     #[schemars(range(min = 1, max = MAX_COUNT))]
     pub count: i32,
@@ -36,9 +36,9 @@ pub struct PortEntry {
     #[serde(default)]
     pub protocol: PortProtocol,
 
-    /// Whether all connection ports lead to the one server port `port`, for workloads that serve many clients on one port. Default false: each connection port leads to a server port of its own.
+    /// Server ports that the connection ports of a server lead to. Offset: the first one leads to port, the next one to port + 1, and so on. Shared: all of them lead to the one server port `port`, for workloads that serve many clients on one port. Default Offset.
     #[serde(default)]
-    pub shared: bool,
+    pub mapping: Mapping,
 
     /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
     #[serde(default)]
@@ -47,6 +47,16 @@ pub struct PortEntry {
 
 fn default_count() -> i32 {
     1
+}
+
+/// Server ports that the connection ports of a server lead to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Mapping {
+    /// Each connection port leads to a server port of its own.
+    #[default]
+    Offset,
+    /// All connection ports lead to one server port.
+    Shared,
 }
 
 /// Transport protocols of a port.

@@ -14,7 +14,7 @@ use kube::core::Rule;
 
 use super::{
     AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer,
-    MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_PORT, MAX_RANGES, PortEntry, PortProtocol,
+    MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_PORT, MAX_RANGES, Mapping, PortEntry, PortProtocol,
     ProcessingPoolSpec, ProxyProtocol,
 };
 
@@ -127,10 +127,10 @@ pub(super) const TABLE_FITS: FieldRule<ProcessingPoolSpec> = FieldRule {
 
 pub(super) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
     cel: || {
-        "self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.shared ? 0 : other.count - 1) || other.port > one.port + (one.shared ? 0 : one.count - 1)))".to_owned()
+        "self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.mapping == 'Shared' ? 0 : other.count - 1) || other.port > one.port + (one.mapping == 'Shared' ? 0 : one.count - 1)))".to_owned()
     },
     message: || {
-        "server ports of two entries of ports overlap: port, port+1 and so on, count of them unless shared; move one of them".to_owned()
+        "server ports of two entries of ports overlap: port, port+1 and so on, count of them unless mapping is Shared; move one of them".to_owned()
     },
     problems: |spec| {
         let mut problems = Vec::new();
@@ -222,7 +222,7 @@ pub(super) const IN_ORDER: FieldRule<ConnectionPorts> = FieldRule {
 };
 
 pub(super) const LAST_PORT_EXISTS: FieldRule<PortEntry> = FieldRule {
-    cel: || format!("self.shared || self.port + self.count - 1 <= {MAX_PORT}"),
+    cel: || format!("self.mapping == 'Shared' || self.port + self.count - 1 <= {MAX_PORT}"),
     message: || format!("port + count - 1 must not exceed {MAX_PORT}"),
     problems: |entry| {
         let last = *server_ports(entry).end();
@@ -250,12 +250,12 @@ pub(super) const PROXY_PROTOCOL_OVER_TCP: FieldRule<PortEntry> = FieldRule {
 pub(super) const AGENT_PORTS_FREE: FieldRule<PortEntry> = FieldRule {
     cel: || {
         format!(
-            "self.protocol == 'UDP' || self.port > {AGENT_ADMIN_PORT} || self.port + (self.shared ? 0 : self.count - 1) < {AGENT_PORT}"
+            "self.protocol == 'UDP' || self.port > {AGENT_ADMIN_PORT} || self.port + (self.mapping == 'Shared' ? 0 : self.count - 1) < {AGENT_PORT}"
         )
     },
     message: || {
         format!(
-            "port, and port + count - 1 unless shared, must not include {AGENT_PORT} and {AGENT_ADMIN_PORT}, where portpool's agent listens: move the workload's ports"
+            "port, and port + count - 1 unless mapping is Shared, must not include {AGENT_PORT} and {AGENT_ADMIN_PORT}, where portpool's agent listens: move the workload's ports"
         )
     },
     problems: |entry| {
@@ -363,7 +363,10 @@ fn within(outer: &str, problems: Vec<FieldProblem>) -> impl Iterator<Item = Fiel
 
 /// The ports that `entry` takes on each processing server.
 fn server_ports(entry: &PortEntry) -> RangeInclusive<i32> {
-    let steps = if entry.shared { 0 } else { entry.count - 1 };
+    let steps = match entry.mapping {
+        Mapping::Offset => entry.count - 1,
+        Mapping::Shared => 0,
+    };
     entry.port..=entry.port.saturating_add(steps)
 }
 

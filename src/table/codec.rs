@@ -3,7 +3,7 @@
 
 use serde::Deserialize;
 
-use super::{FORMAT_VERSION, MAX_ENCODED_BYTES, PortRange, Slot, Table};
+use super::{FORMAT_VERSION, MAX_ENCODED_BYTES, OLDEST_FORMAT_VERSION, PortRange, Slot, Table};
 
 /// Why a text is no table, or a table cannot be encoded.
 #[derive(Debug, thiserror::Error)]
@@ -13,7 +13,7 @@ pub enum TableError {
     Syntax(#[from] serde_json::Error),
     /// The table was written by a newer portpool.
     #[error(
-        "port-relationship table has format version {found}; this portpool reads {FORMAT_VERSION}: upgrade it"
+        "port-relationship table has format version {found}; this portpool reads {OLDEST_FORMAT_VERSION} to {FORMAT_VERSION}: upgrade it"
     )]
     Format {
         /// Format version of the text.
@@ -74,8 +74,9 @@ impl Table {
     /// Decodes `text`, the `table.json` entry of a pool's ConfigMap.
     ///
     /// Unknown fields are ignored, so that an older reader follows a newer
-    /// writer of the same format version. In the result, rows are sorted by
-    /// slot and every connection port occurs once.
+    /// writer of the same format version. A table of an older format becomes one
+    /// of [`FORMAT_VERSION`]. In the result, rows are sorted by slot and every
+    /// connection port occurs once.
     ///
     /// # Errors
     /// The [`TableError`] that names the row or port at fault.
@@ -90,12 +91,14 @@ impl Table {
         }
         // The version comes first, because a newer shape is no syntax error.
         let Format { format_version } = serde_json::from_str(text)?;
-        if format_version != FORMAT_VERSION {
+        if !(OLDEST_FORMAT_VERSION..=FORMAT_VERSION).contains(&format_version) {
             return Err(TableError::Format {
                 found: format_version,
             });
         }
-        let table: Self = serde_json::from_str(text)?;
+        let mut table: Self = serde_json::from_str(text)?;
+        // Who sends it on writes it in the new shape.
+        table.format_version = FORMAT_VERSION;
         table.check()?;
         Ok(table)
     }

@@ -9,7 +9,7 @@ pub(super) fn range(first: u16, count: u16) -> PortRange {
         server_port: TargetPort::new(7000).unwrap(),
         count,
         protocol: PortProtocol::TCP,
-        shared: false,
+        mapping: Mapping::Offset,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -57,7 +57,7 @@ fn sixty_four_thousand_ports_stay_far_below_a_config_map() {
 
 #[test]
 fn the_encoding_is_as_committed() {
-    let golden = r#"{"formatVersion":1,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Reserved","clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"}]}]}"#;
+    let golden = r#"{"formatVersion":2,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Reserved","clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"}]}]}"#;
     assert_eq!(
         table(vec![row(Slot(0), vec![range(20_000, 4)])])
             .encode()
@@ -73,8 +73,9 @@ fn a_wrong_table_is_refused_with_the_reason() {
         row(Slot(1), vec![range(20_010, 4)]),
     ]);
     type Change = fn(&mut Table);
-    let cases: [(Change, &str); 6] = [
-        (|table| table.format_version = 2, "format version 2"),
+    let cases: [(Change, &str); 7] = [
+        (|table| table.format_version = 3, "format version 3"),
+        (|table| table.format_version = 0, "format version 0"),
         (|table| table.generation = 0, "generation 0"),
         (|table| table.rows.swap(0, 1), "slot 0 is out of order"),
         (
@@ -110,10 +111,28 @@ fn ports_go_in_step_or_are_shared() {
     assert_eq!(in_step.target(port(20_004)), None);
     assert_eq!(in_step.target(port(19_999)), None);
     let shared = PortRange {
-        shared: true,
+        mapping: Mapping::Shared,
         ..in_step
     };
     assert_eq!(shared.target(port(20_003)), TargetPort::new(7000));
+}
+
+#[test]
+fn a_table_of_format_1_means_the_same() {
+    let former = r#"{"formatVersion":1,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Reserved","clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"},{"name":"main","connectionPort":20010,"serverPort":7000,"count":4,"protocol":"TCP","shared":true}]}]}"#;
+    let shared = PortRange {
+        mapping: Mapping::Shared,
+        ..range(20_010, 4)
+    };
+    let same = table(vec![row(Slot(0), vec![range(20_000, 4), shared])]);
+    let decoded = Table::decode(former).unwrap();
+    assert_eq!(decoded, same);
+    // Whoever receives it from us reads the format that it says it has.
+    assert_eq!(decoded.encode().unwrap(), same.encode().unwrap());
+}
+
+fn mapping() -> impl Strategy<Value = Mapping> {
+    prop::sample::select(vec![Mapping::Offset, Mapping::Shared])
 }
 
 proptest! {
@@ -124,12 +143,12 @@ proptest! {
 
     #[test]
     fn decoding_is_the_inverse_of_encoding(
-        rows in proptest::collection::btree_map(0u32..500, (1u16..60, any::<bool>()), 0..40), generation in 1u64..,
+        rows in proptest::collection::btree_map(0u32..500, (1u16..60, mapping()), 0..40), generation in 1u64..,
     ) {
         let mut next = 1024;
-        let rows = rows.into_iter().map(|(slot, (count, shared))| {
+        let rows = rows.into_iter().map(|(slot, (count, mapping))| {
             next += count;
-            row(Slot(slot), vec![PortRange { shared, ..range(next - count, count) }])
+            row(Slot(slot), vec![PortRange { mapping, ..range(next - count, count) }])
         });
         let table = Table { generation, ..table(rows.collect()) };
         prop_assert_eq!(Table::decode(&table.encode().unwrap()).unwrap(), table);

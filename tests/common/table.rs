@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use portpool::pool::{LoadSharing, PortProtocol, ProxyProtocol, Sessions};
+use portpool::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions};
 use portpool::table::{
     FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
 };
@@ -49,7 +49,7 @@ pub fn range(first: u16, server_port: u16, count: u16) -> PortRange {
         server_port: TargetPort::new(server_port).expect("not 0"),
         count,
         protocol: PortProtocol::TCPUDP,
-        shared: false,
+        mapping: Mapping::Offset,
         proxy_protocol: ProxyProtocol::None,
     }
 }

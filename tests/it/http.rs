@@ -7,6 +7,8 @@ use std::net::{Shutdown, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use portpool::pool::Mapping;
+
 use crate::common::{COUNT, Pool, SOON, turn};
 
 /// A request without a body.
@@ -16,7 +18,7 @@ const WHOLE: &str = "POST /v1/sessions HTTP/1.1\r\nhost: x\r\nconnection: close\
 async fn wide(ports: u16) -> Pool {
     let mut pool = Pool::new(1, |table| {
         let range = &mut table.rows[0].ranges[0];
-        (range.count, range.shared) = (ports, true);
+        (range.count, range.mapping) = (ports, Mapping::Shared);
         // Some programs are compiled first.
         table.sessions.claim_seconds = 600;
     });

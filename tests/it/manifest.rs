@@ -6,8 +6,8 @@ use kube::ResourceExt;
 use kube_cel::Validator;
 use portpool::manifest;
 use portpool::pool::{
-    ConnectionPorts, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol,
-    rules,
+    ConnectionPorts, Mapping, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
+    ProxyProtocol, rules,
 };
 use proptest::prelude::*;
 
@@ -389,7 +389,7 @@ fn entry(index: i32, port: i32, count: i32) -> PortEntry {
         port,
         count,
         protocol: PortProtocol::TCP,
-        shared: false,
+        mapping: Mapping::Offset,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -403,11 +403,12 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         Just(PortProtocol::UDP),
         Just(PortProtocol::TCPUDP)
     ];
+    let mapping = prop_oneof![Just(Mapping::Offset), Just(Mapping::Shared)];
     let proxy_protocol = prop_oneof![4 => Just(ProxyProtocol::None), 1 => Just(ProxyProtocol::V2)];
-    (port, count, protocol, any::<bool>(), proxy_protocol).prop_map(
-        |(port, count, protocol, shared, proxy_protocol)| PortEntry {
+    (port, count, protocol, mapping, proxy_protocol).prop_map(
+        |(port, count, protocol, mapping, proxy_protocol)| PortEntry {
             protocol,
-            shared,
+            mapping,
             proxy_protocol,
             ..entry(0, port, count)
         },

@@ -1,7 +1,7 @@
 use super::*;
 use jiff::Timestamp;
 
-use crate::pool::{PortProtocol, ProxyProtocol};
+use crate::pool::{Mapping, PortProtocol, ProxyProtocol};
 use crate::selection::{RefusalCause, Select};
 use crate::session::{PortFilter, SessionState};
 use crate::sock_diag::Protocol;
@@ -27,7 +27,7 @@ fn range(name: &str, first: u16, server_port: u16, count: u16) -> PortRange {
         server_port: TargetPort::new(server_port).unwrap(),
         count,
         protocol: PortProtocol::TCP,
-        shared: false,
+        mapping: Mapping::Offset,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -272,7 +272,7 @@ fn a_port_for_both_protocols_needs_both() {
 #[test]
 fn shared_ports_depend_on_the_one_server_port() {
     let shared = PortRange {
-        shared: true,
+        mapping: Mapping::Shared,
         ..range("main", 20_000, 7003, 16)
     };
     let mut book = book(vec![shared]);

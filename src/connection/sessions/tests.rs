@@ -4,7 +4,9 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
 use crate::forward::{Decision, Gate, PendingId, Transport};
-use crate::pool::{Admission, LoadSharing, PortProtocol, ProxyProtocol, Sessions as Settings};
+use crate::pool::{
+    Admission, LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions as Settings,
+};
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 const PORT: u16 = 20_000;
@@ -16,7 +18,7 @@ fn table(admission: Admission) -> Table {
         server_port: TargetPort::new(7000).unwrap(),
         count: 10,
         protocol: PortProtocol::TCP,
-        shared: false,
+        mapping: Mapping::Offset,
         proxy_protocol: ProxyProtocol::None,
     };
     let row = |slot: u16| Row {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::plan::{Observed, plan};
-use crate::pool::ProcessingPool;
+use crate::pool::{Mapping, ProcessingPool};
 use crate::table::Slot;
 use jiff::Timestamp;
 
@@ -77,6 +77,13 @@ fn a_pod_carries_the_ports_of_its_slot() {
         );
     }
     assert_eq!(annotated_ranges(Some(&"[{".to_owned())), []);
+    let former = r#"[{"name":"main","connectionPort":20000,"serverPort":7000,"count":2,"protocol":"TCP","shared":true}]"#;
+    let ranges = annotated_ranges(Some(&former.to_owned()));
+    assert_eq!(
+        ranges[0].mapping,
+        Mapping::Shared,
+        "written before format 2"
+    );
 }
 
 #[test]

@@ -53,7 +53,7 @@ fn cases() -> Vec<Case> {
         case("ports[].port", json!(7100)).unsatisfiable(json!(7069), "agent listens"),
         case("ports[].count", json!(2)).unsatisfiable(json!(101), no_room),
         case("ports[].protocol", json!("TCPUDP")),
-        case("ports[].shared", json!(true)),
+        case("ports[].mapping", json!("Shared")),
         case("ports[].proxyProtocol", json!("V2")),
         case("connectionServer.replicas", json!(2)),
         case("connectionServer.loadSharingPort", json!(7800))
