@@ -43,15 +43,14 @@ cluster: tools-present  ## A real one-node Kubernetes on this machine (root, no 
 cluster-down:  ## Stop the node of make cluster and remove everything it made
 	tools/cluster down
 
-lint:  ## Formatting, clippy, documentation, and dependencies where cargo-deny is installed
+lint:  ## Formatting, clippy, documentation, scripts, and the licences and sources of dependencies
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps --quiet
 	@if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(grep -slE '^#!.*bash' tools/*); \
 	else echo "shellcheck is not installed, scripts are not checked: apt-get install shellcheck"; fi
-# The advisories need the network: .github/workflows/advisories.yml checks them.
-	@if command -v cargo-deny >/dev/null; then cargo deny --all-features check bans licenses sources; \
-	else echo "cargo-deny is not installed, dependencies are not checked: cargo install --locked cargo-deny"; fi
+# The advisories need a database from the network: .github/workflows/advisories.yml checks them.
+	deny=$$(tools/cargo-deny) && $$deny --log-level error --locked --all-features check bans licenses sources
 
 scale-operator:  ## Measure the controller: a pool of 1000 beside a ReplicaSet, and 200 pools
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && \
