@@ -3,19 +3,25 @@
 //!
 //! The schema of the CRD and its rules about several fields (`pool::rules`) are
 //! applied, so a manifest that passes here passes the API server. The fields of the
-//! pod template are checked too.
+//! pod template are checked too; `tests/it/manifest/odd` compares both.
 //!
-//! - `located`: YAML with the place of every value;
-//! - `schema`: a value against an OpenAPI schema.
+//! - `located`: YAML with the place of every value; `scalar`: what a scalar is;
+//! - `schema`: a value against an OpenAPI schema; `metadata`, `template`: rules that
+//!   schemas do not have.
 
 mod located;
+mod metadata;
+mod scalar;
 mod schema;
+mod template;
 
 use std::fmt;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::CustomResourceExt;
 use serde_json::Value;
 
@@ -25,6 +31,9 @@ use crate::pool::{ProcessingPool, rules};
 
 /// Largest manifest in bytes.
 const MAX_BYTES: u64 = 1024 * 1024;
+
+/// The path that stands for standard input, as for `kubectl -f`.
+const STANDARD_INPUT: &str = "-";
 
 /// Most problems that are reported at once.
 const MAX_PROBLEMS: usize = 20;
@@ -108,6 +117,12 @@ pub struct Manifest {
 }
 
 impl Manifest {
+    /// The fields as they were written.
+    #[must_use]
+    pub fn fields(&self) -> &Value {
+        &self.document.value
+    }
+
     /// An error about the file with `problems` that only the user of the pool can
     /// find. A problem whose path is not that of a field is about the whole file.
     #[must_use]
@@ -139,24 +154,27 @@ fn locate(document: &Document, FieldProblem { path, message }: FieldProblem) -> 
     }
 }
 
-/// Reads the pool in the file at `path`.
+/// Reads the pool in the file at `path`; `-` is standard input.
 ///
 /// # Errors
 /// The file cannot be read, or all problems that were found in it.
 pub fn load(path: &Path) -> Result<Manifest, ManifestError> {
+    let bytes = read_bytes(path);
+    let path = if is_standard_input(path) {
+        Path::new("standard input")
+    } else {
+        path
+    };
     let whole = |message: String| ManifestError {
         file: path.to_owned(),
         problems: vec![LocatedProblem::of_file(message)],
     };
-    let size = std::fs::metadata(path)
-        .map_err(|error| whole(format!("cannot be read: {error}")))?
-        .len();
-    if size > MAX_BYTES {
+    let bytes = bytes.map_err(|error| whole(format!("cannot be read: {error}")))?;
+    if bytes.len() as u64 > MAX_BYTES {
         return Err(whole(format!(
-            "has {size} bytes; a manifest has at most {MAX_BYTES}"
+            "is too large; a manifest has at most {MAX_BYTES} bytes"
         )));
     }
-    let bytes = std::fs::read(path).map_err(|error| whole(format!("cannot be read: {error}")))?;
     let text =
         String::from_utf8(bytes).map_err(|error| whole(format!("is not UTF-8 text: {error}")))?;
     match read(&text) {
@@ -176,6 +194,24 @@ pub fn load(path: &Path) -> Result<Manifest, ManifestError> {
     }
 }
 
+/// Whether `path` is `-`, which stands for standard input. That can be read once.
+#[must_use]
+pub fn is_standard_input(path: &Path) -> bool {
+    path == Path::new(STANDARD_INPUT)
+}
+
+/// The bytes at `path`: at most one more than [`MAX_BYTES`].
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let source: Box<dyn Read> = if is_standard_input(path) {
+        Box::new(io::stdin())
+    } else {
+        Box::new(std::fs::File::open(path)?)
+    };
+    source.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 /// Reads the pool in `text`.
 ///
 /// # Errors
@@ -193,27 +229,62 @@ fn read(text: &str) -> Result<(ValidPool, Document), Vec<LocatedProblem>> {
         located.collect()
     };
     check_kind(&document.value).map_err(|problem| locate(vec![problem]))?;
-    let crd_schema = crd_schema();
-    let mut problems = schema::check(&document.value, &crd_schema, "");
-    if let Some(template) = document.value.pointer("/spec/template") {
-        let template_schema =
-            schemars::SchemaGenerator::default().into_root_schema_for::<PodTemplateSpec>();
-        problems.extend(schema::check(
-            template,
-            template_schema.as_value(),
-            "spec.template",
-        ));
-    }
+    let problems = check_fields(&document.value);
     if !problems.is_empty() {
         return Err(locate(problems));
     }
-    let pool: ProcessingPool = serde_json::from_value(document.value.clone())
+    let mut value = document.value.clone();
+    remove_nulls(&mut value);
+    let pool: ProcessingPool = serde_json::from_value(value)
         .map_err(|error| locate(vec![FieldProblem::new("", error.to_string())]))?;
     let pool = ValidPool::new(&pool).map_err(&locate)?;
     if let Err(problem) = &pool.template {
         return Err(locate(vec![problem.clone()]));
     }
     Ok((pool, document))
+}
+
+/// What in the manifest `value` the API server would refuse, now or when it creates a pod.
+fn check_fields(value: &Value) -> Vec<FieldProblem> {
+    let mut problems = schema::check(value, &crd_schema(), "");
+    let mut generator = schemars::SchemaGenerator::default();
+    let object_meta = generator.root_schema_for::<ObjectMeta>();
+    let template = generator.into_root_schema_for::<PodTemplateSpec>();
+    for (pointer, path, schema) in [
+        ("/metadata", "metadata", &object_meta),
+        ("/spec/template", "spec.template", &template),
+    ] {
+        if let Some(part) = value.pointer(pointer) {
+            problems.extend(schema::check(part, schema.as_value(), path));
+        }
+    }
+    if !problems.is_empty() {
+        return problems;
+    }
+    for (pointer, path) in [
+        ("/metadata", "metadata"),
+        ("/spec/template/metadata", "spec.template.metadata"),
+    ] {
+        if let Some(part) = value.pointer(pointer) {
+            problems.extend(metadata::check(part, path));
+        }
+    }
+    if let Some(part) = value.pointer("/spec/template") {
+        problems.extend(template::check(part, "spec.template"));
+    }
+    problems
+}
+
+/// Removes empty fields: the API server takes an empty field for an absent one.
+fn remove_nulls(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(remove_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(remove_nulls),
+        _ => {}
+    }
 }
 
 fn crd_schema() -> Value {

@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 
 use crate::plan::FieldProblem;
 
+/// A quantity as text. Source: k8s.io/apimachinery, `resource/quantity.go`.
+const QUANTITY: &str = "^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$";
+
 /// What in `value`, which stands at `path`, does not match `schema`.
 pub(super) fn check(value: &Value, schema: &Value, path: &str) -> Vec<FieldProblem> {
     let mut checker = Checker {
@@ -40,11 +43,15 @@ impl Checker<'_> {
     }
 
     fn check(&mut self, value: &Value, schema: &Value, path: &str) {
-        let schema = self.resolve(schema).clone();
         // Optional fields may be left empty, as Kubernetes allows.
         if value.is_null() {
             return;
         }
+        let reference = schema.get("$ref").and_then(Value::as_str);
+        if reference.is_some_and(|reference| reference.ends_with(".Quantity")) {
+            return self.check_quantity(value, path);
+        }
+        let schema = self.resolve(schema).clone();
         if let Some([only]) = schema
             .get("allOf")
             .and_then(Value::as_array)
@@ -217,6 +224,21 @@ impl Checker<'_> {
         if regex.is_some_and(|regex| !regex.is_match(text)) {
             let pattern = pattern.unwrap_or_default();
             self.report(path, format!("{text:?} does not match {pattern}"));
+        }
+    }
+
+    /// Quantities may be numbers, which their schema does not say.
+    fn check_quantity(&mut self, value: &Value, path: &str) {
+        let is_good = match value {
+            Value::Number(_) => true,
+            Value::String(text) => regex::Regex::new(QUANTITY)
+                .expect("the pattern is fixed")
+                .is_match(text),
+            _ => false,
+        };
+        if !is_good {
+            let message = format!("must be a quantity, as 2, 500m or 64Mi; this is {value}");
+            self.report(path, message);
         }
     }
 

@@ -21,6 +21,8 @@ use crate::table::TargetPort;
 pub struct ValidPool {
     /// Name of the resource.
     pub name: String,
+    /// Namespace of the resource; `default` when it names none.
+    pub namespace: String,
     /// Number of processing servers.
     pub replicas: u32,
     /// The ports that each processing server listens on.
@@ -90,6 +92,10 @@ impl ValidPool {
         }
         Ok(Self {
             name: pool.name_any(),
+            namespace: pool
+                .namespace()
+                .filter(|namespace| !namespace.is_empty())
+                .unwrap_or_else(|| "default".to_owned()),
             replicas,
             entries,
             connection_ports: server.connection_ports,

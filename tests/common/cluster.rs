@@ -70,7 +70,7 @@ impl Drop for Server {
 }
 
 /// The folder of the programs, which `tools/control-plane` prints.
-fn assets() -> PathBuf {
+pub fn assets() -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tools/control-plane");
     let output = Command::new(script)
         .stderr(Stdio::inherit())

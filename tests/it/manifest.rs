@@ -1,5 +1,7 @@
 //! Manifests as users write them, right and wrong.
 
+mod odd;
+
 use std::path::Path;
 
 use kube::ResourceExt;
@@ -92,7 +94,7 @@ fn wrong_manifests_are_located_and_explained() {
             "---\nspec:\n",
             5,
             1,
-            "documents detected: give one",
+            "a second document begins here: give one",
         ),
         (
             "  ports:",

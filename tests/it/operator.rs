@@ -218,6 +218,26 @@ async fn an_invalid_template_is_reported_in_the_api_servers_words_and_stops_no_s
 }
 
 #[tokio::test]
+async fn a_quantity_may_be_a_number_wherever_the_api_server_takes_one() {
+    let mut spec = spec(1);
+    let template = &mut spec["template"]["spec"];
+    let divided = json!({ "resource": "limits.cpu", "divisor": 1 });
+    let container = &mut template["containers"][0];
+    container["resources"] =
+        json!({ "limits": { "cpu": 1, "memory": 64_000_000 }, "requests": { "cpu": 0.5 } });
+    container["env"] = json!([{ "name": "CPUS", "valueFrom": { "resourceFieldRef": divided } }]);
+    let claim = json!({ "spec": { "accessModes": ["ReadWriteOnce"], "resources": { "requests": { "storage": 1000 } } } });
+    template["volumes"] = json!([
+        { "name": "scratch", "emptyDir": { "sizeLimit": 1000 } },
+        { "name": "claimed", "ephemeral": { "volumeClaimTemplate": claim } },
+    ]);
+    let space = Space::with_pool("number-quantities", spec).await;
+    let pod = space.pods().get("games-0").await.unwrap();
+    let limits = pod.spec.unwrap().containers[0].resources.clone().unwrap();
+    assert_eq!(limits.limits.unwrap()["cpu"].0, "1");
+}
+
+#[tokio::test]
 async fn a_bad_image_stops_a_quarter_is_reported_and_can_be_corrected() {
     let space = Space::new("bad-image").await;
     let with = |image: &str| with_image(quick(4), image);
