@@ -139,9 +139,9 @@ pub enum Error {
     /// The name of the lease is malformed.
     #[error("--lease {0:?} is not NAMESPACE/NAME")]
     LeaseName(String),
-    /// The lease cannot be read or written.
+    /// The API server refuses to let the lease be read or written.
     #[error("failed to use the lease: {0}")]
-    Lease(#[from] kube_lease_manager::LeaseManagerError),
+    Lease(#[source] kube::Error),
     /// Another controller has taken over.
     #[error("the lease was lost to another controller; this one exits, so that it is restarted")]
     LeaseLost,
@@ -245,7 +245,11 @@ async fn start(options: &Options, end: &End) -> Result<Started, Error> {
     };
     metrics.leader.set(1);
     Ok(Started {
-        client,
+        // The lease itself is renewed through the client that is not fenced.
+        client: match &held {
+            Some(held) => held.term.fence(client),
+            None => client,
+        },
         metrics,
         held,
     })

@@ -86,7 +86,7 @@ pub fn assets() -> PathBuf {
 /// A port outside the kernel's ephemeral range. While a server is stopped, the
 /// kernel could otherwise give its port to a client that tries to connect, and
 /// the client would connect to itself.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let offset = std::process::id() * 61 + NEXT.fetch_add(1, Ordering::Relaxed);

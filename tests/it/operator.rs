@@ -2,6 +2,7 @@
 
 mod faults;
 mod fields;
+mod lease;
 mod scale;
 mod status;
 mod whole_path;

@@ -7,7 +7,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::common::cluster::{ApiServer, Space, metric, quick, spec, until};
+use crate::common::cluster::{ApiServer, Space, spec, until};
 use crate::common::{Process, echo, is_cut};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, PostParams, PropagationPolicy};
@@ -319,56 +319,6 @@ async fn a_changed_pool_ends_sessions_only_on_ports_that_go() {
         session.port
     );
     echo(&mut stream, "on a new port");
-}
-
-#[tokio::test]
-async fn of_two_controllers_one_leads_and_the_other_takes_over() {
-    let space = Space::without_controller(ApiServer::shared().await, "two-controllers").await;
-    let lease = ["--lease=two-controllers/portpool".to_owned()];
-    let kubeconfig = space.server.kubeconfig().to_owned();
-    let ports = [space.admin_port, space.admin_port + 1, space.admin_port + 2];
-    let start = |port: u16| space.controller_with(&kubeconfig, port, &lease);
-    let leads = |port: u16| metric(port, "portpool_leader") == 1;
-    let mut first = start(ports[0]);
-    until("the first leads", async || leads(ports[0])).await;
-    let second = start(ports[1]);
-    space.make_ready("games", quick(2)).await;
-    assert!(!leads(ports[1]), "one at a time");
-    // Killed: the lease must run out.
-    first.kill();
-    let took = until("the second leads", async || leads(ports[1])).await;
-    assert!(took < Duration::from_secs(20), "{took:?}");
-    space.make_ready("games", quick(3)).await;
-    // On SIGTERM it gives the lease back.
-    let third = start(ports[2]);
-    until("the third waits", async || {
-        metric(ports[2], "portpool_build_info") == 1
-    })
-    .await;
-    second.terminate();
-    let took = until("the third leads", async || leads(ports[2])).await;
-    assert!(took < Duration::from_secs(8), "{took:?}");
-    space.apply("games", quick(1)).await.unwrap();
-    until("the third works", async || {
-        space
-            .table("games")
-            .await
-            .is_some_and(|table| table.generation > 3)
-    })
-    .await;
-    // A leader that was frozen beyond its lease does not disturb the next one.
-    third.signal(rustix::process::Signal::STOP);
-    let fourth = start(ports[1]);
-    let took = until("the fourth leads", async || leads(ports[1])).await;
-    assert!(took < Duration::from_secs(25), "{took:?}");
-    space.make_ready("games", quick(2)).await;
-    let (table, servers) = (space.table("games").await, space.servers("games").await);
-    third.signal(rustix::process::Signal::CONT);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    assert_eq!(space.table("games").await, table);
-    assert_eq!(space.servers("games").await, servers);
-    assert!(leads(ports[1]));
-    drop(fourth);
 }
 
 #[tokio::test]
