@@ -1,0 +1,190 @@
+//! The messages from agents to connection servers, and the causes in them.
+
+use super::MessageError;
+use crate::selection::field::{FieldError, protocol, session_id};
+use crate::selection::v1::{self, end, from_agent, refused};
+use crate::selection::{
+    Counts, EndCause, FromAgent, PROTOCOL_VERSION, RefusalCause, Session, Welcome,
+};
+use crate::session::PortState;
+
+impl TryFrom<v1::FromAgent> for FromAgent {
+    type Error = MessageError;
+
+    fn try_from(message: v1::FromAgent) -> Result<Self, MessageError> {
+        use from_agent::Message;
+        Ok(match message.message.ok_or(MessageError::Unknown)? {
+            Message::Welcome(welcome) => Self::Welcome(Welcome {
+                agent: welcome.agent,
+                generation: welcome.generation,
+            }),
+            Message::Counts(counts) => Self::Counts(counts.try_into()?),
+            Message::Selected(v1::Selected {
+                request_id,
+                session,
+                counts,
+            }) => {
+                let missing = |name| FieldError::new(name, &None::<()>, "be there");
+                Self::Selected {
+                    request_id,
+                    session: session.ok_or_else(|| missing("session"))?.try_into()?,
+                    counts: counts.ok_or_else(|| missing("counts"))?.try_into()?,
+                }
+            }
+            Message::Refused(refused) => Self::Refused {
+                request_id: refused.request_id,
+                cause: refused.cause().into(),
+            },
+            Message::Session(session) => Self::Session(session.try_into()?),
+            Message::End(end) => Self::End {
+                session_id: session_id(&end.session_id)?,
+                cause: end.cause().into(),
+            },
+            Message::LookedUp(v1::LookedUp {
+                request_id,
+                session,
+            }) => Self::LookedUp {
+                request_id,
+                session: session.map(Session::try_from).transpose()?,
+            },
+        })
+    }
+}
+
+impl From<FromAgent> for v1::FromAgent {
+    fn from(message: FromAgent) -> Self {
+        use from_agent::Message;
+        let message = match message {
+            FromAgent::Welcome(Welcome { agent, generation }) => Message::Welcome(v1::Welcome {
+                protocol_version: PROTOCOL_VERSION,
+                agent,
+                generation,
+            }),
+            FromAgent::Counts(counts) => Message::Counts(counts.into()),
+            FromAgent::Selected {
+                request_id,
+                session,
+                counts,
+            } => Message::Selected(v1::Selected {
+                request_id,
+                session: Some(session.into()),
+                counts: Some(counts.into()),
+            }),
+            FromAgent::Refused { request_id, cause } => Message::Refused(v1::Refused {
+                request_id,
+                cause: refused::Cause::from(cause).into(),
+            }),
+            FromAgent::Session(session) => Message::Session(session.into()),
+            FromAgent::End { session_id, cause } => Message::End(v1::End {
+                session_id: session_id.to_string(),
+                cause: end::Cause::from(cause).into(),
+            }),
+            FromAgent::LookedUp {
+                request_id,
+                session,
+            } => Message::LookedUp(v1::LookedUp {
+                request_id,
+                session: session.map(Into::into),
+            }),
+        };
+        Self {
+            message: Some(message),
+        }
+    }
+}
+
+impl TryFrom<v1::Counts> for Counts {
+    type Error = FieldError;
+
+    fn try_from(counts: v1::Counts) -> Result<Self, FieldError> {
+        let ports = counts.ports.into_iter().map(|ports| {
+            Ok(PortState {
+                protocol: protocol(&ports.protocol)?,
+                name: ports.name,
+                free: ports.free,
+                held: ports.held,
+                busy: ports.busy,
+                lingering: ports.lingering,
+                not_listening: ports.not_listening,
+            })
+        });
+        Ok(Self {
+            ports: ports.collect::<Result<_, _>>()?,
+            draining: counts.draining,
+            returning: counts.returning,
+        })
+    }
+}
+
+impl From<Counts> for v1::Counts {
+    fn from(counts: Counts) -> Self {
+        let ports = counts.ports.into_iter().map(|ports| v1::PortCounts {
+            name: ports.name,
+            protocol: ports.protocol.name().to_owned(),
+            free: ports.free,
+            held: ports.held,
+            busy: ports.busy,
+            lingering: ports.lingering,
+            not_listening: ports.not_listening,
+        });
+        Self {
+            ports: ports.collect(),
+            draining: counts.draining,
+            returning: counts.returning,
+        }
+    }
+}
+
+/// Converts a cause between the domain and the wire, and names it for metrics
+/// and logs as the wire does.
+macro_rules! cause {
+    ($domain:ty, $wire:ty, $($variant:ident)*) => {
+        impl From<$wire> for $domain {
+            fn from(cause: $wire) -> Self {
+                match cause {
+                    $(<$wire>::$variant => Self::$variant,)*
+                }
+            }
+        }
+
+        impl From<$domain> for $wire {
+            fn from(cause: $domain) -> Self {
+                match cause {
+                    $(<$domain>::$variant => Self::$variant,)*
+                }
+            }
+        }
+
+        impl $domain {
+            /// Static name in upper case, for metrics and logs.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                <$wire>::from(self).as_str_name()
+            }
+        }
+    };
+}
+cause!(RefusalCause, refused::Cause, Unspecified NoFreePort Draining UnknownPort DuplicateId Recovering Malformed KeyReused);
+cause!(EndCause, end::Cause, Unspecified Unclaimed Released Finished MaxDuration Drained OwnerGone Unknown);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::session::SessionId;
+
+    #[test]
+    fn a_session_that_ends_for_an_unknown_cause_ends() {
+        let end = v1::End {
+            session_id: "s".to_owned(),
+            cause: 99,
+        };
+        let message = v1::FromAgent {
+            message: Some(from_agent::Message::End(end)),
+        };
+        let expected = FromAgent::End {
+            session_id: SessionId::new("s").unwrap(),
+            cause: EndCause::Unspecified,
+        };
+        assert_eq!(FromAgent::try_from(message), Ok(expected));
+    }
+}

@@ -1,0 +1,198 @@
+//! The messages from connection servers to agents.
+
+use super::{MessageError, RequestKind};
+use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
+use crate::selection::field::{
+    FieldError, address_text, bound_client, connection_port, idempotency_key, optional, protocol,
+    session_id,
+};
+use crate::selection::v1::{self, to_agent};
+use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Session, ToAgent};
+use crate::session::{PortFilter, SessionId};
+
+/// Longest host identity of a connection server, in bytes: boot, host, network
+/// namespace and address take half of it.
+const MAX_HOST_IDENTITY_BYTES: usize = 256;
+
+impl TryFrom<v1::ToAgent> for ToAgent {
+    type Error = MessageError;
+
+    fn try_from(message: v1::ToAgent) -> Result<Self, MessageError> {
+        use to_agent::Message;
+        Ok(match message.message.ok_or(MessageError::Unknown)? {
+            Message::Hello(hello) => Self::Hello(hello.try_into()?),
+            Message::TableUpdate(v1::TableUpdate { table }) => Self::TableUpdate(table),
+            Message::Select(select) => {
+                let request_id = select.request_id;
+                let parsed = select.try_into();
+                Self::Select(parsed.map_err(|source| MessageError::Request {
+                    request_id,
+                    kind: RequestKind::Select,
+                    source,
+                })?)
+            }
+            Message::Opened(v1::Opened { session_id: id }) => Self::Opened(session_id(&id)?),
+            Message::Closed(closed) => Self::Closed {
+                session_id: session_id(&closed.session_id)?,
+                is_claimed: !closed.unclaimed,
+            },
+            Message::Release(v1::Release { session_id: id }) => Self::Release(session_id(&id)?),
+            Message::Ended(v1::Ended { session_id: id }) => Self::Ended(session_id(&id)?),
+            Message::Lookup(v1::Lookup {
+                request_id,
+                connection_port: number,
+            }) => {
+                let port = connection_port(number);
+                let port = port.map_err(|source| MessageError::Request {
+                    request_id,
+                    kind: RequestKind::Lookup,
+                    source,
+                })?;
+                Self::Lookup { request_id, port }
+            }
+            Message::Goodbye(v1::Goodbye {}) => Self::Goodbye,
+        })
+    }
+}
+
+impl From<ToAgent> for v1::ToAgent {
+    fn from(message: ToAgent) -> Self {
+        use to_agent::Message;
+        let session_id = |id: SessionId| id.to_string();
+        let message = match message {
+            ToAgent::Hello(hello) => Message::Hello(hello.into()),
+            ToAgent::TableUpdate(table) => Message::TableUpdate(v1::TableUpdate { table }),
+            ToAgent::Select(select) => Message::Select(select.into()),
+            ToAgent::Opened(id) => Message::Opened(v1::Opened {
+                session_id: session_id(id),
+            }),
+            ToAgent::Closed {
+                session_id,
+                is_claimed,
+            } => Message::Closed(v1::Closed {
+                session_id: session_id.to_string(),
+                unclaimed: !is_claimed,
+            }),
+            ToAgent::Release(id) => Message::Release(v1::Release {
+                session_id: session_id(id),
+            }),
+            ToAgent::Ended(id) => Message::Ended(v1::Ended {
+                session_id: session_id(id),
+            }),
+            ToAgent::Lookup { request_id, port } => Message::Lookup(v1::Lookup {
+                request_id,
+                connection_port: port.get().into(),
+            }),
+            ToAgent::Goodbye => Message::Goodbye(v1::Goodbye {}),
+        };
+        Self {
+            message: Some(message),
+        }
+    }
+}
+
+impl TryFrom<v1::Hello> for Hello {
+    type Error = MessageError;
+
+    /// The version comes first: what another version means by the other fields
+    /// is not known.
+    fn try_from(hello: v1::Hello) -> Result<Self, MessageError> {
+        if hello.protocol_version != PROTOCOL_VERSION {
+            let found = hello.protocol_version;
+            return Err(MessageError::Version { found });
+        }
+        let connection_server = ConnectionServerId::new(&hello.connection_server);
+        let connection_server = connection_server.ok_or_else(|| {
+            let value = &hello.connection_server;
+            FieldError::new("connection_server", value, "have 1 to 64 bytes")
+        })?;
+        if hello.host_identity.len() > MAX_HOST_IDENTITY_BYTES {
+            let rule = "have at most 256 bytes";
+            return Err(FieldError::new("host_identity", &hello.host_identity, rule).into());
+        }
+        let sessions = hello.sessions.into_iter().map(Session::try_from);
+        Ok(Self {
+            pool_uid: hello.pool_uid,
+            connection_server,
+            table: hello.table,
+            sessions: sessions.collect::<Result<_, _>>()?,
+            host_identity: hello.host_identity,
+        })
+    }
+}
+
+impl From<Hello> for v1::Hello {
+    fn from(hello: Hello) -> Self {
+        Self {
+            protocol_version: PROTOCOL_VERSION,
+            pool_uid: hello.pool_uid,
+            connection_server: hello.connection_server.to_string(),
+            table: hello.table,
+            sessions: hello.sessions.into_iter().map(Into::into).collect(),
+            host_identity: hello.host_identity,
+        }
+    }
+}
+
+impl TryFrom<v1::Select> for Select {
+    type Error = FieldError;
+
+    fn try_from(select: v1::Select) -> Result<Self, FieldError> {
+        let rule = "have at most 15 bytes";
+        Ok(Self {
+            request_id: select.request_id,
+            session_id: session_id(&select.session_id)?,
+            idempotency_key: idempotency_key(select.idempotency_key)?,
+            filter: PortFilter {
+                port_name: optional("port_name", select.port_name, MAX_PORT_NAME_LENGTH, rule)?,
+                protocol: match select.protocol.as_str() {
+                    "" => None,
+                    name => Some(protocol(name)?),
+                },
+            },
+            bound_client: bound_client(&select.bound_client)?,
+        })
+    }
+}
+
+impl From<Select> for v1::Select {
+    fn from(select: Select) -> Self {
+        let protocol = select.filter.protocol.map(PortProtocol::name);
+        Self {
+            request_id: select.request_id,
+            session_id: select.session_id.to_string(),
+            idempotency_key: select.idempotency_key.unwrap_or_default(),
+            port_name: select.filter.port_name.unwrap_or_default(),
+            protocol: protocol.unwrap_or_default().to_owned(),
+            bound_client: address_text(select.bound_client),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_does_not_parse_keeps_its_id() {
+        let select = v1::Select {
+            request_id: 7,
+            ..v1::Select::default()
+        };
+        let message = v1::ToAgent {
+            message: Some(to_agent::Message::Select(select)),
+        };
+        let error = ToAgent::try_from(message).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                MessageError::Request {
+                    request_id: 7,
+                    kind: RequestKind::Select,
+                    ..
+                }
+            ),
+            "{error}"
+        );
+    }
+}
