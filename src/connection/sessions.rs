@@ -22,6 +22,8 @@
 //!
 //! - `gate`: what the data plane asks and reports;
 //! - `actions`: what it must do after a change;
+//! - `flows`: the connections of a session, and which of them claim it;
+//! - `queries`: what others ask about the live sessions;
 //! - `listing`, `events`: which session is where, and what happens to it, for
 //!   the admin port;
 //! - `snapshot`: to a successor and from a predecessor; `span`: logs;
@@ -29,8 +31,10 @@
 
 mod actions;
 pub mod events;
+mod flows;
 mod gate;
 pub mod listing;
+mod queries;
 pub mod snapshot;
 pub mod span;
 
@@ -38,39 +42,27 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use self::actions::{Action, Actions};
 use self::events::Watchers;
+use self::flows::Flows;
 use self::gate::PendingLookup;
-use self::span::{Carried, SessionSpan};
-use crate::forward::{SessionKey, Traffic};
+pub use self::queries::KnownSession;
+use self::span::SessionSpan;
+use crate::forward::SessionKey;
 use crate::selection::{EndCause, Session, ToAgent};
-use crate::session::{SessionId, SessionState};
+use crate::session::SessionId;
 use crate::table::{ListenPort, PortIndex, Row, Slot};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
 /// request, a connection or a session, and those are bounded where they begin.
 pub type Outbox = UnboundedSender<ToAgent>;
 
-/// How long a client that sends nothing must stay to claim its session: longer
-/// than a scan, and longer than the data plane tries to reach a server.
-const CLAIMING_TIME: Duration = Duration::from_secs(5);
-
 /// The key of connections under `admission: Open`, which belong to no session.
 const NO_SESSION: SessionKey = SessionKey(0);
-
-/// A live session and where it is.
-#[derive(Clone, Debug, PartialEq)]
-pub struct KnownSession {
-    /// The slot of its processing server.
-    pub slot: Slot,
-    /// The session as its agent reported it last.
-    pub session: Session,
-}
 
 /// Why a client cannot give a session back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,17 +114,6 @@ struct Live {
     span: SessionSpan,
 }
 
-/// Connections and UDP flows of a session.
-#[derive(Debug, Default)]
-struct Flows {
-    open: u32,
-    /// From when on one has been open, if one is.
-    since: Option<Instant>,
-    /// Whether one has claimed the session, see [`Flows::close`].
-    is_claimed: bool,
-    carried: Carried,
-}
-
 impl Live {
     /// The session with what is known here, for its agent or another process.
     fn report(&self) -> Session {
@@ -142,42 +123,6 @@ impl Live {
             open_here: flows.open > 0,
             ..self.session.clone()
         }
-    }
-}
-
-impl Flows {
-    /// The flows of a session that comes from another process with `open` of them.
-    fn imported(open: u32, session: &Session, carried: Carried) -> Self {
-        Self {
-            open,
-            since: (open > 0).then(Instant::now),
-            is_claimed: session.is_claimed,
-            carried,
-        }
-    }
-
-    fn open(&mut self) {
-        self.open += 1;
-        self.since.get_or_insert_with(Instant::now);
-        self.carried.opened();
-    }
-
-    /// One has ended. Returns whether it was the last.
-    ///
-    /// It has claimed the session if something that the client sent has reached
-    /// the server, or if the client stayed for [`CLAIMING_TIME`]. What connects and
-    /// leaves is a scan or a probe, which may well receive a greeting.
-    fn close(&mut self, traffic: Traffic) -> bool {
-        let has_lasted = self
-            .since
-            .is_some_and(|since| since.elapsed() >= CLAIMING_TIME);
-        self.is_claimed |= traffic.upstream_bytes > 0 || has_lasted;
-        self.open -= 1;
-        self.carried.closed(traffic);
-        if self.open == 0 {
-            self.since = None;
-        }
-        self.open == 0
     }
 }
 
@@ -434,57 +379,6 @@ impl Sessions {
         inner.last_ended.insert(port, id.clone());
         let action = inner.end(id, EndCause::Released.name());
         Ok(action.into_iter().collect())
-    }
-
-    /// The live session `id`.
-    #[must_use]
-    pub fn get(&self, id: &SessionId) -> Option<KnownSession> {
-        let inner = self.inner.read();
-        let live = inner.live.get(inner.port_by_id.get(id)?)?;
-        Some(KnownSession {
-            slot: live.slot,
-            session: live.session.clone(),
-        })
-    }
-
-    /// The live session on `port`, by id.
-    #[must_use]
-    pub fn session_on(&self, port: ListenPort) -> Option<SessionId> {
-        let inner = self.inner.read();
-        Some(inner.live.get(&port)?.session.id.clone())
-    }
-
-    /// The live session made under an idempotency key.
-    #[must_use]
-    pub fn get_by_idempotency_key(&self, key: &str) -> Option<KnownSession> {
-        let id = self.inner.read().id_by_idempotency_key.get(key).cloned()?;
-        self.get(&id)
-    }
-
-    /// The number of live sessions by state, as their agents reported last.
-    #[must_use]
-    pub fn count_by_state(&self) -> [(&'static str, i64); 3] {
-        let mut counts = [("held", 0), ("busy", 0), ("lingering", 0)];
-        for live in self.inner.read().live.values() {
-            let index = match live.session.state {
-                SessionState::Held => 0,
-                SessionState::Busy => 1,
-                SessionState::Lingering => 2,
-            };
-            counts[index].1 += 1;
-        }
-        counts
-    }
-
-    /// The number of live sessions with connections here.
-    #[must_use]
-    pub fn open_count(&self) -> usize {
-        let inner = self.inner.read();
-        inner
-            .live
-            .values()
-            .filter(|live| live.flows.lock().open > 0)
-            .count()
     }
 }
 

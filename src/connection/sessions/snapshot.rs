@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use super::{Flows, Live, NO_SESSION, Sessions};
+use super::flows::Flows;
+use super::{Live, NO_SESSION, Sessions};
 use crate::connection::sessions::span::{Carried, SessionSpan};
 use crate::forward::SessionKey;
 use crate::selection::Session;

@@ -3,10 +3,11 @@ use std::net::SocketAddr;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::*;
-use crate::forward::{Decision, Gate, PendingId, Transport};
+use crate::forward::{Decision, Gate, PendingId, Traffic, Transport};
 use crate::pool::{
     Admission, LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions as Settings,
 };
+use crate::session::SessionState;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 const PORT: u16 = 20_000;
@@ -521,6 +522,6 @@ fn what_connects_and_leaves_claims_nothing() {
         let found = claims(traffic, std::time::Duration::ZERO);
         assert_eq!(found, [expected; 3], "{what}");
     }
-    let watched = claims(carried(0, 20), super::CLAIMING_TIME);
+    let watched = claims(carried(0, 20), super::flows::CLAIMING_TIME);
     assert_eq!(watched, [true; 3], "a client that stays");
 }
