@@ -27,23 +27,24 @@
 //! with one. The idle time counts from the client's last datagram: a server may
 //! send for ever to a client that is gone. While its port has a TCP connection
 //! too, whose peer the kernel probes, it counts from the last datagram either
-//! way. ICMP reports a server, or a client, whose port is closed. A thread that has its share of flows evicts
-//! one for each new one. `Datagrams::end` is the only way out of *new* and
-//! *assured*; an export takes out all of them, as they are.
+//! way. ICMP reports a server, or a client, whose port is closed. A thread that
+//! has its share of flows evicts one for each new one. `Flows::end` is the only
+//! way out of *new* and *assured*; an export takes out all of them, as they are.
 //!
 //! A port that the table no longer has *drains*: it takes no new flows, and is
 //! closed at a tick after its last flow has ended. Until then the table can
 //! have it again.
 //!
-//! - `datagrams`: the arrows; `flow`: one flow; `port`: receiving and sending;
-//!   `ports`: opening, draining and closing; `batch`: receiving several
-//!   datagrams in one call; `reports`: ICMP about clients; `eviction`: the
-//!   choice of a flow.
+//! - `datagrams`: where each datagram goes; `flows`: the begin and the end of
+//!   flows; `flow`: one flow; `port`: receiving and sending; `ports`: opening,
+//!   draining and closing; `batch`: receiving several datagrams in one call;
+//!   `reports`: ICMP about clients; `eviction`: the choice of a flow.
 
 mod batch;
 pub(super) mod datagrams;
 mod eviction;
 pub(super) mod flow;
+mod flows;
 mod port;
 pub(super) mod ports;
 mod reports;

@@ -1,27 +1,25 @@
-//! The UDP ports and flows of a thread, from the first datagram of a client to
-//! the reported end. The states are drawn in the parent.
+//! The datagrams of a thread: which flow each belongs to, and what becomes of
+//! one that has none. The states of flows are drawn in the parent.
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::AtomicU32;
 
-use fastrand::Rng;
 use quinn_udp::UdpSocketState;
-use rustix::event::epoll::EventFlags;
 
 use super::batch::{Batch, ReceiveBatchSize, Run};
-use super::eviction;
 use super::flow::{AddressPair, Flow, connect};
+use super::flows::Flows;
 use super::port::Port;
 use super::ports::{DrainingPorts, Ports};
 use super::reports::Report;
 use crate::forward::counters::{add, count};
 use crate::forward::gate::{Decision, SessionKey, Traffic, Transport};
-use crate::forward::io::{EventSource, Io};
+use crate::forward::io::Io;
 use crate::forward::pending::{Client, PendingClients, UdpClient};
 use crate::forward::quota::{ClientQuota, Permit, SourceNetwork};
-use crate::forward::slab::{Key, Slab};
+use crate::forward::slab::Key;
 use crate::forward::snapshot::{FlowSnapshot, PortSnapshot};
 use crate::table::ListenPort;
 
@@ -35,14 +33,8 @@ const REPORTS_PER_TURN: usize = 64;
 /// A thread's UDP part.
 pub(in crate::forward) struct Datagrams {
     ports: Ports,
-    flows: Slab<Flow>,
+    flows: Flows,
     quota: Arc<ClientQuota>,
-    /// The places of TCP connections: where a port has one, its client lives.
-    tcp_quota: Arc<ClientQuota>,
-    /// Most flows of this thread. Each thread has its own share, so that a flood
-    /// on one port takes nothing from the ports of other threads.
-    flow_share: Arc<AtomicU32>,
-    random: Rng,
     batch: Batch,
 }
 
@@ -55,17 +47,14 @@ impl Datagrams {
     ) -> Self {
         Self {
             ports: Ports::new(draining_ports),
-            flows: Slab::default(),
+            flows: Flows::new(flow_share, tcp_quota),
             quota,
-            tcp_quota,
-            flow_share,
-            random: Rng::new(),
             batch: Batch::new(),
         }
     }
 
     pub(in crate::forward) fn has_deadlines(&self) -> bool {
-        self.flows.len() > 0 || self.ports.has_draining()
+        !self.flows.is_empty() || self.ports.has_draining()
     }
 
     pub(in crate::forward) fn open_port(
@@ -141,7 +130,7 @@ impl Datagrams {
                 && let Some(flow) = self.ports.flow_of(number, addresses)
             {
                 count(&io.counters.client_gone);
-                self.end(flow, io);
+                self.flows.end(flow, &mut self.ports, io);
             }
         }
     }
@@ -182,7 +171,7 @@ impl Datagrams {
         io.scratch.carried.upstream_bytes += sent.bytes;
         add(&io.counters.datagrams_dropped, sent.dropped);
         if sent.is_gone {
-            self.end_refused(key, io);
+            self.flows.end_refused(key, &mut self.ports, io);
         }
     }
 
@@ -315,41 +304,8 @@ impl Datagrams {
             is_assured: false,
             _permit: client.permit,
         };
-        self.evict_if_full(io);
-        self.add(flow, io)
-    }
-
-    /// Ends a flow if this thread has its share of them.
-    fn evict_if_full(&mut self, io: &mut Io) {
-        let share = self.flow_share.load(Ordering::Relaxed);
-        if self.flows.len() < share as usize {
-            return;
-        }
-        if let Some(key) = eviction::choose(&self.flows, &mut self.random) {
-            count(&io.counters.evicted);
-            self.end(key, io);
-        }
-    }
-
-    /// Takes in a flow; `None` when it cannot be watched, and has ended.
-    fn add(&mut self, flow: Flow, io: &mut Io) -> Option<Key> {
-        let (number, addresses, session) = (flow.port, flow.addresses, flow.session);
-        let key = self.flows.insert(flow);
-        io.sessions.add(session, Transport::Udp, key);
-        let source = EventSource::Flow.of_key(key);
-        let flow = self.flows.get_mut(key);
-        let is_watched =
-            flow.is_some_and(|flow| io.watch(&flow.server, source, EventFlags::IN).is_ok());
-        if let Some(port) = self.ports.get_mut(number) {
-            port.flows.insert(addresses, key);
-        }
-        io.schedule();
-        if !is_watched {
-            count(&io.counters.connect_failed);
-            self.end(key, io);
-            return None;
-        }
-        Some(key)
+        self.flows.evict_if_full(&mut self.ports, io);
+        self.flows.add(flow, &mut self.ports, io)
     }
 
     /// Receives datagrams of a flow's server, a few batches at most.
@@ -366,7 +322,7 @@ impl Datagrams {
                 Ok(received) => received,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
-                    self.end_refused(key, io);
+                    self.flows.end_refused(key, &mut self.ports, io);
                     break;
                 }
             };
@@ -388,65 +344,21 @@ impl Datagrams {
         self.batch = batch;
     }
 
-    /// Ends a flow whose server does not listen, as ICMP reports. If the server has
-    /// never replied, nothing is known to have reached it.
-    fn end_refused(&mut self, key: Key, io: &mut Io) {
-        count(&io.counters.connect_refused);
-        if let Some(flow) = self.flows.get_mut(key)
-            && flow.traffic.downstream_bytes == 0
-        {
-            flow.traffic = Traffic::default();
-        }
-        self.end(key, io);
-    }
-
-    /// Ends a flow: the only way out of the flows, except for an export.
-    fn end(&mut self, key: Key, io: &mut Io) {
-        let Some(flow) = self.flows.remove(key) else {
-            return;
-        };
-        if let Some(port) = self.ports.get_mut(flow.port) {
-            port.flows.remove(&flow.addresses);
-        }
-        let (number, session, traffic) = (flow.port, flow.session, flow.traffic);
-        if traffic.downstream_bytes == 0 {
-            count(&io.counters.unanswered);
-        }
-        io.sessions.remove(session, Transport::Udp, key);
-        // Closed before it is reported: a free port has no flow.
-        drop(flow);
-        io.report(number, session, traffic);
-    }
-
     /// Ends a flow whose session is cut.
     pub(in crate::forward) fn cut(&mut self, key: Key, io: &mut Io) {
         count(&io.counters.cut);
-        self.end(key, io);
+        self.flows.end(key, &mut self.ports, io);
     }
 
     /// Ends the flows of silent clients, and closes the ports that have drained.
     pub(in crate::forward) fn tick(&mut self, io: &mut Io) {
-        if let Some(idle) = io.idle_times.udp() {
-            let is_late = |since| io.now.duration_since(since) >= idle;
-            // The kernel probes whether the peer of a TCP connection lives.
-            let has_connection = |flow: &Flow| self.tcp_quota.live_on(flow.port) > 0;
-            let late = self.flows.iter().filter(|(_, flow)| {
-                is_late(flow.client_active)
-                    && (is_late(flow.server_active) || !has_connection(flow))
-            });
-            let late: Vec<Key> = late.map(|(key, _)| key).collect();
-            for key in late {
-                count(&io.counters.idle);
-                self.end(key, io);
-            }
-        }
+        self.flows.tick(&mut self.ports, io);
         self.ports.tick();
     }
 
     /// Takes out all flows.
     pub(in crate::forward) fn export(&mut self, io: &Io) -> Vec<FlowSnapshot> {
-        let flows = self.flows.drain();
-        flows.map(|flow| flow.export(io.now)).collect()
+        self.flows.export(io)
     }
 
     /// Takes out all ports.
@@ -463,7 +375,7 @@ impl Datagrams {
     ) {
         let (port, session, traffic) = (snapshot.port, snapshot.session, snapshot.traffic);
         match Flow::import(snapshot, permit, io.now) {
-            Some(flow) => drop(self.add(flow, io)),
+            Some(flow) => drop(self.flows.add(flow, &mut self.ports, io)),
             None => io.report(port, session, traffic),
         }
     }
