@@ -14,6 +14,8 @@
 //! ```
 //!
 //! - `gate`: what the data plane asks of control and reports to it;
+//! - `threads`: the data threads, the way of a `command` to one, and what is
+//!   `shared` with them;
 //! - `worker`: the event loop of a thread; `io`: what its parts share, with
 //!   `timers`, `scratch`, `session_index`, `slab`;
 //! - `tcp`: connections and their states; `udp`: flows and their states;
@@ -23,6 +25,7 @@
 //! - `snapshot`: the state of a stopped data plane; `transfer`: making it and
 //!   continuing from it.
 
+mod command;
 mod counters;
 mod gate;
 mod io;
@@ -33,9 +36,11 @@ mod quota;
 mod routes;
 mod scratch;
 mod session_index;
+mod shared;
 mod slab;
 pub mod snapshot;
 mod tcp;
+mod threads;
 mod timers;
 mod transfer;
 mod udp;
@@ -43,15 +48,13 @@ mod worker;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use rustix::event::{EventfdFlags, eventfd};
 
+use self::command::Command;
 pub use self::counters::{CounterTotals, Counters};
 pub use self::gate::{Decision, Gate, PENDING_DEADLINE, PendingId, SessionKey, Traffic, Transport};
 pub use self::limits::{
@@ -59,16 +62,10 @@ pub use self::limits::{
 };
 pub use self::listeners::ApplyError;
 use self::listeners::Listener;
-use self::quota::{Bounds, ClientQuota};
-use self::routes::Routes;
-use self::timers::IdleTimes;
-use self::udp::ports::DrainingPorts;
-use self::worker::{Command, Unwatched, Worker};
+use self::quota::Bounds;
+use self::shared::Shared;
+use self::threads::Threads;
 use crate::table::{ListenPort, PortIndex, Table};
-
-/// How long applying a table waits for ports to be watched or closed. 60,000
-/// ports take a data thread about 0.1 s, a turn of its loop milliseconds.
-const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The configuration of the data plane.
 #[derive(Clone, Debug)]
@@ -121,31 +118,9 @@ pub struct LiveClients {
 #[derive(Debug)]
 pub struct Forwarder {
     config: Config,
-    tcp_quota: Arc<ClientQuota>,
-    udp_quota: Arc<ClientQuota>,
-    flow_share: Arc<AtomicU32>,
-    workers: Vec<Handle>,
+    shared: Shared,
+    threads: Threads,
     open: Mutex<BTreeSet<(ListenPort, Transport)>>,
-    draining: DrainingPorts,
-    routes: Arc<Routes>,
-    idle_times: Arc<IdleTimes>,
-    counters: Arc<Counters>,
-}
-
-#[derive(Debug)]
-struct Handle {
-    commands: mpsc::Sender<Command>,
-    wake: Arc<OwnedFd>,
-    thread: Mutex<Option<JoinHandle<()>>>,
-}
-
-impl Handle {
-    fn send(&self, command: Command) {
-        // A thread that has stopped has nothing left to command.
-        if self.commands.send(command).is_ok() {
-            let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
-        }
-    }
 }
 
 impl Forwarder {
@@ -154,48 +129,12 @@ impl Forwarder {
     /// # Errors
     /// [`ForwardError`] when the system has no thread or descriptor left.
     pub fn start(config: &Config, gate: &Arc<impl Gate>) -> Result<Self, ForwardError> {
-        let idle_times = Arc::new(IdleTimes::default());
-        let counters = Arc::new(Counters::default());
-        let (draining, routes) = (DrainingPorts::default(), Arc::new(Routes::default()));
-        let (tcp_quota, udp_quota) = (ClientQuota::new(), ClientQuota::new());
-        let flow_share = Arc::new(AtomicU32::new(0));
-        let workers = (0..config.threads).map(|index| {
-            let (commands, inbox) = mpsc::channel();
-            let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
-            let shared = worker::Shared {
-                threads: config.threads,
-                gate: gate.clone(),
-                draining_ports: draining.clone(),
-                routes: routes.clone(),
-                idle_times: idle_times.clone(),
-                counters: counters.clone(),
-                tcp_quota: tcp_quota.clone(),
-                udp_quota: udp_quota.clone(),
-                flow_share: flow_share.clone(),
-                peer_timeout: config.peer_timeout,
-            };
-            let worker = Worker::new(inbox, &wake, shared)?;
-            let name = format!("forward-{index}");
-            let thread = std::thread::Builder::new()
-                .name(name)
-                .spawn(move || worker.run())?;
-            Ok(Handle {
-                commands,
-                wake,
-                thread: Mutex::new(Some(thread)),
-            })
-        });
+        let shared = Shared::new(config.threads, config.peer_timeout);
         Ok(Self {
             config: config.clone(),
-            tcp_quota: tcp_quota.clone(),
-            udp_quota: udp_quota.clone(),
-            flow_share: flow_share.clone(),
-            workers: workers.collect::<Result<_, std::io::Error>>()?,
-            routes,
+            threads: Threads::start(gate, &shared)?,
+            shared,
             open: Mutex::default(),
-            draining,
-            idle_times,
-            counters,
         })
     }
 
@@ -211,7 +150,7 @@ impl Forwarder {
         let wanted = listeners_of(table.table());
         let mut open = self.open.lock();
         // Locked while opening, so that no thread closes a port that is kept.
-        let mut draining = self.draining.lock();
+        let mut draining = self.shared.draining_ports.lock();
         let is_draining = |(port, transport): &(ListenPort, Transport)| {
             *transport == Transport::Udp && draining.contains(port)
         };
@@ -221,41 +160,45 @@ impl Forwarder {
         draining.retain(|port| !reopened.contains(&&(*port, Transport::Udp)));
         drop(draining);
         // The routes are set before the ports open: each port must lead somewhere.
-        let former = self.routes.set(table.clone());
+        let former = self.shared.routes.set(table.clone());
         self.set_limits(&wanted);
-        for (worker, listeners) in self.workers.iter().zip(opened) {
+        for (index, listeners) in opened.into_iter().enumerate() {
             if !listeners.is_empty() {
-                worker.send(Command::Listen(listeners));
+                self.threads.send(index, Command::Listen(listeners));
             }
         }
         if !new.is_empty()
-            && let Some(error) = self.settle()
+            && let Some(unwatched) = self.threads.settle()
         {
             self.close(new);
-            self.routes.restore(former);
+            self.shared.routes.restore(former);
             self.set_limits(&open);
             let reopened = reopened.into_iter().map(|(port, _)| *port);
-            self.draining.lock().extend(reopened);
-            return Err(error);
+            self.shared.draining_ports.lock().extend(reopened);
+            return Err(ApplyError {
+                address: SocketAddr::new(self.config.listen, unwatched.port.get()),
+                transport: unwatched.transport,
+                source: unwatched.error,
+            });
         }
         self.set_idle_times(table.table());
         for (port, _) in reopened {
-            self.owner(*port).send(Command::Reopen(*port));
+            self.threads.send_to_owner(*port, Command::Reopen(*port));
         }
         self.close(open.difference(&wanted));
         *open = wanted;
         Ok(())
     }
 
-    /// Opens listeners, those of each worker on a thread of its own, and
-    /// returns them by worker.
+    /// Opens listeners, those of each data thread on a thread of its own, and
+    /// returns them by thread.
     fn open_ports(
         &self,
         wanted: &[&(ListenPort, Transport)],
     ) -> Result<Vec<Vec<(ListenPort, Listener)>>, ApplyError> {
-        let mut shares: Vec<Vec<(ListenPort, Transport)>> = vec![Vec::new(); self.workers.len()];
+        let mut shares: Vec<Vec<(ListenPort, Transport)>> = vec![Vec::new(); self.threads.count()];
         for &&(port, transport) in wanted {
-            shares[self.owner_index(port)].push((port, transport));
+            shares[self.threads.owner(port)].push((port, transport));
         }
         let listen = self.config.listen;
         let open = |share: Vec<(ListenPort, Transport)>| {
@@ -281,17 +224,18 @@ impl Forwarder {
     fn close<'a>(&self, ports: impl IntoIterator<Item = &'a (ListenPort, Transport)>) {
         let mut is_any_closed = false;
         for &(port, transport) in ports {
-            self.owner(port).send(Command::Close(port, transport));
+            self.threads
+                .send_to_owner(port, Command::Close(port, transport));
             is_any_closed = true;
         }
         if is_any_closed {
-            self.settle();
+            self.threads.settle();
         }
     }
 
     fn set_idle_times(&self, table: &Table) {
         let sessions = &table.sessions;
-        self.idle_times.set(
+        self.shared.idle_times.set(
             sessions.idle_timeout_seconds,
             sessions.udp_idle_timeout_seconds,
         );
@@ -304,21 +248,23 @@ impl Forwarder {
         let tcp = listeners.len() - udp;
         let open_files = limits::open_files();
         let bounds = self.config.limits.bounds(open_files, tcp, udp);
-        self.tcp_quota.set(bounds.connections);
+        self.shared.tcp_quota.set(bounds.connections);
         let flows = bounds.flows;
-        let threads = u32::try_from(self.workers.len()).unwrap_or(u32::MAX);
-        self.flow_share
+        let threads = u32::try_from(self.threads.count()).unwrap_or(u32::MAX);
+        self.shared
+            .flow_share
             .store(flows.total.div_ceil(threads), Ordering::Relaxed);
         // One more flow evicts another one, unless there may be none.
         let total = if flows.total == 0 { 0 } else { u32::MAX };
-        self.udp_quota.set(Bounds { total, ..flows });
+        self.shared.udp_quota.set(Bounds { total, ..flows });
     }
 
     /// Brings the decision on the client `id` that is pending at `port`;
     /// [`Decision::Ask`] counts as a refusal. The end of a client that was
     /// admitted too late is reported at once.
     pub fn answer(&self, port: ListenPort, id: PendingId, decision: Decision) {
-        self.owner(port).send(Command::Answer(port, id, decision));
+        self.threads
+            .send_to_owner(port, Command::Answer(port, id, decision));
     }
 
     /// Cuts the session's connections (reset) and flows on `port`. Clients that
@@ -326,21 +272,22 @@ impl Forwarder {
     /// refused, unless the gate admits them at once. When all is done,
     /// [`Gate::closed`] reports the cut itself.
     pub fn cut(&self, port: ListenPort, session: SessionKey) {
-        self.owner(port).send(Command::Cut(port, session));
+        self.threads
+            .send_to_owner(port, Command::Cut(port, session));
     }
 
     /// The counts of what was forwarded and refused so far.
     #[must_use]
     pub fn counters(&self) -> CounterTotals {
-        self.counters.totals()
+        self.shared.counters.totals()
     }
 
     /// The numbers of live clients, pending ones included.
     #[must_use]
     pub fn live(&self) -> LiveClients {
         LiveClients {
-            connections: self.tcp_quota.live(),
-            flows: self.udp_quota.live(),
+            connections: self.shared.tcp_quota.live(),
+            flows: self.shared.udp_quota.live(),
         }
     }
 
@@ -352,50 +299,7 @@ impl Forwarder {
 
     /// Stops the threads and closes everything; returns when that is done.
     pub fn shutdown(&self) {
-        for worker in &self.workers {
-            worker.send(Command::Stop);
-        }
-        for worker in &self.workers {
-            if let Some(thread) = worker.thread.lock().take()
-                && thread.join().is_err()
-            {
-                tracing::error!("a data thread has panicked");
-            }
-        }
-    }
-
-    /// Waits until the threads have carried out their commands. Returns the error
-    /// of a port that could not be watched, if there is one.
-    fn settle(&self) -> Option<ApplyError> {
-        let (done, settled) = mpsc::channel();
-        for worker in &self.workers {
-            worker.send(Command::Settle(done.clone()));
-        }
-        drop(done);
-        let mut failed = None;
-        for _ in &self.workers {
-            // A thread answers within a turn of its loop, or has stopped.
-            match settled.recv_timeout(SETTLE_LIMIT) {
-                Ok(answer) => failed = failed.or(answer),
-                Err(_) => {
-                    tracing::warn!("a data thread is slow to open or close connection ports");
-                    break;
-                }
-            }
-        }
-        failed.map(|unwatched: Unwatched| ApplyError {
-            address: SocketAddr::new(self.config.listen, unwatched.port.get()),
-            transport: unwatched.transport,
-            source: unwatched.error,
-        })
-    }
-
-    fn owner(&self, port: ListenPort) -> &Handle {
-        &self.workers[self.owner_index(port)]
-    }
-
-    fn owner_index(&self, port: ListenPort) -> usize {
-        usize::from(port.get()) % self.workers.len()
+        self.threads.stop();
     }
 }
 
@@ -422,6 +326,7 @@ fn listeners_of(table: &Table) -> BTreeSet<(ListenPort, Transport)> {
 mod tests {
     use std::fs::File;
     use std::net::Ipv4Addr;
+    use std::os::fd::OwnedFd;
 
     use super::*;
 
@@ -443,11 +348,12 @@ mod tests {
         // Epoll refuses regular files.
         let file = OwnedFd::from(File::open("Cargo.toml").unwrap());
         let listener = Listener::Tcp(file.into());
-        let owner = forwarder.owner(port);
-        owner.send(Command::Listen(vec![(port, listener)]));
-        let error = forwarder.settle().unwrap();
-        assert_eq!(error.address.port(), 20_000);
-        assert_eq!(error.source.kind(), std::io::ErrorKind::PermissionDenied);
-        assert!(forwarder.settle().is_none(), "reported once");
+        let listeners = vec![(port, listener)];
+        let threads = &forwarder.threads;
+        threads.send_to_owner(port, Command::Listen(listeners));
+        let unwatched = threads.settle().unwrap();
+        assert_eq!(unwatched.port, port);
+        assert_eq!(unwatched.error.kind(), std::io::ErrorKind::PermissionDenied);
+        assert!(threads.settle().is_none(), "reported once");
     }
 }

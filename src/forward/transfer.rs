@@ -10,14 +10,14 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use rustix::net::getpeername;
 
 use super::Forwarder;
+use super::command::Command;
 use super::quota::SourceNetwork;
 use super::snapshot::{ClientSnapshot, ForwarderSnapshot, WorkerSnapshot};
-use super::worker::Command;
 use crate::table::PortIndex;
 
 impl Forwarder {
@@ -31,14 +31,10 @@ impl Forwarder {
     /// # Errors
     /// When a thread cannot export; everything goes on then.
     pub fn export(&self) -> io::Result<ForwarderSnapshot> {
-        let (sender, replies) = mpsc::channel();
-        for worker in &self.workers {
-            worker.send(Command::Export(sender.clone()));
-        }
-        drop(sender);
+        let replies = self.threads.ask_all(Command::Export);
         let mut snapshot = ForwarderSnapshot::default();
         let mut failure = None;
-        for _ in &self.workers {
+        for _ in 0..self.threads.count() {
             // A thread answers within a turn of its loop; one that has stopped
             // drops its sender.
             match replies.recv() {
@@ -61,17 +57,14 @@ impl Forwarder {
     /// more than the limits allow.
     pub fn import(&self, snapshot: ForwarderSnapshot, table: &Arc<PortIndex>) {
         self.set_idle_times(table.table());
-        self.routes.set(table.clone());
+        self.shared.routes.set(table.clone());
         self.resume(snapshot);
     }
 
     /// Continues what this process has exported, by the same table.
     pub fn resume(&self, snapshot: ForwarderSnapshot) {
-        let mut shares: Vec<WorkerSnapshot> = self
-            .workers
-            .iter()
-            .map(|_| WorkerSnapshot::default())
-            .collect();
+        let mut shares: Vec<WorkerSnapshot> = Vec::new();
+        shares.resize_with(self.threads.count(), WorkerSnapshot::default);
         let mut open = BTreeSet::new();
         let mut draining = Vec::new();
         for port in snapshot.ports {
@@ -79,20 +72,20 @@ impl Forwarder {
                 draining.push(port.port);
             }
             open.extend((!port.is_draining).then(|| (port.port, port.transport())));
-            shares[self.owner_index(port.port)].ports.push(port);
+            shares[self.threads.owner(port.port)].ports.push(port);
         }
-        let (tcp, udp) = (&self.tcp_quota, &self.udp_quota);
+        let (tcp, udp) = (&self.shared.tcp_quota, &self.shared.udp_quota);
         for connection in snapshot.connections {
             let port = connection.port;
             let client = getpeername(&connection.client).ok().flatten();
             let client = client.and_then(|client| SocketAddr::try_from(client).ok());
             let permit = client.map(|client| tcp.import(SourceNetwork::of(client.ip()), port));
-            let share = &mut shares[self.owner_index(port)];
+            let share = &mut shares[self.threads.owner(port)];
             share.connections.push((connection, permit));
         }
         for flow in snapshot.flows {
             let permit = udp.import(SourceNetwork::of(flow.client.ip()), flow.port);
-            shares[self.owner_index(flow.port)]
+            shares[self.threads.owner(flow.port)]
                 .flows
                 .push((flow, permit));
         }
@@ -102,15 +95,15 @@ impl Forwarder {
                 ClientSnapshot::Udp { port, address, .. } => (udp, *port, *address),
             };
             let permit = quota.import(SourceNetwork::of(address.ip()), port);
-            shares[self.owner_index(port)]
+            shares[self.threads.owner(port)]
                 .clients
                 .push((client, permit));
         }
-        self.draining.lock().extend(draining);
+        self.shared.draining_ports.lock().extend(draining);
         self.set_limits(&open);
         *self.open.lock() = open;
-        for (worker, share) in self.workers.iter().zip(shares) {
-            worker.send(Command::Import(Box::new(share)));
+        for (index, share) in shares.into_iter().enumerate() {
+            self.threads.send(index, Command::Import(Box::new(share)));
         }
     }
 }

@@ -20,29 +20,27 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, Event, EventFlags};
 
-use super::counters::{Counters, count};
+use super::command::{Command, Unwatched};
+use super::counters::count;
 use super::gate::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use super::io::{EventSource, Io, new_epoll};
 use super::listeners::Listener;
 use super::pending::{Client, PendingClients};
-use super::quota::ClientQuota;
-use super::routes::Routes;
 use super::scratch::Scratch;
 use super::session_index::{Member, SessionIndex};
+use super::shared::Shared;
 use super::slab::Key;
 use super::snapshot::{ForwarderSnapshot, WorkerSnapshot};
 use super::tcp::connection::{Side, Signals};
 use super::tcp::streams::Streams;
-use super::timers::{IdleTimes, Timers};
+use super::timers::Timers;
 use super::udp::datagrams::Datagrams;
-use super::udp::ports::DrainingPorts;
 use crate::table::ListenPort;
 
 /// Events taken from epoll at once.
@@ -56,48 +54,6 @@ const ACCEPTS_AT_CUT: usize = 4096;
 /// Likewise for datagrams, in turns of 128: many times what a socket's buffer
 /// holds by default.
 const TURNS_AT_CUT: usize = 64;
-
-/// A command of control to a thread.
-#[derive(Debug)]
-pub(super) enum Command {
-    Listen(Vec<(ListenPort, Listener)>),
-    /// The table has a draining UDP port again.
-    Reopen(ListenPort),
-    Close(ListenPort, Transport),
-    Answer(ListenPort, PendingId, Decision),
-    Cut(ListenPort, SessionKey),
-    /// Reports that all commands before are done, and a port that could not be
-    /// watched.
-    Settle(mpsc::Sender<Option<Unwatched>>),
-    Export(mpsc::Sender<io::Result<ForwarderSnapshot>>),
-    Import(Box<WorkerSnapshot>),
-    Stop,
-}
-
-/// A port that epoll did not take.
-#[derive(Debug)]
-pub(super) struct Unwatched {
-    pub(super) port: ListenPort,
-    pub(super) transport: Transport,
-    pub(super) error: io::Error,
-}
-
-/// What all data threads share with control.
-pub(super) struct Shared {
-    /// The number of data threads.
-    pub(super) threads: usize,
-    pub(super) gate: Arc<dyn Gate>,
-    pub(super) draining_ports: DrainingPorts,
-    pub(super) routes: Arc<Routes>,
-    pub(super) idle_times: Arc<IdleTimes>,
-    pub(super) counters: Arc<Counters>,
-    pub(super) tcp_quota: Arc<ClientQuota>,
-    pub(super) udp_quota: Arc<ClientQuota>,
-    /// Most UDP flows of a thread.
-    pub(super) flow_share: Arc<AtomicU32>,
-    /// Time without a sign of life after which a TCP peer is given up.
-    pub(super) peer_timeout: Duration,
-}
 
 /// A data thread's state.
 pub(super) struct Worker {
@@ -116,12 +72,13 @@ impl Worker {
     pub(super) fn new(
         inbox: mpsc::Receiver<Command>,
         wake: &Arc<OwnedFd>,
+        gate: Arc<dyn Gate>,
         shared: Shared,
     ) -> io::Result<Self> {
         let now = Instant::now();
         let io = Io {
             epoll: new_epoll(wake)?,
-            gate: shared.gate,
+            gate,
             counters: shared.counters,
             routes: shared.routes,
             idle_times: shared.idle_times,
