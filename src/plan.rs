@@ -11,6 +11,7 @@
 //! - `validate`: a spec becomes a pool that can be planned;
 //! - `previous`: which table the next one continues, also when it is lost;
 //! - `ports`: which connection ports a slot gets;
+//! - `environment`: what a workload is told about its place;
 //! - `objects`: the Kubernetes objects of a pool; `status`: the status of its
 //!   resource;
 //! - this file: which slots there are.
@@ -24,6 +25,7 @@
 //! renews it. Only a row that becomes `Active` again begins anew when it drains the
 //! next time. A longer or shorter `drainSeconds` applies to what drains already.
 
+mod environment;
 pub mod objects;
 mod ports;
 mod previous;
@@ -37,9 +39,10 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+pub use self::environment::environment;
 use self::previous::Previous;
 pub use self::validate::{FieldProblem, ValidPool};
-use crate::pool::AGENT_PORT;
+use crate::pool::{AGENT_PORT, Mapping};
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Slot, Table, TargetPort};
 
 /// How long a row is at least `Draining` before its server counts as empty:
@@ -108,7 +111,7 @@ pub struct ObservedServer {
     /// Number of live sessions, when known.
     pub sessions: Option<u32>,
     /// The ports that the slot had when the server was created, when known.
-    /// They matter only when the table is lost.
+    /// They matter when the table is lost, and to workloads that were told them.
     pub ranges: Vec<PortRange>,
 }
 
@@ -177,11 +180,38 @@ impl<'a> Servers<'a> {
         self.get(slot).map_or((0, 0), cost)
     }
 
-    /// Whether a server of the present template must replace the one in `slot`.
-    fn is_outdated(&self, slot: Slot) -> bool {
+    /// Whether a server of the present template, or with the present ports, must
+    /// replace the one in the slot of `row`.
+    fn is_outdated(&self, row: &Row) -> bool {
         // A server that could not be replaced is better than none.
-        self.may_start && self.get(slot).is_some_and(|server| server.is_outdated)
+        let server = self.get(row.slot).filter(|_| self.may_start);
+        server.is_some_and(|server| server.is_outdated || listens_elsewhere(server, row))
     }
+}
+
+/// Whether `server` was started with other ports than those in `row` for an entry
+/// with mapping Identity. Its workload listens where it was told to at the start.
+fn listens_elsewhere(server: &ObservedServer, row: &Row) -> bool {
+    let is_there = |range: &PortRange| {
+        let mut started = server.ranges.iter();
+        started.any(|former| {
+            (
+                &former.name,
+                former.connection_port,
+                former.count,
+                former.mapping,
+            ) == (
+                &range.name,
+                range.connection_port,
+                range.count,
+                range.mapping,
+            )
+        })
+    };
+    let mut ranges = row.ranges.iter();
+    // Of a server that was started with unknown ports, nothing can be said.
+    !server.ranges.is_empty()
+        && ranges.any(|range| range.mapping == Mapping::Identity && !is_there(range))
 }
 
 /// Plans the next step for `pool` at the time `now`.
@@ -239,7 +269,7 @@ fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: D
 
 /// Whether the row's server drains so that one of the new template replaces it.
 fn is_replaced(row: &Row, servers: &Servers<'_>) -> bool {
-    row.state == RowState::Draining && servers.is_outdated(row.slot)
+    row.state == RowState::Draining && servers.is_outdated(row)
 }
 
 /// Number of rows that stay: active ones, and those whose servers are replaced.
@@ -278,7 +308,7 @@ fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
     let mut may_go = (up + most_away).saturating_sub(replicas as usize);
     let mut outdated: Vec<&mut Row> = rows
         .iter_mut()
-        .filter(|row| row.state == RowState::Active && servers.is_outdated(row.slot))
+        .filter(|row| row.state == RowState::Active && servers.is_outdated(row))
         .collect();
     outdated.sort_by_key(|row| (servers.cost(row.slot), row.slot));
     for row in outdated {
@@ -319,7 +349,8 @@ fn grow(rows: &mut Vec<Row>, pool: &ValidPool, servers: &Servers<'_>) {
 }
 
 /// An active row of `slot` without ports.
-fn empty_row(pool: &ValidPool, slot: Slot) -> Row {
+#[must_use]
+pub fn empty_row(pool: &ValidPool, slot: Slot) -> Row {
     Row {
         slot,
         server: server_name(&pool.name, slot),

@@ -12,6 +12,8 @@ mod ports;
 pub mod rules;
 mod sessions;
 
+use std::ops::RangeInclusive;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::CustomResource;
 use kube::KubeSchema;
@@ -62,11 +64,14 @@ pub const HOUR_SECONDS: i32 = 3_600;
 /// Longest limit, in seconds, of the duration of a session: 30 days.
 pub const MONTH_SECONDS: i32 = 2_592_000;
 
+/// TCP ports of a processing server that belong to its agent. No port entry may
+/// include one. The last two are not used yet.
+pub const AGENT_PORTS: RangeInclusive<u16> = 7070..=7073;
+
 /// Port on which agents serve the selection protocol, on the address of their server.
-/// No port entry may include it.
 pub const AGENT_PORT: u16 = 7070;
 
-/// Port on which agents serve their admin pages. No TCP port entry may include it.
+/// Port on which agents serve their admin pages.
 pub const AGENT_ADMIN_PORT: u16 = 7071;
 
 /// Port on which connection servers serve their admin pages. It is neither the
@@ -107,7 +112,8 @@ pub const CONNECTION_ADMIN_PORT: u16 = 7701;
 #[x_kube(
     validation = rules::ENOUGH_PORTS.to_schema(),
     validation = rules::TABLE_FITS.to_schema(),
-    validation = rules::NO_OVERLAP.to_schema()
+    validation = rules::NO_OVERLAP.to_schema(),
+    validation = rules::IDENTITY_LEAVES_AGENT_PORTS.to_schema()
 )]
 pub struct ProcessingPoolSpec {
     /// Number of processing servers, 0 to 1000. Default 2.

@@ -227,17 +227,24 @@ impl PortRange {
             return None;
         }
         let step = match self.mapping {
-            Mapping::Offset => offset,
+            // With identity, the run begins at the same number.
+            Mapping::Offset | Mapping::Identity => offset,
             Mapping::Shared => 0,
         };
         TargetPort::new(self.server_port.get().checked_add(step)?)
     }
 
-    /// Whether the run has 1 or more ports, none above 65535.
+    /// Whether the run has 1 or more ports, none above 65535, and leads where its
+    /// mapping says.
     #[must_use]
     pub fn is_valid(&self) -> bool {
         let last = u32::from(u16::MAX);
-        self.count > 0 && self.last_connection_port() <= last && self.last_server_port() <= last
+        let is_as_mapped = self.mapping != Mapping::Identity
+            || self.server_port.get() == self.connection_port.get();
+        is_as_mapped
+            && self.count > 0
+            && self.last_connection_port() <= last
+            && self.last_server_port() <= last
     }
 
     /// The last connection port's number; above 65535 when the run is too long.
@@ -248,7 +255,7 @@ impl PortRange {
     /// The last server port's number; above 65535 when the run is too long.
     fn last_server_port(&self) -> u32 {
         let steps = match self.mapping {
-            Mapping::Offset => u32::from(self.count) - 1,
+            Mapping::Offset | Mapping::Identity => u32::from(self.count) - 1,
             Mapping::Shared => 0,
         };
         u32::from(self.server_port.get()) + steps

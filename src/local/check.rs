@@ -7,7 +7,7 @@ use std::path::Path;
 
 use super::{connection_address, container, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
-use crate::plan::{FieldProblem, ValidPool};
+use crate::plan::{FieldProblem, ValidPool, empty_row};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Mapping};
 use crate::table::{PortRange, Slot, Table};
 
@@ -17,7 +17,7 @@ const MAX_PROBLEMS: usize = 10;
 
 /// Reports why `pool` with `table` cannot run on this machine.
 pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<FieldProblem>> {
-    let mut problems = programs(pool);
+    let mut problems = programs(pool, table);
     problems.extend(limits(table));
     problems.extend(ports_in_use(sockets(pool, table), &HashSet::new()));
     ok_if_empty(problems)
@@ -29,7 +29,7 @@ pub(super) fn can_become(
     (current, table): (&ValidPool, &Table),
     (next, planned): (&ValidPool, &Table),
 ) -> Result<(), Vec<FieldProblem>> {
-    let mut problems = programs(next);
+    let mut problems = programs(next, planned);
     let mut fixed = |is_same: bool, path: &str| {
         if !is_same {
             problems.push(FieldProblem::new(
@@ -76,12 +76,11 @@ fn limits(table: &Table) -> Vec<FieldProblem> {
 }
 
 /// Containers that cannot run here, and programs that are missing.
-fn programs(pool: &ValidPool) -> Vec<FieldProblem> {
-    let pod = container::Pod {
-        name: format!("{}-0", pool.name),
-        uid: String::new(),
-        address: server_address(Slot(0)),
-    };
+fn programs(pool: &ValidPool, table: &Table) -> Vec<FieldProblem> {
+    // A pool of no servers is checked as one with a server without ports.
+    let none = empty_row(pool, Slot(0));
+    let row = table.rows.first().unwrap_or(&none);
+    let pod = container::Pod::new(pool, row, String::new());
     let processes = match &pool.template {
         Ok(template) => container::processes(template, &pod),
         Err(problem) => Err(vec![problem.clone()]),

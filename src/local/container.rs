@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use k8s_openapi::api::core::v1::{Container, EnvVar, PodTemplateSpec};
 
-use crate::plan::FieldProblem;
+use super::{connection_address, server_address};
+use crate::plan::{FieldProblem, ValidPool, environment};
+use crate::table::Row;
 
 /// A container as a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,9 +33,23 @@ pub struct Pod {
     pub uid: String,
     /// Address of the server.
     pub address: IpAddr,
+    /// What the workload is told about its place: names and values.
+    pub variables: Vec<(String, String)>,
 }
 
 impl Pod {
+    /// The pod of the server in `row`.
+    pub(super) fn new(pool: &ValidPool, row: &Row, uid: String) -> Self {
+        let address = pool.advertised_address.clone();
+        let address = address.unwrap_or_else(|| connection_address(0).to_string());
+        Self {
+            name: row.server.clone(),
+            uid,
+            address: server_address(row.slot),
+            variables: environment(pool, row, Some(&address)),
+        }
+    }
+
     fn field(&self, path: &str) -> Option<String> {
         match path {
             "metadata.name" => Some(self.name.clone()),
@@ -111,7 +127,7 @@ fn process(container: &Container, path: &str, pod: &Pod) -> Result<Process, Fiel
         let message = "portpool local has no config maps and secrets: give env with values";
         return Err(FieldProblem::new(format!("{path}.envFrom"), message));
     }
-    let mut environment: Vec<(String, String)> = Vec::new();
+    let mut environment = pod.variables.clone();
     for (index, variable) in container.env.iter().flatten().enumerate() {
         let value = value(variable, &format!("{path}.env[{index}]"), pod, &environment)?;
         environment.push((variable.name.clone(), value));
@@ -190,6 +206,7 @@ mod tests {
             name: "echo-0".to_owned(),
             uid: "u".to_owned(),
             address: IpAddr::from([127, 0, 0, 2]),
+            variables: vec![("PORTPOOL_MAIN_PORT".to_owned(), "20000".to_owned())],
         }
     }
 
@@ -219,7 +236,7 @@ mod tests {
         let template = serde_json::from_value(serde_json::json!({"spec": {"containers": [{
             "name": "main",
             "command": ["serve", "--on", "$(IP):$(PORT)"],
-            "args": ["$(URL)"],
+            "args": ["$(URL)", "$(PORTPOOL_MAIN_PORT)"],
             "env": [
                 {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
                 {"name": "PORT", "value": "7000"},
@@ -230,12 +247,17 @@ mod tests {
         let processes = processes(&template, &pod()).unwrap();
         assert_eq!(
             processes[0].arguments,
-            ["serve", "--on", "127.0.0.2:7000", "http://127.0.0.2:7000/"]
+            [
+                "serve",
+                "--on",
+                "127.0.0.2:7000",
+                "http://127.0.0.2:7000/",
+                "20000"
+            ]
         );
-        assert_eq!(
-            processes[0].environment[0],
-            ("IP".to_owned(), "127.0.0.2".to_owned())
-        );
+        let environment = &processes[0].environment;
+        assert_eq!(environment[0], pod().variables[0]);
+        assert_eq!(environment[1], ("IP".to_owned(), "127.0.0.2".to_owned()));
     }
 
     #[test]

@@ -12,11 +12,11 @@ use jiff::Timestamp;
 use super::child::{Program, Supervised};
 use super::events::Events;
 use super::server::{self, Server};
-use super::{Options, check, connection_address, server_address};
+use super::{Options, check, connection_address};
 use crate::client::Client;
 use crate::follow::write_table;
 use crate::manifest;
-use crate::plan::{FieldProblem, Observed, ObservedServer, Plan, ValidPool, plan, server_name};
+use crate::plan::{FieldProblem, Observed, ObservedServer, Plan, ValidPool, plan};
 use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
 use crate::table::{Slot, Table};
@@ -205,6 +205,7 @@ impl Running {
                 is_outdated: template != Ok(&server.template),
                 is_stopping: server.is_stopping(),
                 sessions: reported.map(|reported| reported.sessions),
+                ranges: server.ranges.clone(),
                 ..ObservedServer::default()
             }
         });
@@ -240,10 +241,13 @@ impl Running {
     }
 
     fn start_server(&mut self, slot: Slot) {
-        let name = server_name(&self.pool.name, slot);
-        let address = server_address(slot);
-        match Server::start(&self.context(), slot, name.clone(), address) {
+        let Some(row) = self.table.as_ref().and_then(|table| table.row(slot)) else {
+            return;
+        };
+        let name = row.server.clone();
+        match Server::start(&self.context(), row) {
             Ok(server) => {
+                let address = server.address;
                 self.events.say(format!("{name} starts at {address}"));
                 self.servers.insert(slot, server);
             }
@@ -262,7 +266,7 @@ impl Running {
             binary: &self.binary,
             folder: &self.folder,
             table_file: &self.table_file,
-            template: &self.pool.template,
+            pool: &self.pool,
             drain_seconds: self.options.drain_seconds,
             role_log: &self.options.role_log,
             events: &self.events,

@@ -10,9 +10,9 @@ use tokio::task::JoinHandle;
 use super::child::{Program, Supervised};
 use super::container::{self, Pod};
 use super::events::Events;
-use crate::plan::FieldProblem;
+use crate::plan::{FieldProblem, ValidPool};
 use crate::pool::AGENT_ADMIN_PORT;
-use crate::table::Slot;
+use crate::table::{PortRange, Row};
 
 /// Time that a container, with its child processes, may take to end after
 /// SIGTERM.
@@ -23,7 +23,7 @@ pub(super) struct Context<'a> {
     pub(super) binary: &'a Path,
     pub(super) folder: &'a Path,
     pub(super) table_file: &'a Path,
-    pub(super) template: &'a Result<PodTemplateSpec, FieldProblem>,
+    pub(super) pool: &'a ValidPool,
     pub(super) drain_seconds: u64,
     pub(super) role_log: &'a str,
     pub(super) events: &'a Events,
@@ -36,6 +36,8 @@ pub(super) struct Server {
     pub(super) uid: String,
     pub(super) address: IpAddr,
     pub(super) template: PodTemplateSpec,
+    /// Ports of the slot when the server was started.
+    pub(super) ranges: Vec<PortRange>,
     was_ready: bool,
     /// `None` once it stops.
     running: Option<Processes>,
@@ -49,20 +51,14 @@ struct Processes {
 }
 
 impl Server {
-    /// Starts the containers and the agent.
-    pub(super) fn start(
-        context: &Context<'_>,
-        slot: Slot,
-        name: String,
-        address: IpAddr,
-    ) -> Result<Self, Vec<FieldProblem>> {
+    /// Starts the containers and the agent of `row`.
+    pub(super) fn start(context: &Context<'_>, row: &Row) -> Result<Self, Vec<FieldProblem>> {
         let uid = uuid::Uuid::new_v4().to_string();
-        let pod = Pod {
-            name: name.clone(),
-            uid: uid.clone(),
-            address,
-        };
+        let (slot, name) = (row.slot, row.server.clone());
+        let pod = Pod::new(context.pool, row, uid.clone());
+        let address = pod.address;
         let template = context
+            .pool
             .template
             .as_ref()
             .map_err(|problem| vec![problem.clone()])?;
@@ -106,6 +102,7 @@ impl Server {
             uid,
             address,
             template: template.clone(),
+            ranges: row.ranges.clone(),
             was_ready: false,
             running: Some(Processes { agent, containers }),
             stopping: None,

@@ -1,15 +1,16 @@
 //! Which connection ports a slot gets. A slot keeps its ports for as long as their
-//! port entry does not change; new ports are the lowest free ones.
+//! port entry does not change; new ports are the lowest free ones. Those of an entry
+//! with mapping Identity are always adjacent, because workloads are given them as a
+//! range.
 
 use std::ops::RangeInclusive;
 
-use super::validate::{Entry, ValidPool};
-use crate::pool::Mapping;
-use crate::table::{ListenPort, PortRange, Row, RowState, TargetPort};
+use super::validate::{Entry, Target, ValidPool};
+use crate::table::{ListenPort, PortRange, Row, RowState};
 
 /// Gives every active row of `rows` the ports that `pool` asks for. Draining rows
 /// keep their ports. A row that would need ports of draining rows is removed; a
-/// later plan adds it when those rows are gone.
+/// later plan adds it when those rows are gone. So is one that lacks adjacent ports.
 pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
     let mut used = Used::default();
     for row in rows.iter_mut() {
@@ -49,9 +50,12 @@ fn is_wanted(range: &PortRange, pool: &ValidPool) -> bool {
         && pool.entries.iter().any(|entry| {
             entry.name == range.name
                 && entry.protocol == range.protocol
-                && entry.mapping == range.mapping
+                && entry.target.mapping() == range.mapping
                 && entry.proxy_protocol == range.proxy_protocol
-                && entry.port <= range.server_port
+                && match entry.target {
+                    Target::Offset(port) | Target::Shared(port) => port <= range.server_port,
+                    Target::Identity => true,
+                }
         })
 }
 
@@ -62,20 +66,23 @@ fn drop_partial(ranges: &mut Vec<PortRange>, pool: &ValidPool) {
             .iter()
             .filter(|range| range.name == entry.name)
             .collect();
-        let mut next = entry.port.get();
+        let mut offset = 0u16;
         let is_whole = pieces.iter().all(|piece| {
-            let fits = piece.server_port.get() == next;
-            next = match entry.mapping {
-                Mapping::Offset => next.saturating_add(piece.count),
-                Mapping::Shared => next,
-            };
-            fits
+            let target = entry.target.server_port(piece.connection_port, offset);
+            let is_first = offset == 0;
+            offset = offset.saturating_add(piece.count);
+            target == Some(piece.server_port) && (is_first || may_be_in_pieces(entry))
         });
         let count: u32 = pieces.iter().map(|piece| u32::from(piece.count)).sum();
         if !is_whole || count != u32::from(entry.count) {
             ranges.retain(|range| range.name != entry.name);
         }
     }
+}
+
+/// Whether the connection ports of `entry` on a server need not be adjacent.
+fn may_be_in_pieces(entry: &Entry) -> bool {
+    entry.target != Target::Identity
 }
 
 /// Adds the ranges that `row` lacks. Returns whether there were enough ports.
@@ -136,11 +143,16 @@ impl Used {
     }
 
     /// The lowest run of free ports for `entry`, or, where there is none, the
-    /// lowest free ports in pieces. `None` when there are too few.
+    /// lowest free ports in pieces if `entry` may have them. `None` when there are
+    /// too few.
     fn take(&mut self, entry: &Entry, allowed: &RangeInclusive<u16>) -> Option<Vec<PortRange>> {
         let runs = self.free_runs(allowed);
         let whole = runs.iter().find(|run| run.length >= entry.count).copied();
-        let runs = whole.map_or(runs, |run| vec![run]);
+        let runs = match whole {
+            Some(run) => vec![run],
+            None if may_be_in_pieces(entry) => runs,
+            None => return None,
+        };
         let mut pieces = Vec::new();
         let mut given = 0;
         for run in runs {
@@ -148,17 +160,14 @@ impl Used {
             if count == 0 {
                 break;
             }
-            let step = match entry.mapping {
-                Mapping::Offset => given,
-                Mapping::Shared => 0,
-            };
+            let connection_port = ListenPort::new(run.first)?;
             pieces.push(PortRange {
                 name: entry.name.clone(),
-                connection_port: ListenPort::new(run.first)?,
-                server_port: TargetPort::new(entry.port.get() + step)?,
+                connection_port,
+                server_port: entry.target.server_port(connection_port, given)?,
                 count,
                 protocol: entry.protocol,
-                mapping: entry.mapping,
+                mapping: entry.target.mapping(),
                 proxy_protocol: entry.proxy_protocol,
             });
             given += count;

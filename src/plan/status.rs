@@ -198,8 +198,16 @@ fn condition(
 fn missing(input: &StatusInput<'_>) -> Option<Blocker> {
     let (pool, table) = (input.pool?, input.table?);
     let of = |state: RowState| table.rows.iter().filter(move |row| row.state == state);
+    let draining = of(RowState::Draining).count();
     let server = |slot: Slot| input.servers.iter().find(|server| server.slot == slot);
     let wanted = pool.replicas as usize;
+    let planned = of(RowState::Active).count();
+    if planned < wanted && draining == 0 {
+        let message = format!(
+            "{planned} of {wanted} processing servers have connection ports: the free ones are not adjacent enough for another; widen connectionServer.connectionPorts"
+        );
+        return Some(Blocker::new("PortsNotAdjacent", message));
+    }
     let up = of(RowState::Active).filter(|row| {
         server(row.slot).is_some_and(|server| {
             server.is_ready && !server.is_stopping && !server.is_outdated && row.address.is_some()
@@ -213,7 +221,6 @@ fn missing(input: &StatusInput<'_>) -> Option<Blocker> {
         let message = format!("{up} of {wanted} processing servers are ready{waiting}");
         return Some(Blocker::new("ServersNotReady", message));
     }
-    let draining = of(RowState::Draining).count();
     let leaving = input.servers.len().saturating_sub(wanted).max(draining);
     if leaving > 0 {
         let message = format!("{leaving} processing servers drain or end");

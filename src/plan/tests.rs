@@ -11,7 +11,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 fn entry(name: &str, port: i32, count: i32) -> PortEntry {
     PortEntry {
         name: name.to_owned(),
-        port,
+        port: Some(port),
         count,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
@@ -542,7 +542,7 @@ fn fragments_are_used_when_no_run_is_long_enough() {
 #[test]
 fn wrong_specs_are_refused_with_field_and_remedy() {
     type Change = fn(&mut ProcessingPoolSpec);
-    let cases: [(Change, &str, &str); 9] = [
+    let cases: [(Change, &str, &str); 13] = [
         (|spec| spec.replicas = -1, "spec.replicas", "0 to 1000"),
         (
             |spec| spec.replicas = 26,
@@ -556,14 +556,42 @@ fn wrong_specs_are_refused_with_field_and_remedy() {
             "1 to 10000",
         ),
         (
-            |spec| spec.ports[0].port = 65_534,
+            |spec| spec.ports[0].port = Some(65_534),
             "spec.ports[0].count",
             "above 65535",
         ),
         (
-            |spec| spec.ports[0].port = 7067,
+            |spec| spec.ports[0].port = Some(7067),
             "spec.ports[0].port",
-            "agent listens",
+            "belongs to portpool's agent",
+        ),
+        (
+            |spec| spec.ports[0].port = None,
+            "spec.ports[0].port",
+            "is missing",
+        ),
+        (
+            |spec| spec.ports[0].mapping = Mapping::Identity,
+            "spec.ports[0].port",
+            "must be absent with mapping Identity",
+        ),
+        (
+            |spec| {
+                spec.ports.push(identity("data", 2));
+                spec.connection_server.connection_ports.first = 6000;
+                spec.connection_server.connection_ports.last = 7070;
+                spec.ports[0].port = Some(100);
+            },
+            "spec.connectionServer.connectionPorts",
+            "must not include 7070 to 7073",
+        ),
+        (
+            |spec| {
+                spec.ports.push(identity("data", 2));
+                spec.ports[0].port = Some(20_010);
+            },
+            "spec.ports[1].mapping",
+            "any of connectionPorts",
         ),
         (
             |spec| spec.ports.push(entry("main", 9000, 1)),
@@ -682,4 +710,102 @@ fn the_largest_table_fits_into_a_config_map() {
     assert_eq!(table.rows.len(), 750);
     let bytes = table.encode().unwrap().len();
     assert!(bytes < MAX_ENCODED_BYTES * 9 / 10, "{bytes} bytes");
+}
+
+fn identity(name: &str, count: i32) -> PortEntry {
+    PortEntry {
+        port: None,
+        mapping: Mapping::Identity,
+        ..entry(name, 0, count)
+    }
+}
+
+/// A pool in which one entry has mapping Identity.
+fn identity_pool(replicas: i32, count: i32, last: i32) -> ValidPool {
+    let entries = vec![entry("main", 7000, 1), identity("data", count)];
+    ValidPool::new(&resource(replicas, entries, last)).unwrap()
+}
+
+#[test]
+fn identity_ports_are_their_own_on_each_server_and_adjacent() {
+    let mut world = World::default();
+    world.settle(&identity_pool(3, 4, 20_099));
+    for slot in 0..3u16 {
+        let ranges = world.ports(Slot(slot.into()));
+        let first = 20_001 + 5 * slot;
+        let data = &ranges[1];
+        assert_eq!(data.connection_port.get(), first);
+        assert_eq!(data.server_port.get(), first);
+        assert_eq!((data.count, data.mapping), (4, Mapping::Identity));
+    }
+}
+
+#[test]
+fn a_server_that_was_told_other_ports_is_replaced() {
+    let mut world = World::default();
+    world.settle(&identity_pool(2, 4, 20_099));
+    let before = world.servers.clone();
+    world.settle(&identity_pool(3, 4, 20_099));
+    assert_eq!(
+        world.servers[&Slot(0)],
+        before[&Slot(0)],
+        "growth replaces none"
+    );
+    world.settle(&identity_pool(3, 6, 20_099));
+    for (slot, server) in &world.servers {
+        assert!(
+            before
+                .get(slot)
+                .is_none_or(|former| former.uid != server.uid)
+        );
+        assert_eq!(server.ranges, world.ports(*slot), "it was told its ports");
+    }
+    // What leads elsewhere without a word to the workload replaces none.
+    let before = world.servers.clone();
+    let entries = vec![entry("main", 7001, 1), identity("data", 6)];
+    world.settle(&ValidPool::new(&resource(3, entries, 20_099)).unwrap());
+    let uids = |servers: &BTreeMap<Slot, ObservedServer>| -> Vec<String> {
+        servers.values().map(|server| server.uid.clone()).collect()
+    };
+    assert_eq!(uids(&world.servers), uids(&before));
+}
+
+#[test]
+fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why() {
+    let mut world = World::default();
+    let single = |replicas| {
+        let resource = resource(replicas, vec![entry("main", 7000, 1)], 20_005);
+        ValidPool::new(&resource).unwrap()
+    };
+    world.settle(&single(3));
+    world.servers.get_mut(&Slot(0)).unwrap().deletion_cost = 2;
+    world.servers.get_mut(&Slot(2)).unwrap().deletion_cost = 1;
+    world.settle(&single(2));
+    assert_eq!(world.ports(Slot(2))[0].connection_port.get(), 20_002);
+    // 20001 and 20003 to 20005 are free.
+    let pool = identity_pool(2, 2, 20_005);
+    world.settle(&pool);
+    assert_eq!(world.ports(Slot(0))[1].connection_port.get(), 20_003);
+    assert_eq!(world.states(), [(0, RowState::Active)]);
+    let servers: Vec<ObservedServer> = world.servers.values().cloned().collect();
+    let input = status::StatusInput {
+        name: "pool",
+        generation: 1,
+        pool: Some(&pool),
+        table: world.table.as_ref(),
+        servers: &servers,
+        deployment: status::ObservedDeployment::default(),
+        live: None,
+        address: None,
+        blockers: &[],
+    };
+    let status = status::status(&input, None, Timestamp::UNIX_EPOCH);
+    assert!(
+        status
+            .message
+            .contains("widen connectionServer.connectionPorts")
+    );
+    // A server alone may take all.
+    world.settle(&identity_pool(1, 5, 20_005));
+    assert_eq!(world.ports(Slot(0))[1].connection_port.get(), 20_001);
 }

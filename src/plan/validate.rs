@@ -14,7 +14,7 @@ use crate::pool::{
     MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
     ProxyProtocol, Sessions, WEEK_SECONDS, rules,
 };
-use crate::table::TargetPort;
+use crate::table::{ListenPort, TargetPort};
 
 /// A pool that can be planned: planning it cannot fail.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,16 +58,48 @@ pub struct ValidPool {
 pub struct Entry {
     /// Name of the entry.
     pub name: String,
-    /// First server port.
-    pub port: TargetPort,
+    /// The server ports that connection ports lead to.
+    pub target: Target,
     /// Number of connection ports for each processing server, at least 1.
     pub count: u16,
     /// The transport protocols that are forwarded.
     pub protocol: PortProtocol,
-    /// The server ports that connection ports lead to, from `port` on.
-    pub mapping: Mapping,
     /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
+}
+
+/// The server ports that the connection ports of an entry lead to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// From this one on.
+    Offset(TargetPort),
+    /// This one.
+    Shared(TargetPort),
+    /// Those of the same numbers.
+    Identity,
+}
+
+impl Target {
+    /// The mapping of the entry.
+    #[must_use]
+    pub fn mapping(self) -> Mapping {
+        match self {
+            Self::Offset(_) => Mapping::Offset,
+            Self::Shared(_) => Mapping::Shared,
+            Self::Identity => Mapping::Identity,
+        }
+    }
+
+    /// The server port that `connection_port` leads to, `offset` ports after the
+    /// first one of the entry; `None` above 65535.
+    #[must_use]
+    pub fn server_port(self, connection_port: ListenPort, offset: u16) -> Option<TargetPort> {
+        match self {
+            Self::Offset(first) => TargetPort::new(first.get().checked_add(offset)?),
+            Self::Shared(port) => Some(port),
+            Self::Identity => TargetPort::new(connection_port.get()),
+        }
+    }
 }
 
 impl ValidPool {
@@ -184,14 +216,21 @@ impl Checker {
     }
 
     fn entry(&mut self, entry: &PortEntry, path: &str) -> Entry {
-        let port = self.port(entry.port, &format!("{path}.port"));
+        // Whether there must be a port is one of the rules.
+        let port = entry
+            .port
+            .map_or(1, |port| self.port(port, &format!("{path}.port")));
+        let port = TargetPort::new(port).expect("a port was checked");
         let count = self.number(entry.count, 1..=MAX_COUNT, &format!("{path}.count"));
         Entry {
             name: entry.name.clone(),
-            port: TargetPort::new(port).expect("a port was checked"),
+            target: match entry.mapping {
+                Mapping::Offset => Target::Offset(port),
+                Mapping::Shared => Target::Shared(port),
+                Mapping::Identity => Target::Identity,
+            },
             count: u16::try_from(count).expect("a count was checked"),
             protocol: entry.protocol,
-            mapping: entry.mapping,
             proxy_protocol: entry.proxy_protocol,
         }
     }

@@ -11,6 +11,7 @@ use super::{MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
+    validation = rules::PORT_AS_MAPPED.to_schema(),
     validation = rules::LAST_PORT_EXISTS.to_schema(),
     validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
     validation = rules::AGENT_PORTS_FREE.to_schema()
@@ -23,9 +24,10 @@ pub struct PortEntry {
     )]
     pub name: String,
 
-    /// First port that the workload listens on, 1 to 65535. TCP ports 7070 and 7071 are taken by the agent.
+    /// First port that the workload listens on, 1 to 65535. It is required, but absent with mapping Identity. TCP ports 7070 to 7073 belong to the agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = MAX_PORT))]
-    pub port: i32,
+    pub port: Option<i32>,
 
     /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. With mapping Offset, the workload listens on this many ports: port, port + 1, and so on. Default 1.
     #[serde(default = "default_count")]
@@ -36,7 +38,7 @@ pub struct PortEntry {
     #[serde(default)]
     pub protocol: PortProtocol,
 
-    /// Server ports that the connection ports of a server lead to. Offset: the first one leads to port, the next one to port + 1, and so on. Shared: all of them lead to the one server port `port`, for workloads that serve many clients on one port. Default Offset.
+    /// Server ports that the connection ports of a server lead to. Offset: the first one leads to port, the next one to port + 1, and so on. Shared: all of them lead to the one server port `port`, for workloads that serve many clients on one port. Identity: each leads to the server port of the same number, for workloads that announce their ports themselves; every server has other ones, adjacent to each other, and its containers find them in environment variables. Default Offset.
     #[serde(default)]
     pub mapping: Mapping,
 
@@ -57,6 +59,8 @@ pub enum Mapping {
     Offset,
     /// All connection ports lead to one server port.
     Shared,
+    /// Each connection port leads to the server port of the same number.
+    Identity,
 }
 
 /// Transport protocols of a port.

@@ -2,20 +2,24 @@
 //! several fields. Each stands here once, in two
 //! languages: as CEL, which the API server evaluates, and as a function, which
 //! names the field at fault and the remedy. `tests/it/manifest.rs` compares the
-//! two over generated pools.
+//! two over generated pools. Rules of port entries are in `entries`.
 //!
 //! Bounds of single fields are in the schema (`pool`); the functions expect
 //! values within them.
 
+mod entries;
+
 use std::net::IpAddr;
-use std::ops::RangeInclusive;
 
 use kube::core::Rule;
 
+pub(super) use self::entries::{
+    AGENT_PORTS_FREE, IDENTITY_LEAVES_AGENT_PORTS, LAST_PORT_EXISTS, NO_OVERLAP, PORT_AS_MAPPED,
+    PROXY_PROTOCOL_OVER_TCP,
+};
 use super::{
-    AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer,
-    MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_PORT, MAX_RANGES, Mapping, PortEntry, PortProtocol,
-    ProcessingPoolSpec, ProxyProtocol,
+    CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer, MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH,
+    MAX_RANGES, ProcessingPoolSpec,
 };
 
 /// What is wrong with a field.
@@ -125,32 +129,6 @@ pub(super) const TABLE_FITS: FieldRule<ProcessingPoolSpec> = FieldRule {
     },
 };
 
-pub(super) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
-    cel: || {
-        "self.ports.all(one, self.ports.all(other, one.name == other.name || (one.protocol == 'TCP' && other.protocol == 'UDP') || (one.protocol == 'UDP' && other.protocol == 'TCP') || one.port > other.port + (other.mapping == 'Shared' ? 0 : other.count - 1) || other.port > one.port + (one.mapping == 'Shared' ? 0 : one.count - 1)))".to_owned()
-    },
-    message: || {
-        "server ports of two entries of ports overlap: port, port+1 and so on, count of them unless mapping is Shared; move one of them".to_owned()
-    },
-    problems: |spec| {
-        let mut problems = Vec::new();
-        for (index, entry) in spec.ports.iter().enumerate() {
-            let earlier = spec.ports[..index].iter();
-            for other in earlier.filter(|other| other.name != entry.name && clash(other, entry)) {
-                let ports = server_ports(entry);
-                let message = format!(
-                    "ports {} to {} overlap those of entry {:?}: move one of them",
-                    ports.start(),
-                    ports.end(),
-                    other.name
-                );
-                problems.push(FieldProblem::new(format!("ports[{index}].port"), message));
-            }
-        }
-        problems
-    },
-};
-
 pub(super) const LOAD_SHARING_PORT_OUTSIDE: FieldRule<ConnectionServer> = FieldRule {
     cel: || {
         "self.loadSharingPort < self.connectionPorts.first || self.loadSharingPort > self.connectionPorts.last".to_owned()
@@ -221,67 +199,18 @@ pub(super) const IN_ORDER: FieldRule<ConnectionPorts> = FieldRule {
     },
 };
 
-pub(super) const LAST_PORT_EXISTS: FieldRule<PortEntry> = FieldRule {
-    cel: || format!("self.mapping == 'Shared' || self.port + self.count - 1 <= {MAX_PORT}"),
-    message: || format!("port + count - 1 must not exceed {MAX_PORT}"),
-    problems: |entry| {
-        let last = *server_ports(entry).end();
-        broken(last > MAX_PORT, "count", || {
-            format!("port + count - 1 is {last}, above {MAX_PORT}: lower one of them")
-        })
-    },
-};
-
-pub(super) const PROXY_PROTOCOL_OVER_TCP: FieldRule<PortEntry> = FieldRule {
-    cel: || "self.proxyProtocol == 'None' || self.protocol == 'TCP'".to_owned(),
-    message: || "proxyProtocol V2 needs protocol TCP".to_owned(),
-    problems: |entry| {
-        let is_broken =
-            entry.proxy_protocol != ProxyProtocol::None && entry.protocol != PortProtocol::TCP;
-        broken(is_broken, "proxyProtocol", || {
-            format!(
-                "V2 needs protocol TCP; this is {}: set protocol: TCP, or remove proxyProtocol",
-                entry.protocol.name()
-            )
-        })
-    },
-};
-
-pub(super) const AGENT_PORTS_FREE: FieldRule<PortEntry> = FieldRule {
-    cel: || {
-        format!(
-            "self.protocol == 'UDP' || self.port > {AGENT_ADMIN_PORT} || self.port + (self.mapping == 'Shared' ? 0 : self.count - 1) < {AGENT_PORT}"
-        )
-    },
-    message: || {
-        format!(
-            "port, and port + count - 1 unless mapping is Shared, must not include {AGENT_PORT} and {AGENT_ADMIN_PORT}, where portpool's agent listens: move the workload's ports"
-        )
-    },
-    problems: |entry| {
-        let ports = server_ports(entry);
-        let is_included =
-            |port: &u16| entry.protocol.has_tcp() && ports.contains(&i32::from(*port));
-        let included = [AGENT_PORT, AGENT_ADMIN_PORT]
-            .into_iter()
-            .filter(is_included);
-        let problems = included.map(|port| {
-            let message = format!(
-                "includes {port}, where portpool's agent listens: move the workload's ports"
-            );
-            FieldProblem::new("port", message)
-        });
-        problems.collect()
-    },
-};
-
 /// What breaks a rule in `spec`, whose fields are within their bounds. In the
 /// order of the fields; paths begin with `spec`.
 #[must_use]
 pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     let mut problems = Vec::new();
     for (index, entry) in spec.ports.iter().enumerate() {
-        for rule in [LAST_PORT_EXISTS, PROXY_PROTOCOL_OVER_TCP, AGENT_PORTS_FREE] {
+        for rule in [
+            PORT_AS_MAPPED,
+            LAST_PORT_EXISTS,
+            PROXY_PROTOCOL_OVER_TCP,
+            AGENT_PORTS_FREE,
+        ] {
             problems.extend(within(
                 &format!("spec.ports[{index}]"),
                 (rule.problems)(entry),
@@ -299,7 +228,7 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     ] {
         problems.extend(within("spec.connectionServer", (rule.problems)(server)));
     }
-    for rule in [ENOUGH_PORTS, TABLE_FITS] {
+    for rule in [IDENTITY_LEAVES_AGENT_PORTS, ENOUGH_PORTS, TABLE_FITS] {
         problems.extend(within("spec", (rule.problems)(spec)));
     }
     problems
@@ -359,21 +288,4 @@ fn within(outer: &str, problems: Vec<FieldProblem>) -> impl Iterator<Item = Fiel
     problems.map(move |FieldProblem { path, message }| {
         FieldProblem::new(format!("{outer}.{path}"), message)
     })
-}
-
-/// The ports that `entry` takes on each processing server.
-fn server_ports(entry: &PortEntry) -> RangeInclusive<i32> {
-    let steps = match entry.mapping {
-        Mapping::Offset => entry.count - 1,
-        Mapping::Shared => 0,
-    };
-    entry.port..=entry.port.saturating_add(steps)
-}
-
-/// Whether two entries take the same port of the same transport protocol.
-fn clash(one: &PortEntry, other: &PortEntry) -> bool {
-    let same_transport = (one.protocol.has_tcp() && other.protocol.has_tcp())
-        || (one.protocol.has_udp() && other.protocol.has_udp());
-    let (ports, others) = (server_ports(one), server_ports(other));
-    same_transport && ports.start() <= others.end() && others.start() <= ports.end()
 }

@@ -36,8 +36,11 @@ pub enum TableError {
         /// Slot of the later one of the two rows.
         slot: Slot,
     },
-    /// A run has no ports, or ports above 65535.
-    #[error("slot {slot}, port {name:?}: a run must have 1 or more ports, none above 65535")]
+    /// A run has no ports, or ports above 65535, or other server ports than its
+    /// mapping says.
+    #[error(
+        "slot {slot}, port {name:?}: a run must have 1 or more ports, none above 65535, and with mapping Identity the same ones on the server"
+    )]
     Range {
         /// Slot with the run.
         slot: Slot,

@@ -73,7 +73,7 @@ fn a_wrong_table_is_refused_with_the_reason() {
         row(Slot(1), vec![range(20_010, 4)]),
     ]);
     type Change = fn(&mut Table);
-    let cases: [(Change, &str); 7] = [
+    let cases: [(Change, &str); 8] = [
         (|table| table.format_version = 3, "format version 3"),
         (|table| table.format_version = 0, "format version 0"),
         (|table| table.generation = 0, "generation 0"),
@@ -86,6 +86,10 @@ fn a_wrong_table_is_refused_with_the_reason() {
         (
             |table| table.rows[1].ranges[0].server_port = TargetPort::new(65_534).unwrap(),
             "none above 65535",
+        ),
+        (
+            |table| table.rows[1].ranges[0].mapping = Mapping::Identity,
+            "the same ones on the server",
         ),
     ];
     for (change, words) in cases {
@@ -104,7 +108,7 @@ fn a_wrong_table_is_refused_with_the_reason() {
 }
 
 #[test]
-fn ports_go_in_step_or_are_shared() {
+fn ports_go_in_step_or_are_shared_or_the_same() {
     let port = |number| ListenPort::new(number).unwrap();
     let in_step = range(20_000, 4);
     assert_eq!(in_step.target(port(20_003)), TargetPort::new(7003));
@@ -112,8 +116,15 @@ fn ports_go_in_step_or_are_shared() {
     assert_eq!(in_step.target(port(19_999)), None);
     let shared = PortRange {
         mapping: Mapping::Shared,
+        ..in_step.clone()
+    };
+    let same = PortRange {
+        server_port: TargetPort::new(20_000).unwrap(),
+        mapping: Mapping::Identity,
         ..in_step
     };
+    assert_eq!(same.target(port(20_003)), TargetPort::new(20_003));
+    assert_eq!(same.target(port(20_004)), None);
     assert_eq!(shared.target(port(20_003)), TargetPort::new(7000));
 }
 

@@ -1,6 +1,8 @@
 //! `portpool local` as a user runs it. One test at a time: pools share the
 //! loopback addresses from 127.0.0.1 on.
 
+mod entries;
+
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;

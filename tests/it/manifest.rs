@@ -134,7 +134,7 @@ fn wrong_manifests_are_located_and_explained() {
             33,
             "port + count - 1 is 65536, above 65535",
         ),
-        ("port: 7000", "port: 7069", 6, 20, "agent listens"),
+        ("port: 7000", "port: 7069", 6, 20, "portpool's agent"),
         ("command", "comand", 9, 33, "did you mean command?"),
         (
             "spec:\n  ports",
@@ -272,7 +272,7 @@ fn small_pool() -> ProcessingPoolSpec {
 fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
     // A change that breaks a rule, where, and words of the API server's message.
-    let cases: [(Change, &str, &str); 10] = [
+    let cases: [(Change, &str, &str); 14] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
@@ -287,7 +287,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             "fits into a ConfigMap",
         ),
         (
-            |spec| spec.ports[1].port = 7001,
+            |spec| spec.ports[1].port = Some(7001),
             "spec.ports[1].port",
             "overlap",
         ),
@@ -317,7 +317,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             "must not be above last",
         ),
         (
-            |spec| spec.ports[0].port = 65_535,
+            |spec| spec.ports[0].port = Some(65_535),
             "spec.ports[0].count",
             "must not exceed 65535",
         ),
@@ -330,9 +330,39 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             "needs protocol TCP",
         ),
         (
-            |spec| spec.ports[0].port = 7069,
+            |spec| spec.ports[0].port = Some(7069),
             "spec.ports[0].port",
-            "agent listens",
+            "belong to portpool's agent",
+        ),
+        (
+            |spec| spec.ports[0].port = None,
+            "spec.ports[0].port",
+            "port is required",
+        ),
+        (
+            |spec| spec.ports[1].mapping = Mapping::Identity,
+            "spec.ports[1].port",
+            "must be absent with mapping Identity",
+        ),
+        (
+            |spec| {
+                (spec.ports[1].port, spec.ports[1].mapping) = (None, Mapping::Identity);
+                spec.ports[0].port = Some(20_000);
+            },
+            "spec.ports[1].mapping",
+            "overlap",
+        ),
+        (
+            |spec| {
+                (spec.ports[1].port, spec.ports[1].mapping) = (None, Mapping::Identity);
+                spec.ports[0].port = Some(100);
+                spec.connection_server.connection_ports = ConnectionPorts {
+                    first: 7073,
+                    last: 7200,
+                };
+            },
+            "spec.connectionServer.connectionPorts",
+            "must not include 7070 to 7073",
         ),
     ];
     let validator = Validator::new();
@@ -388,7 +418,7 @@ fn an_address_that_clients_cannot_use_is_refused_in_cel_and_in_code() {
 fn entry(index: i32, port: i32, count: i32) -> PortEntry {
     PortEntry {
         name: format!("e{index}"),
-        port,
+        port: Some(port),
         count,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
@@ -405,13 +435,19 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         Just(PortProtocol::UDP),
         Just(PortProtocol::TCPUDP)
     ];
-    let mapping = prop_oneof![Just(Mapping::Offset), Just(Mapping::Shared)];
+    let mapping = prop_oneof![
+        Just(Mapping::Offset),
+        Just(Mapping::Shared),
+        Just(Mapping::Identity)
+    ];
+    let without_port = prop_oneof![9 => Just(false), 1 => Just(true)];
     let proxy_protocol = prop_oneof![4 => Just(ProxyProtocol::None), 1 => Just(ProxyProtocol::V2)];
-    (port, count, protocol, mapping, proxy_protocol).prop_map(
-        |(port, count, protocol, mapping, proxy_protocol)| PortEntry {
+    (port, count, protocol, mapping, proxy_protocol, without_port).prop_map(
+        |(port, count, protocol, mapping, proxy_protocol, without_port)| PortEntry {
             protocol,
             mapping,
             proxy_protocol,
+            port: (without_port != (mapping != Mapping::Identity)).then_some(port),
             ..entry(0, port, count)
         },
     )

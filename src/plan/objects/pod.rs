@@ -1,4 +1,5 @@
-//! The pod of a processing server: the template with the agent as a native sidecar.
+//! The pod of a processing server: the template with the agent as a native sidecar,
+//! and what the workload is told about its place (`environment`).
 
 use serde_json::{Map, Value, json};
 
@@ -7,7 +8,7 @@ use super::{
     Settings, TABLE_FOLDER, field_env, hash, owner_reference, probe, pull_secrets, restricted,
     selector, table_name,
 };
-use crate::plan::server_name;
+use crate::plan::{environment, server_name};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
 use crate::table::{PortRange, Row, Slot, TABLE_KEY};
 
@@ -31,6 +32,8 @@ pub fn pods<'a>(
         if let Some(ranges) = encode_ranges(&row.ranges) {
             pod["metadata"]["annotations"][RANGES_ANNOTATION] = ranges.into();
         }
+        let address = owner.pool.advertised_address.as_deref();
+        inform(&mut pod["spec"], &environment(owner.pool, row, address));
         pod
     })
 }
@@ -144,6 +147,27 @@ fn agent(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
             { "name": "portpool-state", "mountPath": "/run/portpool" },
         ],
     })
+}
+
+/// Gives `variables` to all containers of the pod `spec` but the agent. They come
+/// first, so that values of the template may refer to them; where the template has
+/// a variable of the same name, that one counts.
+fn inform(spec: &mut Value, variables: &[(String, String)]) {
+    for field in ["initContainers", "containers"] {
+        let containers = spec[field].as_array_mut().into_iter().flatten();
+        let containers = containers.filter_map(Value::as_object_mut);
+        for container in containers.filter(|container| container["name"] != AGENT) {
+            let env = list(container, "env");
+            let is_new = |(name, _): &&(String, String)| {
+                env.iter().all(|variable| variable["name"] != name.as_str())
+            };
+            let added = variables.iter().filter(is_new);
+            let added: Vec<Value> = added
+                .map(|(name, value)| json!({ "name": name, "value": value }))
+                .collect();
+            env.splice(0..0, added);
+        }
+    }
 }
 
 fn default(spec: &mut Map<String, Value>, field: &str, value: Value) {

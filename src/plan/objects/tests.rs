@@ -62,6 +62,48 @@ fn the_template_stays_as_written_beside_the_agent() {
 }
 
 #[test]
+fn containers_are_told_their_place_and_keep_their_own_variables() {
+    let pool = pool(|pool| {
+        pool["spec"]["connectionServer"] = json!({ "advertisedAddress": "games.example.org" });
+        pool["spec"]["ports"] = json!([
+            { "name": "game", "port": 7000, "count": 2 },
+            { "name": "rtp-data", "mapping": "Identity", "count": 3, "protocol": "UDP" },
+        ]);
+        let own = json!({ "name": "PORTPOOL_SLOT", "value": "mine" });
+        pool["spec"]["template"]["spec"]["containers"][0]["env"] = json!([own]);
+        pool["spec"]["template"]["spec"]["initContainers"] = json!([{ "name": "first" }]);
+    });
+    let table = table(&pool);
+    let pod = pods(owner(&pool), &settings(), table.rows.iter()).nth(1);
+    let spec = &pod.unwrap()["spec"];
+    let variables = |container: &Value| -> Vec<String> {
+        let env = container["env"].as_array().unwrap().iter();
+        let text = |field: &Value| field.as_str().unwrap().to_owned();
+        env.map(|env| format!("{}={}", text(&env["name"]), text(&env["value"])))
+            .collect()
+    };
+    let told = [
+        "PORTPOOL_POOL=games",
+        "PORTPOOL_SERVER=games-1",
+        "PORTPOOL_ADDRESS=games.example.org",
+        "PORTPOOL_GAME_PORT=20005",
+        "PORTPOOL_GAME_COUNT=2",
+        "PORTPOOL_GAME_LAST=20006",
+        "PORTPOOL_RTP_DATA_PORT=20007",
+        "PORTPOOL_RTP_DATA_COUNT=3",
+        "PORTPOOL_RTP_DATA_LAST=20009",
+    ];
+    let mut expected: Vec<&str> = told.to_vec();
+    expected.push("PORTPOOL_SLOT=mine");
+    assert_eq!(variables(&spec["containers"][0]), expected);
+    expected.retain(|variable| *variable != "PORTPOOL_SLOT=mine");
+    expected.insert(2, "PORTPOOL_SLOT=1");
+    assert_eq!(variables(&spec["initContainers"][1]), expected);
+    let agent = &spec["initContainers"][0];
+    assert_eq!(agent["env"].as_array().unwrap().len(), 1, "POD_IP only");
+}
+
+#[test]
 fn a_pod_carries_the_ports_of_its_slot() {
     let pool = pool(|_| {});
     let table = table(&pool);

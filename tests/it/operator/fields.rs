@@ -50,7 +50,7 @@ fn cases() -> Vec<Case> {
         case("replicas", json!(3)).unsatisfiable(json!(26), no_room),
         case("ports", json!([quick(1)["ports"][0], second])).unsatisfiable(twice, "overlap"),
         case("ports[].name", json!("other")),
-        case("ports[].port", json!(7100)).unsatisfiable(json!(7069), "agent listens"),
+        case("ports[].port", json!(7100)).unsatisfiable(json!(7069), "portpool's agent"),
         case("ports[].count", json!(2)).unsatisfiable(json!(101), no_room),
         case("ports[].protocol", json!("TCPUDP")),
         case("ports[].mapping", json!("Shared")),
@@ -227,7 +227,8 @@ async fn every_field_refuses_or_reports_a_wrong_value_and_recovers() {
     let space = Space::new("fields").await;
     let run = |(index, case): (usize, Case)| {
         let (space, schema) = (&space, &fields[case.path]);
-        let is_required = required.contains(case.path);
+        // A rule says where a port is required.
+        let is_required = required.contains(case.path) || case.path == "ports[].port";
         async move {
             let pool = format!("field-{index}");
             refused(space, &pool, case.path, schema).await;
