@@ -100,8 +100,10 @@ pub struct ObservedServer {
     pub address: Option<IpAddr>,
     /// Whether the server takes sessions.
     pub is_ready: bool,
-    /// Whether the server was created from a former template.
+    /// Whether the server was created from a former template, or is too old.
     pub is_outdated: bool,
+    /// Whether the server has had all the sessions that it takes.
+    pub is_spent: bool,
     /// Whether the server is being stopped already.
     pub is_stopping: bool,
     /// Whether the server has ended for good.
@@ -173,6 +175,10 @@ impl<'a> Servers<'a> {
         self.get(slot).is_some_and(|server| server.is_ready)
     }
 
+    fn is_spent(&self, slot: Slot) -> bool {
+        self.get(slot).is_some_and(|server| server.is_spent)
+    }
+
     /// What it costs to drain the server in `slot`: its deletion cost, then the
     /// number of its sessions.
     fn cost(&self, slot: Slot) -> (i32, u32) {
@@ -180,12 +186,14 @@ impl<'a> Servers<'a> {
         self.get(slot).map_or((0, 0), cost)
     }
 
-    /// Whether a server of the present template, or with the present ports, must
-    /// replace the one in the slot of `row`.
+    /// Whether a new server must replace the one in the slot of `row`: it is
+    /// outdated or spent, or has other ports.
     fn is_outdated(&self, row: &Row) -> bool {
         // A server that could not be replaced is better than none.
         let server = self.get(row.slot).filter(|_| self.may_start);
-        server.is_some_and(|server| server.is_outdated || listens_elsewhere(server, row))
+        server.is_some_and(|server| {
+            server.is_outdated || server.is_spent || listens_elsewhere(server, row)
+        })
     }
 }
 
@@ -297,12 +305,15 @@ fn shrink(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
     }
 }
 
-/// Drains servers of a former template. Those that are not ready drain at once,
-/// so that a template that does not work can be corrected. Ready ones drain, those
+/// Drains servers of a former template, or that are too old or spent. Those that
+/// are not ready drain at once, so that a template that does not work can be
+/// corrected; so do spent ones, which serve nobody. Ready ones drain, those
 /// of the lowest deletion cost first, then those with the fewest sessions, until
 /// one in [`ROLLOUT_SHARE`] of the pool is away.
 fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
-    let is_up = |row: &Row| row.state == RowState::Active && servers.is_ready(row.slot);
+    let is_up = |row: &Row| {
+        row.state == RowState::Active && servers.is_ready(row.slot) && !servers.is_spent(row.slot)
+    };
     let up = rows.iter().filter(|row| is_up(row)).count();
     let most_away = (replicas as usize / ROLLOUT_SHARE).max(1);
     let mut may_go = (up + most_away).saturating_sub(replicas as usize);
@@ -380,6 +391,7 @@ fn next_table(pool: &ValidPool, uid: &str, previous: &Previous<'_>, rows: Vec<Ro
         agent_port: TargetPort::new(AGENT_PORT).expect("the constant is not 0"),
         load_sharing: pool.load_sharing.clone(),
         sessions: pool.sessions.clone(),
+        recycle: pool.recycle,
         rows,
     };
     if previous.table != Some(&table) || !previous.is_published {

@@ -9,6 +9,7 @@
 //! prints. They are written for users and give unit, bounds and default.
 
 mod ports;
+mod recycle;
 pub mod rules;
 mod sessions;
 
@@ -22,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 pub use self::ports::{Mapping, PortEntry, PortProtocol, ProxyProtocol};
+pub use self::recycle::Recycle;
 pub use self::sessions::{Admission, ClientBinding, Sessions};
 
 /// Most characters of a pool's name: pods and services append up to 11 to it, and
@@ -67,6 +69,9 @@ pub const MONTH_SECONDS: i32 = 2_592_000;
 /// TCP ports of a processing server that belong to its agent. No port entry may
 /// include one. The last two are not used yet.
 pub const AGENT_PORTS: RangeInclusive<u16> = 7070..=7073;
+
+/// Most sessions after which a processing server can be replaced.
+pub const MAX_RECYCLE_SESSIONS: i32 = 1_000_000;
 
 /// Port on which agents serve the selection protocol, on the address of their server.
 pub const AGENT_PORT: u16 = 7070;
@@ -145,6 +150,10 @@ pub struct ProcessingPoolSpec {
     #[serde(default = "default_drain_seconds")]
     #[schemars(range(min = 0, max = WEEK_SECONDS))]
     pub drain_seconds: i32,
+
+    /// When a processing server is replaced by a new one: new pod, new processes, the same slot and connection ports. Default: only when the template changes or the pod is lost.
+    #[serde(default, skip_serializing_if = "Recycle::is_never")]
+    pub recycle: Recycle,
 
     /// Template for the pod of a processing server, as in a Deployment. `portpool local` runs the command, args and env of its containers as processes.
     #[schemars(schema_with = "preserved_template")]

@@ -201,6 +201,9 @@ pub struct ServerState {
     pub attached: bool,
     /// Whether it is being removed.
     pub draining: bool,
+    /// Whether it has had all the sessions that it takes, and is replaced when they
+    /// are over.
+    pub spent: bool,
     /// Live sessions.
     pub sessions: u32,
     /// Ports by name.

@@ -27,7 +27,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
-use crate::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions};
+use crate::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Recycle, Sessions};
 
 /// The format that this code writes.
 pub const FORMAT_VERSION: u32 = 2;
@@ -128,6 +128,9 @@ pub struct Table {
     pub load_sharing: LoadSharing,
     /// How long sessions last, and who may connect.
     pub sessions: Sessions,
+    /// When servers are replaced.
+    #[serde(default, skip_serializing_if = "Recycle::is_never")]
+    pub recycle: Recycle,
     /// One row per slot, sorted by slot, each slot once.
     pub rows: Vec<Row>,
 }

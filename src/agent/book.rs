@@ -41,6 +41,7 @@
 //! - `select`: the choice of a port, which makes a session;
 //! - `life`: the changes of sessions;
 //! - `attachment`: the arrival and departure of connection servers;
+//! - `recycling`: how many sessions the server takes;
 //! - `times`: the clocks, and how long sessions may take;
 //! - this file: everything else that the agent asks the book.
 //!
@@ -52,6 +53,7 @@ mod connection_servers;
 mod life;
 mod listening;
 mod ports;
+mod recycling;
 mod select;
 mod session;
 mod times;
@@ -63,6 +65,7 @@ use self::connection_servers::ConnectionServers;
 use self::life::end_notice;
 pub use self::listening::{ServerPort, SocketId};
 use self::ports::Ports;
+use self::recycling::Recycling;
 pub use self::select::Selected;
 use self::session::{ADOPTED, Session, State};
 pub use self::times::{Now, Times};
@@ -110,6 +113,7 @@ pub struct Book {
     over: BTreeSet<SessionId>,
     row_draining: bool,
     stopping: bool,
+    recycling: Recycling,
 }
 
 impl Book {
@@ -130,6 +134,7 @@ impl Book {
             over: BTreeSet::new(),
             row_draining: false,
             stopping: false,
+            recycling: Recycling::new(recovering_until.is_some()),
         }
     }
 
@@ -273,6 +278,18 @@ impl Book {
         self.row_draining || self.stopping
     }
 
+    /// Takes `most` sessions altogether; without end if `None`.
+    pub fn take_at_most(&mut self, most: Option<u32>) {
+        self.recycling.most = most;
+    }
+
+    /// Whether no port is offered any more, because there were all the sessions
+    /// that this server takes.
+    #[must_use]
+    pub fn is_spent(&self) -> bool {
+        self.recycling.is_spent()
+    }
+
     /// The number of sessions that are live, or whose end is not acknowledged.
     #[must_use]
     pub fn session_count(&self) -> usize {
@@ -291,6 +308,7 @@ impl Book {
         Counts {
             ports,
             draining: self.is_draining(),
+            spent: self.is_spent(),
             returning: self.ports.returning(),
         }
     }

@@ -122,6 +122,7 @@ impl Agent {
                 "row accepted"
             );
             self.change(|book, now| {
+                book.take_at_most(table.recycle.after_sessions());
                 book.set_row(table.row(self.slot), Times::from(&table.sessions), now)
             });
             self.inner.lock().table = Some(table);

@@ -4,7 +4,7 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 use super::*;
-use crate::pool::{LoadSharing, Sessions};
+use crate::pool::{LoadSharing, Recycle, Sessions};
 use crate::table::{FORMAT_VERSION, TargetPort};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -19,6 +19,7 @@ fn table(generation: u64, uid: &str) -> Table {
         agent_port: TargetPort::new(7070).unwrap(),
         load_sharing: LoadSharing::default(),
         sessions: Sessions::default(),
+        recycle: Recycle::default(),
         rows: Vec::new(),
     }
 }

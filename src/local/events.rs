@@ -169,7 +169,7 @@ fn table(state: &PoolState) -> String {
         "SERVER", "ADDRESS", "STATE", "SESSIONS", "FREE", "HELD", "BUSY", "NOT LISTENING"
     );
     for server in &state.servers {
-        let status = match (server.attached, server.draining) {
+        let status = match (server.attached, server.draining || server.spent) {
             (_, true) => "draining",
             (true, false) => "ready",
             (false, false) => "starting",

@@ -193,16 +193,19 @@ impl Running {
 
     fn observe(&mut self, state: Option<&PoolState>) -> Vec<ObservedServer> {
         self.servers.retain(|_, server| !server.has_stopped());
-        let template = self.pool.template.as_ref();
-        let observed = self.servers.iter().map(|(&slot, server)| {
+        let pool = &self.pool;
+        let observed = self.servers.iter_mut().map(|(&slot, server)| {
             let reported =
                 state.and_then(|state| state.servers.iter().find(|reported| reported.slot == slot));
+            server.is_spent |= reported.is_some_and(|server| server.spent && server.sessions == 0);
             ObservedServer {
                 slot,
                 uid: server.uid.clone(),
                 address: (!server.is_stopping()).then_some(server.address),
                 is_ready: reported.is_some_and(|reported| reported.attached),
-                is_outdated: template != Ok(&server.template),
+                is_outdated: pool.template.as_ref() != Ok(&server.template)
+                    || server.is_too_old(pool),
+                is_spent: server.is_spent,
                 is_stopping: server.is_stopping(),
                 sessions: reported.map(|reported| reported.sessions),
                 ranges: server.ranges.clone(),
@@ -229,11 +232,7 @@ impl Running {
             if let Some(server) = self.servers.get_mut(&slot)
                 && server.stop()
             {
-                let reason = if self.pool.template.as_ref() == Ok(&server.template) {
-                    "stops"
-                } else {
-                    "is replaced: the template has changed"
-                };
+                let reason = server.why_it_stops(&self.pool);
                 self.events.say(format!("{} {reason}", server.name));
             }
         }

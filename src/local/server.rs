@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use tokio::task::JoinHandle;
@@ -39,6 +39,9 @@ pub(super) struct Server {
     /// Ports of the slot when the server was started.
     pub(super) ranges: Vec<PortRange>,
     was_ready: bool,
+    started: Instant,
+    /// Whether it has had all the sessions that it takes.
+    pub(super) is_spent: bool,
     /// `None` once it stops.
     running: Option<Processes>,
     stopping: Option<JoinHandle<()>>,
@@ -104,6 +107,8 @@ impl Server {
             template: template.clone(),
             ranges: row.ranges.clone(),
             was_ready: false,
+            started: Instant::now(),
+            is_spent: false,
             running: Some(Processes { agent, containers }),
             stopping: None,
         })
@@ -112,6 +117,25 @@ impl Server {
     /// Remembers that the server is ready. Returns whether it was not before.
     pub(super) fn become_ready(&mut self) -> bool {
         !std::mem::replace(&mut self.was_ready, true)
+    }
+
+    /// Whether the server has reached the age at which `pool` replaces it.
+    pub(super) fn is_too_old(&self, pool: &ValidPool) -> bool {
+        let most = pool.recycle.after_seconds();
+        most.is_some_and(|most| self.started.elapsed() >= Duration::from_secs(most.into()))
+    }
+
+    /// What happens to the server when it is stopped, and why.
+    pub(super) fn why_it_stops(&self, pool: &ValidPool) -> &'static str {
+        if pool.template.as_ref() != Ok(&self.template) {
+            "is replaced: the template has changed"
+        } else if self.is_spent {
+            "is replaced: it has had recycle.afterSessions sessions"
+        } else if self.is_too_old(pool) {
+            "is replaced: it has run for recycle.afterSeconds"
+        } else {
+            "stops"
+        }
     }
 
     /// Begins to stop: the agent drains, then the containers end. Returns whether

@@ -2,7 +2,9 @@
 //! client; the step that fills it in is in `observe`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use jiff::Timestamp;
 use kube::ResourceExt;
 use kube::api::DynamicObject;
 use serde_json::Value;
@@ -52,6 +54,8 @@ pub(super) struct Observation {
     pub(super) address: Option<String>,
     /// What keeps pods from running.
     pub(super) blockers: Vec<Blocker>,
+    /// The time until the next server is too old, if one will be.
+    pub(super) next_too_old: Option<Duration>,
 }
 
 /// A pool's pods.
@@ -86,22 +90,26 @@ impl Pods {
 
 impl Observation {
     /// What the stores show of the pool with `pods`. `live` is what a connection
-    /// server reported; pods whose template does not have `template_hash` are
-    /// outdated.
+    /// server reported; pods whose template does not have `template_hash`, or
+    /// that are too old at `now`, are outdated.
     pub(super) fn new(
         stores: &Stores,
         owner: Owner<'_>,
         template_hash: &str,
         pods: &Pods,
         live: Option<PoolState>,
+        now: Timestamp,
     ) -> Self {
         let (namespace, pool) = (owner.namespace, owner.pool);
         let mut blockers = Vec::new();
         let mut servers = Vec::new();
+        let mut next_too_old = None;
         let ours = pods.servers.iter();
         for pod in ours.filter(|pod| is_owned(pod.as_ref(), owner.uid)) {
             blockers.extend(pod_blocker(pod));
-            servers.extend(server(pod, &pool.name, template_hash, live.as_ref()));
+            let until = until_too_old(pod, pool, now).filter(|until| !until.is_zero());
+            next_too_old = next_too_old.into_iter().chain(until).min();
+            servers.extend(server(pod, pool, template_hash, live.as_ref(), now));
         }
         let connection_servers = pods.connection_servers.iter();
         blockers.extend(connection_servers.filter_map(|pod| pod_blocker(pod)));
@@ -115,6 +123,7 @@ impl Observation {
             address: address(stores, namespace, pool, pods),
             live,
             blockers,
+            next_too_old,
         }
     }
 }
@@ -147,12 +156,17 @@ fn is_ready(pod: &DynamicObject) -> bool {
 
 fn server(
     pod: &DynamicObject,
-    pool: &str,
+    pool: &ValidPool,
     template_hash: &str,
     live: Option<&PoolState>,
+    now: Timestamp,
 ) -> Option<ObservedServer> {
     // The slot in the name counts, not that in the label, which can be changed.
-    let slot = pod.metadata.name.as_deref()?.strip_prefix(pool)?;
+    let slot = pod
+        .metadata
+        .name
+        .as_deref()?
+        .strip_prefix(pool.name.as_str())?;
     let slot = slot.strip_prefix('-')?.parse().ok()?;
     let reported = live.and_then(|live| live.servers.iter().find(|server| server.slot == slot));
     let phase = text(pod, "/status/phase").unwrap_or_default();
@@ -165,10 +179,12 @@ fn server(
         uid: pod.uid().unwrap_or_default(),
         address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
         is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none(),
-        is_outdated: pod
-            .annotations()
-            .get(HASH_ANNOTATION)
-            .is_none_or(|hash| hash != template_hash),
+        is_outdated: until_too_old(pod, pool, now) == Some(Duration::ZERO)
+            || pod
+                .annotations()
+                .get(HASH_ANNOTATION)
+                .is_none_or(|hash| hash != template_hash),
+        is_spent: reported.is_some_and(|server| server.spent && server.sessions == 0),
         is_stopping: pod.metadata.deletion_timestamp.is_some(),
         has_failed: phase == "Failed" || phase == "Succeeded",
         deletion_cost: cost.unwrap_or(0),
@@ -177,6 +193,16 @@ fn server(
             .map(|server| server.sessions),
         ranges: annotated_ranges(pod.annotations().get(RANGES_ANNOTATION)),
     })
+}
+
+/// The time until `pod` is so old that the pool replaces it: zero if it is now,
+/// `None` if the pool keeps pods of any age.
+fn until_too_old(pod: &DynamicObject, pool: &ValidPool, now: Timestamp) -> Option<Duration> {
+    let most = Duration::from_secs(pool.recycle.after_seconds()?.into());
+    let created = pod.metadata.creation_timestamp.as_ref()?;
+    // A clock that is behind the API server's makes pods younger.
+    let age = Duration::try_from(now.duration_since(created.0)).unwrap_or_default();
+    Some(most.saturating_sub(age))
 }
 
 /// What keeps `pod` from running and does not pass by itself.

@@ -4,6 +4,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::context::Reconcile;
 use super::observation::{Observation, Pods};
 use super::requests::Error;
@@ -26,8 +28,14 @@ impl Reconcile<'_> {
         stores.ready().await;
         let pods = Pods::of(stores, self.owner);
         let live = ask(&pods).await;
-        let mut observation =
-            Observation::new(stores, self.owner, &self.template_hash, &pods, live);
+        let mut observation = Observation::new(
+            stores,
+            self.owner,
+            &self.template_hash,
+            &pods,
+            live,
+            Timestamp::now(),
+        );
         if memory.is_due_for_listing(uid) {
             let listed = self.list_pods().await?;
             if memory.compare_listing(uid, &observation, &listed) {

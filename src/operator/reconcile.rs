@@ -23,7 +23,7 @@ use crate::pool::ProcessingPool;
 use crate::table::{Row, RowState, Table};
 
 /// When a pool is reconciled again although nothing has changed: while servers
-/// drain, while connection servers report numbers, while it is blocked.
+/// drain, or may be spent at any time, while connection servers report numbers, while it is blocked.
 /// Otherwise the next resync comes first.
 const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 const NUMBERS_INTERVAL: Duration = Duration::from_secs(15);
@@ -132,7 +132,7 @@ async fn step(resource: &ProcessingPool, context: &Context) -> Result<Progress, 
     match findings.failure {
         Some(failure) => Err(failure),
         None => Ok(Progress {
-            next_after: pause(applied.table.as_ref(), is_blocked, &observation)
+            next_after: pause(&pool, applied.table.as_ref(), is_blocked, &observation)
                 .min(context.memory.resync()),
             is_blocked,
         }),
@@ -161,9 +161,15 @@ impl Reconcile<'_> {
 }
 
 /// When to reconcile again although nothing has changed.
-fn pause(table: Option<&Table>, is_blocked: bool, observation: &Observation) -> Duration {
+fn pause(
+    pool: &ValidPool,
+    table: Option<&Table>,
+    is_blocked: bool,
+    observation: &Observation,
+) -> Duration {
     let is_draining = |row: &Row| row.state == RowState::Draining;
-    if table.is_some_and(|table| table.rows.iter().any(is_draining)) {
+    let is_draining = table.is_some_and(|table| table.rows.iter().any(is_draining));
+    let pause = if is_draining || pool.recycle.after_sessions().is_some() {
         DRAIN_INTERVAL
     } else if is_blocked {
         BLOCKED_INTERVAL
@@ -171,5 +177,6 @@ fn pause(table: Option<&Table>, is_blocked: bool, observation: &Observation) -> 
         NUMBERS_INTERVAL
     } else {
         Duration::MAX
-    }
+    };
+    pause.min(observation.next_too_old.unwrap_or(Duration::MAX))
 }

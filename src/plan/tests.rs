@@ -26,6 +26,7 @@ fn resource(replicas: i32, ports: Vec<PortEntry>, last: i32) -> ProcessingPool {
         connection_server: crate::pool::ConnectionServer::default(),
         load_sharing: crate::pool::LoadSharing::default(),
         sessions: crate::pool::Sessions::default(),
+        recycle: crate::pool::Recycle::default(),
         drain_seconds: 60,
         template: crate::pool::PodTemplate(serde_json::json!({})),
     };
@@ -431,6 +432,37 @@ fn the_newest_known_table_is_continued_above_what_readers_have_seen() {
         let plan = plan(&pool, &observed, Timestamp::UNIX_EPOCH);
         assert_eq!(plan.table.generation, next, "{observed:?}");
     }
+}
+
+#[test]
+fn spent_servers_are_replaced_at_once_and_keep_their_ports() {
+    let mut world = World::default();
+    world.settle(&pool(8, 4));
+    let before: Vec<_> = (0..8).map(|slot| world.ports(Slot(slot))).collect();
+    for slot in 0..4 {
+        world.servers.get_mut(&Slot(slot)).unwrap().is_spent = true;
+    }
+    let draining = world.step(&pool(8, 4)).table;
+    let is_draining = |row: &&Row| row.state == RowState::Draining;
+    assert_eq!(draining.rows.iter().filter(is_draining).count(), 4);
+    world.settle(&pool(8, 4));
+    assert!(world.servers.values().all(|server| !server.is_spent));
+    assert!(world.servers.keys().copied().eq((0..8).map(Slot)));
+    let after: Vec<_> = (0..8).map(|slot| world.ports(Slot(slot))).collect();
+    assert_eq!(after, before);
+}
+
+#[test]
+fn a_shrinking_pool_loses_its_spent_servers_first() {
+    let mut world = World::default();
+    world.settle(&pool(3, 4));
+    world.servers.get_mut(&Slot(0)).unwrap().is_spent = true;
+    world.step(&pool(3, 4));
+    world.settle(&pool(2, 4));
+    assert_eq!(
+        world.states(),
+        [(1, RowState::Active), (2, RowState::Active)]
+    );
 }
 
 #[test]

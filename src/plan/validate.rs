@@ -12,7 +12,7 @@ pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
     ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT, MAX_PORT,
     MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
-    ProxyProtocol, Sessions, WEEK_SECONDS, rules,
+    ProxyProtocol, Recycle, Sessions, WEEK_SECONDS, rules,
 };
 use crate::table::{ListenPort, TargetPort};
 
@@ -39,6 +39,8 @@ pub struct ValidPool {
     pub load_sharing: LoadSharing,
     /// How long sessions last, and who may connect.
     pub sessions: Sessions,
+    /// When servers are replaced.
+    pub recycle: Recycle,
     /// The longest time that live sessions keep a server from being stopped.
     pub drain_limit: Duration,
     /// How clients outside the pod network reach the connection server.
@@ -136,6 +138,7 @@ impl ValidPool {
             advertised_address: spec.connection_server.advertised_address.clone(),
             load_sharing: spec.load_sharing.clone(),
             sessions: spec.sessions.clone(),
+            recycle: spec.recycle,
             drain_limit: Duration::from_secs(drain_seconds.into()),
             exposure: spec.connection_server.exposure,
             allocate_load_balancer_node_ports: spec

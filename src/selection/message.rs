@@ -141,6 +141,9 @@ pub struct Counts {
     /// Ports whose session is over and that become free by themselves. They count
     /// as lingering, too.
     pub returning: u32,
+    /// Whether no port is offered any more, because the server has had all the
+    /// sessions that it takes.
+    pub spent: bool,
 }
 
 /// A session on a processing server.

@@ -183,6 +183,10 @@ pub struct Counts {
     /// on listening. They count as lingering, too.
     #[prost(uint32, tag = "3")]
     pub returning: u32,
+    /// No port is offered any more; the server has had as many sessions as the
+    /// pool's recycle.afterSessions, and is replaced when they are over.
+    #[prost(bool, tag = "4")]
+    pub spent: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PortCounts {

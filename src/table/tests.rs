@@ -36,6 +36,7 @@ pub(super) fn table(rows: Vec<Row>) -> Table {
         agent_port: TargetPort::new(7070).unwrap(),
         load_sharing: LoadSharing::default(),
         sessions: Sessions::default(),
+        recycle: Recycle::default(),
         rows,
     }
 }

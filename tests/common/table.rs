@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use portpool::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions};
+use portpool::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Recycle, Sessions};
 use portpool::table::{
     FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
 };
@@ -23,6 +23,7 @@ pub fn table(sessions: Sessions, rows: Vec<Row>) -> Table {
         agent_port: TargetPort::new(7070).expect("not 0"),
         load_sharing: LoadSharing::default(),
         sessions,
+        recycle: Recycle::default(),
         rows,
     }
 }

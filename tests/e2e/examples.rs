@@ -1,9 +1,12 @@
 //! Each manifest in `examples/` is applied unchanged. Clients inside of the
 //! cluster then use its pool.
 
+use std::collections::BTreeSet;
+use std::time::Instant;
+
 use k8s_openapi::api::core::v1::Service;
 
-use crate::world::{LIMIT, World, image, print_time, run, until};
+use crate::world::{LIMIT, World, expect, image, print_time, run, until};
 
 /// `ADDRESS:PORT` of a pool's load-sharing port inside of the cluster.
 async fn inside(world: &World, pool: &str) -> String {
@@ -63,6 +66,7 @@ async fn every_example_runs_and_is_used() {
             }
             "redis" => prints(&world, "client", &connect, "PING\r\n", "+PONG").await,
             "iperf3" => iperf3(&world, &address).await,
+            "fresh" => fresh(&world, &address).await,
             _ => panic!("{path} has no client here: add one"),
         }
         run(
@@ -73,6 +77,32 @@ async fn every_example_runs_and_is_used() {
         .unwrap();
     }
     world.end().await;
+}
+
+/// Every session gets a new pod in the same slot.
+async fn fresh(world: &World, address: &str) {
+    let uids = async || -> BTreeSet<(String, Option<String>)> {
+        let pods = world.pods("processing-server").await;
+        let pods = pods
+            .into_iter()
+            .filter(|(name, _)| name.starts_with("fresh-"));
+        pods.map(|(name, pod)| (name, pod.metadata.uid)).collect()
+    };
+    let connect = ["portpool", "connect", address, "--wait", "30"];
+    for _ in 0..3 {
+        let before = uids().await;
+        assert_eq!(before.len(), 3);
+        prints(world, "client", &connect, "mine alone\n", "mine alone\n").await;
+        let started = Instant::now();
+        until("one of three pods is another one", LIMIT, async || {
+            let now = uids().await;
+            let kept = before.intersection(&now).count();
+            expect((now.len(), kept), |found| *found == (3, 2))
+        })
+        .await;
+        print_time("fresh: another pod after", started.elapsed());
+        world.ready("fresh").await;
+    }
 }
 
 /// The real client measures over the connection port.

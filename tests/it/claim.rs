@@ -141,6 +141,7 @@ impl Selection for LastPort {
                 }],
                 draining: false,
                 returning: 0,
+                spent: false,
             };
             while let Ok(Some(ToAgent {
                 message: Some(message),

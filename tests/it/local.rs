@@ -246,6 +246,29 @@ fn the_echo_example_serves_scales_and_stops() {
 }
 
 #[test]
+fn the_fresh_example_gives_every_session_a_new_server() {
+    let local = Local::start(&example("fresh.yaml"));
+    local.until("3 ports free");
+    let mut gone: Vec<String> = Vec::new();
+    for _ in 0..4 {
+        let before = pids("echo --listen 127.0.0.");
+        let mut client = connect(&request());
+        echo(&mut client, "mine alone");
+        drop(client);
+        let event = local.until("is replaced");
+        assert!(event.contains("recycle.afterSessions"), "{event}");
+        local.until("3 ports free");
+        let after = pids("echo --listen 127.0.0.");
+        assert!(after.iter().all(|pid| !gone.contains(pid)));
+        gone.extend(before.into_iter().filter(|pid| !after.contains(pid)));
+    }
+    // Each server has as many processes.
+    let of_three = pids("echo --listen 127.0.0.").len();
+    assert_eq!(gone.len() * 3, of_three * 4, "four servers are gone");
+    local.stop();
+}
+
+#[test]
 fn the_iperf3_example_measures() {
     let local = Local::start(&example("iperf3.yaml"));
     local.until("ports free");

@@ -58,7 +58,7 @@ fn every_example_is_valid() {
             found += 1;
         }
     }
-    assert_eq!(found, 3);
+    assert_eq!(found, 4);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DynamicObject, ListParams, ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
-use portpool::table::Row;
+use portpool::table::{Row, Table};
 use serde_json::{Value, json};
 
 const QUIET: Duration = Duration::from_secs(8);
@@ -115,6 +115,24 @@ async fn a_failed_or_deleted_pod_is_replaced_in_its_slot() {
     .await;
     space.ready("games").await;
     assert_eq!(ranges().await, ports);
+}
+
+#[tokio::test]
+async fn a_server_that_is_too_old_is_replaced_in_its_slot() {
+    let mut spec = quick(2);
+    spec["recycle"] = json!({ "afterSeconds": 4 });
+    let space = Space::with_pool("old", spec).await;
+    let (before, rows) = (space.servers("games").await, space.table("games").await);
+    until("both servers are others", async || {
+        let now = space.servers("games").await;
+        now.len() == 2 && now.iter().all(|(name, uid)| before.get(name) != Some(uid))
+    })
+    .await;
+    let ranges = |table: Option<Table>| -> Vec<_> {
+        let rows = table.unwrap().rows.into_iter();
+        rows.map(|row| row.ranges).collect()
+    };
+    assert_eq!(ranges(space.table("games").await), ranges(rows));
 }
 
 /// Waits until the pool's table has `rows` and a generation above `above`;

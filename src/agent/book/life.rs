@@ -126,6 +126,9 @@ impl Book {
         if let Some(key) = &session.idempotency_key {
             self.id_by_key.remove(key);
         }
+        if !session.is_claimed && session.open.is_empty() {
+            self.recycling.unused();
+        }
         session.state = State::Ending(self.connection_servers.may_know(session.number));
         self.ports.mark(session.port, Occupancy::Ending);
         notices.push(end_notice(To::All, id, cause));

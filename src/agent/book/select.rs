@@ -50,7 +50,7 @@ impl Book {
         if self.sessions.contains_key(&request.session_id) {
             return Err(RefusalCause::DuplicateId);
         }
-        if self.is_draining() {
+        if self.is_draining() || self.is_spent() {
             return Err(RefusalCause::Draining);
         }
         if self.is_recovering(now) {
@@ -82,6 +82,7 @@ impl Book {
         self.next_number += 1;
         let described = self.describe(&id, &session);
         self.insert(id, session);
+        self.recycling.begun();
         let notice = Notice {
             to: To::AllBut(owner.clone()),
             message: FromAgent::Session(described.clone()),

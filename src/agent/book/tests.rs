@@ -9,6 +9,7 @@ use crate::table::{PortRange, Slot, TargetPort};
 
 mod limits;
 mod offering;
+mod recycling;
 
 const TIMES: Times = Times {
     claim: Duration::from_secs(30),

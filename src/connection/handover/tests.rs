@@ -21,7 +21,7 @@ use crate::forward::snapshot::{
     PortSnapshot,
 };
 use crate::forward::{SessionKey, Traffic, Transport};
-use crate::pool::{LoadSharing, PortProtocol, Sessions as Settings};
+use crate::pool::{LoadSharing, PortProtocol, Recycle, Sessions as Settings};
 use crate::selection::{ConnectionServerId, Session};
 use crate::session::{SessionId, SessionState};
 use crate::table::{FORMAT_VERSION, ListenPort, Slot, Table, TargetPort};
@@ -51,6 +51,7 @@ fn state(snapshot: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
             agent_port: TargetPort::new(7070).unwrap(),
             load_sharing: LoadSharing::default(),
             sessions: Settings::default(),
+            recycle: Recycle::default(),
             rows: Vec::new(),
         }),
         load_sharing: descriptor(),

@@ -244,6 +244,7 @@ impl Api {
                         address: row.address.map(|address| address.to_string()),
                         attached: server.attached,
                         draining: server.is_draining(),
+                        spent: server.is_spent(),
                         sessions: server.sessions(),
                         ports: server.ports,
                     }

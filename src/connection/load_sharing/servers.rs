@@ -48,6 +48,8 @@ pub struct ServerLoad {
     pub ports: Vec<PortState>,
     /// Whether its agent says that it takes nothing new.
     agent_draining: bool,
+    /// Whether its agent says that it has had all the sessions that it takes.
+    spent: bool,
     /// Its ports that become free without a client's doing.
     returning: u32,
     /// The requests on their way to it, by entry: few, and looked through often.
@@ -66,7 +68,13 @@ impl ServerLoad {
     /// Whether new sessions may go to it at all.
     #[must_use]
     pub fn takes_sessions(&self) -> bool {
-        self.attached && !self.is_draining()
+        self.attached && !self.is_draining() && !self.spent
+    }
+
+    /// Whether it has had all the sessions that it takes.
+    #[must_use]
+    pub fn is_spent(&self) -> bool {
+        self.spent
     }
 
     /// Whether it is being removed.
@@ -152,6 +160,7 @@ impl Servers {
         server.attached = false;
         server.ports.clear();
         server.returning = 0;
+        server.spent = false;
         server.reserved.clear();
     }
 
@@ -161,6 +170,7 @@ impl Servers {
         server.ports = counts.ports;
         server.agent_draining = counts.draining;
         server.returning = counts.returning;
+        server.spent = counts.spent;
         server.report.0 += 1;
     }
 
@@ -235,6 +245,11 @@ impl Servers {
                 silent += ports.not_listening;
             }
         }
+        let spent = self.loads().filter(|server| server.is_spent());
+        occupied += spent
+            .flat_map(|server| server.matching(filter))
+            .map(in_use)
+            .sum::<u32>();
         match (free, occupied, silent) {
             (1.., _, _) => Refusal::NotSelected,
             (0, 1.., _) => Refusal::AllInUse {

@@ -5,7 +5,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::*;
 use crate::forward::{Decision, Gate, PendingId, Traffic, Transport};
 use crate::pool::{
-    Admission, LoadSharing, Mapping, PortProtocol, ProxyProtocol, Sessions as Settings,
+    Admission, LoadSharing, Mapping, PortProtocol, ProxyProtocol, Recycle, Sessions as Settings,
 };
 use crate::session::SessionState;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
@@ -43,6 +43,7 @@ fn table(admission: Admission) -> Table {
             admission,
             ..Settings::default()
         },
+        recycle: Recycle::default(),
         rows: vec![row(0), row(1)],
     }
 }

@@ -112,6 +112,7 @@ impl TryFrom<v1::Counts> for Counts {
             ports: ports.collect::<Result<_, _>>()?,
             draining: counts.draining,
             returning: counts.returning,
+            spent: counts.spent,
         })
     }
 }
@@ -131,6 +132,7 @@ impl From<Counts> for v1::Counts {
             ports: ports.collect(),
             draining: counts.draining,
             returning: counts.returning,
+            spent: counts.spent,
         }
     }
 }

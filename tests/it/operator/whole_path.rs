@@ -13,7 +13,7 @@ use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, PostParams, PropagationPolicy};
 use portpool::client::Client;
 use portpool::session::{Session, SessionRequest};
-use portpool::table::TABLE_KEY;
+use portpool::table::{Row, TABLE_KEY};
 use serde_json::json;
 
 /// Address of the connection server. The agents' addresses begin at
@@ -209,6 +209,47 @@ async fn sessions_go_through_and_hold_servers_while_a_pool_shrinks() {
     node.until_free(8).await;
     let (_, mut stream) = node.session().await;
     echo(&mut stream, "again");
+}
+
+#[tokio::test]
+async fn a_spent_server_is_replaced_and_its_successor_has_its_ports() {
+    let mut node = Node::new(ApiServer::shared().await, "recycle", 2).await;
+    node.until_free(8).await;
+    let mut recycled = spec(2);
+    recycled["recycle"] = json!({ "afterSessions": 1 });
+    node.space.make_ready("games", recycled).await;
+    node.follow().await;
+    let before = node.space.servers("games").await;
+    let rows = node.space.table("games").await.unwrap().rows;
+    let (session, mut stream) = node.session().await;
+    // Its other ports are not offered any more.
+    node.until_free(4).await;
+    echo(&mut stream, "the only one");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    node.expect_still(&before).await;
+    drop(stream);
+    node.client().release(&session.id).await.unwrap();
+    until("the server is another one", async || {
+        let now = node.space.servers("games").await;
+        let replaced = now.get(&session.server);
+        replaced.is_some() && replaced != before.get(&session.server)
+    })
+    .await;
+    node.space.ready("games").await;
+    node.follow().await;
+    node.until_free(8).await;
+    let ranges = |rows: &[Row]| {
+        rows.iter()
+            .map(|row| row.ranges.clone())
+            .collect::<Vec<_>>()
+    };
+    let after = node.space.table("games").await.unwrap().rows;
+    assert_eq!(ranges(&after), ranges(&rows));
+    let now = node.space.servers("games").await;
+    let kept = before
+        .iter()
+        .filter(|(name, uid)| now.get(*name) == Some(uid));
+    assert_eq!(kept.count(), 1, "the other server stays");
 }
 
 #[tokio::test]

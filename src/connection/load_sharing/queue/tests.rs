@@ -47,6 +47,7 @@ impl Agent {
             ports: ports.collect(),
             draining: false,
             returning: 0,
+            spent: false,
         }
     }
 
@@ -465,6 +466,7 @@ fn every_request_waits_a_moment_for_ports_that_are_on_their_way_back() {
     let mut world = World::new(&[[0, 0, 0]]);
     let counts = Counts {
         returning: 1,
+        spent: false,
         ..world.agents[0].counts()
     };
     let decisions = world.queue.counted(Slot(0), counts, world.now);

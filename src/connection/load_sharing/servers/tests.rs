@@ -17,6 +17,7 @@ fn counts(ports: &[PortState]) -> Counts {
         ports: ports.to_vec(),
         draining: false,
         returning: 0,
+        spent: false,
     }
 }
 
@@ -55,6 +56,27 @@ fn a_last_port_is_reserved_once() {
     assert_eq!(reservation.slot, Slot(0));
     assert_eq!(reserve(&mut servers, &any), None);
     servers.settle(&reservation);
+    assert!(reserve(&mut servers, &any).is_some());
+}
+
+#[test]
+fn a_spent_server_gets_nothing_and_its_sessions_are_in_use() {
+    let mut servers = pool(&[(0, &[ports("main", PortProtocol::TCP, 3, 1)])]);
+    let any = PortFilter::default();
+    let spent = Counts {
+        spent: true,
+        ..counts(&[ports("main", PortProtocol::TCP, 3, 1)])
+    };
+    servers.counted(Slot(0), spent);
+    assert_eq!(reserve(&mut servers, &any), None);
+    assert_eq!(servers.free_ports(), 0);
+    let Refusal::AllInUse { in_use: 1, .. } = servers.reason(&any) else {
+        panic!("{:?}", servers.reason(&any));
+    };
+    // Its successor in the slot is not.
+    servers.detach(Slot(0));
+    servers.attach(Slot(0));
+    servers.counted(Slot(0), counts(&[ports("main", PortProtocol::TCP, 4, 0)]));
     assert!(reserve(&mut servers, &any).is_some());
 }
 

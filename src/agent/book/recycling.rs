@@ -1,0 +1,38 @@
+//! How many sessions the server takes before it is replaced.
+
+/// The sessions of this server, counted against the most that it takes.
+#[derive(Clone, Debug)]
+pub(super) struct Recycling {
+    /// The most that it takes; `None` if there is no such number.
+    pub(super) most: Option<u32>,
+    /// Those that were made, without those that ended unused.
+    used: u32,
+    /// Whether there may have been more, of which a restarted agent knows nothing.
+    has_restarted: bool,
+}
+
+impl Recycling {
+    pub(super) fn new(has_restarted: bool) -> Self {
+        Self {
+            most: None,
+            used: 0,
+            has_restarted,
+        }
+    }
+
+    /// A session was made.
+    pub(super) fn begun(&mut self) {
+        self.used = self.used.saturating_add(1);
+    }
+
+    /// A session has ended to which nobody has connected.
+    pub(super) fn unused(&mut self) {
+        self.used = self.used.saturating_sub(1);
+    }
+
+    /// Whether the server takes no more.
+    pub(super) fn is_spent(&self) -> bool {
+        self.most
+            .is_some_and(|most| self.has_restarted || self.used >= most)
+    }
+}
