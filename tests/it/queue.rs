@@ -332,6 +332,24 @@ async fn a_refusal_says_whether_servers_start_workloads_are_silent_or_all_is_in_
 }
 
 #[tokio::test]
+async fn a_refusal_while_an_agent_recovers_says_so() {
+    let (mut pool, sessions) = full().await;
+    pool.client().release(&sessions[0].id).await.unwrap();
+    pool.until(|state| state.free_ports == 1).await;
+    pool.agents[0].kill();
+    pool.agents.clear();
+    pool.start_agent(0);
+    let recovers = |state: &portpool::session::PoolState| {
+        let ports = state.servers.iter().flat_map(|server| &server.ports);
+        let counts: Vec<_> = ports.map(|it| (it.held, it.not_listening)).collect();
+        counts == [(u32::from(COUNT) - 1, 1)]
+    };
+    pool.until(recovers).await;
+    let refusal = pool.request().await.unwrap_err().to_string();
+    assert!(refusal.contains("its agent was restarted"), "{refusal}");
+}
+
+#[tokio::test]
 async fn waiting_requests_are_sent_away_when_their_connection_server_drains() {
     let (pool, _sessions) = full().await;
     let client = pool.client();

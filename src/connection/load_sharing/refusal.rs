@@ -1,5 +1,7 @@
 //! Why a request for a session gets none.
 
+use crate::selection::GONE_AFTER;
+
 /// Why a request gets no session.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -12,12 +14,13 @@ pub enum Refusal {
     AllInUse {
         /// The number of matching ports with a session.
         in_use: u32,
-        /// The number of those that the workload does not listen on.
+        /// The number of those that are not offered.
         not_listening: u32,
     },
-    /// The workload listens on no matching port.
+    /// No matching port is offered, and none has a session.
     #[error(
-        "the workload listens on none of the {0} matching ports: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool"
+        "the workload listens on none of the {} matching ports: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool; {}",
+        .0, after_restart()
     )]
     NotListening(u32),
     /// No agent is attached, or those that are have not reported ports yet.
@@ -59,8 +62,18 @@ fn all(count: u32) -> String {
 fn not_listening_too(count: u32) -> String {
     match count {
         0 => String::new(),
-        count => format!(", and the workload does not listen on {count} more"),
+        count => format!(
+            ", and the workload does not listen on {count} more ({})",
+            after_restart()
+        ),
     }
+}
+
+/// Why ports that the workload listens on may count as others: an agent that was
+/// restarted first learns of its sessions.
+fn after_restart() -> String {
+    let seconds = GONE_AFTER.as_secs();
+    format!("or its agent was restarted: it offers ports again after {seconds} s")
 }
 
 impl Refusal {
