@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::{Pool, SERVER_PORT, SOON, connect, echo};
 use portpool::pool::PortProtocol;
-use portpool::session::Session;
+use portpool::session::{Session, SessionRequest};
 use rustix::process::{Signal, getpid, kill_process};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -326,7 +326,13 @@ fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
     tokio::spawn(async move {
         let mut made = 0;
         while !stop.load(Ordering::Relaxed) {
-            let session = client.request(Default::default()).await.unwrap();
+            // On a busy machine an agent may answer late, which a client that does
+            // not wait is told.
+            let request = SessionRequest {
+                wait_seconds: 10,
+                ..SessionRequest::default()
+            };
+            let session = client.request(request).await.unwrap();
             let mut stream = client.connect(&session).await.unwrap();
             greet(&mut stream).await.unwrap();
             drop(stream);

@@ -55,8 +55,8 @@ pub const ASK_DEADLINE: Duration = Duration::from_secs(1);
 
 /// How long a request waits in any case while ports are on their way back. That
 /// takes milliseconds, or half a second where a workload must first prove that
-/// it goes on listening.
-pub const RETURN_TIME: Duration = Duration::from_millis(600);
+/// it goes on listening; as much again is for a busy machine.
+pub const RETURN_TIME: Duration = Duration::from_secs(1);
 
 /// How long a request may take besides its own wait: a few servers that miss
 /// their deadline.

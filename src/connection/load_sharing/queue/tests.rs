@@ -553,20 +553,14 @@ fn the_queue_is_bounded_and_says_so() {
 #[test]
 fn a_closed_queue_refuses_those_who_wait_until_it_is_open() {
     let mut world = World::new(&[[0, 0, 0]]);
-    let (caller, _) = world
-        .queue
-        .enter(anything(), None, false, world.now + SECOND, world.now);
+    let until = world.now + 2 * RETURN_TIME;
+    let (caller, _) = world.queue.enter(anything(), None, false, until, world.now);
     let refused = |caller| [Decision::Answer(caller, Err(Refusal::ShuttingDown))];
     assert_eq!(world.queue.close(world.now), refused(caller));
-    let (caller, decisions) =
-        world
-            .queue
-            .enter(anything(), None, false, world.now + SECOND, world.now);
+    let (caller, decisions) = world.queue.enter(anything(), None, false, until, world.now);
     assert_eq!(decisions, refused(caller));
     world.queue.open();
-    let (_, decisions) = world
-        .queue
-        .enter(anything(), None, false, world.now + SECOND, world.now);
+    let (_, decisions) = world.queue.enter(anything(), None, false, until, world.now);
     assert_eq!(decisions, []);
 }
 
