@@ -76,6 +76,8 @@ pub struct Config {
     pub threads: usize,
     /// The number of clients that there may be.
     pub limits: Limits,
+    /// The open files that the rest of the process takes for clients, at most.
+    pub other_files: u64,
     /// Time without a sign of life after which a TCP peer is given up; zero for
     /// the system's default, hours.
     pub peer_timeout: Duration,
@@ -95,6 +97,7 @@ impl Config {
             listen,
             threads: threads.unwrap_or(processors).clamp(1, 1024),
             limits: Limits::default(),
+            other_files: 0,
             peer_timeout: Self::PEER_TIMEOUT,
         }
     }
@@ -247,7 +250,8 @@ impl Forwarder {
         let udp = listeners.iter().filter(is_udp).count();
         let tcp = listeners.len() - udp;
         let open_files = limits::open_files();
-        let bounds = self.config.limits.bounds(open_files, tcp, udp);
+        let others = self.config.other_files;
+        let bounds = self.config.limits.bounds(open_files, others, tcp, udp);
         self.shared.tcp_quota.set(bounds.connections);
         let flows = bounds.flows;
         let threads = u32::try_from(self.threads.count()).unwrap_or(u32::MAX);

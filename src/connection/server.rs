@@ -309,6 +309,7 @@ fn check_host(table: &Table) -> Result<(), Error> {
 fn forwarding(options: &Options) -> forward::Config {
     forward::Config {
         limits: options.limits,
+        other_files: room::most_connections() as u64,
         peer_timeout: Duration::from_secs(options.peer_timeout_seconds),
         ..forward::Config::new(options.listen, options.data_threads)
     }

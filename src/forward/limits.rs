@@ -9,8 +9,13 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use super::quota::Bounds;
 use crate::table::Table;
 
-/// Descriptors kept for sessions, agents and requests beside the listeners.
+/// Descriptors kept for agents, files and pipes beside the listeners, and for a
+/// few clients and requests where there are no more.
 const HEADROOM: usize = 512;
+
+/// The part of the open files that listeners leave which is kept for other
+/// clients of the process, at most.
+const SHARE_OF_OTHERS: u64 = 8;
 
 /// Most connections by default, where open files set no lower bound: they take
 /// about 1 GB of the kernel.
@@ -68,12 +73,18 @@ impl Limits {
     const CONNECTIONS_PER_PORT: u32 = 1000;
 
     /// The bounds of TCP connections and of UDP flows, with the open files
-    /// that `tcp` and `udp` listeners leave. A connection takes two, a flow
-    /// one; where there are both, connections get four fifths.
-    pub(super) fn bounds(self, open_files: u64, tcp: usize, udp: usize) -> TransportBounds {
-        let left = open_files
-            .saturating_sub((tcp + udp + HEADROOM) as u64)
-            .max(2);
+    /// that `tcp` and `udp` listeners leave, and `others`: what the rest of the
+    /// process may open for clients. A connection takes two, a flow one; where
+    /// there are both, connections get four fifths.
+    pub(super) fn bounds(
+        self,
+        open_files: u64,
+        others: u64,
+        tcp: usize,
+        udp: usize,
+    ) -> TransportBounds {
+        let left = open_files.saturating_sub((tcp + udp + HEADROOM) as u64);
+        let left = (left - others.min(left / SHARE_OF_OTHERS)).max(2);
         let (connections, flows) = match (tcp, udp) {
             (_, 0) => (left / 2, 0),
             (0, _) => (0, left),
@@ -223,8 +234,9 @@ mod tests {
 
     #[test]
     fn open_files_are_shared_out_by_what_listens() {
-        let bounds = |limits: Limits, open_files, tcp, udp| {
-            let TransportBounds { connections, flows } = limits.bounds(open_files, tcp, udp);
+        let bounds = |limits: Limits, open_files, others, tcp, udp| {
+            let bounds = limits.bounds(open_files, others, tcp, udp);
+            let TransportBounds { connections, flows } = bounds;
             (
                 (connections.total, connections.per_source),
                 (flows.total, flows.per_source),
@@ -238,23 +250,27 @@ mod tests {
             ..default
         };
         let cases = [
-            (default, 20_000, (1000, 0), ((9244, 8320), (0, 0))),
-            (default, 20_000, (0, 1000), ((0, 0), (18_488, 16_640))),
-            (default, 20_000, (500, 500), ((7394, 6655), (3697, 3328))),
+            (default, 20_000, 0, (1000, 0), ((9244, 8320), (0, 0))),
+            (default, 20_000, 0, (0, 1000), ((0, 0), (18_488, 16_640))),
+            (default, 20_000, 0, (500, 500), ((7394, 6655), (3697, 3328))),
+            (default, 20_000, 2000, (1000, 0), ((8244, 7420), (0, 0))),
+            // Never more than an eighth of what listeners leave.
+            (default, 20_000, 8192, (1000, 0), ((8088, 7280), (0, 0))),
             (
                 default,
                 u64::MAX,
+                8192,
                 (1, 1),
                 ((100_000, 90_000), (65_536, 58_983)),
             ),
-            (default, 100, (1000, 0), ((1, 1), (0, 0))),
-            (explicit, 20_000, (1, 1), ((7, 7), (5, 1))),
+            (default, 100, 8192, (1000, 0), ((1, 1), (0, 0))),
+            (explicit, 20_000, 8192, (1, 1), ((7, 7), (5, 1))),
         ];
-        for (limits, open_files, (tcp, udp), expected) in cases {
+        for (limits, open_files, others, (tcp, udp), expected) in cases {
             assert_eq!(
-                bounds(limits, open_files, tcp, udp),
+                bounds(limits, open_files, others, tcp, udp),
                 expected,
-                "{limits:?} {tcp} {udp}"
+                "{limits:?} {others} {tcp} {udp}"
             );
         }
     }

@@ -19,8 +19,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 const MAX_CONNECTIONS: usize = 8192;
 
 /// The part of the open files that connections may take. The rest is for
-/// connection ports and the clients on them.
-const SHARE_OF_FILES: usize = 4;
+/// connection ports and the clients on them, whose bounds leave room for these.
+const SHARE_OF_FILES: usize = 8;
 
 /// The part of the connections that is kept for those who do not wait.
 const KEPT: usize = 4;
@@ -28,7 +28,8 @@ const KEPT: usize = 4;
 /// How long a new connection may take to send a request while room is short.
 pub(super) const SHORT_DEADLINE: Duration = Duration::from_secs(2);
 
-fn most_connections() -> usize {
+/// Most connections at once.
+pub(in crate::connection) fn most_connections() -> usize {
     let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let share = usize::try_from(files).unwrap_or(usize::MAX) / SHARE_OF_FILES;
     share.clamp(KEPT, MAX_CONNECTIONS)

@@ -15,9 +15,10 @@ const PORTS: u16 = 5_000;
 /// First server port; above the agent's own.
 const FIRST: u16 = 8_000;
 const SESSIONS: usize = 5_000;
-/// Connections: two open files each beside the 10,000 listeners, of the 20,000
-/// that a process may commonly have.
-const CONNECTIONS: usize = 4_000;
+/// Connections of one source: two open files each beside the 10,000 listeners and
+/// what the load-sharing port may take, of the 20,000 that a process may commonly
+/// have.
+const CONNECTIONS: usize = 3_700;
 /// Requests at a time.
 const CLIENTS: usize = 32;
 /// Clients at a time, and the time between two requests of one client, for a
