@@ -27,7 +27,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
-use crate::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Recycle, Sessions};
+use crate::pool::{LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Sessions};
 
 /// The format that this code writes.
 pub const FORMAT_VERSION: u32 = 2;
@@ -191,6 +191,9 @@ pub struct PortRange {
         skip_serializing_if = "is_default"
     )]
     pub mapping: Mapping,
+    /// When a connection port is offered.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub offer: Offer,
     /// Whether the server first receives the address of the client.
     #[serde(default, skip_serializing_if = "is_default")]
     pub proxy_protocol: ProxyProtocol,

@@ -1,5 +1,5 @@
 //! Which connection ports a slot gets. A slot keeps its ports for as long as their
-//! port entry does not change; new ports are the lowest free ones. Those of an entry
+//! port entry does not change, its offer aside; new ports are the lowest free ones. Those of an entry
 //! with mapping Identity are always adjacent, because workloads are given them as a
 //! range.
 
@@ -91,7 +91,10 @@ fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
     for entry in &pool.entries {
         let kept = row.ranges.iter().filter(|range| range.name == entry.name);
         let before = ranges.len();
-        ranges.extend(kept.cloned());
+        ranges.extend(kept.map(|range| PortRange {
+            offer: entry.offer,
+            ..range.clone()
+        }));
         if ranges.len() > before {
             continue;
         }
@@ -168,6 +171,7 @@ impl Used {
                 count,
                 protocol: entry.protocol,
                 mapping: entry.target.mapping(),
+                offer: entry.offer,
                 proxy_protocol: entry.proxy_protocol,
             });
             given += count;

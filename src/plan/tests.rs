@@ -1,6 +1,6 @@
 use super::*;
 use crate::pool::{
-    ConnectionPorts, Mapping, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
+    ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
     ProxyProtocol,
 };
 use crate::table::{MAX_ENCODED_BYTES, Slot};
@@ -15,6 +15,7 @@ fn entry(name: &str, port: i32, count: i32) -> PortEntry {
         count,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
+        offer: Offer::WhenListening,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -840,4 +841,20 @@ fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why()
     // A server alone may take all.
     world.settle(&identity_pool(1, 5, 20_005));
     assert_eq!(world.ports(Slot(0))[1].connection_port.get(), 20_001);
+}
+
+#[test]
+fn a_changed_offer_keeps_ports_and_servers() {
+    let mut world = World::default();
+    world.settle(&pool(2, 4));
+    let before = world.clone();
+    let mut resource = resource(2, vec![entry("main", 7000, 4)], 20_099);
+    resource.spec.ports[0].offer = Offer::Always;
+    world.settle(&ValidPool::new(&resource).unwrap());
+    let expected = PortRange {
+        offer: Offer::Always,
+        ..before.ports(Slot(1))[0].clone()
+    };
+    assert_eq!(world.ports(Slot(1)), [expected]);
+    assert_eq!(world.servers, before.servers);
 }

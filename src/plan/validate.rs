@@ -11,8 +11,8 @@ use kube::ResourceExt;
 pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
     ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT, MAX_PORT,
-    MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, PodTemplate, PortEntry, PortProtocol, ProcessingPool,
-    ProxyProtocol, Recycle, Sessions, WEEK_SECONDS, rules,
+    MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry, PortProtocol,
+    ProcessingPool, ProxyProtocol, Recycle, Sessions, WEEK_SECONDS, rules,
 };
 use crate::table::{ListenPort, TargetPort};
 
@@ -66,6 +66,8 @@ pub struct Entry {
     pub count: u16,
     /// The transport protocols that are forwarded.
     pub protocol: PortProtocol,
+    /// When a connection port is offered.
+    pub offer: Offer,
     /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
 }
@@ -234,6 +236,7 @@ impl Checker {
             },
             count: u16::try_from(count).expect("a count was checked"),
             protocol: entry.protocol,
+            offer: entry.offer,
             proxy_protocol: entry.proxy_protocol,
         }
     }

@@ -13,6 +13,7 @@ use super::{MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
 #[x_kube(
     validation = rules::PORT_AS_MAPPED.to_schema(),
     validation = rules::LAST_PORT_EXISTS.to_schema(),
+    validation = rules::ANY_OF_SEVERAL.to_schema(),
     validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
     validation = rules::AGENT_PORTS_FREE.to_schema()
 )]
@@ -42,6 +43,10 @@ pub struct PortEntry {
     #[serde(default)]
     pub mapping: Mapping,
 
+    /// When a connection port is offered to requests. WhenListening: while the workload listens on its server port, with every protocol of the entry. WhenAnyListens: while it listens with one of them at least, for programs that open UDP only when a client asks for it; it needs protocol TCPUDP. Always: without looking, for programs that open a port when they are asked for it. Default WhenListening.
+    #[serde(default)]
+    pub offer: Offer,
+
     /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
     #[serde(default)]
     pub proxy_protocol: ProxyProtocol,
@@ -61,6 +66,18 @@ pub enum Mapping {
     Shared,
     /// Each connection port leads to the server port of the same number.
     Identity,
+}
+
+/// When a connection port is offered to requests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Offer {
+    /// While the workload listens with every protocol of the entry.
+    #[default]
+    WhenListening,
+    /// While the workload listens with one protocol of the entry at least.
+    WhenAnyListens,
+    /// Whether or not the workload listens.
+    Always,
 }
 
 /// Transport protocols of a port.

@@ -14,8 +14,8 @@ use std::net::IpAddr;
 use kube::core::Rule;
 
 pub(super) use self::entries::{
-    AGENT_PORTS_FREE, IDENTITY_LEAVES_AGENT_PORTS, LAST_PORT_EXISTS, NO_OVERLAP, PORT_AS_MAPPED,
-    PROXY_PROTOCOL_OVER_TCP,
+    AGENT_PORTS_FREE, ANY_OF_SEVERAL, IDENTITY_LEAVES_AGENT_PORTS, LAST_PORT_EXISTS, NO_OVERLAP,
+    PORT_AS_MAPPED, PROXY_PROTOCOL_OVER_TCP,
 };
 use super::{
     CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer, MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH,
@@ -208,6 +208,7 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
         for rule in [
             PORT_AS_MAPPED,
             LAST_PORT_EXISTS,
+            ANY_OF_SEVERAL,
             PROXY_PROTOCOL_OVER_TCP,
             AGENT_PORTS_FREE,
         ] {

@@ -10,6 +10,7 @@ pub(super) fn range(first: u16, count: u16) -> PortRange {
         count,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
+        offer: Offer::WhenListening,
         proxy_protocol: ProxyProtocol::None,
     }
 }

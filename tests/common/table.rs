@@ -7,7 +7,7 @@
 
 use std::net::IpAddr;
 
-use portpool::pool::{LoadSharing, Mapping, PortProtocol, ProxyProtocol, Recycle, Sessions};
+use portpool::pool::{LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Sessions};
 use portpool::table::{
     FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
 };
@@ -51,6 +51,7 @@ pub fn range(first: u16, server_port: u16, count: u16) -> PortRange {
         count,
         protocol: PortProtocol::TCPUDP,
         mapping: Mapping::Offset,
+        offer: Offer::WhenListening,
         proxy_protocol: ProxyProtocol::None,
     }
 }

@@ -273,15 +273,30 @@ fn the_iperf3_example_measures() {
     let local = Local::start(&example("iperf3.yaml"));
     local.until("ports free");
     let (host, port) = request();
-    let measured = Command::new("iperf3")
-        .args(["-c", &host, "-p", &port, "-n", "64M", "-J"])
-        .output()
-        .unwrap();
-    let report = String::from_utf8_lossy(&measured.stdout);
-    assert!(
-        measured.status.success() && report.contains("sum_received"),
-        "{report}"
-    );
+    let measure = |further: &[&str]| -> serde_json::Value {
+        let measured = Command::new("iperf3")
+            .args(["-c", &host, "-p", &port, "-J"])
+            .args(further)
+            .output()
+            .unwrap();
+        let report = String::from_utf8_lossy(&measured.stdout);
+        assert!(measured.status.success(), "{report}");
+        serde_json::from_str(&report).unwrap()
+    };
+    let tcp = measure(&["-n", "64M"]);
+    let received = &tcp["end"]["sum_received"]["bytes"];
+    // It counts until the sender says that it is done, not to the last byte.
+    assert!(received.as_u64() > Some(8 << 20), "{tcp}");
+    // The server opens UDP for each measurement, and the port of TCP is the same.
+    for _ in 0..2 {
+        let udp = measure(&["--udp", "--bitrate", "20M", "--time", "1"]);
+        let sum = &udp["end"]["sum"];
+        let (packets, lost) = (sum["packets"].as_u64(), sum["lost_packets"].as_u64());
+        assert!(
+            packets >= Some(50) && lost < packets.map(|all| all / 2),
+            "{udp}"
+        );
+    }
     local.stop();
 }
 

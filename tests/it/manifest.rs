@@ -8,7 +8,7 @@ use kube::ResourceExt;
 use kube_cel::Validator;
 use portpool::manifest;
 use portpool::pool::{
-    ConnectionPorts, Mapping, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
+    ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
     ProxyProtocol, rules,
 };
 use proptest::prelude::*;
@@ -272,7 +272,7 @@ fn small_pool() -> ProcessingPoolSpec {
 fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
     // A change that breaks a rule, where, and words of the API server's message.
-    let cases: [(Change, &str, &str); 14] = [
+    let cases: [(Change, &str, &str); 15] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
@@ -364,6 +364,11 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             "spec.connectionServer.connectionPorts",
             "must not include 7070 to 7073",
         ),
+        (
+            |spec| spec.ports[0].offer = Offer::WhenAnyListens,
+            "spec.ports[0].offer",
+            "needs protocol TCPUDP",
+        ),
     ];
     let validator = Validator::new();
     assert_eq!(rules::check(&small_pool()), []);
@@ -422,6 +427,7 @@ fn entry(index: i32, port: i32, count: i32) -> PortEntry {
         count,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
+        offer: Offer::WhenListening,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -440,17 +446,32 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         Just(Mapping::Shared),
         Just(Mapping::Identity)
     ];
+    let offer = prop_oneof![
+        3 => Just(Offer::WhenListening),
+        1 => Just(Offer::WhenAnyListens),
+        1 => Just(Offer::Always)
+    ];
     let without_port = prop_oneof![9 => Just(false), 1 => Just(true)];
     let proxy_protocol = prop_oneof![4 => Just(ProxyProtocol::None), 1 => Just(ProxyProtocol::V2)];
-    (port, count, protocol, mapping, proxy_protocol, without_port).prop_map(
-        |(port, count, protocol, mapping, proxy_protocol, without_port)| PortEntry {
-            protocol,
-            mapping,
-            proxy_protocol,
-            port: (without_port != (mapping != Mapping::Identity)).then_some(port),
-            ..entry(0, port, count)
-        },
+    (
+        port,
+        count,
+        protocol,
+        mapping,
+        offer,
+        proxy_protocol,
+        without_port,
     )
+        .prop_map(
+            |(port, count, protocol, mapping, offer, proxy_protocol, without_port)| PortEntry {
+                protocol,
+                mapping,
+                offer,
+                proxy_protocol,
+                port: (without_port != (mapping != Mapping::Identity)).then_some(port),
+                ..entry(0, port, count)
+            },
+        )
 }
 
 proptest! {

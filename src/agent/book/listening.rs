@@ -18,7 +18,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use crate::pool::PortProtocol;
+use crate::pool::{Offer, PortProtocol};
 use crate::sock_diag::Protocol;
 use crate::table::{ListenPort, TargetPort};
 
@@ -111,6 +111,15 @@ impl Sight {
     }
 }
 
+/// Whether `sockets`, by protocol, are what `offer` asks for.
+pub(super) fn suffice(mut sockets: impl Iterator<Item = Option<SocketId>>, offer: Offer) -> bool {
+    match offer {
+        Offer::WhenListening => sockets.all(|socket| socket.is_some()),
+        Offer::WhenAnyListens => sockets.any(|socket| socket.is_some()),
+        Offer::Always => true,
+    }
+}
+
 /// The server ports of the row, and what was seen of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Listening {
@@ -161,10 +170,13 @@ impl Listening {
         self.sights.get(&port)
     }
 
-    /// Whether each of `ports` has a socket.
-    pub(super) fn covers(&self, ports: impl Iterator<Item = ServerPort>) -> bool {
-        let mut sights = ports.map(|port| self.sights.get(&port));
-        sights.all(|sight| sight.is_some_and(|sight| sight.socket.is_some()))
+    /// Whether `ports`, those of one connection port, have the sockets that `offer`
+    /// asks for.
+    pub(super) fn suffices(&self, ports: &[ServerPort], offer: Offer) -> bool {
+        let sockets = ports
+            .iter()
+            .map(|port| self.sights.get(port).and_then(|sight| sight.socket));
+        suffice(sockets, offer)
     }
 
     /// Begins the trial of the socket at `port`, which ends at `ends`. It is due

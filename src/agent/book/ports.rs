@@ -10,14 +10,17 @@
 //!         ↑            on trial ─────────────────────────────→ not listening
 //!         │               └─ each socket is new, or proven,
 //!         │                  or still there at the end ─────→ free
-//!         └ not all protocols of the entry have a socket
+//!         └ not all protocols of the entry have a socket, or none has
+//!           one where any will do
 //! ```
 //!
 //! A port is free only if all its sockets were seen after its last session ended,
 //! and are not about to go with that session. Programs that serve one client and
 //! end would give the next one a reset. What one socket of an entry has proven
 //! holds for the entry's other ports too, until one of their sockets goes: from
-//! then on each socket must prove itself. `trial` decides that.
+//! then on each socket must prove itself. `trial` decides that. The entry's offer
+//! says which sockets a port needs: all, any, or none; ports that need none are not
+//! looked at.
 
 mod group;
 mod trial;
@@ -29,7 +32,7 @@ pub(super) use self::group::Occupancy;
 use self::group::{Group, Vacancy};
 use self::trial::Trial;
 use super::listening::{Listening, ServerPort, Sight, SocketId};
-use crate::pool::PortProtocol;
+use crate::pool::{Offer, PortProtocol};
 use crate::session::{PortFilter, PortState, SessionId};
 use crate::table::{ListenPort, Row, TargetPort};
 
@@ -47,7 +50,8 @@ struct Port {
     /// The index of its group.
     group: usize,
     target: TargetPort,
-    /// Whether a socket is there for each protocol.
+    offer: Offer,
+    /// Whether the sockets are there that the offer asks for.
     is_listening: bool,
     /// A number that grows with each port that is freed.
     freed: u64,
@@ -69,6 +73,14 @@ impl Port {
     }
 }
 
+/// The server ports at which a socket matters to a port with `offer`.
+fn looked_at(target: TargetPort, protocol: PortProtocol, offer: Offer) -> Vec<ServerPort> {
+    match offer {
+        Offer::WhenListening | Offer::WhenAnyListens => ServerPort::all(target, protocol).collect(),
+        Offer::Always => Vec::new(),
+    }
+}
+
 /// The ports of the row, and those that have left it but have a session.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Ports {
@@ -87,17 +99,13 @@ impl Ports {
         let mut orphans = Vec::new();
         let known: Vec<ListenPort> = self.ports.keys().copied().collect();
         for port in known {
-            if self.is_in_row(port) {
+            if self.is_as_in_row(port) {
                 continue;
             }
-            if self
-                .ports
-                .get(&port)
-                .is_some_and(|port| port.occupant.is_some())
-            {
-                orphans.push(port);
-            } else {
+            if self.has_room(port) {
                 self.remove(port);
+            } else if !self.is_in_row(port) {
+                orphans.push(port);
             }
         }
         let listed: Vec<ListenPort> = row
@@ -147,7 +155,7 @@ impl Ports {
     fn note_sockets(&mut self, number: ListenPort, is_lost: bool) {
         let server_ports = self.server_ports(number);
         if let Some(port) = self.ports.get_mut(&number) {
-            port.is_listening = self.listening.covers(server_ports.into_iter());
+            port.is_listening = self.listening.suffices(&server_ports, port.offer);
             self.groups[port.group].has_lost |= is_lost;
         }
     }
@@ -163,7 +171,7 @@ impl Ports {
             return;
         };
         let trial = port.trial.as_ref();
-        let Some(lasting) = trial.and_then(|trial| trial.outcome(&sights, now)) else {
+        let Some(lasting) = trial.and_then(|trial| trial.outcome(&sights, port.offer, now)) else {
             return;
         };
         port.trial = None;
@@ -175,12 +183,13 @@ impl Ports {
         }
     }
 
-    /// The server ports that `number` leads to: one for each of its protocols.
+    /// The server ports that `number` leads to and whose sockets matter: one for each
+    /// of its protocols, or none.
     pub(super) fn server_ports(&self, number: ListenPort) -> Vec<ServerPort> {
         let port = self.ports.get(&number);
         let server_ports = port.map(|port| {
             let protocol = self.groups[port.group].protocol;
-            ServerPort::all(port.target, protocol)
+            looked_at(port.target, protocol, port.offer)
         });
         server_ports.into_iter().flatten().collect()
     }
@@ -281,7 +290,7 @@ impl Ports {
             }
         }
         self.list(number);
-        if !self.is_in_row(number) {
+        if !self.is_as_in_row(number) {
             self.remove(number);
             self.add(number, now);
         }
@@ -311,7 +320,17 @@ impl Ports {
         self.server_ports(number).into_iter().map(sight).collect()
     }
 
-    /// Whether the row has `number` as it is in the book.
+    /// Whether the row has `number` as it is in the book, its offer included.
+    fn is_as_in_row(&self, number: ListenPort) -> bool {
+        let found = self.row.as_ref().and_then(|row| row.find(number));
+        let port = self.ports.get(&number);
+        let has_offer = found
+            .zip(port)
+            .is_some_and(|((range, _), port)| port.offer == range.offer);
+        has_offer && self.is_in_row(number)
+    }
+
+    /// Whether the row has `number` and it leads where it does in the book.
     fn is_in_row(&self, number: ListenPort) -> bool {
         let found = self.row.as_ref().and_then(|row| row.find(number));
         let Some(((range, target), port)) = found.zip(self.ports.get(&number)) else {
@@ -335,15 +354,16 @@ impl Ports {
             self.groups.push(Group::new(range));
             self.groups.len() - 1
         });
-        let protocol = range.protocol;
-        for server_port in ServerPort::all(target, protocol) {
-            self.listening.add(server_port, number, now);
+        let offer = range.offer;
+        let server_ports = looked_at(target, range.protocol, offer);
+        for server_port in &server_ports {
+            self.listening.add(*server_port, number, now);
         }
-        let is_listening = self.listening.covers(ServerPort::all(target, protocol));
         let port = Port {
             group,
             target,
-            is_listening,
+            offer,
+            is_listening: self.listening.suffices(&server_ports, offer),
             freed: self.next_freed,
             occupant: None,
             trial: None,

@@ -1,7 +1,7 @@
 use super::*;
 use jiff::Timestamp;
 
-use crate::pool::{Mapping, PortProtocol, ProxyProtocol};
+use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol};
 use crate::selection::{RefusalCause, Select};
 use crate::session::{PortFilter, SessionState};
 use crate::sock_diag::Protocol;
@@ -29,6 +29,7 @@ fn range(name: &str, first: u16, server_port: u16, count: u16) -> PortRange {
         count,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
+        offer: Offer::WhenListening,
         proxy_protocol: ProxyProtocol::None,
     }
 }

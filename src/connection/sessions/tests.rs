@@ -5,7 +5,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::*;
 use crate::forward::{Decision, Gate, PendingId, Traffic, Transport};
 use crate::pool::{
-    Admission, LoadSharing, Mapping, PortProtocol, ProxyProtocol, Recycle, Sessions as Settings,
+    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle,
+    Sessions as Settings,
 };
 use crate::session::SessionState;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
@@ -20,6 +21,7 @@ fn table(admission: Admission) -> Table {
         count: 10,
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
+        offer: Offer::WhenListening,
         proxy_protocol: ProxyProtocol::None,
     };
     let row = |slot: u16| Row {

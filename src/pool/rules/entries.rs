@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 
 use super::{FieldProblem, FieldRule, broken};
 use crate::pool::{
-    AGENT_PORTS, ConnectionPorts, MAX_PORT, Mapping, PortEntry, PortProtocol, ProcessingPoolSpec,
-    ProxyProtocol,
+    AGENT_PORTS, ConnectionPorts, MAX_PORT, Mapping, Offer, PortEntry, PortProtocol,
+    ProcessingPoolSpec, ProxyProtocol,
 };
 
 pub(in crate::pool) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
@@ -120,6 +120,24 @@ pub(in crate::pool) const LAST_PORT_EXISTS: FieldRule<PortEntry> = FieldRule {
         let last = own_ports(entry).map_or(0, |ports| *ports.end());
         broken(last > MAX_PORT, "count", || {
             format!("port + count - 1 is {last}, above {MAX_PORT}: lower one of them")
+        })
+    },
+};
+
+pub(in crate::pool) const ANY_OF_SEVERAL: FieldRule<PortEntry> = FieldRule {
+    cel: || "self.offer != 'WhenAnyListens' || self.protocol == 'TCPUDP'".to_owned(),
+    message: || {
+        "offer WhenAnyListens needs protocol TCPUDP: with one protocol it is WhenListening"
+            .to_owned()
+    },
+    problems: |entry| {
+        let is_broken =
+            entry.offer == Offer::WhenAnyListens && entry.protocol != PortProtocol::TCPUDP;
+        broken(is_broken, "offer", || {
+            format!(
+                "WhenAnyListens needs protocol TCPUDP; this is {}: set protocol: TCPUDP, or remove offer",
+                entry.protocol.name()
+            )
         })
     },
 };

@@ -54,6 +54,7 @@ fn cases() -> Vec<Case> {
         case("ports[].count", json!(2)).unsatisfiable(json!(101), no_room),
         case("ports[].protocol", json!("TCPUDP")),
         case("ports[].mapping", json!("Shared")),
+        case("ports[].offer", json!("Always")).unsatisfiable(json!("WhenAnyListens"), "TCPUDP"),
         case("ports[].proxyProtocol", json!("V2")),
         case("connectionServer.replicas", json!(2)),
         case("connectionServer.loadSharingPort", json!(7800))

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use crate::agent::book::listening::{OUTLIVED_AFTER, Sight, SocketId};
+use crate::agent::book::listening::{OUTLIVED_AFTER, Sight, SocketId, suffice};
+use crate::pool::Offer;
 
 /// What must be seen before a port is free again.
 #[derive(Clone, Debug)]
@@ -27,14 +28,19 @@ impl Trial {
         }
     }
 
-    /// Whether each socket of the port has outlived the session, by protocol.
-    /// `None` while `sights`, what was seen last, do not decide what becomes of
+    /// Whether each socket of the port, which has `offer`, has outlived the session,
+    /// by protocol. `None` while `sights`, what was seen last, do not decide what becomes of
     /// the port.
-    pub(super) fn outcome(&self, sights: &[&Sight], now: Duration) -> Option<Vec<bool>> {
+    pub(super) fn outcome(
+        &self,
+        sights: &[&Sight],
+        offer: Offer,
+        now: Duration,
+    ) -> Option<Vec<bool>> {
         if sights.iter().any(|sight| sight.seen_at < self.since) {
             return None;
         }
-        let is_gone = sights.iter().any(|sight| sight.socket.is_none());
+        let is_gone = !suffice(sights.iter().map(|sight| sight.socket), offer);
         let is_same = |index: usize| self.sockets.get(index) == Some(&sights[index].socket);
         let all = 0..sights.len();
         let are_others = || {

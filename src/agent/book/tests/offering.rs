@@ -14,18 +14,34 @@ fn after(milliseconds: u64) -> Now {
 /// A book with one port for both protocols and without a linger time. Program
 /// `number` listens.
 fn one_port(number: u32) -> Book {
+    offered(Offer::WhenListening, is(number))
+}
+
+/// The same with `offer`. `socket` is what listens.
+fn offered(offer: Offer, socket: impl Fn(ServerPort) -> Option<SocketId>) -> Book {
+    let mut book = book(vec![]);
+    offer_as(&mut book, offer, after(0));
+    look(&mut book, at(0), socket);
+    book
+}
+
+/// Gives `book` the row with its port, which has `offer`.
+fn offer_as(book: &mut Book, offer: Offer, now: Now) -> Vec<Notice> {
     let both = PortRange {
         protocol: PortProtocol::TCPUDP,
+        offer,
         ..range("main", 20_000, 7000, 1)
     };
-    let mut book = book(vec![]);
     let times = Times {
         linger: Duration::ZERO,
         ..TIMES
     };
-    book.set_row(Some(&row(vec![both])), times, at(0));
-    look(&mut book, at(0), is(number));
-    book
+    book.set_row(Some(&row(vec![both])), times, now)
+}
+
+/// Program 7 has no UDP socket.
+fn no_udp(port: ServerPort) -> Option<SocketId> {
+    is(7)(port).filter(|_| port.protocol == Protocol::Tcp)
 }
 
 /// The sockets of program `number`.
@@ -229,5 +245,72 @@ fn a_port_that_opens_is_offered_soon_after() {
     assert!(next < SECOND / 10, "{next:?}");
     let opened = |port: ServerPort| (port.number.get() == 7010).then_some(SocketId(1));
     look(&mut book, after(100), opened);
+    assert!(is_free(&book));
+}
+
+#[test]
+fn one_socket_is_enough_where_any_will_do() {
+    assert!(!is_free(&offered(Offer::WhenListening, no_udp)));
+    assert!(is_free(&offered(Offer::WhenAnyListens, no_udp)));
+    assert!(is_free(&offered(Offer::WhenAnyListens, no_tcp)));
+    assert!(!is_free(&offered(Offer::WhenAnyListens, silent)));
+}
+
+/// iperf3 has its TCP socket for ever, and a UDP socket during a measurement.
+#[test]
+fn a_socket_that_comes_and_goes_with_a_session_keeps_no_port_back() {
+    let mut book = offered(Offer::WhenAnyListens, no_udp);
+    serve(&mut book, "first", 1_000);
+    look(&mut book, after(2_600), no_udp);
+    assert!(is_free(&book), "its TCP socket has outlived a session");
+    select(&mut book, "second", after(3_000)).unwrap();
+    book.report(&server("a"), &opened("second"), after(3_000));
+    look(&mut book, after(5_000), is(7));
+    book.report(&server("a"), &closed("second"), after(6_000));
+    book.report(&server("a"), &ended("second"), after(6_000));
+    look(&mut book, after(6_010), no_udp);
+    assert!(is_free(&book), "as soon as it was looked at");
+}
+
+#[test]
+fn a_one_shot_program_is_not_offered_while_it_ends_where_any_socket_will_do() {
+    let mut book = offered(Offer::WhenAnyListens, no_udp);
+    serve(&mut book, "s", 1_000);
+    look(&mut book, after(2_100), no_udp);
+    assert!(!is_free(&book), "its socket may go with the session");
+    look(&mut book, after(2_200), silent);
+    assert_eq!(counts(&book), [0, 0, 0, 0, 1]);
+    look(&mut book, after(4_000), |port| {
+        is(8)(port).filter(|_| port.protocol == Protocol::Tcp)
+    });
+    assert!(is_free(&book), "the next program listens");
+}
+
+#[test]
+fn what_is_always_offered_is_never_looked_at() {
+    let mut book = offered(Offer::Always, silent);
+    assert!(is_free(&book));
+    assert_eq!(book.next_look(), None);
+    let (_, server_ports) = book.next_port(&PortFilter::default()).unwrap();
+    assert_eq!(server_ports, []);
+    serve(&mut book, "s", 1_000);
+    assert!(is_free(&book), "at the end of the session");
+}
+
+#[test]
+fn a_changed_offer_ends_no_session_and_holds_for_the_next() {
+    let mut book = offered(Offer::WhenAnyListens, no_udp);
+    select(&mut book, "s", after(1_000)).unwrap();
+    assert_eq!(offer_as(&mut book, Offer::WhenListening, after(1_100)), []);
+    assert!(book.look_up(port(20_000)).is_some());
+    book.report(&server("a"), &released("s"), after(2_000));
+    book.report(&server("a"), &ended("s"), after(2_000));
+    look(&mut book, after(2_100), no_udp);
+    assert!(!is_free(&book), "UDP is asked for now");
+    offer_as(&mut book, Offer::Always, after(3_000));
+    assert!(is_free(&book));
+    offer_as(&mut book, Offer::WhenListening, after(4_000));
+    assert!(!is_free(&book), "until it has been looked at");
+    look(&mut book, after(4_100), is(7));
     assert!(is_free(&book));
 }
