@@ -7,7 +7,7 @@
 //! once. The server alone decides; a reservation only keeps two requests from
 //! being sent after the same last port.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::policy::{Candidate, choose};
 use super::refusal::Refusal;
@@ -31,6 +31,18 @@ type Entry = (String, PortProtocol);
 
 fn entry(ports: &PortState) -> Entry {
     (ports.name.clone(), ports.protocol)
+}
+
+/// Port entries with a port to spare: few, the same on every server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct FreeEntries<'a>(BTreeSet<(&'a str, PortProtocol)>);
+
+impl FreeEntries<'_> {
+    /// Whether a port of them serves `filter`.
+    pub(super) fn serve(&self, filter: &PortFilter) -> bool {
+        let mut entries = self.0.iter();
+        entries.any(|(name, protocol)| filter.admits(name, *protocol))
+    }
 }
 
 /// The number of a server's report; it grows with each.
@@ -186,6 +198,17 @@ impl Servers {
     /// The number of the last report of `slot`.
     pub(super) fn report_of(&self, slot: Slot) -> ReportNumber {
         self.get(slot).map_or(ReportNumber(0), |load| load.report)
+    }
+
+    /// The entries with a port to spare on any server.
+    pub(super) fn free_entries(&self) -> FreeEntries<'_> {
+        let takers = self.loads().filter(|server| server.takes_sessions());
+        let free = takers.flat_map(|server| {
+            let has_free = |ports: &&PortState| server.free(ports) > 0;
+            server.ports.iter().filter(has_free)
+        });
+        let entries = free.map(|ports| (ports.name.as_str(), ports.protocol));
+        FreeEntries(entries.collect())
     }
 
     /// Ports that are free now.

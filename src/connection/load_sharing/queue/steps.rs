@@ -1,7 +1,8 @@
 //! The steps that the queue's events consist of. They add what is to be done to
 //! the queue's decisions.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::time::Instant;
 
 use super::super::refusal::Refusal;
@@ -261,31 +262,24 @@ impl Queue {
 
     /// Asks servers for requests that wait, earliest first, for as long as ports
     /// are free. To be called after every change that may free one.
+    ///
+    /// It costs a look at each filter with a waiting request, and a look at the
+    /// servers for each request that is asked for or that a server has refused.
     pub(super) fn wake(&mut self, now: Instant) {
-        let mut stuck: Vec<PortFilter> = Vec::new();
-        let mut passed: BTreeSet<Place> = BTreeSet::new();
-        loop {
-            let next = |places: &BTreeSet<Place>| {
-                let mut places = places.iter().filter(|place| !passed.contains(place));
-                places.next().copied()
-            };
-            let earliest = self
-                .waiting
-                .iter()
-                .filter(|(filter, _)| !stuck.contains(filter))
-                .filter_map(|(filter, places)| Some((next(places)?, filter.clone())))
-                .min_by_key(|(place, _)| *place);
-            let Some((place, filter)) = earliest else {
-                return;
-            };
-            if self.ask(place, now) {
-                continue;
-            }
+        let free = self.servers.free_entries();
+        let waiting = self.waiting.iter();
+        let served = waiting.filter(|(filter, _)| free.serve(filter));
+        // The next request of each filter that a free port serves.
+        let mut next: BTreeMap<Place, PortFilter> = served
+            .filter_map(|(filter, places)| Some((*places.first()?, filter.clone())))
+            .collect();
+        while let Some((place, filter)) = next.pop_first() {
             // Servers that refused this one may have a port for the next.
-            if self.requests[&place].refused_by.is_empty() {
-                stuck.push(filter);
-            } else {
-                passed.insert(place);
+            if self.ask(place, now) || self.servers.free_entries().serve(&filter) {
+                let later = (Bound::Excluded(place), Bound::Unbounded);
+                let places = self.waiting.get(&filter);
+                let later = places.and_then(|places| places.range(later).next());
+                next.extend(later.map(|later| (*later, filter)));
             }
         }
     }
