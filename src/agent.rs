@@ -5,9 +5,10 @@
 //!   whether the workload listens;
 //! - `sockets`: looking at the workload's sockets;
 //! - `server`: the server side of the selection protocol;
-//! - `metrics`: what is counted.
+//! - `metrics`: what is counted; `gauges`: the states of ports.
 
 pub mod book;
+mod gauges;
 pub mod metrics;
 pub mod server;
 pub mod sockets;
@@ -25,6 +26,7 @@ use tokio_util::task::TaskTracker;
 use tonic::transport::server::TcpIncoming;
 use tracing::{info, warn};
 
+use self::gauges::Gauges;
 use self::metrics::Metrics;
 use self::server::Agent;
 use self::sockets::ListenScope;
@@ -134,7 +136,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let metrics = Arc::new(Metrics::new(&mut registry, follower.rejected()));
     let sockets = sockets::Reader::new(options.address, options.listen_scope);
     let agent = Agent::new(options.slot, sockets, recovering, metrics);
-    registry.register_collector(Box::new(metrics::Live::new(&agent)));
+    registry.register_collector(Box::new(Gauges::new(&agent)));
     follow_table(&agent, &first);
 
     let address = SocketAddr::new(options.address, first.agent_port.get());

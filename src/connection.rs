@@ -18,7 +18,7 @@
 //! inspection    → load_sharing, sessions                the admin port's own pages: which session is where
 //! load_sharing  → control, metrics, sessions            the load-sharing port: from a request to a session
 //! agents        → control, load_sharing, metrics, sessions  a stream of the selection protocol per processing server
-//! metrics       → load_sharing, sessions                what is counted
+//! metrics       what is counted
 //! control       → sessions                              changes sessions, then has the data plane follow
 //! sessions      the sessions that agents reported; the gate of the data plane (`crate::forward`)
 //! ```

@@ -13,6 +13,7 @@
 //! - `lanes`: proxies and their settings; `process`: processor time, memory;
 //! - `statistics`: medians, intervals, what does not count; `report`: files.
 
+mod evaluation;
 mod lanes;
 mod lifecycle;
 mod load;
@@ -226,7 +227,7 @@ fn run(options: &Options) -> io::Result<()> {
             if of_round.is_empty() {
                 break;
             }
-            println!("{lead}  {}", report::brief(&of_round));
+            println!("{lead}  {}", evaluation::brief(&of_round));
             samples.extend(of_round);
         }
     }
@@ -459,7 +460,10 @@ fn live(bench: &Bench, plan: &Plan, begun: Instant) -> io::Result<Vec<Sample>> {
                 }
                 samples.push(sample);
             }
-            let (seconds, brief) = (begun.elapsed().as_secs(), report::brief(&samples[first..]));
+            let (seconds, brief) = (
+                begun.elapsed().as_secs(),
+                evaluation::brief(&samples[first..]),
+            );
             println!(
                 "{seconds:4} s  {} round {}/{rounds}  {brief}",
                 measure.name(),

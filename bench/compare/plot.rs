@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
+use crate::evaluation::{Evaluation, rounded};
 use crate::measures::METRICS;
-use crate::report::{Evaluation, rounded};
 
 const WIDTH: f64 = 860.0;
 const LEFT: f64 = 190.0;

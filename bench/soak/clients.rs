@@ -14,8 +14,6 @@ use tokio::runtime::Handle;
 
 use crate::faults::{Announced, Scope};
 
-/// Longest duration of a session: the time of a slow reader, with a margin.
-pub const LONGEST: Duration = Duration::from_secs(8);
 /// Longest silence of a connection that works.
 const SILENCE: Duration = Duration::from_secs(5);
 /// Most bytes of a session.

@@ -65,6 +65,9 @@ const WORKLOAD: Duration = Duration::from_secs(5);
 /// 10 s, and capacity is back after 15 s.
 const AGENT: Duration = Duration::from_secs(20);
 
+/// Longest duration of a session: the time of a slow reader, with a margin.
+const LONGEST_SESSION: Duration = Duration::from_secs(8);
+
 /// Carries out one fault or change. The first of each role is left alone: its memory
 /// and descriptors are watched from start to end.
 pub fn next(
@@ -126,8 +129,7 @@ fn guest(pool: &mut Pool) -> io::Result<&'static str> {
             Ok("server draining")
         }
         Some(RowState::Draining) => {
-            // This is longer than any session here takes.
-            std::thread::sleep(crate::clients::LONGEST);
+            std::thread::sleep(LONGEST_SESSION);
             remove_guest(pool)?;
             Ok("server removed")
         }

@@ -1,18 +1,13 @@
-//! The agent's counters, and the states of its ports as gauges.
+//! The agent's counters.
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
-use prometheus_client::metrics::MetricType;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
-use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::registry::Registry;
 
-use super::server::Agent;
 use crate::admin::register;
 use crate::follow::RejectedTables;
 use crate::selection::RefusalCause;
-use crate::session::PortState;
 
 /// Counters of one agent.
 pub struct Metrics {
@@ -61,43 +56,5 @@ impl Metrics {
     pub fn selected(&self, refused: Option<RefusalCause>) {
         let outcome = refused.map_or("SELECTED", RefusalCause::name);
         self.selections.get_or_create(&Outcome { outcome }).inc();
-    }
-}
-
-/// Port states as gauges, read when they are asked for.
-#[derive(Debug)]
-pub struct Live(Agent);
-
-impl Live {
-    /// Reads from `agent`.
-    #[must_use]
-    pub fn new(agent: &Agent) -> Self {
-        Self(agent.clone())
-    }
-}
-
-impl Collector for Live {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let counts = self.0.counts();
-        let mut family = encoder.encode_descriptor(
-            "portpool_ports",
-            "Ports of this processing server by state",
-            None,
-            MetricType::Gauge,
-        )?;
-        let sum = |count: fn(&PortState) -> u32| {
-            counts.ports.iter().map(count).map(i64::from).sum::<i64>()
-        };
-        let states = [
-            ("free", sum(|ports| ports.free)),
-            ("held", sum(|ports| ports.held)),
-            ("busy", sum(|ports| ports.busy)),
-            ("lingering", sum(|ports| ports.lingering)),
-            ("notListening", sum(|ports| ports.not_listening)),
-        ];
-        for (state, count) in states {
-            ConstGauge::new(count).encode(family.encode_family(&[("state", state)])?)?;
-        }
-        Ok(())
     }
 }

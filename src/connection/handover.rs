@@ -57,8 +57,10 @@ pub use self::error::Error;
 pub use self::socket::Socket;
 pub use self::state::State;
 use self::v1::{Empty, frame::Content};
-pub use self::wire::VERSION;
 use self::wire::{FRAME_DEADLINE, set_deadline};
+
+/// The protocol's version. Both sides must speak the same one.
+pub const VERSION: u32 = 1;
 
 /// How long the predecessor may take to answer the requests under way, and to
 /// pause: its successor waits for that.

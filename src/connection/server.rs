@@ -3,9 +3,11 @@
 //! every part and the tasks that drive them; the parent decides when it starts
 //! and ends.
 //!
+//! - `figures`: what the metrics read from the parts;
 //! - `handover`: everything from a predecessor, and to a successor;
 //! - `tables`: has the parts follow the table.
 
+mod figures;
 mod handover;
 mod tables;
 
@@ -25,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
+use self::figures::Figures;
 use super::agents::host_identity;
 use super::agents::{Agents, AgentsSnapshot};
 use super::control::Control;
@@ -35,7 +38,7 @@ use super::load_sharing::http;
 use super::load_sharing::queue::Queue;
 use super::load_sharing::room;
 use super::load_sharing::servers::ServerLoad;
-use super::metrics::{self, Metrics};
+use super::metrics::Metrics;
 use super::sessions::Sessions;
 use super::{Error, Options};
 use crate::forward::{self, Forwarder};
@@ -127,11 +130,7 @@ impl Server {
             metrics.clone(),
             room::most_waiting(),
         ));
-        registry.register_collector(Box::new(metrics::Live::new(
-            &forwarder,
-            &sessions,
-            &allocation,
-        )));
+        registry.register_collector(Box::new(Figures::new(&forwarder, &sessions, &allocation)));
         let mut followed = follower.watch();
         let initial = InitialState::find(options, first, &control).await?;
         if initial.is_successor {

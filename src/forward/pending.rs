@@ -12,7 +12,7 @@ use super::io::Io;
 use super::quota::Permit;
 use super::snapshot::ClientSnapshot;
 use super::tcp::stream::Stream;
-use super::udp::flow::AddressPair;
+use super::udp::addresses::AddressPair;
 use crate::table::ListenPort;
 
 /// Most pending clients of a thread; further ones are refused. Bounds what

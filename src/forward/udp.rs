@@ -36,14 +36,16 @@
 //! have it again.
 //!
 //! - `datagrams`: where each datagram goes; `flows`: the begin and the end of
-//!   flows; `flow`: one flow; `port`: receiving and sending; `ports`: opening,
-//!   draining and closing; `batch`: receiving several datagrams in one call;
-//!   `reports`: ICMP about clients; `eviction`: the choice of a flow.
+//!   flows; `flow`: one flow, which its `addresses` name; `port`: receiving and
+//!   sending; `ports`: opening, draining and closing; `batch`: receiving several
+//!   datagrams in one call; `reports`: ICMP about clients; `eviction`: the choice
+//!   of a flow.
 
+pub(super) mod addresses;
 mod batch;
 pub(super) mod datagrams;
 mod eviction;
-pub(super) mod flow;
+mod flow;
 mod flows;
 mod port;
 pub(super) mod ports;

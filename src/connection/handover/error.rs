@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::wire::VERSION;
+use super::VERSION;
 use crate::selection::FieldError;
 use crate::table::TableError;
 

@@ -25,9 +25,6 @@ use rustix::net::{
 use super::error::Error;
 use super::v1::{Frame, frame::Content};
 
-/// The protocol's version. Both sides must speak the same one.
-pub const VERSION: u32 = 1;
-
 /// How long the other side may take for its next frame. Streams stand still
 /// meanwhile, so a successor that hangs is given up soon.
 pub(super) const FRAME_DEADLINE: Duration = Duration::from_secs(3);

@@ -38,10 +38,10 @@ use crate::table::{Slot, Table};
 
 /// Largest request body in bytes: keys of 128 characters and names, with room
 /// for escapes.
-pub(super) const MAX_BODY_BYTES: usize = 8 * 1024;
+const MAX_BODY_BYTES: usize = 8 * 1024;
 
 /// How long a body may take to arrive.
-pub(super) const BODY_DEADLINE: Duration = Duration::from_secs(5);
+const BODY_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What handlers need.
 pub struct Api {
@@ -310,15 +310,15 @@ fn reached_by(uri: &http::Uri, headers: &HeaderMap, local: IpAddr) -> String {
 async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest, Refused> {
     // A body that announces its size is not read at all.
     if body.size_hint().lower() > MAX_BODY_BYTES as u64 {
-        return Err(Refused::TooLarge);
+        return Err(Refused::TooLarge(MAX_BODY_BYTES));
     }
     let body = Limited::new(body, MAX_BODY_BYTES).collect();
     let body = tokio::time::timeout(BODY_DEADLINE, body)
         .await
-        .map_err(|_| Refused::TooSlow)?
+        .map_err(|_| Refused::TooSlow(BODY_DEADLINE))?
         .map_err(|error| {
             if error.is::<LengthLimitError>() {
-                Refused::TooLarge
+                Refused::TooLarge(MAX_BODY_BYTES)
             } else {
                 Refused::BrokenOff
             }

@@ -1,10 +1,11 @@
 //! What the load-sharing port refuses, as RFC 9457 problem details.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-use super::api::{BODY_DEADLINE, MAX_BODY_BYTES};
 use super::refusal::Refusal;
 use crate::connection::sessions::ReleaseError;
 use crate::session::Problem;
@@ -12,12 +13,12 @@ use crate::session::Problem;
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Refused {
-    /// The body is too large.
-    #[error("the body must not exceed {MAX_BODY_BYTES} bytes")]
-    TooLarge,
+    /// The body has more bytes than it may.
+    #[error("the body must not exceed {0} bytes")]
+    TooLarge(usize),
     /// The body did not arrive in time.
-    #[error("the body must arrive within {} s", BODY_DEADLINE.as_secs())]
-    TooSlow,
+    #[error("the body must arrive within {} s", .0.as_secs())]
+    TooSlow(Duration),
     /// The body broke off.
     #[error("the body broke off")]
     BrokenOff,
@@ -76,8 +77,8 @@ impl Refused {
     fn kind(&self) -> (StatusCode, &'static str, &'static str) {
         use StatusCode as Code;
         match self {
-            Self::TooLarge => (Code::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
-            Self::TooSlow => (Code::REQUEST_TIMEOUT, "too-slow", "Body too slow"),
+            Self::TooLarge(_) => (Code::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
+            Self::TooSlow(_) => (Code::REQUEST_TIMEOUT, "too-slow", "Body too slow"),
             Self::BrokenOff => (Code::BAD_REQUEST, "malformed", "Malformed body"),
             Self::NotJson => (
                 Code::UNSUPPORTED_MEDIA_TYPE,

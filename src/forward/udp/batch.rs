@@ -8,7 +8,7 @@ use std::os::fd::BorrowedFd;
 use quinn_udp::{RecvMeta, UdpSockRef, UdpSocketState};
 use rustix::net::{self, RecvFlags};
 
-use super::flow::AddressPair;
+use super::addresses::AddressPair;
 
 /// Most datagrams received in one call.
 const BATCH: usize = quinn_udp::BATCH_SIZE;

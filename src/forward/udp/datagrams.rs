@@ -8,8 +8,9 @@ use std::sync::atomic::AtomicU32;
 
 use quinn_udp::UdpSocketState;
 
+use super::addresses::AddressPair;
 use super::batch::{Batch, ReceiveBatchSize, Run};
-use super::flow::{AddressPair, Flow, connect};
+use super::flow::{Flow, connect};
 use super::flows::Flows;
 use super::port::Port;
 use super::ports::{DrainingPorts, Ports};

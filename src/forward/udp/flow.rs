@@ -2,30 +2,19 @@
 //! connected to the server. So the kernel sorts the replies and reports a
 //! server that is gone.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
 
+use super::addresses::AddressPair;
 use super::batch::ReceiveBatchSize;
 use crate::forward::gate::{SessionKey, Traffic};
 use crate::forward::quota::Permit;
 use crate::forward::snapshot::FlowSnapshot;
 use crate::table::ListenPort;
-
-/// Both addresses of a flow on its client's side. They name the flow among
-/// those of a port: one socket of a client may ask several addresses of this
-/// machine, and each gets its own replies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(in crate::forward) struct AddressPair {
-    pub(in crate::forward) client: SocketAddr,
-    /// The address that the client sends to, and that its replies come from.
-    /// `None` where the port's socket has only one, or the system does not
-    /// report it.
-    pub(in crate::forward) local: Option<IpAddr>,
-}
 
 /// A client's flow of datagrams to its server and back.
 #[derive(Debug)]

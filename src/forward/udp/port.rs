@@ -10,8 +10,9 @@ use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rustix::io::Errno;
 use rustix::net::{self, SendFlags};
 
+use super::addresses::AddressPair;
 use super::batch::{Batch, JOINED_DATAGRAM_MAX, ReceiveBatchSize, Received, Run};
-use super::flow::{AddressPair, Flow};
+use super::flow::Flow;
 use super::reports::{self, Report};
 use crate::forward::listeners::Listener;
 use crate::forward::slab::Key;

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use quinn_udp::UdpSocketState;
 use rustix::event::epoll::EventFlags;
 
-use super::flow::AddressPair;
+use super::addresses::AddressPair;
 use super::port::Port;
 use crate::forward::io::{EventSource, Io};
 use crate::forward::slab::Key;

@@ -15,7 +15,7 @@ use nix::cmsg_space;
 use nix::libc;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg};
 
-use super::flow::AddressPair;
+use super::addresses::AddressPair;
 
 /// What a network has reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
