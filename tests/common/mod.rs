@@ -132,6 +132,12 @@ impl Process {
     }
 }
 
+impl From<Command> for Process {
+    fn from(mut command: Command) -> Self {
+        Self(command.spawn().unwrap())
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.0.kill();
@@ -223,8 +229,13 @@ impl Pool {
     }
 
     pub fn start_agent(&mut self, slot: u32) {
+        let agent = Process::start(&self.agent_arguments(slot));
+        self.agents.push(agent);
+    }
+
+    pub fn agent_arguments(&self, slot: u32) -> Vec<String> {
         let address = self.server_address(slot);
-        self.agents.push(Process::start(&[
+        vec![
             "processing-server".to_owned(),
             format!("--table={}", self.table_file().display()),
             format!("--slot={slot}"),
@@ -235,7 +246,7 @@ impl Pool {
                 "--state-file={}",
                 self.folder.path().join(format!("agent-{slot}")).display()
             ),
-        ]));
+        ]
     }
 
     pub fn start_connection_server(&mut self, index: u32) {

@@ -3,4 +3,5 @@
 
 mod claims;
 mod limits;
+mod no_sock_diag;
 mod one_shot;

@@ -116,3 +116,33 @@ async fn a_probe_that_is_greeted_does_not_use_up_the_claim() {
     drop((client, server));
     is_over(&pool, &session).await;
 }
+
+/// Like a client of syslog or statsd over TCP.
+#[tokio::test]
+async fn a_client_that_only_pushes_uses_up_its_claim_and_all_arrives() {
+    let mut pool = Pool::new(1, |table| {
+        table.rows[0].ranges[0].protocol = portpool::pool::PortProtocol::TCP;
+    });
+    let listeners: Vec<TcpListener> = (SERVER_PORT..SERVER_PORT + COUNT)
+        .map(|port| TcpListener::bind((pool.server_address(0), port)).unwrap())
+        .collect();
+    pool.start_agent(0);
+    pool.start_connection_server(0);
+    pool.until(|state| state.free_ports == u32::from(COUNT))
+        .await;
+    for _ in 0..20 {
+        let request = SessionRequest {
+            wait_seconds: 10,
+            ..SessionRequest::default()
+        };
+        let session = pool.client().request(request).await.unwrap();
+        connect(&session).write_all(b"<14>pushed").unwrap();
+        let index = usize::from(session.port - 20_000);
+        let (mut server, _) = listeners[index].accept().unwrap();
+        let mut arrived = Vec::new();
+        server.read_to_end(&mut arrived).unwrap();
+        assert_eq!(arrived, b"<14>pushed");
+        drop(server);
+        is_over(&pool, &session).await;
+    }
+}

@@ -609,6 +609,31 @@ fn a_closed_queue_refuses_those_who_wait_until_it_is_open() {
     assert_eq!(decisions, []);
 }
 
+#[test]
+fn nothing_renews_the_time_that_a_request_waits() {
+    let mut world = World::new(&[[0, 0, 0]]);
+    let caller = world.enter(keyed("k"), 3 * SECOND);
+    world.pass(SECOND);
+    // Neither its client's next request, nor others, nor servers that come, go,
+    // report or refuse.
+    let retry = world.enter(keyed("k"), 9 * SECOND);
+    let later = world.enter(anything(), 9 * SECOND);
+    world.report(0);
+    world.detach(0);
+    world.pass(SECOND);
+    world.attach(0);
+    world.agents[0].free = [2, 0, 0];
+    world.report(0);
+    for _ in 0..2 {
+        world.answer(0, Some(RefusalCause::Recovering));
+    }
+    world.queue.open();
+    assert_eq!(got(&world, caller), None);
+    world.pass(SECOND);
+    assert_eq!(got(&world, caller), Some("not-selected"));
+    assert_eq!([retry, later].map(|it| got(&world, it)), [None, None]);
+}
+
 #[derive(Clone, Debug)]
 enum Event {
     Enter(usize, Option<u8>, u64),
