@@ -1,16 +1,18 @@
-//! What a pool of a hundred servers takes while nothing happens. Prints what it
-//! measures.
+//! What a pool of a hundred servers takes while nothing happens, and how it serves.
+//! Prints what it measures.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::common::cluster::{Space, spec};
-use crate::common::{Pool, turn};
+use crate::common::{Pool, Process, SERVER_PORT, turn};
 use portpool::agent::sockets::ListenScope;
 use portpool::agent::{self, Options};
 use portpool::pool::PortProtocol;
+use portpool::session::SessionRequest;
 use portpool::table::{ListenPort, Slot};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
 
 const AGENTS: u16 = 100;
@@ -34,6 +36,17 @@ const CONNECTION_SERVER: f64 = 0.02;
 /// Most of a processor that the controller of a hundred servers may take.
 const CONTROLLER: f64 = 0.02;
 
+/// Most memory that a process may take while nothing happens: what its container
+/// requests of the node, in MiB (`plan::objects`, and the values of the chart).
+const AGENT_MEMORY: u64 = 16;
+const CONNECTION_SERVER_MEMORY: u64 = 64;
+const CONTROLLER_MEMORY: u64 = 64;
+
+/// The part of the sessions a second of a pool of two that one of a hundred must
+/// make at least: it makes 0.7 of them on two processors without optimization,
+/// and made a quarter when its agents read the table again and again.
+const SERVES_AS_WELL: f64 = 0.4;
+
 /// The processor time that a thread has taken so far; zero once it has ended.
 ///
 /// Source: Linux `Documentation/scheduler/sched-stats.rst`.
@@ -49,6 +62,17 @@ fn processor_time_of_all(process: u32) -> Duration {
     threads
         .map(|thread| processor_time(&thread.unwrap().path()))
         .sum()
+}
+
+/// A pool of `servers` servers with [`PORTS`] ports each, of which nothing runs.
+fn pool_of(servers: u16) -> Pool {
+    Pool::new(u32::from(servers), |table| {
+        for (row, slot) in table.rows.iter_mut().zip(0..) {
+            let range = &mut row.ranges[0];
+            range.connection_port = ListenPort::new(20_000 + slot * PORTS).unwrap();
+            (range.count, range.protocol) = (PORTS, PortProtocol::TCP);
+        }
+    })
 }
 
 /// Runs the agents of `pool` on one thread, and returns its directory in `/proc`.
@@ -107,15 +131,9 @@ async fn shares<const N: usize>(times: impl Fn() -> [Duration; N]) -> [f64; N] {
 async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     let _turn = turn().await;
     portpool::forward::check_open_files(10_000).unwrap();
-    let mut pool = Pool::new(u32::from(AGENTS), |table| {
-        for (row, slot) in table.rows.iter_mut().zip(0..) {
-            let range = &mut row.ranges[0];
-            range.connection_port = ListenPort::new(20_000 + slot * PORTS).unwrap();
-            (range.count, range.protocol) = (PORTS, PortProtocol::TCP);
-        }
-    });
+    let mut pool = pool_of(AGENTS);
     let listeners: Vec<std::net::TcpListener> = (0..u32::from(AGENTS))
-        .flat_map(|slot| (0..PORTS).map(move |port| (slot, crate::common::SERVER_PORT + port)))
+        .flat_map(|slot| (0..PORTS).map(move |port| (slot, SERVER_PORT + port)))
         .map(|(slot, port)| std::net::TcpListener::bind((pool.server_address(slot), port)).unwrap())
         .collect();
     let (agents, stop, thread) = run_agents(&pool);
@@ -150,12 +168,112 @@ async fn the_idle_controller_of_a_hundred_servers_takes_little() {
     tokio::time::sleep(REST).await;
     let process = space.controller.as_ref().unwrap().id();
     let [controller] = shares(|| [processor_time_of_all(process)]).await;
+    let memory = memory(process);
     println!(
-        "of a processor: {:.2} % for the idle controller of {AGENTS} servers",
+        "of a processor: {:.2} % for the idle controller of {AGENTS} servers; memory: {memory} MiB",
         controller * 100.0
+    );
+    assert!(
+        memory <= CONTROLLER_MEMORY,
+        "an idle controller has {memory} MiB"
     );
     assert!(
         controller < CONTROLLER,
         "an idle controller takes {controller}"
+    );
+}
+
+/// The memory of a process in MiB, rounded up; of what it shares with others, its
+/// share.
+///
+/// Source: Linux `Documentation/filesystems/proc.rst`, `smaps_rollup`.
+fn memory(process: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"));
+    let kib: u64 = line
+        .unwrap()
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .unwrap();
+    kib.div_ceil(1024)
+}
+
+/// A pool of `agents` servers with [`PORTS`] ports each, every part a process of
+/// its own.
+async fn running(agents: u16) -> (Pool, Vec<Process>) {
+    let mut pool = pool_of(agents);
+    let workloads = (0..u32::from(agents)).map(|slot| {
+        let address = pool.server_address(slot);
+        let (first, last) = (SERVER_PORT, SERVER_PORT + PORTS - 1);
+        Process::start(&[
+            "echo".to_owned(),
+            format!("--listen={address}"),
+            format!("--ports={first}-{last}"),
+        ])
+    });
+    let workloads = workloads.collect();
+    for slot in 0..u32::from(agents) {
+        pool.start_agent(slot);
+    }
+    pool.start_connection_server(0);
+    let ports = u32::from(agents * PORTS);
+    pool.until(|state| state.free_ports == ports).await;
+    tokio::time::sleep(REST).await;
+    (pool, workloads)
+}
+
+/// How many sessions eight clients make, use and give back in a second.
+async fn sessions_a_second(pool: &Pool) -> f64 {
+    let started = Instant::now();
+    let clients = (0..8).map(|_| {
+        let client = pool.client();
+        tokio::spawn(async move {
+            let mut made = 0;
+            while started.elapsed() < SPAN {
+                let session = client.request(SessionRequest::default()).await.unwrap();
+                let mut stream = client.connect(&session).await.unwrap();
+                stream.write_all(b"mine").await.unwrap();
+                stream.read_exact(&mut [0; 4]).await.unwrap();
+                client.release(&session.id).await.unwrap();
+                made += 1;
+            }
+            made
+        })
+    });
+    let mut made = 0;
+    for client in clients.collect::<Vec<_>>() {
+        made += client.await.unwrap();
+    }
+    f64::from(made) / started.elapsed().as_secs_f64()
+}
+
+/// Each agent reports its counts after each session, to one connection server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pool_of_a_hundred_serves_as_one_of_two_does_and_fits_what_its_pods_request() {
+    let _turn = turn().await;
+    portpool::forward::check_open_files(10_000).unwrap();
+    let (few, _few) = running(2).await;
+    let (many, _many) = running(AGENTS).await;
+    let agents = many.agents.iter().map(|agent| memory(agent.id()));
+    let agent = agents.max().unwrap();
+    let connection_server = memory(many.connection_servers[0].id());
+    // The best of several spans counts, as other programs take from each.
+    let (mut of_two, mut of_hundred) = (0.0, 0.0);
+    for _ in 0..SPANS {
+        of_two = f64::max(of_two, sessions_a_second(&few).await);
+        of_hundred = f64::max(of_hundred, sessions_a_second(&many).await);
+    }
+    println!(
+        "{of_hundred:.0} sessions a second with {AGENTS} agents, {of_two:.0} with 2; memory: at most {agent} MiB of an idle agent, {connection_server} MiB of the connection server"
+    );
+    assert!(agent <= AGENT_MEMORY, "an idle agent has {agent} MiB");
+    assert!(
+        connection_server <= CONNECTION_SERVER_MEMORY,
+        "an idle connection server has {connection_server} MiB"
+    );
+    assert!(
+        of_hundred >= of_two * SERVES_AS_WELL,
+        "{of_hundred} sessions a second, {of_two} with 2 agents"
     );
 }
