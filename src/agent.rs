@@ -75,7 +75,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub state_file: Option<PathBuf>,
 
-    /// Seconds that live sessions may go on after SIGTERM
+    /// Seconds that sessions may go on after SIGTERM; those that no client has claimed end at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
 }
@@ -112,8 +112,8 @@ pub enum Error {
     Serve(#[from] tonic::transport::Error),
 }
 
-/// Runs the agent until `shutdown`, then drains: nothing new is selected, live
-/// sessions go on for up to `drain_seconds`.
+/// Runs the agent until `shutdown`, then drains: nothing new is selected, sessions
+/// that no client has claimed end, and the others go on for up to `drain_seconds`.
 ///
 /// # Errors
 /// [`Error`] when it could not start.

@@ -257,15 +257,24 @@ impl Book {
         all.chain(self.recovering_until).min()
     }
 
-    /// Offers no more ports, because the server is being stopped.
-    pub fn stop(&mut self) {
+    /// Offers no more ports, because the server is being stopped. Held sessions
+    /// end: their clients can have a server that stays, and a stop must not wait
+    /// for clients that may never come.
+    pub fn stop(&mut self, now: Now) -> Vec<Notice> {
         self.stopping = true;
+        self.end_those(now, |session| session.state == State::Held)
     }
 
     /// Ends every session, because the time to drain has passed.
     pub fn end_all(&mut self, now: Now) -> Vec<Notice> {
+        self.end_those(now, |_| true)
+    }
+
+    fn end_those(&mut self, now: Now, is_over: impl Fn(&Session) -> bool) -> Vec<Notice> {
         let mut notices = Vec::new();
-        let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
+        let over = self.sessions.iter();
+        let over = over.filter(|(_, session)| is_over(session));
+        let ids: Vec<SessionId> = over.map(|(id, _)| id.clone()).collect();
         for id in ids {
             self.end(&id, EndCause::Drained, now, &mut notices);
         }

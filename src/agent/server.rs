@@ -143,12 +143,9 @@ impl Agent {
         }
     }
 
-    /// Offers no more ports.
+    /// Offers no more ports, and ends the sessions whose clients have not come.
     pub fn stop(&self) {
-        self.change(|book, _| {
-            book.stop();
-            Vec::new()
-        });
+        self.change(Book::stop);
     }
 
     /// Ends every session.

@@ -307,9 +307,32 @@ fn a_changed_row_keeps_what_stays_and_ends_what_goes() {
 #[test]
 fn a_draining_server_selects_nothing() {
     let mut book = book(vec![range("main", 20_000, 7000, 2)]);
-    book.stop();
+    book.stop(at(1));
     assert_eq!(select(&mut book, "s", at(0)), Err(RefusalCause::Draining));
     assert!(book.counts(at(0)).draining);
+}
+
+#[test]
+fn a_stopping_server_keeps_only_sessions_whose_clients_have_come() {
+    let mut book = book(vec![range("main", 20_000, 7000, 3)]);
+    for id in ["held", "busy", "lingering"] {
+        select(&mut book, id, at(0)).unwrap();
+    }
+    for id in ["busy", "lingering"] {
+        book.report(&server("a"), &opened(id), at(1));
+    }
+    book.report(&server("a"), &closed("lingering"), at(1));
+    let notices = book.stop(at(1));
+    assert_eq!(notices.len(), 1);
+    assert_eq!(
+        notices[0].message,
+        FromAgent::End {
+            session_id: session("held"),
+            cause: EndCause::Drained,
+        }
+    );
+    book.report(&server("a"), &ended("held"), at(1));
+    assert_eq!(book.session_count(), 2);
 }
 
 #[test]
