@@ -11,8 +11,10 @@
 //! - `container`: containers as processes, without side effects;
 //! - `server`: the processes of one processing server;
 //! - `check`: conditions that must hold before anything starts;
-//! - `child`: processes that are restarted when they end;
-//! - `supervise`: processes that do not outlive their parent;
+//! - `child`: processes that are restarted when they end; `served`: whether a
+//!   session was the reason;
+//! - `supervise`: processes that do not outlive their parent; `orphans`: those
+//!   whose supervisor was killed;
 //! - `events`: the output for the user;
 //! - this file: the options, the start and the end.
 
@@ -20,7 +22,9 @@ mod check;
 mod child;
 mod container;
 mod events;
+mod orphans;
 mod running;
+mod served;
 mod server;
 pub mod supervise;
 
@@ -117,6 +121,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         let action = action.to_owned();
         move |source| Error::System { action, source }
     };
+    orphans::adopt().map_err(system("become the parent of orphans"))?;
     let binary = std::env::current_exe().map_err(system("find this program"))?;
     let folder = Folder::new().map_err(system("make a folder for the table"))?;
     let mut running = Running::new(options, manifest.pool, binary, folder.0.clone());
@@ -135,6 +140,8 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         }
     }
     running.stop().await;
+    // All children that were started have ended.
+    supervise::kill_descendants();
     Ok(())
 }
 

@@ -104,6 +104,7 @@ impl Running {
             environment: vec![("PORTPOOL_LOG".to_owned(), self.options.role_log.clone())],
             folder: None,
             grace: Duration::from_secs(5),
+            agent: None,
         };
         Supervised::start(self.binary.clone(), program, self.events.clone())
     }

@@ -1,6 +1,6 @@
 //! One processing server: the agent and the containers of its slot.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ use crate::table::{PortRange, Row};
 
 /// Time that a container, with its child processes, may take to end after
 /// SIGTERM.
-const CONTAINER_GRACE: Duration = Duration::from_secs(7);
+const CONTAINER_GRACE: Duration = Duration::from_secs(5);
 
 /// Values that all servers of a pool start with.
 pub(super) struct Context<'a> {
@@ -68,6 +68,7 @@ impl Server {
         let containers = container::processes(template, &pod)?;
         let start =
             |program| Supervised::start(context.binary.to_owned(), program, context.events.clone());
+        let admin = SocketAddr::new(address, AGENT_ADMIN_PORT);
         let containers = containers.into_iter().map(|container| {
             let mut arguments = vec!["run-program".to_owned(), "--".to_owned()];
             arguments.extend(container.arguments);
@@ -81,6 +82,7 @@ impl Server {
                 environment: container.environment,
                 folder: container.folder,
                 grace: CONTAINER_GRACE,
+                agent: Some(admin),
             })
         });
         let containers = containers.collect();
@@ -92,13 +94,14 @@ impl Server {
                 format!("--slot={slot}"),
                 format!("--address={address}"),
                 "--listen-scope=address".to_owned(),
-                format!("--admin={address}:{AGENT_ADMIN_PORT}"),
+                format!("--admin={admin}"),
                 format!("--state-file={}", context.folder.join(&uid).display()),
                 format!("--drain-seconds={}", context.drain_seconds),
             ],
             environment: vec![("PORTPOOL_LOG".to_owned(), context.role_log.to_owned())],
             folder: None,
             grace: Duration::from_secs(context.drain_seconds + 3),
+            agent: None,
         });
         Ok(Self {
             name,

@@ -4,12 +4,27 @@
 //! parent ([`die_with_parent`]). Other programs run under [`run_program`]: a
 //! small parent that outlives them, adopts their orphans, and kills all of them
 //! at the end.
+//!
+//! ```text
+//! portpool local            adopts the orphans of a killed supervisor (`orphans`)
+//!   └ run-program           adopts the orphans of the program
+//!       └ program           killed with its parent: it was `run-program --become` before
+//!           └ daemons …     orphans at last, whatever they do
+//! ```
+//!
+//! A daemon leaves its parent and its session, but not the nearest subreaper
+//! above it. So as long as a descendant lives, the supervisor has a child, and
+//! it knows that none is left when the kernel says that it has no child. What a
+//! look into `/proc` shows is out of date at once; it only says what to kill.
+//! When a supervisor and `portpool local` are killed with SIGKILL at the same time,
+//! the program ends, but not its daemons: nothing is left to end them.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::process::{
     Pid, Signal, WaitOptions, getpid, getppid, kill_process, kill_process_group,
     set_child_subreaper, set_parent_process_death_signal, wait,
@@ -20,8 +35,11 @@ use signal_hook::iterator::Signals;
 /// Name of the variable that gives a child the process id of its parent.
 pub const PARENT: &str = "PORTPOOL_PARENT";
 
-/// How long a program may take to end after SIGTERM.
-const KILL_AFTER: Duration = Duration::from_secs(5);
+/// Pause between two rounds of killing.
+const ROUND: Duration = Duration::from_millis(5);
+
+/// The program that is running, also when its file was replaced or removed.
+const THIS_PROGRAM: &str = "/proc/self/exe";
 
 /// Exit status that a shell reports for a killed program.
 const KILLED: u8 = 137;
@@ -52,6 +70,14 @@ pub fn die_with_parent() -> bool {
 /// program started are killed too.
 #[derive(clap::Args, Clone, Debug)]
 pub struct RunProgram {
+    /// Seconds that the program may take to end after SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 5)]
+    grace_seconds: u64,
+
+    /// Become the program, which the kernel kills with its parent
+    #[arg(long = "become", hide = true)]
+    becomes: bool,
+
     /// Program and arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     program: Vec<OsString>,
@@ -63,7 +89,16 @@ pub fn run_program(options: &RunProgram) -> ExitCode {
     let Some((program, arguments)) = options.program.split_first() else {
         return ExitCode::from(NOT_STARTED);
     };
-    match supervise(program, arguments) {
+    if options.becomes {
+        die_with_parent();
+        let error = Command::new(program)
+            .args(arguments)
+            .env_remove(PARENT)
+            .exec();
+        eprintln!("failed to run {}: {error}", program.display());
+        return ExitCode::from(NOT_STARTED);
+    }
+    match supervise(&options.program, Duration::from_secs(options.grace_seconds)) {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("failed to run {}: {error}", program.display());
@@ -72,7 +107,7 @@ pub fn run_program(options: &RunProgram) -> ExitCode {
     }
 }
 
-fn supervise(program: &OsString, arguments: &[OsString]) -> std::io::Result<u8> {
+fn supervise(program: &[OsString], grace: Duration) -> std::io::Result<u8> {
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGCHLD, SIGALRM])?;
     // Orphans of the program become our children, so that they can be found.
     set_child_subreaper(Some(getpid()))?;
@@ -84,9 +119,10 @@ fn supervise(program: &OsString, arguments: &[OsString]) -> std::io::Result<u8> 
     if is_orphan() {
         return Ok(1);
     }
-    let child = Command::new(program)
-        .args(arguments)
-        .env_remove(PARENT)
+    let child = Command::new(THIS_PROGRAM)
+        .args(["run-program", "--become", "--"])
+        .args(program)
+        .env(PARENT, std::process::id().to_string())
         .process_group(0)
         .spawn()?;
     let main = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
@@ -107,8 +143,8 @@ fn supervise(program: &OsString, arguments: &[OsString]) -> std::io::Result<u8> 
                     // The program may have ended already.
                     let _ = kill_process_group(main, Signal::TERM);
                 }
-                std::thread::spawn(|| {
-                    std::thread::sleep(KILL_AFTER);
+                std::thread::spawn(move || {
+                    std::thread::sleep(grace);
                     let _ = kill_process(getpid(), Signal::ALARM);
                 });
             }
@@ -132,57 +168,100 @@ fn reap(main: Option<Pid>) -> Option<u8> {
     ended
 }
 
-/// Kills all descendants of this process, until none is left: a killed process
-/// may leave orphans, which become our children.
-fn kill_descendants() {
+/// Kills all descendants of this process, until the kernel says that it has no
+/// child: a killed process may leave orphans, which become our children.
+pub(super) fn kill_descendants() {
     loop {
-        let descendants = descendants();
-        if descendants.is_empty() {
+        let running = descendants(&Processes::read());
+        let is_refused = |pid: &Pid| kill_process(*pid, Signal::KILL) == Err(Errno::PERM);
+        let refused = running.iter().filter(|pid| is_refused(pid)).count();
+        loop {
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+        if refused > 0 && refused == running.len() {
+            // They changed their user, as sudo does.
+            eprintln!("not permitted to end {}", names(&running));
             return;
         }
-        for pid in descendants {
-            let _ = kill_process(pid, Signal::KILL);
+        std::thread::sleep(ROUND);
+    }
+}
+
+/// The processes `pids` for a message, for example `sleep (12), cat (13)`.
+pub(super) fn names(pids: &[Pid]) -> String {
+    let names = pids.iter().map(|pid| {
+        let pid = pid.as_raw_pid();
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        format!("{} ({pid})", name.trim_end())
+    });
+    names.collect::<Vec<_>>().join(", ")
+}
+
+/// All descendants of this process in `processes` that still run.
+fn descendants(processes: &Processes) -> Vec<Pid> {
+    processes.below(processes.children(getpid()).map(|child| child.pid))
+}
+
+/// The processes of this machine at some time, or somewhat different ones: they
+/// are read one after another.
+#[derive(Debug)]
+pub(super) struct Processes(Vec<Process>);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: Pid,
+    parent: i32,
+    /// Whether it has ended, and only its status is left.
+    has_ended: bool,
+}
+
+impl Processes {
+    pub(super) fn read() -> Self {
+        let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let processes = entries.filter_map(|entry| {
+            parse_stat(&std::fs::read_to_string(entry.path().join("stat")).ok()?)
+        });
+        Self(processes.collect())
+    }
+
+    /// The children of `parent`.
+    pub(super) fn children(&self, parent: Pid) -> impl Iterator<Item = &Process> {
+        let is_child = move |process: &&Process| process.parent == parent.as_raw_pid();
+        self.0.iter().filter(is_child)
+    }
+
+    /// Those of `roots` and of all their descendants that still run.
+    pub(super) fn below(&self, roots: impl Iterator<Item = Pid>) -> Vec<Pid> {
+        let mut found: Vec<Pid> = roots.collect();
+        let mut next = 0;
+        while let Some(&parent) = found.get(next) {
+            found.extend(self.children(parent).map(|child| child.pid));
+            next += 1;
         }
-        while let Ok(Some(_)) = wait(WaitOptions::NOHANG) {}
-        std::thread::sleep(Duration::from_millis(5));
+        let has_ended = |pid: &Pid| {
+            let mut processes = self.0.iter();
+            processes.any(|process| process.pid == *pid && process.has_ended)
+        };
+        found.retain(|pid| !has_ended(pid));
+        found
     }
 }
 
-/// All descendants of this process that still run.
-fn descendants() -> Vec<Pid> {
-    let mut processes: Vec<(i32, i32)> = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        processes.extend(parse_stat(&stat));
-    }
-    let mut found = vec![getpid().as_raw_pid()];
-    let mut next = 0;
-    while let Some(&parent) = found.get(next) {
-        found.extend(
-            processes
-                .iter()
-                .filter(|(_, of)| *of == parent)
-                .map(|(pid, _)| *pid),
-        );
-        next += 1;
-    }
-    found
-        .into_iter()
-        .skip(1)
-        .filter_map(Pid::from_raw)
-        .collect()
-}
-
-/// Process id and parent in a line of `/proc/PID/stat`, or `None` for a process
-/// that has ended. The name, in parentheses, may hold any text.
-fn parse_stat(stat: &str) -> Option<(i32, i32)> {
+/// The process of a line of `/proc/PID/stat`. The name, in parentheses, may hold
+/// any text.
+fn parse_stat(stat: &str) -> Option<Process> {
     let (pid, rest) = stat.split_once(" (")?;
     let mut fields = rest.rsplit_once(") ")?.1.split(' ');
     let (state, parent) = (fields.next()?, fields.next()?);
-    if state == "Z" {
-        return None;
-    }
-    Some((pid.parse().ok()?, parent.parse().ok()?))
+    Some(Process {
+        pid: Pid::from_raw(pid.parse().ok()?)?,
+        parent: parent.parse().ok()?,
+        has_ended: state == "Z",
+    })
 }
 
 #[cfg(test)]
@@ -191,8 +270,12 @@ mod tests {
 
     #[test]
     fn a_process_name_may_hold_anything() {
-        assert_eq!(parse_stat("7 (a) S (b)) S 3 7 7"), Some((7, 3)));
-        assert_eq!(parse_stat("7 (a) Z 3 7 7"), None);
+        let parsed = |stat| {
+            let process: Process = parse_stat(stat).unwrap();
+            (process.pid.as_raw_pid(), process.parent, process.has_ended)
+        };
+        assert_eq!(parsed("7 (a) S (b)) S 3 7 7"), (7, 3, false));
+        assert_eq!(parsed("7 (a) Z 3 7 7"), (7, 3, true));
         assert_eq!(parse_stat("nothing"), None);
     }
 }

@@ -17,6 +17,8 @@ use crate::common::{SOON, echo};
 const PORTPOOL: &str = env!("CARGO_BIN_EXE_portpool");
 const ASK: &str = "127.0.0.1:7700";
 
+mod daemons;
+
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// The turn of a test that runs a pool.
@@ -242,7 +244,7 @@ fn the_echo_example_serves_scales_and_stops() {
     local.until("3 ports free");
     echo(&mut live, "the server with the session stays");
     local.stop();
-    assert_eq!(processes("echo --listen 127.0.0."), 0);
+    assert_eq!(processes(&format!("{PORTPOOL} echo --listen 127.0.0.")), 0);
 }
 
 #[test]
