@@ -146,6 +146,7 @@
 //! connection::load_sharing::servers    pure
 //! connection::handover::values         pure
 //! local::container                     pure
+//! local::ignored                       pure
 //! ```
 
 pub mod admin;

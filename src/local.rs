@@ -8,7 +8,8 @@
 //! ```
 //!
 //! - `running`: the loop, as in the operator: observe, plan, apply;
-//! - `container`: containers as processes, without side effects;
+//! - `container`: containers as processes, `ignored`: what a manifest asks for in
+//!   vain; without side effects;
 //! - `server`: the processes of one processing server;
 //! - `check`: conditions that must hold before anything starts;
 //! - `child`: processes that are restarted when they end; `served`: whether a
@@ -22,6 +23,7 @@ mod check;
 mod child;
 mod container;
 mod events;
+mod ignored;
 mod orphans;
 mod running;
 mod served;
@@ -35,7 +37,7 @@ use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::running::{Running, plan_first};
+use self::running::{Running, ignored_line, plan_first};
 use crate::manifest::{self, ManifestError};
 use crate::table::Slot;
 
@@ -61,9 +63,13 @@ Examples:
 
 Exit codes: 0 stopped, 1 failed, 2 wrong manifest or a machine that cannot run it (nothing was started).")]
 pub struct Options {
-    /// The ProcessingPool manifest (YAML)
+    /// The ProcessingPool manifest (YAML); - is standard input
     #[arg(short, long, value_name = "FILE")]
     pub file: PathBuf,
+
+    /// Only check whether the pool can run here, and name the fields that are ignored
+    #[arg(long)]
+    pub check: bool,
 
     /// Seconds that live sessions may continue when servers or the pool stop
     #[arg(long, value_name = "SECONDS", default_value_t = 10)]
@@ -117,6 +123,12 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     };
     let first = plan_first(&manifest.pool);
     check::can_run(&manifest.pool, &first.table).map_err(|problems| manifest.error(problems))?;
+    if options.check {
+        let ignored = ignored_line(&ignored::ignored(manifest.fields()));
+        ignored.iter().for_each(|line| println!("{line}"));
+        println!("{} can run here", manifest.pool.name);
+        return Ok(());
+    }
     let system = |action: &str| {
         let action = action.to_owned();
         move |source| Error::System { action, source }
@@ -124,7 +136,8 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     orphans::adopt().map_err(system("become the parent of orphans"))?;
     let binary = std::env::current_exe().map_err(system("find this program"))?;
     let folder = Folder::new().map_err(system("make a folder for the table"))?;
-    let mut running = Running::new(options, manifest.pool, binary, folder.0.clone());
+    let paths = (binary, folder.0.clone());
+    let mut running = Running::new(options, &manifest, paths);
     running.start().map_err(system("write the table"))?;
     let mut upgrades = signal(SignalKind::user_defined2()).map_err(system("wait for SIGUSR2"))?;
     loop {

@@ -5,7 +5,10 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
-use super::{connection_address, container, server_address};
+use rustix::fs::{Access, access};
+
+use super::container::{self, Process};
+use super::{connection_address, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{FieldProblem, ValidPool, empty_row};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Mapping};
@@ -39,6 +42,7 @@ pub(super) fn can_become(
         }
     };
     fixed(current.name == next.name, "metadata.name");
+    fixed(current.namespace == next.namespace, "metadata.namespace");
     fixed(
         current.load_sharing_port == next.load_sharing_port,
         "spec.connectionServer.loadSharingPort",
@@ -89,37 +93,66 @@ fn programs(pool: &ValidPool, table: &Table) -> Vec<FieldProblem> {
         Ok(processes) => processes,
         Err(problems) => return problems,
     };
-    let missing = processes
-        .iter()
-        .filter(|process| !is_installed(&process.arguments[0]));
-    let missing = missing.map(|process| {
-        let program = &process.arguments[0];
-        let hint = match program.as_str() {
-            "iperf3" => ": install it with apt-get install iperf3",
-            "redis-server" => ": install it with apt-get install redis-server",
-            _ => "",
-        };
-        let message = format!(
-            "program {program:?} of container {:?} is not in PATH{hint}",
-            process.name
-        );
-        FieldProblem::new(format!("{}.command", process.path), message)
+    let problems = processes.iter().flat_map(|process| {
+        let folder = folder_problem(process).map(|message| ("workingDir", message));
+        let program = program_problem(process).map(|message| ("command", message));
+        let problems = program.into_iter().chain(folder);
+        problems
+            .map(|(field, message)| FieldProblem::new(format!("{}.{field}", process.path), message))
     });
-    let folders = processes.iter().filter_map(|process| {
-        let folder = process.folder.as_ref()?;
-        let message = format!("{folder:?} is not a folder of this machine");
-        let path = format!("{}.workingDir", process.path);
-        (!Path::new(folder).is_dir()).then(|| FieldProblem::new(path, message))
-    });
-    missing.chain(folders).collect()
+    problems.collect()
 }
 
-fn is_installed(program: &str) -> bool {
-    if program == "portpool" || program.contains('/') {
-        return program == "portpool" || Path::new(program).is_file();
+fn folder_problem(process: &Process) -> Option<String> {
+    let folder = process.folder.as_ref()?;
+    (!Path::new(folder).is_dir()).then(|| format!("{folder:?} is not a folder of this machine"))
+}
+
+/// Why the program of `process` cannot be started. It is searched as container
+/// runtimes do: a name by the PATH of the container, another relative path from
+/// its working directory.
+///
+/// Source: opencontainers/runc, `libcontainer/standard_init_linux.go`, which looks
+/// the program up after it has changed to the directory and set the environment.
+fn program_problem(process: &Process) -> Option<String> {
+    let program = &process.arguments[0];
+    let is_executable = |path: &Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    let container = &process.name;
+    if program == "portpool" {
+        return None;
     }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(program).is_file())
+    if program.contains('/') {
+        // An absolute path replaces the folder.
+        let path = Path::new(process.folder.as_deref().unwrap_or("")).join(program);
+        let reason = match path.is_file() {
+            _ if is_executable(&path) => return None,
+            true => "is not executable: change that with chmod +x",
+            false => "does not exist",
+        };
+        return Some(format!(
+            "program {path:?} of container {container:?} {reason}"
+        ));
+    }
+    let own = process.environment.iter().rev();
+    let own = own.clone().find(|(name, _)| name == "PATH");
+    let path = match own {
+        Some((_, path)) => path.into(),
+        None => std::env::var_os("PATH").unwrap_or_default(),
+    };
+    if std::env::split_paths(&path).any(|folder| is_executable(&folder.join(program))) {
+        return None;
+    }
+    let whose = own.map_or("PATH".to_owned(), |(_, path)| {
+        format!("the container's PATH, {path:?}")
+    });
+    let hint = match program.as_str() {
+        "iperf3" => ": install it with apt-get install iperf3",
+        "redis-server" => ": install it with apt-get install redis-server",
+        _ => "",
+    };
+    Some(format!(
+        "program {program:?} of container {container:?} is not in {whose}{hint}"
+    ))
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -11,11 +11,12 @@ use jiff::Timestamp;
 
 use super::child::{Program, Supervised};
 use super::events::Events;
+use super::ignored::ignored;
 use super::server::{self, Server};
 use super::{Options, check, connection_address};
 use crate::client::Client;
 use crate::follow::write_table;
-use crate::manifest;
+use crate::manifest::{self, Manifest};
 use crate::plan::{FieldProblem, Observed, ObservedServer, Plan, ValidPool, plan};
 use crate::pool::CONNECTION_ADMIN_PORT;
 use crate::session::PoolState;
@@ -39,13 +40,19 @@ pub(super) struct Running {
     events: Events,
     /// The last line about sessions.
     summary: String,
+    /// The fields of the manifest that were reported as ignored.
+    ignored: Vec<String>,
 }
 
 impl Running {
     /// A pool that does not run yet. `folder` is for its table and its sockets.
-    pub(super) fn new(options: Options, pool: ValidPool, binary: PathBuf, folder: PathBuf) -> Self {
+    pub(super) fn new(
+        options: Options,
+        manifest: &Manifest,
+        (binary, folder): (PathBuf, PathBuf),
+    ) -> Self {
+        let pool = with_drain_limit(manifest.pool.clone(), &options);
         let address = format!("127.0.0.1:{}", pool.load_sharing_port);
-        let pool = with_drain_limit(pool, &options);
         Self {
             modified: modified(&options.file),
             binary,
@@ -58,12 +65,14 @@ impl Running {
             client: Client::new(&address).expect("the address is well-formed"),
             events: Events::new(!options.no_live),
             summary: String::new(),
+            ignored: ignored(manifest.fields()),
             options,
         }
     }
 
     /// Starts everything.
     pub(super) fn start(&mut self) -> io::Result<()> {
+        self.say_ignored();
         let address = format!("127.0.0.1:{}", self.pool.load_sharing_port);
         self.apply(plan_first(&self.pool))?;
         for index in 0..self.pool.connection_servers {
@@ -82,6 +91,13 @@ impl Running {
         }
         self.events.say(format!("try: portpool connect {address}"));
         Ok(())
+    }
+
+    /// Names the fields of the manifest that are ignored here.
+    fn say_ignored(&self) {
+        if let Some(line) = ignored_line(&self.ignored) {
+            self.events.say(line);
+        }
     }
 
     fn connection_server(&self, index: u32) -> Supervised {
@@ -147,18 +163,10 @@ impl Running {
             let table = self.table.as_ref().unwrap_or(&planned);
             check::can_become((&self.pool, table), (&manifest.pool, &planned))
                 .map_err(|problems| manifest.error(problems))?;
-            Ok(with_drain_limit(manifest.pool, &self.options))
+            Ok(manifest)
         });
         match loaded {
-            Ok(pool) if pool == self.pool => {}
-            Ok(pool) => {
-                self.events.say(format!(
-                    "{} changed: {} servers",
-                    self.options.file.display(),
-                    pool.replicas
-                ));
-                self.pool = pool;
-            }
+            Ok(manifest) => self.change(manifest),
             Err(error) => {
                 self.events.say(format!(
                     "{} not applied; the pool stays as it is:",
@@ -168,6 +176,23 @@ impl Running {
                     self.events.say(line);
                 }
             }
+        }
+    }
+
+    fn change(&mut self, manifest: Manifest) {
+        let ignored = ignored(manifest.fields());
+        if ignored != self.ignored {
+            self.ignored = ignored;
+            self.say_ignored();
+        }
+        let pool = with_drain_limit(manifest.pool, &self.options);
+        if pool != self.pool {
+            self.events.say(format!(
+                "{} changed: {} servers",
+                self.options.file.display(),
+                pool.replicas
+            ));
+            self.pool = pool;
         }
     }
 
@@ -306,6 +331,12 @@ fn with_drain_limit(pool: ValidPool, options: &Options) -> ValidPool {
 /// The first plan for a pool, before anything of it exists.
 pub(super) fn plan_first(pool: &ValidPool) -> Plan {
     plan(pool, &Observed::nothing(UID), Timestamp::now())
+}
+
+/// A line that names the `ignored` fields of a manifest, if there are any.
+pub(super) fn ignored_line(ignored: &[String]) -> Option<String> {
+    let fields = ignored.join(", ");
+    (!ignored.is_empty()).then(|| format!("ignored here, but not in a cluster: {fields}"))
 }
 
 fn modified(file: &Path) -> Option<SystemTime> {

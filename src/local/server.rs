@@ -14,10 +14,6 @@ use crate::plan::{FieldProblem, ValidPool};
 use crate::pool::AGENT_ADMIN_PORT;
 use crate::table::{PortRange, Row};
 
-/// Time that a container, with its child processes, may take to end after
-/// SIGTERM.
-const CONTAINER_GRACE: Duration = Duration::from_secs(5);
-
 /// Values that all servers of a pool start with.
 pub(super) struct Context<'a> {
     pub(super) binary: &'a Path,
@@ -70,18 +66,20 @@ impl Server {
             |program| Supervised::start(context.binary.to_owned(), program, context.events.clone());
         let admin = SocketAddr::new(address, AGENT_ADMIN_PORT);
         let containers = containers.into_iter().map(|container| {
-            let mut arguments = vec!["run-program".to_owned(), "--".to_owned()];
-            arguments.extend(container.arguments);
+            let mut program = container.arguments;
             // `portpool` in the manifest is this program.
-            if arguments[2] == "portpool" {
-                arguments[2] = context.binary.display().to_string();
+            if program[0] == "portpool" {
+                program[0] = context.binary.display().to_string();
             }
+            let grace = format!("--grace-seconds={}", container.grace.as_secs());
+            let mut arguments = vec!["run-program".to_owned(), grace, "--".to_owned()];
+            arguments.extend(program);
             start(Program {
                 name: format!("{name}/{}", container.name),
                 arguments,
                 environment: container.environment,
                 folder: container.folder,
-                grace: CONTAINER_GRACE,
+                grace: container.grace,
                 agent: Some(admin),
             })
         });

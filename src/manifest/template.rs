@@ -42,7 +42,7 @@ pub(super) fn check(template: &Value, path: &str) -> Vec<FieldProblem> {
             let message = if !is_dns_label(name) {
                 Some(format!("must be {DNS_LABEL_RULE}; this is {name:?}"))
             } else if !names.insert(name) {
-                Some(format!("{name:?} is the name of another container"))
+                Some(format!("{name:?} occurs twice; it must be unique"))
             } else {
                 None
             };

@@ -18,6 +18,7 @@ const PORTPOOL: &str = env!("CARGO_BIN_EXE_portpool");
 const ASK: &str = "127.0.0.1:7700";
 
 mod daemons;
+mod workload;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -34,17 +35,31 @@ struct Local {
     lines: Receiver<String>,
     /// Where a killed pool leaves its table.
     folder: tempfile::TempDir,
-    _turn: MutexGuard<'static, ()>,
+    /// None of a pool that runs beside another.
+    turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Local {
     fn start(file: &Path) -> Self {
+        Self::start_with(file, &["--drain-seconds", "2"])
+    }
+
+    fn start_with(file: &Path, options: &[&str]) -> Self {
         let turn = one_at_a_time();
-        let folder = tempfile::tempdir().unwrap();
+        Self::spawn(tempfile::tempdir().unwrap(), file, options, Some(turn))
+    }
+
+    fn spawn(
+        folder: tempfile::TempDir,
+        file: &Path,
+        options: &[&str],
+        turn: Option<MutexGuard<'static, ()>>,
+    ) -> Self {
         let mut child = Command::new(PORTPOOL)
             .env("TMPDIR", folder.path())
-            .args(["local", "--drain-seconds", "2", "-f"])
+            .args(["local", "-f"])
             .arg(file)
+            .args(options)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -60,7 +75,7 @@ impl Local {
             child,
             lines,
             folder,
-            _turn: turn,
+            turn,
         }
     }
 
@@ -114,7 +129,9 @@ impl Drop for Local {
         let _ = self.child.kill();
         let _ = self.child.wait();
         // The kernel ends the children with it, but not at once.
-        until(|| TcpStream::connect(ASK).is_err());
+        if self.turn.is_some() {
+            until(|| TcpStream::connect(ASK).is_err());
+        }
     }
 }
 

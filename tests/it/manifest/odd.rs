@@ -1,5 +1,5 @@
 //! Odd manifests, as users, templates and editors write them: what `kubectl apply`
-//! and the API server take, portpool takes, and what they refuse, it refuses.
+//! and the API server take, `portpool local` takes, and what they refuse, it refuses.
 //!
 //! The folder of a manifest in `odd/` says who takes it. Where the two differ, the
 //! first lines of the manifest say why.
@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
 use futures::StreamExt;
-use portpool::manifest;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
@@ -79,6 +78,19 @@ async fn refusal(server: &ApiServer, file: &Path) -> Option<String> {
     (!pod.status.success()).then(|| String::from_utf8_lossy(&pod.stderr).into_owned())
 }
 
+/// Why `portpool local` refuses the pool in `file`.
+async fn check(file: &Path) -> Option<String> {
+    let mut portpool = Command::new(env!("CARGO_BIN_EXE_portpool"));
+    portpool.args(["local", "--check", "-f"]).arg(file);
+    let output = portpool.output().await.unwrap();
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    match output.status.code() {
+        Some(0) => None,
+        Some(2) => Some(text),
+        other => panic!("{}: {other:?}: {text}", file.display()),
+    }
+}
+
 #[tokio::test]
 async fn portpool_takes_the_manifests_that_kubectl_and_the_api_server_take() {
     let server = ApiServer::shared().await;
@@ -88,16 +100,14 @@ async fn portpool_takes_the_manifests_that_kubectl_and_the_api_server_take() {
     });
     let compared = futures::stream::iter(cases).map(async |(file, kubernetes, ours)| {
         let refused = refusal(&server, &file).await;
-        let loaded = manifest::load(&file).map_err(|error| error.to_string());
-        let is_right = refused.is_none() == kubernetes && loaded.is_ok() == ours;
-        let kubernetes = refused.unwrap_or_else(|| "taken".to_owned());
-        let portpool = loaded.map_or_else(|error| error, |_| "taken".to_owned());
-        (!is_right).then(|| {
-            format!(
-                "{}\n  kubernetes: {kubernetes}\n  portpool: {portpool}",
-                file.display()
-            )
-        })
+        let checked = check(&file).await;
+        let is_right = refused.is_none() == kubernetes && checked.is_none() == ours;
+        let answers = [("kubernetes", refused), ("portpool", checked)];
+        let answers = answers.map(|(who, refused)| {
+            let answer = refused.unwrap_or_else(|| "taken".to_owned());
+            format!("\n  {who}: {answer}")
+        });
+        (!is_right).then(|| format!("{}{}", file.display(), answers.concat()))
     });
     let compared: Vec<_> = compared.buffer_unordered(AT_ONCE).collect().await;
     assert!(compared.len() > 100);
