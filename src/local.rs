@@ -10,6 +10,7 @@
 //! - `running`: the loop, as in the operator: observe, plan, apply;
 //! - `container`: containers as processes, `ignored`: what a manifest asks for in
 //!   vain; without side effects;
+//! - `addresses`: the loopback addresses of a pool;
 //! - `server`: the processes of one processing server;
 //! - `check`: conditions that must hold before anything starts;
 //! - `child`: processes that are restarted when they end; `served`: whether a
@@ -19,6 +20,7 @@
 //! - `events`: the output for the user;
 //! - this file: the options, the start and the end.
 
+mod addresses;
 mod check;
 mod child;
 mod container;
@@ -31,15 +33,18 @@ mod server;
 pub mod supervise;
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use self::addresses::Addresses;
 use self::running::{Running, ignored_line, plan_first};
 use crate::manifest::{self, ManifestError};
-use crate::table::Slot;
+
+/// Longest path of a folder for temporary files that is used, in bytes. The path of a
+/// Unix socket has at most 107, and those in our folder are 53 longer than this.
+const LONGEST_PLACE: usize = 54;
 
 /// How often the pool is observed and a plan applied.
 const STEP: Duration = Duration::from_millis(250);
@@ -114,6 +119,10 @@ impl Error {
 /// [`Error`]; nothing was started then.
 pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
     tokio::pin!(shutdown);
+    let system = |action: &str| {
+        let action = action.to_owned();
+        move |source| Error::System { action, source }
+    };
     let file = options.file.clone();
     // A pipe may be opened without anyone who writes into it.
     let loading = tokio::task::spawn_blocking(move || manifest::load(&file));
@@ -122,22 +131,20 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         () = &mut shutdown => return Ok(()),
     };
     let first = plan_first(&manifest.pool);
-    check::can_run(&manifest.pool, &first.table).map_err(|problems| manifest.error(problems))?;
+    let mut addresses = Addresses::reserve().map_err(system("reserve loopback addresses"))?;
+    check::can_run(&manifest.pool, &first.table, &mut addresses)
+        .map_err(|problems| manifest.error(problems))?;
     if options.check {
         let ignored = ignored_line(&ignored::ignored(manifest.fields()));
         ignored.iter().for_each(|line| println!("{line}"));
         println!("{} can run here", manifest.pool.name);
         return Ok(());
     }
-    let system = |action: &str| {
-        let action = action.to_owned();
-        move |source| Error::System { action, source }
-    };
     orphans::adopt().map_err(system("become the parent of orphans"))?;
     let binary = std::env::current_exe().map_err(system("find this program"))?;
     let folder = Folder::new().map_err(system("make a folder for the table"))?;
     let paths = (binary, folder.0.clone());
-    let mut running = Running::new(options, &manifest, paths);
+    let mut running = Running::new(options, &manifest, addresses, paths);
     running.start().map_err(system("write the table"))?;
     let mut upgrades = signal(SignalKind::user_defined2()).map_err(system("wait for SIGUSR2"))?;
     loop {
@@ -164,7 +171,13 @@ struct Folder(PathBuf);
 
 impl Folder {
     fn new() -> io::Result<Self> {
-        let folder = tempfile::Builder::new().prefix("portpool-").tempdir()?;
+        let mut place = std::env::temp_dir();
+        if place.as_os_str().len() > LONGEST_PLACE {
+            place = PathBuf::from("/tmp");
+        }
+        let folder = tempfile::Builder::new()
+            .prefix("portpool-")
+            .tempdir_in(place)?;
         Ok(Self(folder.keep()))
     }
 }
@@ -178,18 +191,5 @@ impl Drop for Folder {
             // A child has just made a file there.
             std::thread::sleep(REMOVAL_PAUSE);
         }
-    }
-}
-
-/// Address of the processing server in `slot`: 127.0.0.2 and up.
-fn server_address(slot: Slot) -> IpAddr {
-    Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST) + 1 + slot.0).into()
-}
-
-/// Address of a connection server: 127.0.0.1, then 127.0.255.1 and up.
-fn connection_address(index: u32) -> IpAddr {
-    match index {
-        0 => Ipv4Addr::LOCALHOST.into(),
-        _ => Ipv4Addr::from(u32::from(Ipv4Addr::new(127, 0, 255, 0)) + index).into(),
     }
 }

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use rustix::fs::{Access, access};
 
+use super::addresses::Addresses;
 use super::container::{self, Process};
-use super::{connection_address, server_address};
 use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{FieldProblem, ValidPool, empty_row};
 use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Mapping};
@@ -18,11 +18,23 @@ use crate::table::{PortRange, Slot, Table};
 /// range.
 const MAX_PROBLEMS: usize = 10;
 
-/// Reports why `pool` with `table` cannot run on this machine.
-pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<FieldProblem>> {
-    let mut problems = programs(pool, table);
+/// Reports why `pool` with `table` cannot run on this machine. Chooses the
+/// addresses of its connection servers: they leave localhost when another pool
+/// uses their ports there.
+pub(super) fn can_run(
+    pool: &ValidPool,
+    table: &Table,
+    addresses: &mut Addresses,
+) -> Result<(), Vec<FieldProblem>> {
+    let mut problems = programs(pool, table, addresses);
     problems.extend(limits(table));
-    problems.extend(ports_in_use(sockets(pool, table), &HashSet::new()));
+    let none = HashSet::new();
+    if addresses.is_further()
+        && !ports_in_use(connection_sockets(pool, table, addresses), &none).is_empty()
+    {
+        addresses.leave_localhost();
+    }
+    problems.extend(ports_in_use(sockets(pool, table, addresses), &none));
     ok_if_empty(problems)
 }
 
@@ -31,8 +43,9 @@ pub(super) fn can_run(pool: &ValidPool, table: &Table) -> Result<(), Vec<FieldPr
 pub(super) fn can_become(
     (current, table): (&ValidPool, &Table),
     (next, planned): (&ValidPool, &Table),
+    addresses: &Addresses,
 ) -> Result<(), Vec<FieldProblem>> {
-    let mut problems = programs(next, planned);
+    let mut problems = programs(next, planned, addresses);
     let mut fixed = |is_same: bool, path: &str| {
         if !is_same {
             problems.push(FieldProblem::new(
@@ -52,8 +65,9 @@ pub(super) fn can_become(
         "spec.connectionServer.replicas",
     );
     problems.extend(limits(planned));
-    let ours = sockets(current, table).map(|(socket, _)| socket).collect();
-    problems.extend(ports_in_use(sockets(next, planned), &ours));
+    let ours = sockets(current, table, addresses);
+    let ours = ours.map(|(socket, _)| socket).collect();
+    problems.extend(ports_in_use(sockets(next, planned, addresses), &ours));
     ok_if_empty(problems)
 }
 
@@ -80,11 +94,11 @@ fn limits(table: &Table) -> Vec<FieldProblem> {
 }
 
 /// Containers that cannot run here, and programs that are missing.
-fn programs(pool: &ValidPool, table: &Table) -> Vec<FieldProblem> {
+fn programs(pool: &ValidPool, table: &Table, addresses: &Addresses) -> Vec<FieldProblem> {
     // A pool of no servers is checked as one with a server without ports.
     let none = empty_row(pool, Slot(0));
     let row = table.rows.first().unwrap_or(&none);
-    let pod = container::Pod::new(pool, row, String::new());
+    let pod = container::Pod::new(pool, row, String::new(), addresses);
     let processes = match &pool.template {
         Ok(template) => container::processes(template, &pod),
         Err(problem) => Err(vec![problem.clone()]),
@@ -166,27 +180,14 @@ enum Socket {
 fn sockets<'a>(
     pool: &'a ValidPool,
     table: &'a Table,
+    addresses: &'a Addresses,
 ) -> impl Iterator<Item = (Socket, &'static str)> + 'a {
-    let connection_servers = (0..pool.connection_servers).flat_map(move |index| {
-        let address = connection_address(index);
-        let tcp = |port| Socket::Tcp(SocketAddr::new(address, port));
-        let ranges = table.rows.iter().flat_map(|row| &row.ranges);
-        let ports = ranges.flat_map(move |range| {
-            let ports = range.connection_ports();
-            ports.flat_map(move |port| sockets_of(range, address, port.get()))
-        });
-        [
-            (
-                tcp(pool.load_sharing_port),
-                "spec.connectionServer.loadSharingPort",
-            ),
-            (tcp(CONNECTION_ADMIN_PORT), "admin port"),
-        ]
-        .into_iter()
-        .chain(ports.map(|socket| (socket, "spec.connectionServer.connectionPorts")))
+    let admin = (0..pool.connection_servers).map(|index| {
+        let address = SocketAddr::new(addresses.admin(index), CONNECTION_ADMIN_PORT);
+        (Socket::Tcp(address), "admin port")
     });
     let processing_servers = table.rows.iter().flat_map(|row| {
-        let address = server_address(row.slot);
+        let address = addresses.server(row.slot);
         let tcp = |port| Socket::Tcp(SocketAddr::new(address, port));
         let targets = targets(&row.ranges)
             .flat_map(move |(range, target)| sockets_of(range, address, target));
@@ -197,7 +198,32 @@ fn sockets<'a>(
         .into_iter()
         .chain(targets.map(|socket| (socket, "spec.ports")))
     });
-    connection_servers.chain(processing_servers)
+    connection_sockets(pool, table, addresses)
+        .chain(admin)
+        .chain(processing_servers)
+}
+
+/// The sockets of the connection servers that clients use.
+fn connection_sockets<'a>(
+    pool: &'a ValidPool,
+    table: &'a Table,
+    addresses: &'a Addresses,
+) -> impl Iterator<Item = (Socket, &'static str)> + 'a {
+    (0..pool.connection_servers).flat_map(move |index| {
+        let address = addresses.connection(index);
+        let load_sharing = SocketAddr::new(address, pool.load_sharing_port);
+        let ranges = table.rows.iter().flat_map(|row| &row.ranges);
+        let ports = ranges.flat_map(move |range| {
+            let ports = range.connection_ports();
+            ports.flat_map(move |port| sockets_of(range, address, port.get()))
+        });
+        let load_sharing = (
+            Socket::Tcp(load_sharing),
+            "spec.connectionServer.loadSharingPort",
+        );
+        let ports = ports.map(|socket| (socket, "spec.connectionServer.connectionPorts"));
+        std::iter::once(load_sharing).chain(ports)
+    })
 }
 
 /// Sockets on `port` of `address` for the protocols of `range`.

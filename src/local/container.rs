@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, EnvVar, EnvVarSource, PodTemplateSpec};
 
-use super::{connection_address, server_address};
+use super::addresses::Addresses;
 use crate::plan::{FieldProblem, ValidPool, environment};
 use crate::table::Row;
 
@@ -50,14 +50,14 @@ pub struct Pod {
 
 impl Pod {
     /// The pod of the server in `row`.
-    pub(super) fn new(pool: &ValidPool, row: &Row, uid: String) -> Self {
+    pub(super) fn new(pool: &ValidPool, row: &Row, uid: String, addresses: &Addresses) -> Self {
         let address = pool.advertised_address.clone();
-        let address = address.unwrap_or_else(|| connection_address(0).to_string());
+        let address = address.unwrap_or_else(|| addresses.connection(0).to_string());
         Self {
             name: row.server.clone(),
             uid,
             namespace: pool.namespace.clone(),
-            address: server_address(row.slot),
+            address: addresses.server(row.slot),
             variables: environment(pool, row, Some(&address)),
         }
     }
@@ -343,7 +343,20 @@ mod tests {
         );
         let environment = &processes[0].environment;
         assert_eq!(environment[0], pod().variables[0]);
-        assert_eq!(environment[1], ("IP".to_owned(), "127.0.0.2".to_owned()));
+        let own = environment[1..].iter();
+        let own: Vec<(&str, &str)> = own.map(|(name, value)| (&**name, &**value)).collect();
+        assert_eq!(
+            own,
+            [
+                ("IP", "127.0.0.2"),
+                ("PORT", "7000"),
+                ("URL", "http://127.0.0.2:7000/"),
+                ("NAMESPACE", "games"),
+                ("ZONE", "a"),
+                ("NONE", ""),
+            ]
+        );
+        assert_eq!(processes[0].grace, Duration::from_secs(45));
     }
 
     #[test]

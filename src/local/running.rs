@@ -4,16 +4,18 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 
+use super::addresses::Addresses;
 use super::child::{Program, Supervised};
 use super::events::Events;
 use super::ignored::ignored;
 use super::server::{self, Server};
-use super::{Options, check, connection_address};
+use super::{Options, check};
 use crate::client::Client;
 use crate::follow::write_table;
 use crate::manifest::{self, Manifest};
@@ -28,6 +30,7 @@ const UID: &str = "local";
 /// The running pool.
 pub(super) struct Running {
     options: Options,
+    addresses: Addresses,
     binary: PathBuf,
     folder: PathBuf,
     table_file: PathBuf,
@@ -49,12 +52,14 @@ impl Running {
     pub(super) fn new(
         options: Options,
         manifest: &Manifest,
+        addresses: Addresses,
         (binary, folder): (PathBuf, PathBuf),
     ) -> Self {
         let pool = with_drain_limit(manifest.pool.clone(), &options);
-        let address = format!("127.0.0.1:{}", pool.load_sharing_port);
+        let load_sharing = SocketAddr::new(addresses.connection(0), pool.load_sharing_port);
         Self {
             modified: modified(&options.file),
+            addresses,
             binary,
             table_file: folder.join("table.json"),
             folder,
@@ -62,7 +67,7 @@ impl Running {
             table: None,
             servers: BTreeMap::new(),
             connection_servers: Vec::new(),
-            client: Client::new(&address).expect("the address is well-formed"),
+            client: Client::new(&load_sharing.to_string()).expect("the address is well-formed"),
             events: Events::new(!options.no_live),
             summary: String::new(),
             ignored: ignored(manifest.fields()),
@@ -73,23 +78,30 @@ impl Running {
     /// Starts everything.
     pub(super) fn start(&mut self) -> io::Result<()> {
         self.say_ignored();
-        let address = format!("127.0.0.1:{}", self.pool.load_sharing_port);
+        if self.addresses.is_further() {
+            self.events.say(format!(
+                "another pool runs on this machine: the processing servers of this one have addresses from {} on",
+                self.addresses.server(Slot(0))
+            ));
+        }
         self.apply(plan_first(&self.pool))?;
         for index in 0..self.pool.connection_servers {
             let server = self.connection_server(index);
             self.connection_servers.push(server);
         }
-        self.events.say(format!(
-            "load-sharing port: http://{address}  (admin: http://127.0.0.1:{CONNECTION_ADMIN_PORT})"
-        ));
-        for index in 1..self.pool.connection_servers {
-            let port = self.pool.load_sharing_port;
+        for index in 0..self.pool.connection_servers {
+            let (address, port) = (
+                self.addresses.connection(index),
+                self.pool.load_sharing_port,
+            );
+            let admin = self.addresses.admin(index);
             self.events.say(format!(
-                "load-sharing port: http://{}:{port}",
-                connection_address(index)
+                "load-sharing port: http://{address}:{port}  (admin: http://{admin}:{CONNECTION_ADMIN_PORT})"
             ));
         }
-        self.events.say(format!("try: portpool connect {address}"));
+        let (address, port) = (self.addresses.connection(0), self.pool.load_sharing_port);
+        self.events
+            .say(format!("try: portpool connect {address}:{port}"));
         Ok(())
     }
 
@@ -101,13 +113,16 @@ impl Running {
     }
 
     fn connection_server(&self, index: u32) -> Supervised {
-        let address = connection_address(index);
+        let (address, admin) = (
+            self.addresses.connection(index),
+            self.addresses.admin(index),
+        );
         let arguments = [
             "connection-server".to_owned(),
             format!("--table={}", self.table_file.display()),
             format!("--listen={address}"),
             format!("--load-sharing-port={}", self.pool.load_sharing_port),
-            format!("--admin={address}:{CONNECTION_ADMIN_PORT}"),
+            format!("--admin={admin}:{CONNECTION_ADMIN_PORT}"),
             format!(
                 "--handover={}",
                 self.folder.join(format!("handover-{index}")).display()
@@ -161,7 +176,8 @@ impl Running {
         let loaded = manifest::load(&self.options.file).and_then(|manifest| {
             let planned = plan_first(&manifest.pool).table;
             let table = self.table.as_ref().unwrap_or(&planned);
-            check::can_become((&self.pool, table), (&manifest.pool, &planned))
+            let (current, next) = ((&self.pool, table), (&manifest.pool, &planned));
+            check::can_become(current, next, &self.addresses)
                 .map_err(|problems| manifest.error(problems))?;
             Ok(manifest)
         });
@@ -292,6 +308,7 @@ impl Running {
             folder: &self.folder,
             table_file: &self.table_file,
             pool: &self.pool,
+            addresses: &self.addresses,
             drain_seconds: self.options.drain_seconds,
             role_log: &self.options.role_log,
             events: &self.events,

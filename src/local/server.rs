@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use tokio::task::JoinHandle;
 
+use super::addresses::Addresses;
 use super::child::{Program, Supervised};
 use super::container::{self, Pod};
 use super::events::Events;
@@ -20,6 +21,7 @@ pub(super) struct Context<'a> {
     pub(super) folder: &'a Path,
     pub(super) table_file: &'a Path,
     pub(super) pool: &'a ValidPool,
+    pub(super) addresses: &'a Addresses,
     pub(super) drain_seconds: u64,
     pub(super) role_log: &'a str,
     pub(super) events: &'a Events,
@@ -54,7 +56,7 @@ impl Server {
     pub(super) fn start(context: &Context<'_>, row: &Row) -> Result<Self, Vec<FieldProblem>> {
         let uid = uuid::Uuid::new_v4().to_string();
         let (slot, name) = (row.slot, row.server.clone());
-        let pod = Pod::new(context.pool, row, uid.clone());
+        let pod = Pod::new(context.pool, row, uid.clone(), context.addresses);
         let address = pod.address;
         let template = context
             .pool

@@ -49,6 +49,17 @@ impl Local {
         Self::spawn(tempfile::tempdir().unwrap(), file, options, Some(turn))
     }
 
+    fn start_beside(_other: &Self, file: &Path) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        Self::spawn(folder, file, &["--drain-seconds", "2"], None)
+    }
+
+    /// With `folder` for temporary files.
+    fn start_in(folder: tempfile::TempDir, file: &Path) -> Self {
+        let turn = one_at_a_time();
+        Self::spawn(folder, file, &["--drain-seconds", "2"], Some(turn))
+    }
+
     fn spawn(
         folder: tempfile::TempDir,
         file: &Path,

@@ -169,6 +169,33 @@ fn a_program_that_serves_one_client_is_started_at_once_after_each() {
 }
 
 #[test]
+fn a_second_pool_of_the_same_manifest_has_addresses_of_its_own() {
+    let (_folder, file) = pool_of(&echo_command());
+    let first = Local::start(&file);
+    first.until("4 ports free");
+    let second = Local::start_beside(&first, &file);
+    second.until("addresses from 127.1.0.2 on");
+    second.until("load-sharing port: http://127.1.0.1:7700  (admin: http://127.1.0.1:7701)");
+    second.until("4 ports free");
+    for ask in [ASK, "127.1.0.1:7700"] {
+        let output = portpool(&["connect", ask], "hello");
+        assert_eq!(output.stdout, b"hello", "{ask}");
+    }
+    // With ports of its own, a further pool is at localhost too.
+    let (_other, file) = write(
+        &fs::read_to_string(&file)
+            .unwrap()
+            .replace("spec:\n  replicas", "spec:\n  connectionServer: {loadSharingPort: 7800, connectionPorts: {first: 21000, last: 21999}}\n  replicas"),
+    );
+    let third = Local::start_beside(&first, &file);
+    third.until("load-sharing port: http://127.0.0.1:7800  (admin: http://127.2.0.1:7701)");
+    third.until("4 ports free");
+    third.stop();
+    second.stop();
+    first.stop();
+}
+
+#[test]
 fn a_held_session_does_not_delay_the_end_of_its_pool() {
     let (_folder, file) = pool_of(&echo_command());
     let mut local = Local::start_with(&file, &["--drain-seconds", "60"]);
@@ -194,4 +221,19 @@ fn a_pool_is_read_from_standard_input() {
         text.contains("standard input:12:") && text.contains("NUL character"),
         "{text}"
     );
+}
+
+#[test]
+fn a_pool_runs_with_a_long_folder_for_temporary_files() {
+    let (_folder, file) = pool_of(&echo_command());
+    let long = tempfile::Builder::new()
+        .prefix(&"long-".repeat(20))
+        .tempdir()
+        .unwrap();
+    let local = Local::start_in(long, &file);
+    local.until("4 ports free");
+    assert_eq!(echoed("hello", &[]), "hello");
+    let folders = fs::read_dir(local.folder.path()).unwrap().count();
+    local.stop();
+    assert_eq!(folders, 0, "a short folder is used instead");
 }
