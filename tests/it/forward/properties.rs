@@ -220,6 +220,9 @@ fn table(properties: &[Property]) -> String {
 fn generated_page_lists_what_forwarding_keeps() {
     const FILES: &[&str] = &[
         include_str!("../forward.rs"),
+        include_str!("admission.rs"),
+        include_str!("ends.rs"),
+        include_str!("ports.rs"),
         include_str!("properties_tcp.rs"),
         include_str!("properties_udp.rs"),
         include_str!("udp.rs"),

@@ -9,7 +9,7 @@ use portpool::sock_diag::SockDiag;
 use rustix::net::{SendFlags, sendto, sockopt};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::{Bench, SESSION, SOON, until, was_reset};
+use super::bench::{Bench, SESSION, SOON, until, was_reset};
 
 /// Looks at the data plane's own sockets of its one connection.
 fn look<T>(bench: &Bench, look: impl FnOnce(&ConnectionSnapshot) -> T) -> T {

@@ -15,8 +15,8 @@ use portpool::forward::{Decision, Transport};
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 
+use super::bench::{Bench, SESSION, SOON, until};
 use super::udp::{WILDCARDS, udp_client, udp_echo};
-use super::{Bench, SESSION, SOON, until};
 
 /// A server that waits no longer than a test may take.
 fn server(bench: &Bench) -> UdpSocket {

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use portpool::forward::Decision;
 use portpool::table::{ListenPort, PortRange};
 
-use super::{Bench, FIRST, SESSION, SOON, pattern, until};
+use super::bench::{Bench, FIRST, SESSION, SOON, pattern, until};
 use crate::common::network::{address, network};
 
 /// A server that sends back what comes, and reports from where it came.

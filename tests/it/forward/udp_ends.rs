@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use portpool::forward::Decision;
 
+use super::bench::{Bench, SESSION, SOON, until};
 use super::udp::{WILDCARDS, udp_client, udp_echo};
-use super::{Bench, SESSION, SOON, until};
 use crate::common::network::{address, network};
 
 /// The shortest idle time.

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::ioctl_fionread;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-use super::{Bench, SESSION, pattern};
+use super::bench::{Bench, SESSION, pattern};
 
 /// How long a test waits for something to read before it goes on and fails.
 const LONG: Timespec = Timespec {
