@@ -121,7 +121,7 @@
 //! operator     → pool, table, session, plan, cluster, client, admin  a role: the controller
 //! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role; its head draws its inside
 //! agent        → pool, table, session, selection, follow, admin, sock_diag  a role
-//! local        → pool, table, session, plan, manifest, follow, client, forward  a whole pool on one machine
+//! local        → pool, table, session, plan, manifest, follow, client, forward, output  a whole pool on one machine
 //! client       → pool, session                  request, connect, release
 //! echo         a workload to try things with
 //!
@@ -137,7 +137,8 @@
 //! pool         the ProcessingPool resource; no tokio
 //! sock_diag    questions to the kernel about sockets; no tokio
 //! signals      SIGINT and SIGTERM
-//! telemetry    logs
+//! telemetry    → output                       logs
+//! output       lines that a slow reader does not hold up
 //!
 //! agent::book                          pure
 //! connection::load_sharing::policy     pure
@@ -160,6 +161,7 @@ pub mod forward;
 pub mod local;
 pub mod manifest;
 pub mod operator;
+pub mod output;
 pub mod plan;
 pub mod pool;
 pub mod selection;

@@ -1,60 +1,36 @@
 //! Output of `portpool local`: one line per event and, on a terminal, the
 //! state of the pool below them, which is redrawn at every step.
 //!
-//! A thread of its own writes it, because a reader that is slow or has stopped
-//! must not hold up the pool. Lines that do not fit into its queue are dropped
-//! and counted.
+//! A reader that is slow or has stopped does not hold up the pool: see `output`.
 
 use std::io::{IsTerminal, Write, stdout};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TrySendError, channel, sync_channel};
-use std::thread;
-use std::time::{Duration, Instant};
 
+use crate::output::{Output, Sink};
 use crate::session::PoolState;
 
 /// Most lines that wait to be written. One of a child has up to 4 KiB.
 const QUEUE_LINES: usize = 1024;
 
-/// How long the end of the pool may wait until the queued lines are written.
-const FLUSH_LIMIT: Duration = Duration::from_millis(300);
-
-/// Pause before the next try to flush a full queue.
-const FLUSH_PAUSE: Duration = Duration::from_millis(10);
-
 /// Writer of events and state. Cheap to clone.
 #[derive(Clone, Debug)]
 pub(super) struct Events {
     is_live: bool,
-    queue: SyncSender<Output>,
-    dropped: Arc<AtomicU64>,
+    output: Output<Event>,
 }
 
 #[derive(Debug)]
-enum Output {
+enum Event {
     Line(String),
     /// Replaces the state on the screen.
     State(String),
-    /// Dropped when everything before it is written.
-    Flush(Sender<()>),
 }
 
 impl Events {
     /// Draws the state if `live` is set and the output is a terminal.
     pub(super) fn new(live: bool) -> Self {
-        let (queue, outputs) = sync_channel(QUEUE_LINES);
-        let dropped = Arc::default();
-        let screen = Screen {
-            state: String::new(),
-            lines: 0,
-            dropped: Arc::clone(&dropped),
-        };
-        thread::spawn(move || screen.show(&outputs));
         Self {
             is_live: live && stdout().is_terminal(),
-            queue,
-            dropped,
+            output: Output::new(QUEUE_LINES, Screen::default()),
         }
     }
 
@@ -73,65 +49,54 @@ impl Events {
     pub(super) fn draw(&self, state: &PoolState) {
         if self.is_live {
             // One that does not fit is followed by the next one.
-            let _ = self.queue.try_send(Output::State(table(state)));
+            self.output.send_unless_full(Event::State(table(state)));
         }
     }
 
     /// Removes the state from the screen.
     pub(super) fn clear(&self) {
-        let _ = self.queue.try_send(Output::State(String::new()));
+        self.output.send_unless_full(Event::State(String::new()));
     }
 
     fn print(&self, line: String) {
-        if self.queue.try_send(Output::Line(line)).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
+        self.output.send(Event::Line(line));
     }
 
     /// Waits until everything is written, unless the reader has stopped.
     pub(super) fn flush(&self) {
-        let deadline = Instant::now() + FLUSH_LIMIT;
-        let (writing, written) = channel();
-        let mut flush = Output::Flush(writing);
-        while let Err(TrySendError::Full(unsent)) = self.queue.try_send(flush) {
-            if Instant::now() > deadline {
-                return;
-            }
-            flush = unsent;
-            thread::sleep(FLUSH_PAUSE);
-        }
-        let _ = written.recv_timeout(deadline.saturating_duration_since(Instant::now()));
+        self.output.flush();
     }
 }
 
-/// What the thread has written.
+/// What was written.
+#[derive(Default)]
 struct Screen {
     state: String,
     /// How many lines of the screen the state takes.
     lines: usize,
-    dropped: Arc<AtomicU64>,
 }
 
-impl Screen {
-    fn show(mut self, outputs: &Receiver<Output>) {
-        for output in outputs {
-            match output {
-                Output::Line(line) => self.redraw(Some(&line)),
-                Output::State(state) => {
-                    self.state = state;
-                    self.redraw(None);
-                }
-                Output::Flush(writing) => drop(writing),
-            }
-            let dropped = self.dropped.swap(0, Ordering::Relaxed);
-            if dropped > 0 {
-                self.redraw(Some(&format!(
-                    "({dropped} lines were dropped, because this output was not read in time)"
-                )));
+impl Sink for Screen {
+    type Item = Event;
+
+    fn write(&mut self, event: Event) {
+        match event {
+            Event::Line(line) => self.redraw(Some(&line)),
+            Event::State(state) => {
+                self.state = state;
+                self.redraw(None);
             }
         }
     }
 
+    fn report_dropped(&mut self, items: u64) {
+        self.redraw(Some(&format!(
+            "({items} lines were dropped, because this output was not read in time)"
+        )));
+    }
+}
+
+impl Screen {
     /// Redraws the state at the bottom, with `line` above it.
     fn redraw(&mut self, line: Option<&str>) {
         let mut text = String::new();
