@@ -175,6 +175,27 @@ pub struct Session {
     pub open_here: bool,
 }
 
+#[cfg(test)]
+impl Session {
+    /// A held session on `port`, for tests.
+    pub(crate) fn example(id: &str, port: u16) -> Self {
+        Self {
+            id: SessionId::new(id).unwrap(),
+            idempotency_key: None,
+            port: ListenPort::new(port).unwrap(),
+            port_name: "main".to_owned(),
+            protocol: PortProtocol::TCP,
+            bound_client: None,
+            state: SessionState::Held,
+            claim_deadline: Timestamp::UNIX_EPOCH,
+            created: Timestamp::UNIX_EPOCH,
+            lingering_since: None,
+            is_claimed: false,
+            open_here: false,
+        }
+    }
+}
+
 /// Why a processing server selected no port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RefusalCause {

@@ -140,18 +140,8 @@ fn released(id: &str) -> ToAgent {
 /// A session as a connection server lists it.
 fn known(id: &str, number: u16, open_here: bool) -> selection::Session {
     selection::Session {
-        id: session(id),
-        idempotency_key: None,
-        port: port(number),
-        port_name: "main".to_owned(),
-        protocol: PortProtocol::TCP,
-        bound_client: None,
-        state: SessionState::Held,
-        claim_deadline: Timestamp::UNIX_EPOCH,
-        created: Timestamp::UNIX_EPOCH,
-        lingering_since: None,
-        is_claimed: false,
         open_here,
+        ..selection::Session::example(id, number)
     }
 }
 

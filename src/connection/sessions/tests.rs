@@ -8,7 +8,6 @@ use crate::pool::{
     Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle,
     Sessions as Settings,
 };
-use crate::session::SessionState;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 const PORT: u16 = 20_000;
@@ -64,23 +63,6 @@ fn client(last: u8) -> SocketAddr {
 
 fn id_of(text: &str) -> SessionId {
     SessionId::new(text).unwrap()
-}
-
-fn session(id: &str, number: u16) -> Session {
-    Session {
-        id: id_of(id),
-        idempotency_key: None,
-        port: port(number),
-        port_name: "main".to_owned(),
-        protocol: PortProtocol::TCP,
-        bound_client: None,
-        state: SessionState::Held,
-        claim_deadline: jiff::Timestamp::UNIX_EPOCH,
-        created: jiff::Timestamp::UNIX_EPOCH,
-        lingering_since: None,
-        is_claimed: false,
-        open_here: false,
-    }
 }
 
 /// Sessions with slot 0 attached, and the messages to its agent.
@@ -152,7 +134,7 @@ fn ended(id: &str) -> Option<ToAgent> {
 #[test]
 fn only_the_first_and_the_last_connection_are_reported() {
     let (sessions, _outbox, mut sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
@@ -169,7 +151,7 @@ fn only_the_first_and_the_last_connection_are_reported() {
 #[test]
 fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     let (sessions, _outbox, mut sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
@@ -200,7 +182,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
 #[test]
 fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
     let (sessions, _outbox, mut sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     let action = sessions.end(Slot(0), &id_of("a"), EndCause::Finished);
     assert_eq!(next(&mut sent), None, "clients may wait to be accepted");
     cut(&sessions, action);
@@ -215,12 +197,12 @@ fn an_unused_session_is_acknowledged_once_cut_an_unknown_one_at_once() {
 #[test]
 fn a_successor_on_the_port_ends_the_former() {
     let (sessions, _outbox, _sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     let Decision::Admit(former) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
     assert_eq!(
-        learn(&sessions, Slot(0), session("b", PORT)),
+        learn(&sessions, Slot(0), Session::example("b", PORT)),
         [Action::Cut(port(PORT), former)]
     );
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
@@ -233,7 +215,7 @@ fn a_successor_on_the_port_ends_the_former() {
 #[test]
 fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     let (sessions, outbox, _sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     sessions.detach(Slot(0), &outbox);
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
@@ -249,8 +231,8 @@ fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
 #[test]
 fn a_greeting_lists_the_sessions_of_its_server() {
     let (sessions, outbox, _sent) = attached();
-    learn_new(&sessions, session("open", PORT));
-    learn_new(&sessions, session("held", PORT + 1));
+    learn_new(&sessions, Session::example("open", PORT));
+    learn_new(&sessions, Session::example("held", PORT + 1));
     admit(&sessions, PORT, 1);
     sessions.detach(Slot(0), &outbox);
     let (again, _receiver) = unbounded_channel();
@@ -270,9 +252,9 @@ fn a_greeting_lists_the_sessions_of_its_server() {
 #[test]
 fn a_server_cannot_speak_for_the_port_of_another() {
     let (sessions, _outbox, _sent) = attached();
-    assert_eq!(learn(&sessions, Slot(1), session("a", PORT)), []);
+    assert_eq!(learn(&sessions, Slot(1), Session::example("a", PORT)), []);
     assert!(sessions.get(&id_of("a")).is_none());
-    assert_eq!(learn(&sessions, Slot(0), session("b", 9)), []);
+    assert_eq!(learn(&sessions, Slot(0), Session::example("b", 9)), []);
 }
 
 #[test]
@@ -280,7 +262,7 @@ fn only_the_bound_client_is_admitted() {
     let (sessions, _outbox, _sent) = attached();
     let bound = Session {
         bound_client: Some(client(1).ip()),
-        ..session("a", PORT)
+        ..Session::example("a", PORT)
     };
     learn_new(&sessions, bound);
     assert_eq!(admit(&sessions, PORT, 2), Decision::Refuse);
@@ -306,7 +288,7 @@ fn one_lookup_answers_every_pending_client() {
     };
     assert_eq!(asked, port(PORT));
     assert_eq!(next(&mut sent), None);
-    let actions = sessions.looked_up(Slot(0), request_id, Some(session("a", PORT)));
+    let actions = sessions.looked_up(Slot(0), request_id, Some(Session::example("a", PORT)));
     let actions: Vec<_> = actions.into_iter().collect();
     let admitted = |action: &Action| matches!(action, Action::Answer(_, _, Decision::Admit(_)));
     assert_eq!(actions.len(), 2);
@@ -330,7 +312,7 @@ fn a_released_session_is_removed_at_once_and_reported_to_its_agent() {
         &sessions,
         Session {
             idempotency_key: Some("k".to_owned()),
-            ..session("a", PORT)
+            ..Session::example("a", PORT)
         },
     );
     assert!(sessions.get_by_idempotency_key("k").is_some());
@@ -356,8 +338,11 @@ fn open_admission_needs_no_session() {
 #[test]
 fn a_removed_server_loses_its_sessions_only() {
     let (sessions, _outbox, _sent) = attached();
-    learn_new(&sessions, session("a", PORT));
-    assert_eq!(learn(&sessions, Slot(1), session("b", PORT + 10)), []);
+    learn_new(&sessions, Session::example("a", PORT));
+    assert_eq!(
+        learn(&sessions, Slot(1), Session::example("b", PORT + 10)),
+        []
+    );
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };
@@ -372,7 +357,7 @@ fn a_removed_server_loses_its_sessions_only() {
 #[test]
 fn a_lost_release_is_sent_again() {
     let (sessions, outbox, _lost) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     release(&sessions, "a");
     sessions.detach(Slot(0), &outbox);
     let (again, mut sent) = unbounded_channel();
@@ -380,7 +365,7 @@ fn a_lost_release_is_sent_again() {
     assert_eq!(next(&mut sent), Some(ToAgent::Goodbye), "the greeting");
     let release = ToAgent::Release(id_of("a"));
     assert_eq!(next(&mut sent), Some(release));
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     assert!(
         sessions.get(&id_of("a")).is_none(),
         "the agent still knew it"
@@ -413,7 +398,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
             "ended before another session got its port",
             |sessions| {
                 end(sessions);
-                learn_new(sessions, session("b", PORT));
+                learn_new(sessions, Session::example("b", PORT));
                 cut(
                     sessions,
                     sessions.end(Slot(0), &id_of("b"), EndCause::Unclaimed),
@@ -441,7 +426,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
     ];
     for (what, play, is_over) in cases {
         let (sessions, outbox, _lost) = attached();
-        learn_new(&sessions, session("a", PORT));
+        learn_new(&sessions, Session::example("a", PORT));
         play(&sessions);
         sessions.detach(Slot(0), &outbox);
         let successor = Sessions::default();
@@ -451,7 +436,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
             let (again, mut sent) = unbounded_channel();
             sessions.attach(Slot(0), again, |_| ToAgent::Goodbye);
             assert_eq!(next(&mut sent), Some(ToAgent::Goodbye), "the greeting");
-            assert_eq!(learn(&sessions, Slot(0), session("a", PORT)), []);
+            assert_eq!(learn(&sessions, Slot(0), Session::example("a", PORT)), []);
             assert_eq!(
                 sessions.get(&id_of("a")).is_none(),
                 is_over,
@@ -466,15 +451,15 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
 #[test]
 fn a_released_session_does_not_come_back_with_late_messages() {
     let (sessions, _outbox, _sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     release(&sessions, "a");
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     assert!(
         sessions.get(&id_of("a")).is_none(),
         "sent before the agent received the release"
     );
     assert_eq!(sessions.end(Slot(0), &id_of("a"), EndCause::Finished), []);
-    learn_new(&sessions, session("b", PORT));
+    learn_new(&sessions, Session::example("b", PORT));
     assert!(sessions.get(&id_of("b")).is_some());
 }
 
@@ -482,7 +467,7 @@ fn a_released_session_does_not_come_back_with_late_messages() {
 /// and whether a greeting and a successor say so.
 fn claims(traffic: Traffic, time: std::time::Duration) -> [bool; 3] {
     let (sessions, _outbox, mut sent) = attached();
-    learn_new(&sessions, session("a", PORT));
+    learn_new(&sessions, Session::example("a", PORT));
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
     };

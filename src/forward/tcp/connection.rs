@@ -48,6 +48,18 @@ pub(in crate::forward) struct Signals {
     pub(in crate::forward) failed: bool,
 }
 
+impl Signals {
+    /// Something to read, and nothing else.
+    pub(super) const READABLE: Self = Self {
+        readable: true,
+        urgent: false,
+        writable: false,
+        ended: false,
+        gone: false,
+        failed: false,
+    };
+}
+
 /// A connection's state after an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {

@@ -30,16 +30,6 @@ use crate::table::ListenPort;
 /// How long a server may take to accept a connection.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(3);
 
-/// A client that has just arrived may have sent already.
-const FIRST_SIGNALS: Signals = Signals {
-    readable: true,
-    urgent: false,
-    writable: false,
-    ended: false,
-    gone: false,
-    failed: false,
-};
-
 /// The deadline that a connection has passed.
 enum Late {
     /// For the server to accept it.
@@ -208,7 +198,7 @@ impl Streams {
         };
         // A near server is connected by now, and the client's first bytes may
         // be there: one event less.
-        let outcome = connection.event(Side::Client, FIRST_SIGNALS, &mut io.scratch);
+        let outcome = connection.event(Side::Client, Signals::READABLE, &mut io.scratch);
         let goes_on = match outcome {
             Outcome::Waiting | Outcome::Ready => true,
             Outcome::Finished => !connection.is_delivered(),

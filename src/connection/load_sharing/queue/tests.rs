@@ -1,11 +1,9 @@
-use jiff::Timestamp;
 use proptest::prelude::*;
 
 use super::*;
 use crate::pool::PortProtocol;
 use crate::selection::Session;
-use crate::session::{PortState, SessionId, SessionState};
-use crate::table::ListenPort;
+use crate::session::{PortState, SessionId};
 
 /// The entries of every server in these tests.
 const ENTRIES: [(&str, PortProtocol); 3] = [
@@ -71,18 +69,10 @@ impl Agent {
         let index = free.next().ok_or(RefusalCause::NoFreePort)?;
         self.free[index] -= 1;
         let session = Session {
-            id: SessionId::new(&number.to_string()).unwrap(),
             idempotency_key: key.clone(),
-            port: ListenPort::new(20_000).unwrap(),
             port_name: ENTRIES[index].0.to_owned(),
             protocol: ENTRIES[index].1,
-            bound_client: None,
-            state: SessionState::Held,
-            claim_deadline: Timestamp::UNIX_EPOCH,
-            created: Timestamp::UNIX_EPOCH,
-            lingering_since: None,
-            is_claimed: false,
-            open_here: false,
+            ..Session::example(&number.to_string(), 20_000)
         };
         self.sessions.push((index, session.clone()));
         Ok(session)

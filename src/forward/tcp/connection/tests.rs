@@ -132,14 +132,7 @@ impl Stream for Model {
     fn reset_on_close(&self) {}
 }
 
-const READABLE: Signals = Signals {
-    readable: true,
-    urgent: false,
-    writable: false,
-    ended: false,
-    gone: false,
-    failed: false,
-};
+const READABLE: Signals = Signals::READABLE;
 
 const URGENT: Signals = Signals {
     urgent: true,
