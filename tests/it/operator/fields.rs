@@ -81,6 +81,8 @@ fn cases() -> Vec<Case> {
         case("sessions.lingerSeconds", json!(0)),
         case("sessions.admission", json!("Open")),
         case("sessions.clientBinding", json!("Requester")),
+        case("recycle.afterSessions", json!(3)),
+        case("recycle.afterSeconds", json!(3_600)),
         case("drainSeconds", json!(1)),
         case("template", template).unsatisfiable(nowhere, "cannot be scheduled"),
     ]
