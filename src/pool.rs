@@ -126,7 +126,7 @@ pub struct ProcessingPoolSpec {
     #[schemars(range(min = 0, max = MAX_REPLICAS))]
     pub replicas: i32,
 
-    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, other than in its offer, the servers get new connection ports for it, and the sessions on the former ports end.
+    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, other than in its offer or admission, the servers get new connection ports for it, and the sessions on the former ports end.
     #[schemars(length(min = 1, max = MAX_PORT_ENTRIES), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub ports: Vec<PortEntry>,
 

@@ -27,7 +27,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
-use crate::pool::{LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Sessions};
+use crate::pool::{
+    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Sessions,
+};
 
 /// The format that this code writes.
 pub const FORMAT_VERSION: u32 = 2;
@@ -194,6 +196,10 @@ pub struct PortRange {
     /// When a connection port is offered.
     #[serde(default, skip_serializing_if = "is_default")]
     pub offer: Offer,
+    /// Whether a connection needs a session; absent where `sessions` of the table
+    /// says that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub admission: Option<Admission>,
     /// Whether the server first receives the address of the client.
     #[serde(default, skip_serializing_if = "is_default")]
     pub proxy_protocol: ProxyProtocol,

@@ -1,5 +1,5 @@
 //! Which connection ports a slot gets. A slot keeps its ports for as long as their
-//! port entry does not change, its offer aside; new ports are the lowest free ones. Those of an entry
+//! port entry does not change, its offer and admission aside; new ports are the lowest free ones. Those of an entry
 //! with mapping Identity are always adjacent, because workloads are given them as a
 //! range.
 
@@ -93,6 +93,7 @@ fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
         let before = ranges.len();
         ranges.extend(kept.map(|range| PortRange {
             offer: entry.offer,
+            admission: entry.admission,
             ..range.clone()
         }));
         if ranges.len() > before {
@@ -172,6 +173,7 @@ impl Used {
                 protocol: entry.protocol,
                 mapping: entry.target.mapping(),
                 offer: entry.offer,
+                admission: entry.admission,
                 proxy_protocol: entry.proxy_protocol,
             });
             given += count;

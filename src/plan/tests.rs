@@ -1,7 +1,7 @@
 use super::*;
 use crate::pool::{
-    ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
-    ProxyProtocol,
+    Admission, ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
+    ProcessingPoolSpec, ProxyProtocol,
 };
 use crate::table::{MAX_ENCODED_BYTES, Slot};
 use proptest::prelude::*;
@@ -16,6 +16,7 @@ fn entry(name: &str, port: i32, count: i32) -> PortEntry {
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
         offer: Offer::WhenListening,
+        admission: None,
         proxy_protocol: ProxyProtocol::None,
     }
 }
@@ -844,15 +845,17 @@ fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why()
 }
 
 #[test]
-fn a_changed_offer_keeps_ports_and_servers() {
+fn a_changed_offer_or_admission_keeps_ports_and_servers() {
     let mut world = World::default();
     world.settle(&pool(2, 4));
     let before = world.clone();
     let mut resource = resource(2, vec![entry("main", 7000, 4)], 20_099);
     resource.spec.ports[0].offer = Offer::Always;
+    resource.spec.ports[0].admission = Some(Admission::Open);
     world.settle(&ValidPool::new(&resource).unwrap());
     let expected = PortRange {
         offer: Offer::Always,
+        admission: Some(Admission::Open),
         ..before.ports(Slot(1))[0].clone()
     };
     assert_eq!(world.ports(Slot(1)), [expected]);

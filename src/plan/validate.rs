@@ -10,8 +10,8 @@ use kube::ResourceExt;
 
 pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
-    ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT, MAX_PORT,
-    MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry, PortProtocol,
+    Admission, ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT,
+    MAX_PORT, MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry, PortProtocol,
     ProcessingPool, ProxyProtocol, Recycle, Sessions, WEEK_SECONDS, rules,
 };
 use crate::table::{ListenPort, TargetPort};
@@ -68,6 +68,8 @@ pub struct Entry {
     pub protocol: PortProtocol,
     /// When a connection port is offered.
     pub offer: Offer,
+    /// Whether a connection needs a session; `None` where the pool says that.
+    pub admission: Option<Admission>,
     /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
 }
@@ -237,6 +239,7 @@ impl Checker {
             count: u16::try_from(count).expect("a count was checked"),
             protocol: entry.protocol,
             offer: entry.offer,
+            admission: entry.admission,
             proxy_protocol: entry.proxy_protocol,
         }
     }

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
+use super::{Admission, MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
 
 /// A run of ports that the workload of each processing server listens on.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,6 +46,11 @@ pub struct PortEntry {
     /// When a connection port is offered to requests. WhenListening: while the workload listens on its server port, with every protocol of the entry. WhenAnyListens: while it listens with one of them at least, for programs that open UDP only when a client asks for it; it needs protocol TCPUDP. Always: without looking, for programs that open a port when they are asked for it. Default WhenListening.
     #[serde(default)]
     pub offer: Offer,
+
+    /// Whether a connection to a port of this entry needs a session. Session: connections to a port without one are reset. Open: they are forwarded. Default: as in sessions.admission.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Admission")]
+    pub admission: Option<Admission>,
 
     /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
     #[serde(default)]

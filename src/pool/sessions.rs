@@ -30,7 +30,7 @@ pub struct Sessions {
     #[schemars(range(min = 0, max = HOUR_SECONDS))]
     pub linger_seconds: i32,
 
-    /// Whether a connection needs a session. Reserved: connections to a port without one are reset. Open: they are forwarded. Default Reserved.
+    /// Whether a connection needs a session, unless the entry of its port says otherwise. Session: connections to a port without one are reset. Open: they are forwarded. Default Session.
     pub admission: Admission,
 
     /// Who may connect to the port of a session. Any: every client that knows the port. Requester: only the address that the request came from. Default Any.
@@ -56,7 +56,9 @@ impl Default for Sessions {
 pub enum Admission {
     /// Connections without a session are reset.
     #[default]
-    Reserved,
+    // Tables of format 1 have the former name.
+    #[serde(alias = "Reserved")]
+    Session,
     /// Connections without a session are forwarded.
     Open,
 }

@@ -52,6 +52,7 @@ pub fn range(first: u16, server_port: u16, count: u16) -> PortRange {
         protocol: PortProtocol::TCPUDP,
         mapping: Mapping::Offset,
         offer: Offer::WhenListening,
+        admission: None,
         proxy_protocol: ProxyProtocol::None,
     }
 }

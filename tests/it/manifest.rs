@@ -162,7 +162,7 @@ fn wrong_manifests_are_located_and_explained() {
             "spec:\n  sessions: {admission: Closed}\n  ports",
             5,
             14,
-            "allowed: Reserved, Open",
+            "allowed: Session, Open",
         ),
         (
             "metadata: {name: small}",
@@ -428,6 +428,7 @@ fn entry(index: i32, port: i32, count: i32) -> PortEntry {
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
         offer: Offer::WhenListening,
+        admission: None,
         proxy_protocol: ProxyProtocol::None,
     }
 }

@@ -1,6 +1,7 @@
-//! A whole pool as processes: its faults, an outage, its size, and what it takes
+//! A whole pool as processes: its faults, an outage, who may connect, its size, and what it takes
 //! while nothing happens.
 
+mod admission;
 mod budget;
 mod faults;
 mod outage;

@@ -30,6 +30,7 @@ fn range(name: &str, first: u16, server_port: u16, count: u16) -> PortRange {
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
         offer: Offer::WhenListening,
+        admission: None,
         proxy_protocol: ProxyProtocol::None,
     }
 }

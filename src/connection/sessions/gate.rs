@@ -25,13 +25,9 @@ pub(super) struct PendingLookup {
 impl Inner {
     fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(live) = self.live.get(&port) else {
-            return match self
-                .table
-                .as_ref()
-                .map(|table| table.table().sessions.admission)
-            {
+            return match self.admission(port) {
                 Some(Admission::Open) => Decision::Admit(NO_SESSION),
-                Some(Admission::Reserved) | None => Decision::Ask,
+                Some(Admission::Session) | None => Decision::Ask,
             };
         };
         if live.bound_client.is_some_and(|bound| bound != client) {
@@ -43,6 +39,14 @@ impl Inner {
             self.send(live.slot, ToAgent::Opened(live.session.id.clone()));
         }
         Decision::Admit(live.key)
+    }
+
+    /// Whether a connection to `port` needs a session; `None` where the table does
+    /// not have the port.
+    fn admission(&self, port: ListenPort) -> Option<Admission> {
+        let table = self.table.as_ref()?;
+        let (_, range) = table.find(port)?;
+        Some(range.admission.unwrap_or(table.table().sessions.admission))
     }
 
     /// Asks the agent for the session on `port`. The port is the request's id, as

@@ -21,6 +21,7 @@ fn table(admission: Admission) -> Table {
         protocol: PortProtocol::TCP,
         mapping: Mapping::Offset,
         offer: Offer::WhenListening,
+        admission: None,
         proxy_protocol: ProxyProtocol::None,
     };
     let row = |slot: u16| Row {
@@ -68,7 +69,7 @@ fn id_of(text: &str) -> SessionId {
 /// Sessions with slot 0 attached, and the messages to its agent.
 fn attached() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
     let sessions = Sessions::default();
-    sessions.set_table(index(table(Admission::Reserved)));
+    sessions.set_table(index(table(Admission::Session)));
     let (outbox, mut sent) = unbounded_channel();
     sessions.attach(Slot(0), outbox.clone(), |_| ToAgent::Goodbye);
     sent.try_recv().expect("the greeting");
@@ -336,6 +337,30 @@ fn open_admission_needs_no_session() {
 }
 
 #[test]
+fn an_entry_may_be_open_or_not_whatever_the_others_are() {
+    use Admission::{Open, Session};
+    for (all, entry, is_open) in [
+        (Session, Some(Open), true),
+        (Open, Some(Session), false),
+        (Open, None, true),
+        (Session, None, false),
+    ] {
+        let mut table = table(all);
+        table.rows[0].ranges[0].admission = entry;
+        let sessions = Sessions::default();
+        sessions.set_table(index(table));
+        let expected = if is_open {
+            Decision::Admit(NO_SESSION)
+        } else {
+            Decision::Ask
+        };
+        assert_eq!(admit(&sessions, PORT, 1), expected, "{all:?} {entry:?}");
+        let others = admit(&sessions, PORT + 10, 1);
+        assert_eq!(others == Decision::Admit(NO_SESSION), all == Open);
+    }
+}
+
+#[test]
 fn a_removed_server_loses_its_sessions_only() {
     let (sessions, _outbox, _sent) = attached();
     learn_new(&sessions, Session::example("a", PORT));
@@ -415,7 +440,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
             "ended, and its port is removed",
             |sessions| {
                 end(sessions);
-                let mut table = table(Admission::Reserved);
+                let mut table = table(Admission::Session);
                 let rows = std::mem::take(&mut table.rows);
                 sessions.set_table(index(table.clone()));
                 sessions.forget_removed(&index(table.clone()));
@@ -430,7 +455,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
         play(&sessions);
         sessions.detach(Slot(0), &outbox);
         let successor = Sessions::default();
-        let table = index(table(Admission::Reserved));
+        let table = index(table(Admission::Session));
         successor.import(sessions.export(), &table, std::iter::empty());
         for (who, sessions) in [("it", sessions), ("its successor", successor)] {
             let (again, mut sent) = unbounded_channel();
@@ -481,7 +506,7 @@ fn claims(traffic: Traffic, time: std::time::Duration) -> [bool; 3] {
         panic!("not reported")
     };
     let successor = Sessions::default();
-    let table = index(table(Admission::Reserved));
+    let table = index(table(Admission::Session));
     let _none = successor.import(sessions.export(), &table, std::iter::empty());
     let listed = [sessions, successor].map(|sessions| {
         let mut known = Vec::new();

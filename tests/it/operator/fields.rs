@@ -55,6 +55,7 @@ fn cases() -> Vec<Case> {
         case("ports[].protocol", json!("TCPUDP")),
         case("ports[].mapping", json!("Shared")),
         case("ports[].offer", json!("Always")).unsatisfiable(json!("WhenAnyListens"), "TCPUDP"),
+        case("ports[].admission", json!("Open")),
         case("ports[].proxyProtocol", json!("V2")),
         case("connectionServer.replicas", json!(2)),
         case("connectionServer.loadSharingPort", json!(7800))
