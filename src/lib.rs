@@ -121,7 +121,7 @@
 //! operator     → pool, table, session, plan, cluster, client, admin  a role: the controller
 //! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role; its head draws its inside
 //! agent        → pool, table, session, selection, follow, admin, sock_diag  a role
-//! local        → pool, table, session, plan, manifest, follow, client, forward, output  a whole pool on one machine
+//! local        → pool, table, session, plan, manifest, follow, client, forward, output, sock_diag  a whole pool on one machine
 //! client       → pool, session                  request, connect, release
 //! echo         a workload to try things with
 //!

@@ -9,7 +9,7 @@
 //!
 //! - `running`: the loop, as in the operator: observe, plan, apply;
 //! - `container`: containers as processes, `ignored`: what a manifest asks for in
-//!   vain; without side effects;
+//!   vain, `readiness`: why a server is not ready; without side effects;
 //! - `addresses`: the loopback addresses of a pool;
 //! - `server`: the processes of one processing server;
 //! - `check`: conditions that must hold before anything starts;
@@ -27,6 +27,7 @@ mod container;
 mod events;
 mod ignored;
 mod orphans;
+mod readiness;
 mod running;
 mod served;
 mod server;

@@ -5,6 +5,7 @@
 
 use std::io::{IsTerminal, Write, stdout};
 
+use super::readiness::is_ready;
 use crate::output::{Output, Sink};
 use crate::session::PoolState;
 
@@ -136,7 +137,8 @@ fn table(state: &PoolState) -> String {
     for server in &state.servers {
         let status = match (server.attached, server.draining || server.spent) {
             (_, true) => "draining",
-            (true, false) => "ready",
+            (true, false) if is_ready(server) => "ready",
+            (true, false) => "not ready",
             (false, false) => "starting",
         };
         let sum = |count: fn(&crate::session::PortState) -> u32| {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
 
@@ -14,6 +14,7 @@ use super::addresses::Addresses;
 use super::child::{Program, Supervised};
 use super::events::Events;
 use super::ignored::ignored;
+use super::readiness::{ask_kernel, is_ready};
 use super::server::{self, Server};
 use super::{Options, check};
 use crate::client::Client;
@@ -221,13 +222,15 @@ impl Running {
             self.events.say(&summary);
             self.summary = summary;
         }
+        let now = Instant::now();
         for server in &state.servers {
             if let Some(known) = self.servers.get_mut(&server.slot)
-                && server.attached
-                && known.become_ready()
+                && let Some(row) = self.table.as_ref().and_then(|table| table.row(server.slot))
+                && !known.is_stopping()
             {
-                self.events
-                    .say(format!("{} is ready at {}", server.server, known.address));
+                let place = (row, known.address);
+                let events = known.readiness.observe(server, place, &mut ask_kernel, now);
+                events.iter().for_each(|event| self.events.say(event));
             }
         }
         self.events.draw(state);
@@ -244,7 +247,7 @@ impl Running {
                 slot,
                 uid: server.uid.clone(),
                 address: (!server.is_stopping()).then_some(server.address),
-                is_ready: reported.is_some_and(|reported| reported.attached),
+                is_ready: reported.is_some_and(is_ready),
                 is_outdated: pool.template.as_ref() != Ok(&server.template)
                     || server.is_too_old(pool),
                 is_spent: server.is_spent,

@@ -11,6 +11,7 @@ use super::addresses::Addresses;
 use super::child::{Program, Supervised};
 use super::container::{self, Pod};
 use super::events::Events;
+use super::readiness::Readiness;
 use crate::plan::{FieldProblem, ValidPool};
 use crate::pool::AGENT_ADMIN_PORT;
 use crate::table::{PortRange, Row};
@@ -36,7 +37,7 @@ pub(super) struct Server {
     pub(super) template: PodTemplateSpec,
     /// Ports of the slot when the server was started.
     pub(super) ranges: Vec<PortRange>,
-    was_ready: bool,
+    pub(super) readiness: Readiness,
     started: Instant,
     /// Whether it has had all the sessions that it takes.
     pub(super) is_spent: bool,
@@ -109,17 +110,12 @@ impl Server {
             address,
             template: template.clone(),
             ranges: row.ranges.clone(),
-            was_ready: false,
+            readiness: Readiness::new(Instant::now()),
             started: Instant::now(),
             is_spent: false,
             running: Some(Processes { agent, containers }),
             stopping: None,
         })
-    }
-
-    /// Remembers that the server is ready. Returns whether it was not before.
-    pub(super) fn become_ready(&mut self) -> bool {
-        !std::mem::replace(&mut self.was_ready, true)
     }
 
     /// Whether the server has reached the age at which `pool` replaces it.

@@ -151,6 +151,40 @@ fn what_only_a_cluster_honours_is_named_once_at_the_start() {
 }
 
 #[test]
+fn a_server_whose_workload_does_not_listen_is_not_ready() {
+    let (_folder, file) = pool_of("sleep 0.2; exit 3");
+    let local = Local::start(&file);
+    let mut seen = String::new();
+    loop {
+        let line = local.lines.recv_timeout(SOON).unwrap();
+        assert!(!line.contains("is ready"), "{line}");
+        seen.push_str(&line);
+        if line.contains(
+            "port main of one-0 cannot be given: the workload does not listen on 127.0.0.2:7000",
+        ) {
+            break;
+        }
+    }
+    assert!(seen.contains("; starting it again in 0.2 s"), "{seen}");
+    assert!(seen.contains("; starting it again in 0.8 s"), "{seen}");
+    local.stop();
+}
+
+#[test]
+fn a_workload_that_listens_on_all_addresses_is_told_the_remedy() {
+    let (_folder, file) = pool_of("exec python3 -m http.server 7000 --bind 0.0.0.0");
+    let local = Local::start(&file);
+    let line = local.until("cannot be given");
+    assert!(
+        line.ends_with(
+            "port main of one-0 cannot be given: TCP 0.0.0.0:7000 is listened on instead of 127.0.0.2:7000: make the workload listen on $(POD_IP)"
+        ),
+        "{line}"
+    );
+    local.stop();
+}
+
+#[test]
 fn a_program_that_serves_one_client_is_started_at_once_after_each() {
     // It serves one connection, then ends.
     let serve = "import os,socket; s=socket.create_server((os.environ['POD_IP'],7000)); c,_=s.accept(); c.sendall(c.recv(100)); c.close()";

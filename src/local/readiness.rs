@@ -1,0 +1,285 @@
+//! Whether a processing server is ready, and why not: which of its ports its
+//! workload does not listen on, and what it listens on instead.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use crate::session::{PortState, ServerState};
+use crate::sock_diag::{Protocol, SockDiag};
+use crate::table::{PortRange, Row};
+
+/// How long a server may be without ports before that is reported: a program
+/// that serves one client is started again between two.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Most ports of an entry that are looked at.
+const MAX_PORTS: usize = 16;
+
+/// Whether the server could be given to a client, now or when a session ends: the
+/// workload listens on one of its ports.
+pub(super) fn is_ready(server: &ServerState) -> bool {
+    server.attached && server.ports.iter().any(is_offered)
+}
+
+/// What was reported about the readiness of a server.
+#[derive(Debug)]
+pub(super) struct Readiness {
+    was_ready: bool,
+    /// When the server was last ready, or else when it started.
+    last_ready: Instant,
+    /// Port entries about which something was reported.
+    reported: BTreeSet<String>,
+}
+
+impl Readiness {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            was_ready: false,
+            last_ready: now,
+            reported: BTreeSet::new(),
+        }
+    }
+
+    /// What is to be reported about `server` at `now`. Its workload should listen at
+    /// `address`; its ports are in `row`. `listener` is asked only for ports
+    /// that are not listened on.
+    pub(super) fn observe(
+        &mut self,
+        server: &ServerState,
+        (row, address): (&Row, IpAddr),
+        listener: Listener<'_>,
+        now: Instant,
+    ) -> Vec<String> {
+        if !server.attached {
+            return Vec::new();
+        }
+        let name = &server.server;
+        let mut events = Vec::new();
+        if is_ready(server) {
+            self.last_ready = now;
+            if !std::mem::replace(&mut self.was_ready, true) {
+                events.push(format!("{name} is ready at {address}"));
+            }
+        }
+        let is_late = now.duration_since(self.last_ready) >= PATIENCE;
+        if is_late && std::mem::replace(&mut self.was_ready, false) {
+            events.push(format!(
+                "{name} is no longer ready: its workload listens on no port"
+            ));
+        }
+        let is_new = |range: &&PortRange| !self.reported.contains(&range.name);
+        let missing = row
+            .ranges
+            .iter()
+            .filter(|range| is_silent(server, &range.name));
+        let missing: Vec<&PortRange> = missing.filter(is_new).collect();
+        if missing.is_empty() {
+            return events;
+        }
+        for range in missing {
+            let reason = match elsewhere(listener, range, address) {
+                Some((transport, found, wanted)) => format!(
+                    "{transport} {found} is listened on instead of {wanted}: make the workload listen on $(POD_IP)"
+                ),
+                None if is_late => {
+                    let wanted = SocketAddr::new(address, range.server_port.get());
+                    format!("the workload does not listen on {wanted}")
+                }
+                None => continue,
+            };
+            self.reported.insert(range.name.clone());
+            events.push(format!(
+                "port {} of {name} cannot be given: {reason}",
+                range.name
+            ));
+        }
+        events
+    }
+}
+
+/// Whether the workload of `server` listens on no port of this name.
+fn is_silent(server: &ServerState, name: &str) -> bool {
+    let mut ports = server.ports.iter().filter(|ports| ports.name == name);
+    ports.any(|ports| ports.not_listening > 0 && !is_offered(ports))
+}
+
+/// Whether a client has one of the `ports`, or can get one.
+fn is_offered(ports: &PortState) -> bool {
+    ports.free + ports.held + ports.busy + ports.lingering > 0
+}
+
+/// Gives the local address of the socket that a client of an address would reach.
+pub(super) type Listener<'a> = &'a mut dyn FnMut(Protocol, SocketAddr) -> Option<SocketAddr>;
+
+/// Asks the kernel; nothing where it does not answer.
+pub(super) fn ask_kernel(protocol: Protocol, address: SocketAddr) -> Option<SocketAddr> {
+    let found = SockDiag::open().ok()?.listeners(protocol, &[address]);
+    let found = found.ok()?.into_iter().next()??;
+    Some(found.local)
+}
+
+/// A socket on a port of `range` at an address where a workload listens by
+/// mistake instead of `address`: all addresses, or localhost. With its transport
+/// protocol and the socket that is needed.
+fn elsewhere(
+    listener: Listener<'_>,
+    range: &PortRange,
+    address: IpAddr,
+) -> Option<(&'static str, SocketAddr, SocketAddr)> {
+    let places: [IpAddr; 3] = [
+        address,
+        Ipv4Addr::LOCALHOST.into(),
+        Ipv6Addr::LOCALHOST.into(),
+    ];
+    let protocols = [
+        (Protocol::Tcp, "TCP", range.protocol.has_tcp()),
+        (Protocol::Udp, "UDP", range.protocol.has_udp()),
+    ];
+    let targets = range
+        .connection_ports()
+        .filter_map(|port| range.target(port));
+    for port in targets.take(MAX_PORTS) {
+        let wanted = SocketAddr::new(address, port.get());
+        for (protocol, name, _) in protocols.iter().filter(|(_, _, is_used)| *is_used) {
+            let mut found = places
+                .iter()
+                .filter_map(|place| listener(*protocol, SocketAddr::new(*place, port.get())));
+            if let Some(found) = found.find(|found| found.ip().to_canonical() != address) {
+                return Some((name, found, wanted));
+            }
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::table::Table;
+
+    fn server(attached: bool, free: u32, not_listening: u32) -> ServerState {
+        let ports = serde_json::json!([{
+            "name": "main", "protocol": "TCPUDP", "free": free, "held": 0, "busy": 0,
+            "lingering": 0, "notListening": not_listening,
+        }]);
+        let server = serde_json::json!({
+            "slot": 0, "server": "t-0", "attached": attached, "draining": false,
+            "sessions": 0, "ports": ports,
+        });
+        serde_json::from_value(server).unwrap()
+    }
+
+    fn table() -> Table {
+        let pool = crate::manifest::parse(
+            "\
+apiVersion: portpool.dev/v1alpha1
+kind: ProcessingPool
+metadata: {name: t}
+spec:
+  replicas: 1
+  ports: [{name: main, port: 7000, count: 2, protocol: TCPUDP}]
+  template: {spec: {containers: [{name: a, command: [a]}]}}
+",
+        )
+        .unwrap();
+        super::super::running::plan_first(&pool).table
+    }
+
+    /// What is reported about `server` after `seconds`, while `tcp` and `udp` are
+    /// listened on.
+    fn observe(
+        readiness: &mut Readiness,
+        server: &ServerState,
+        (start, seconds): (Instant, u64),
+        (tcp, udp): (&[&str], &[&str]),
+    ) -> Vec<String> {
+        let mut listener = |protocol, address: SocketAddr| {
+            let listed = if protocol == Protocol::Tcp { tcp } else { udp };
+            let mut listed = listed.iter().map(|one| one.parse::<SocketAddr>().unwrap());
+            listed.find(|found| {
+                let is_reached = found.ip() == address.ip() || found.ip().is_unspecified();
+                is_reached && found.port() == address.port()
+            })
+        };
+        let address = IpAddr::from([127, 0, 0, 2]);
+        let now = start + Duration::from_secs(seconds);
+        readiness.observe(server, (&table().rows[0], address), &mut listener, now)
+    }
+
+    #[test]
+    fn a_server_is_ready_while_its_workload_listens() {
+        let start = Instant::now();
+        let readiness = &mut Readiness::new(start);
+        let none: (&[&str], &[&str]) = (&[], &[]);
+        let mut at =
+            |server: &ServerState, seconds| observe(readiness, server, (start, seconds), none);
+        assert_eq!(at(&server(false, 0, 0), 0), [""; 0]);
+        assert_eq!(at(&server(true, 0, 2), 1), [""; 0]);
+        assert_eq!(at(&server(true, 2, 0), 2), ["t-0 is ready at 127.0.0.2"]);
+        // A program that serves one client is started again.
+        assert_eq!(at(&server(true, 0, 2), 3), [""; 0]);
+        assert_eq!(at(&server(true, 1, 1), 4), [""; 0]);
+        assert_eq!(
+            at(&server(true, 0, 2), 9),
+            [
+                "t-0 is no longer ready: its workload listens on no port",
+                "port main of t-0 cannot be given: the workload does not listen on 127.0.0.2:7000",
+            ]
+        );
+        assert_eq!(at(&server(true, 0, 2), 20), [""; 0]);
+        assert_eq!(at(&server(true, 2, 0), 21), ["t-0 is ready at 127.0.0.2"]);
+    }
+
+    #[test]
+    fn an_address_that_is_listened_on_by_mistake_is_named_at_once() {
+        let cases: [(&[&str], &[&str], &str); 5] = [
+            (
+                &["0.0.0.0:7000"],
+                &[],
+                "TCP 0.0.0.0:7000 is listened on instead of 127.0.0.2:7000",
+            ),
+            (
+                &["[::]:7001"],
+                &[],
+                "TCP [::]:7001 is listened on instead of 127.0.0.2:7001",
+            ),
+            (
+                &[],
+                &["127.0.0.1:7000"],
+                "UDP 127.0.0.1:7000 is listened on instead of",
+            ),
+            // Another server's, and another port.
+            (&["127.0.0.3:7000", "0.0.0.0:7002"], &[], ""),
+            (&[], &[], ""),
+        ];
+        for (tcp, udp, words) in cases {
+            let start = Instant::now();
+            let readiness = &mut Readiness::new(start);
+            let found = observe(readiness, &server(true, 0, 2), (start, 0), (tcp, udp));
+            assert_eq!(found.len(), usize::from(!words.is_empty()), "{found:?}");
+            assert!(found.iter().all(|event| event.contains(words)), "{found:?}");
+            assert!(found.iter().all(|event| event.contains("$(POD_IP)")));
+            let again = observe(readiness, &server(true, 0, 2), (start, 1), (tcp, udp));
+            assert_eq!(again, [""; 0], "said once");
+        }
+    }
+
+    #[test]
+    fn the_kernel_is_asked_only_for_ports_that_are_missing() {
+        let (start, asked) = (Instant::now(), Cell::new(0));
+        let mut readiness = Readiness::new(start);
+        let table = table();
+        for (server, times) in [(server(true, 2, 0), 0), (server(true, 0, 2), 1)] {
+            let mut listener = |_, _| {
+                asked.set(1);
+                None
+            };
+            let row = (&table.rows[0], IpAddr::from([127, 0, 0, 2]));
+            readiness.observe(&server, row, &mut listener, start);
+            assert_eq!(asked.get(), times);
+        }
+    }
+}
