@@ -31,34 +31,46 @@ impl Addresses {
     /// # Errors
     /// The system's, or that there are too many pools.
     pub(super) fn reserve() -> io::Result<Self> {
-        for network in 0..NETWORKS {
-            // An abstract address goes with the process, and belongs to the network
-            // namespace, as loopback addresses do.
-            let name = format!("portpool-local-127.{network}");
-            match UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?) {
-                Ok(reserved) => {
-                    return Ok(Self {
-                        network,
-                        connection_network: 0,
-                        _reserved: reserved,
-                    });
-                }
-                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-                Err(error) => return Err(error),
+        Self::reserve_from(0)
+    }
+
+    fn reserve_from(least: u8) -> io::Result<Self> {
+        for network in least..NETWORKS {
+            if let Some(reserved) = reserve(network)? {
+                return Ok(Self {
+                    network,
+                    connection_network: 0,
+                    _reserved: reserved,
+                });
             }
         }
         let message = format!("{NETWORKS} pools run here already");
         Err(io::Error::other(message))
     }
 
-    /// Moves the connection servers to this pool's own network.
-    pub(super) fn leave_localhost(&mut self) {
+    /// Moves the connection servers to a network of this pool's own. The first
+    /// network will not do: 127.0.0.1 is in it.
+    ///
+    /// # Errors
+    /// As for [`Addresses::reserve`].
+    pub(super) fn leave_localhost(&mut self) -> io::Result<()> {
+        if self.network == 0 {
+            *self = Self::reserve_from(1)?;
+        }
         self.connection_network = self.network;
+        Ok(())
     }
 
-    /// Whether another pool has 127.0.0.0/16.
+    /// Whether the network is another one than 127.0.0.0/16.
     pub(super) fn is_further(&self) -> bool {
         self.network > 0
+    }
+
+    /// Whether other pools run on this machine. One of them may be at 127.0.0.1
+    /// although the first network is free: its predecessor there has ended.
+    pub(super) fn has_company(&self) -> bool {
+        let mut others = (0..NETWORKS).filter(|network| *network != self.network);
+        others.any(|network| matches!(reserve(network), Ok(None)))
     }
 
     /// Address of the processing server in `slot`: 127.N.0.2 and up.
@@ -75,6 +87,18 @@ impl Addresses {
     /// Address of the admin pages of a connection server.
     pub(super) fn admin(&self, index: u32) -> IpAddr {
         connection_server(self.network, index)
+    }
+}
+
+/// Reserves a network; `None` if another pool has it.
+fn reserve(network: u8) -> io::Result<Option<UnixListener>> {
+    // An abstract address goes with the process, and belongs to the network
+    // namespace, as loopback addresses do.
+    let name = format!("portpool-local-127.{network}");
+    match UnixListener::bind_addr(&SocketAddr::from_abstract_name(name)?) {
+        Ok(reserved) => Ok(Some(reserved)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -29,10 +29,11 @@ pub(super) fn can_run(
     let mut problems = programs(pool, table, addresses);
     problems.extend(limits(table));
     let none = HashSet::new();
-    if addresses.is_further()
-        && !ports_in_use(connection_sockets(pool, table, addresses), &none).is_empty()
+    if !ports_in_use(connection_sockets(pool, table, addresses), &none).is_empty()
+        && addresses.has_company()
     {
-        addresses.leave_localhost();
+        // Without another network, what is in use is reported below.
+        let _ = addresses.leave_localhost();
     }
     problems.extend(ports_in_use(sockets(pool, table, addresses), &none));
     ok_if_empty(problems)

@@ -230,6 +230,32 @@ fn a_second_pool_of_the_same_manifest_has_addresses_of_its_own() {
 }
 
 #[test]
+fn a_pool_at_localhost_is_no_hindrance_after_the_first_one_has_ended() {
+    let _turn = one_at_a_time();
+    let start = |file: &Path| {
+        let folder = tempfile::tempdir().unwrap();
+        Local::spawn(folder, file, &["--drain-seconds", "2"], None)
+    };
+    let (_folder, file) = pool_of(&echo_command());
+    let (_other, elsewhere) = write(
+        &fs::read_to_string(&file)
+            .unwrap()
+            .replace("spec:\n  replicas", "spec:\n  connectionServer: {loadSharingPort: 7800, connectionPorts: {first: 21000, last: 21999}}\n  replicas"),
+    );
+    let first = start(&file);
+    first.until("4 ports free");
+    let second = start(&elsewhere);
+    second.until("load-sharing port: http://127.0.0.1:7800");
+    second.until("4 ports free");
+    first.stop();
+    let third = start(&elsewhere);
+    third.until("load-sharing port: http://127.2.0.1:7800");
+    third.until("4 ports free");
+    third.stop();
+    second.stop();
+}
+
+#[test]
 fn a_held_session_does_not_delay_the_end_of_its_pool() {
     let (_folder, file) = pool_of(&echo_command());
     let mut local = Local::start_with(&file, &["--drain-seconds", "60"]);
