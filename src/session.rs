@@ -203,6 +203,7 @@ pub struct ServerState {
     pub draining: bool,
     /// Whether it has had all the sessions that it takes, and is replaced when they
     /// are over.
+    #[serde(default)]
     pub spent: bool,
     /// Live sessions.
     pub sessions: u32,
