@@ -4,6 +4,7 @@ use super::*;
 
 /// Runs `portpool local --check` on `manifest`. Its exit status, and what it prints.
 fn check(manifest: &str) -> (Option<i32>, String) {
+    let _turn = one_at_a_time();
     let output = portpool(&["local", "--check", "-f", "-"], manifest);
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
@@ -172,12 +173,15 @@ fn a_server_whose_workload_does_not_listen_is_not_ready() {
 
 #[test]
 fn a_workload_that_listens_on_all_addresses_is_told_the_remedy() {
-    let (_folder, file) = pool_of("exec python3 -m http.server 7000 --bind 0.0.0.0");
+    // Other tests listen on 7000, which such a workload cannot share.
+    let (_folder, file) = pool_of("exec python3 -m http.server 7650 --bind 0.0.0.0");
+    let manifest = fs::read_to_string(&file).unwrap();
+    fs::write(&file, manifest.replace("port: 7000", "port: 7650")).unwrap();
     let local = Local::start(&file);
     let line = local.until("cannot be given");
     assert!(
         line.ends_with(
-            "port main of one-0 cannot be given: TCP 0.0.0.0:7000 is listened on instead of 127.0.0.2:7000: make the workload listen on $(POD_IP)"
+            "port main of one-0 cannot be given: TCP 0.0.0.0:7650 is listened on instead of 127.0.0.2:7650: make the workload listen on $(POD_IP)"
         ),
         "{line}"
     );

@@ -78,11 +78,16 @@ async fn refusal(server: &ApiServer, file: &Path) -> Option<String> {
     (!pod.status.success()).then(|| String::from_utf8_lossy(&pod.stderr).into_owned())
 }
 
-/// Why `portpool local` refuses the pool in `file`.
+/// Why `portpool local` refuses the pool in `file`. It looks whether the ports
+/// are in use, so no pool may run meanwhile.
 async fn check(file: &Path) -> Option<String> {
-    let mut portpool = Command::new(env!("CARGO_BIN_EXE_portpool"));
+    let mut portpool = std::process::Command::new(env!("CARGO_BIN_EXE_portpool"));
     portpool.args(["local", "--check", "-f"]).arg(file);
-    let output = portpool.output().await.unwrap();
+    let output = tokio::task::spawn_blocking(move || {
+        let _turn = crate::local::one_at_a_time();
+        portpool.output().unwrap()
+    });
+    let output = output.await.unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     match output.status.code() {
         Some(0) => None,
