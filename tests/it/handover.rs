@@ -332,7 +332,11 @@ fn churn(pool: &Pool, stop: &Arc<AtomicBool>) -> JoinHandle<u64> {
                 wait_seconds: 10,
                 ..SessionRequest::default()
             };
-            let session = client.request(request).await.unwrap();
+            let session = match client.request(request).await {
+                // It waited during a hand-over, and has to ask again.
+                Err(error) if error.is_shutting_down() => continue,
+                answer => answer.unwrap(),
+            };
             let mut stream = client.connect(&session).await.unwrap();
             greet(&mut stream).await.unwrap();
             drop(stream);
