@@ -346,11 +346,17 @@ fn the_redis_example_answers_two_clients_on_ports_of_their_own() {
     local.stop();
 }
 
-/// A pool of one server that runs `command` in a shell.
-fn pool_of(command: &str) -> (tempfile::TempDir, PathBuf) {
+/// Writes `manifest` into a file of a folder.
+fn write(manifest: &str) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("pool.yaml");
-    let manifest = format!(
+    fs::write(&file, manifest).unwrap();
+    (folder, file)
+}
+
+/// A pool of one server that runs `command` in a shell.
+fn pool_of(command: &str) -> (tempfile::TempDir, PathBuf) {
+    write(&format!(
         "\
 apiVersion: portpool.dev/v1alpha1
 kind: ProcessingPool
@@ -365,9 +371,7 @@ spec:
           command: [sh, -c, {command:?}]
           env: [{{name: POD_IP, valueFrom: {{fieldRef: {{fieldPath: status.podIP}}}}}}]
 "
-    );
-    fs::write(&file, manifest).unwrap();
-    (folder, file)
+    ))
 }
 
 fn echo_command() -> String {

@@ -86,9 +86,8 @@ async fn a_probe_does_not_use_up_the_claim() {
     is_over(&pool, &session).await;
 }
 
-/// A server that speaks first greets a scanner too.
-#[tokio::test]
-async fn a_probe_that_is_greeted_does_not_use_up_the_claim() {
+/// A pool whose workload is this test: the listeners of its TCP ports.
+async fn pool_with_listeners() -> (Pool, Vec<TcpListener>) {
     let mut pool = Pool::new(1, |table| {
         table.rows[0].ranges[0].protocol = portpool::pool::PortProtocol::TCP;
     });
@@ -99,6 +98,13 @@ async fn a_probe_that_is_greeted_does_not_use_up_the_claim() {
     pool.start_connection_server(0);
     pool.until(|state| state.free_ports == u32::from(COUNT))
         .await;
+    (pool, listeners)
+}
+
+/// A server that speaks first greets a scanner too.
+#[tokio::test]
+async fn a_probe_that_is_greeted_does_not_use_up_the_claim() {
+    let (pool, listeners) = pool_with_listeners().await;
     let session = pool.request().await.unwrap();
     let index = usize::from(session.port - 20_000);
     let greet = |mut client: TcpStream| {
@@ -120,16 +126,7 @@ async fn a_probe_that_is_greeted_does_not_use_up_the_claim() {
 /// Like a client of syslog or statsd over TCP.
 #[tokio::test]
 async fn a_client_that_only_pushes_uses_up_its_claim_and_all_arrives() {
-    let mut pool = Pool::new(1, |table| {
-        table.rows[0].ranges[0].protocol = portpool::pool::PortProtocol::TCP;
-    });
-    let listeners: Vec<TcpListener> = (SERVER_PORT..SERVER_PORT + COUNT)
-        .map(|port| TcpListener::bind((pool.server_address(0), port)).unwrap())
-        .collect();
-    pool.start_agent(0);
-    pool.start_connection_server(0);
-    pool.until(|state| state.free_ports == u32::from(COUNT))
-        .await;
+    let (pool, listeners) = pool_with_listeners().await;
     for _ in 0..20 {
         let request = SessionRequest {
             wait_seconds: 10,

@@ -2,15 +2,13 @@
 
 use std::fs;
 
-use super::{Local, PORTPOOL, connect, echoed, processes, request};
+use super::{Local, PORTPOOL, connect, echoed, processes, request, write};
 use crate::common::echo;
 
 /// A pool of two echo servers with the entry of `ports`. They listen where the
 /// environment says.
 fn pool_of_echoes(ports: &str, listen: &str) -> (tempfile::TempDir, std::path::PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pool.yaml");
-    let manifest = format!(
+    write(&format!(
         "\
 apiVersion: portpool.dev/v1alpha1
 kind: ProcessingPool
@@ -25,9 +23,7 @@ spec:
           command: [{PORTPOOL}, echo, --ports, {listen}]
           env: [{{name: POD_IP, valueFrom: {{fieldRef: {{fieldPath: status.podIP}}}}}}]
 "
-    );
-    fs::write(&file, manifest).unwrap();
-    (folder, file)
+    ))
 }
 
 #[test]

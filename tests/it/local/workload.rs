@@ -30,13 +30,6 @@ spec:
     )
 }
 
-fn write(manifest: &str) -> (tempfile::TempDir, PathBuf) {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("pool.yaml");
-    fs::write(&file, manifest).unwrap();
-    (folder, file)
-}
-
 fn executable(path: &Path, script: &str) {
     use std::os::unix::fs::PermissionsExt;
     fs::write(path, script).unwrap();
@@ -206,6 +199,17 @@ fn a_program_that_serves_one_client_is_started_at_once_after_each() {
     local.stop();
 }
 
+/// The pool of `file` with another load-sharing port and other connection ports.
+fn with_other_ports(file: &Path) -> (tempfile::TempDir, PathBuf) {
+    let ports =
+        "connectionServer: {loadSharingPort: 7800, connectionPorts: {first: 21000, last: 21999}}";
+    let manifest = fs::read_to_string(file).unwrap();
+    write(&manifest.replace(
+        "spec:\n  replicas",
+        &format!("spec:\n  {ports}\n  replicas"),
+    ))
+}
+
 #[test]
 fn a_second_pool_of_the_same_manifest_has_addresses_of_its_own() {
     let (_folder, file) = pool_of(&echo_command());
@@ -220,11 +224,7 @@ fn a_second_pool_of_the_same_manifest_has_addresses_of_its_own() {
         assert_eq!(output.stdout, b"hello", "{ask}");
     }
     // With ports of its own, a further pool is at localhost too.
-    let (_other, file) = write(
-        &fs::read_to_string(&file)
-            .unwrap()
-            .replace("spec:\n  replicas", "spec:\n  connectionServer: {loadSharingPort: 7800, connectionPorts: {first: 21000, last: 21999}}\n  replicas"),
-    );
+    let (_other, file) = with_other_ports(&file);
     let third = Local::start_beside(&first, &file);
     third.until("load-sharing port: http://127.0.0.1:7800  (admin: http://127.2.0.1:7701)");
     third.until("4 ports free");
@@ -241,11 +241,7 @@ fn a_pool_at_localhost_is_no_hindrance_after_the_first_one_has_ended() {
         Local::spawn(folder, file, &["--drain-seconds", "2"], None)
     };
     let (_folder, file) = pool_of(&echo_command());
-    let (_other, elsewhere) = write(
-        &fs::read_to_string(&file)
-            .unwrap()
-            .replace("spec:\n  replicas", "spec:\n  connectionServer: {loadSharingPort: 7800, connectionPorts: {first: 21000, last: 21999}}\n  replicas"),
-    );
+    let (_other, elsewhere) = with_other_ports(&file);
     let first = start(&file);
     first.until("4 ports free");
     let second = start(&elsewhere);
