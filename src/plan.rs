@@ -307,7 +307,7 @@ fn shrink(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {
 
 /// Drains servers of a former template, or that are too old or spent. Those that
 /// are not ready drain at once, so that a template that does not work can be
-/// corrected; so do spent ones, which serve nobody. Ready ones drain, those
+/// corrected; so do spent ones, which have no sessions. Ready ones drain, those
 /// of the lowest deletion cost first, then those with the fewest sessions, until
 /// one in [`ROLLOUT_SHARE`] of the pool is away.
 fn replace(rows: &mut [Row], replicas: u32, servers: &Servers<'_>) {

@@ -107,9 +107,15 @@ impl Observation {
         let ours = pods.servers.iter();
         for pod in ours.filter(|pod| is_owned(pod.as_ref(), owner.uid)) {
             blockers.extend(pod_blocker(pod));
-            let until = until_too_old(pod, pool, now).filter(|until| !until.is_zero());
-            next_too_old = next_too_old.into_iter().chain(until).min();
-            servers.extend(server(pod, pool, template_hash, live.as_ref(), now));
+            let until = until_too_old(pod, pool, now);
+            let is_too_old = until == Some(Duration::ZERO);
+            let later = until.filter(|_| !is_too_old);
+            next_too_old = next_too_old.into_iter().chain(later).min();
+            let found = server(pod, &pool.name, template_hash, live.as_ref());
+            servers.extend(found.map(|server| ObservedServer {
+                is_outdated: server.is_outdated || is_too_old,
+                ..server
+            }));
         }
         let connection_servers = pods.connection_servers.iter();
         blockers.extend(connection_servers.filter_map(|pod| pod_blocker(pod)));
@@ -156,17 +162,12 @@ fn is_ready(pod: &DynamicObject) -> bool {
 
 fn server(
     pod: &DynamicObject,
-    pool: &ValidPool,
+    pool: &str,
     template_hash: &str,
     live: Option<&PoolState>,
-    now: Timestamp,
 ) -> Option<ObservedServer> {
     // The slot in the name counts, not that in the label, which can be changed.
-    let slot = pod
-        .metadata
-        .name
-        .as_deref()?
-        .strip_prefix(pool.name.as_str())?;
+    let slot = pod.metadata.name.as_deref()?.strip_prefix(pool)?;
     let slot = slot.strip_prefix('-')?.parse().ok()?;
     let reported = live.and_then(|live| live.servers.iter().find(|server| server.slot == slot));
     let phase = text(pod, "/status/phase").unwrap_or_default();
@@ -179,11 +180,10 @@ fn server(
         uid: pod.uid().unwrap_or_default(),
         address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
         is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none(),
-        is_outdated: until_too_old(pod, pool, now) == Some(Duration::ZERO)
-            || pod
-                .annotations()
-                .get(HASH_ANNOTATION)
-                .is_none_or(|hash| hash != template_hash),
+        is_outdated: pod
+            .annotations()
+            .get(HASH_ANNOTATION)
+            .is_none_or(|hash| hash != template_hash),
         is_spent: reported.is_some_and(|server| server.spent && server.sessions == 0),
         is_stopping: pod.metadata.deletion_timestamp.is_some(),
         has_failed: phase == "Failed" || phase == "Succeeded",

@@ -1,7 +1,7 @@
 //! Which connection ports a slot gets. A slot keeps its ports for as long as their
-//! port entry does not change, its offer and admission aside; new ports are the lowest free ones. Those of an entry
-//! with mapping Identity are always adjacent, because workloads are given them as a
-//! range.
+//! port entry does not change, its offer and admission aside; new ports are the
+//! lowest free ones. Those of an entry with mapping Identity are always adjacent,
+//! because workloads are given them as a range.
 
 use std::ops::RangeInclusive;
 

@@ -9,7 +9,7 @@ use super::{MAX_RECYCLE_SESSIONS, MONTH_SECONDS};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Recycle {
-    /// Number of sessions after which a processing server is replaced, 1 to 1000000; 0 means never. It takes no more sessions than that, and is replaced when the last one is over. A session that nobody connects to does not count. A server whose agent was restarted does not know how many it had, and is replaced when its sessions are over. Default 0.
+    /// Number of sessions after which a processing server is replaced, 1 to 1000000; 0 means never. It takes no further session then, and is replaced when its last one has ended. A session without a connection does not count. A server whose agent was restarted does not know how many it had, and is replaced when its sessions are over. Default 0.
     #[schemars(range(min = 0, max = MAX_RECYCLE_SESSIONS))]
     pub after_sessions: i32,
 

@@ -25,7 +25,7 @@ impl Recycling {
         self.used = self.used.saturating_add(1);
     }
 
-    /// A session has ended to which nobody has connected.
+    /// A session has ended without a connection.
     pub(super) fn unused(&mut self) {
         self.used = self.used.saturating_sub(1);
     }
