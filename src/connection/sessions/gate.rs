@@ -25,10 +25,7 @@ pub(super) struct PendingLookup {
 impl Inner {
     fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(live) = self.live.get(&port) else {
-            return match self.admission(port) {
-                Some(Admission::Open) => Decision::Admit(NO_SESSION),
-                Some(Admission::Session) | None => Decision::Ask,
-            };
+            return self.admit_without_session(port);
         };
         if live.bound_client.is_some_and(|bound| bound != client) {
             return Decision::Refuse;
@@ -41,12 +38,21 @@ impl Inner {
         Decision::Admit(live.key)
     }
 
-    /// Whether a connection to `port` needs a session; `None` where the table does
-    /// not have the port.
-    fn admission(&self, port: ListenPort) -> Option<Admission> {
-        let table = self.table.as_ref()?;
-        let (_, range) = table.find(port)?;
-        Some(range.admission.unwrap_or(table.table().sessions.admission))
+    /// The decision on a client of a port without a session that is known here. No
+    /// one could say more about a port that has left the table, and is closed in a
+    /// moment.
+    fn admit_without_session(&self, port: ListenPort) -> Decision {
+        let Some(table) = &self.table else {
+            return Decision::Ask;
+        };
+        let Some((_, range)) = table.find(port) else {
+            return Decision::Refuse;
+        };
+        let admission = range.admission.unwrap_or(table.table().sessions.admission);
+        match admission {
+            Admission::Open => Decision::Admit(NO_SESSION),
+            Admission::Session => Decision::Ask,
+        }
     }
 
     /// Asks the agent for the session on `port`. The port is the request's id, as

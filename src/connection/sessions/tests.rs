@@ -336,6 +336,22 @@ fn open_admission_needs_no_session() {
     sessions.closed(port(PORT), NO_SESSION, Traffic::default());
 }
 
+/// Nothing is asked about it, so that the client is not left waiting.
+#[test]
+fn a_client_of_a_removed_port_is_refused_at_once() {
+    for admission in [Admission::Open, Admission::Session] {
+        let mut table = table(admission);
+        let sessions = Sessions::default();
+        sessions.set_table(index(table.clone()));
+        assert_ne!(admit(&sessions, PORT + 9, 1), Decision::Refuse);
+        table.rows[0].ranges[0].count = 9;
+        table.generation = 2;
+        sessions.set_table(index(table));
+        assert_ne!(admit(&sessions, PORT + 8, 1), Decision::Refuse);
+        assert_eq!(admit(&sessions, PORT + 9, 1), Decision::Refuse);
+    }
+}
+
 #[test]
 fn an_entry_may_be_open_or_not_whatever_the_others_are() {
     use Admission::{Open, Session};
