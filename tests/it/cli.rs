@@ -9,7 +9,8 @@ use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionState};
 use portpool::table::ListenPort;
 
-fn portpool(arguments: &[&str], input: &[u8]) -> Output {
+/// Runs the command with this standard input.
+pub fn portpool(arguments: &[&str], input: impl AsRef<[u8]>) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_portpool"))
         .args(arguments)
         .stdin(Stdio::piped())
@@ -18,7 +19,7 @@ fn portpool(arguments: &[&str], input: &[u8]) -> Output {
         .spawn()
         .unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    let input = input.to_vec();
+    let input = input.as_ref().to_vec();
     // On a thread of its own, because the answer may come while we write.
     let writing = std::thread::spawn(move || stdin.write_all(&input));
     let output = child.wait_with_output().unwrap();
