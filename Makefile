@@ -21,7 +21,7 @@ check:  ## Format, lint, unit and data-plane tests, in a few minutes: needs no r
 	cargo test --locked --test it -- --skip operator:: --skip chart:: --skip local:: --skip handover:: --skip pool::
 
 test:  ## Every test: examples with their real programs, the controller with a real API server
-	@echo "Needs iperf3 and redis-server, Go, and the network once, for Go modules and Helm. On 2 cores: about 10 minutes"
+	@echo "Needs the programs of make tools, Go, and the network once, for Go modules and Helm. On 2 cores: about 10 minutes"
 	@echo "to build, 5 more for the API server the first time, and 10 to run. make check is shorter and needs none of them."
 	@$(MAKE) --no-print-directory tools-present
 	KUBEBUILDER_ASSETS=$$(tools/control-plane) && export KUBEBUILDER_ASSETS && cargo test --locked --workspace
@@ -84,18 +84,19 @@ generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, ins
 image:  ## Build a static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
 	tools/image
 
+# The programs that make test needs, and after a colon their Debian packages with other names.
+TOOLS = iperf3 redis-server psql:postgresql-client /usr/lib/postgresql/*/bin/initdb:postgresql \
+  /usr/games/teeworlds-server:teeworlds-server Xvfb:xvfb x11vnc
+MISSING = for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || echo $${tool\#\#*:}; done
+
 tools:  ## Install the programs that make test needs, as root on Debian
-	@for program in iperf3 redis-server; do \
-	  command -v $$program >/dev/null || missing="$$missing $$program"; \
-	done; \
+	@missing=$$($(MISSING)); \
 	[ -z "$$missing" ] || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; }
 
 # Names what is missing and installs nothing.
 tools-present:
-	@for program in iperf3 redis-server; do \
-	  command -v $$program >/dev/null || missing="$$missing $$program"; \
-	done; \
-	[ -z "$$missing" ] || { echo "missing:$$missing. Install with: sudo apt-get install$$missing (or: sudo make tools)" >&2; exit 1; }
+	@missing=$$(echo $$($(MISSING))); \
+	[ -z "$$missing" ] || { echo "missing: $$missing. Install with: sudo apt-get install $$missing (or: sudo make tools)" >&2; exit 1; }
 
 robustness:  ## Run tests/robustness against portpool, HAProxy and nginx; writes docs/robustness.md
 	tools/robustness

@@ -19,6 +19,7 @@ const PORTPOOL: &str = env!("CARGO_BIN_EXE_portpool");
 const ASK: &str = "127.0.0.1:7700";
 
 mod daemons;
+mod programs;
 mod workload;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -279,54 +280,6 @@ fn the_fresh_example_gives_every_session_a_new_server() {
     // Each server has as many processes.
     let of_three = pids("echo --listen 127.0.0.").len();
     assert_eq!(gone.len() * 3, of_three * 4, "four servers are gone");
-    local.stop();
-}
-
-#[test]
-fn the_iperf3_example_measures() {
-    let local = Local::start(&example("iperf3.yaml"));
-    local.until("ports free");
-    let (host, port) = request();
-    let measure = |further: &[&str]| -> serde_json::Value {
-        let measured = Command::new("iperf3")
-            .args(["-c", &host, "-p", &port, "-J"])
-            .args(further)
-            .output()
-            .unwrap();
-        let report = String::from_utf8_lossy(&measured.stdout);
-        assert!(measured.status.success(), "{report}");
-        serde_json::from_str(&report).unwrap()
-    };
-    let tcp = measure(&["-n", "64M"]);
-    let received = &tcp["end"]["sum_received"]["bytes"];
-    // It counts until the sender says that it is done, not to the last byte.
-    assert!(received.as_u64() > Some(8 << 20), "{tcp}");
-    // The server opens UDP for each measurement, and the port of TCP is the same.
-    for _ in 0..2 {
-        let udp = measure(&["--udp", "--bitrate", "20M", "--time", "1"]);
-        let sum = &udp["end"]["sum"];
-        let (packets, lost) = (sum["packets"].as_u64(), sum["lost_packets"].as_u64());
-        assert!(
-            packets >= Some(50) && lost < packets.map(|all| all / 2),
-            "{udp}"
-        );
-    }
-    local.stop();
-}
-
-#[test]
-fn the_redis_example_answers_two_clients_on_ports_of_their_own() {
-    let local = Local::start(&example("redis.yaml"));
-    local.until("ports free");
-    let endpoints = [request(), request()];
-    assert_ne!(endpoints[0], endpoints[1]);
-    for endpoint in endpoints {
-        let mut stream = connect(&endpoint);
-        stream.write_all(b"PING\r\n").unwrap();
-        let mut answer = [0; 7];
-        stream.read_exact(&mut answer).unwrap();
-        assert_eq!(&answer, b"+PONG\r\n");
-    }
     local.stop();
 }
 

@@ -58,7 +58,7 @@ fn every_example_is_valid() {
             found += 1;
         }
     }
-    assert_eq!(found, 4);
+    assert_eq!(found, 7);
 }
 
 #[test]

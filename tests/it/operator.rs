@@ -1,5 +1,6 @@
 //! The controller against a real API server.
 
+mod examples;
 mod faults;
 mod fields;
 mod lease;
