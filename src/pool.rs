@@ -22,7 +22,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-pub use self::ports::{Mapping, Offer, PortEntry, PortProtocol, ProxyProtocol};
+pub use self::ports::{Mapping, Offer, PortEntry, PortProtocol, ProxyProtocol, Replies};
 pub use self::recycle::Recycle;
 pub use self::sessions::{Admission, ClientBinding, Sessions};
 

@@ -28,7 +28,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
 use crate::pool::{
-    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Sessions,
+    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies, Sessions,
 };
 
 /// The format that this code writes.
@@ -203,6 +203,10 @@ pub struct PortRange {
     /// Whether the server first receives the address of the client.
     #[serde(default, skip_serializing_if = "is_default")]
     pub proxy_protocol: ProxyProtocol,
+    /// Which datagrams of the server reach a client. A connection server that does
+    /// not know the field forwards those of the server port, as by default.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub replies: Replies,
 }
 
 /// Reads a mapping, or `shared` of format 1.

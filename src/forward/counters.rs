@@ -83,6 +83,9 @@ counters! {
     accept_failed,
     /// Datagrams dropped: a socket's buffer was full.
     datagrams_dropped,
+    /// Datagrams dropped: they came to a flow with replies from any port, but from
+    /// another address than its server's.
+    datagrams_of_others,
 }
 
 impl Counters {

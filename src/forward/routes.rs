@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use arc_swap::ArcSwapOption;
 
-use crate::pool::ProxyProtocol;
+use crate::pool::{ProxyProtocol, Replies};
 use crate::table::{ListenPort, PortIndex};
 
 /// The server that a connection port leads to.
@@ -14,6 +14,7 @@ use crate::table::{ListenPort, PortIndex};
 pub(super) struct Route {
     pub(super) target: SocketAddr,
     pub(super) proxy_protocol: ProxyProtocol,
+    pub(super) replies: Replies,
 }
 
 /// The routes of the table in force; none before the first.
@@ -46,6 +47,7 @@ impl Routes {
         Some(Route {
             target: row.socket_address(range.target(port)?)?,
             proxy_protocol: range.proxy_protocol,
+            replies: range.replies,
         })
     }
 }

@@ -111,8 +111,11 @@ pub struct FlowSnapshot {
     pub client: SocketAddr,
     /// The address that the client sends to; `None` where there is only one.
     pub local: Option<IpAddr>,
-    /// The socket that is connected to the processing server.
+    /// The socket towards the processing server.
     pub server: OwnedFd,
+    /// Of a flow with replies from any port, whose socket is not connected: the
+    /// server's address and the port that the client's datagrams go to.
+    pub target: Option<SocketAddr>,
     /// The time since the client's last datagram.
     pub idle: Duration,
     /// The bytes that have passed.

@@ -1,5 +1,5 @@
 //! Which connection ports a slot gets. A slot keeps its ports for as long as their
-//! port entry does not change, its offer and admission aside; new ports are the
+//! port entry does not change, its offer, admission and replies aside; new ports are the
 //! lowest free ones. Those of an entry with mapping Identity are always adjacent,
 //! because workloads are given them as a range.
 
@@ -94,6 +94,7 @@ fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
         ranges.extend(kept.map(|range| PortRange {
             offer: entry.offer,
             admission: entry.admission,
+            replies: entry.replies,
             ..range.clone()
         }));
         if ranges.len() > before {
@@ -175,6 +176,7 @@ impl Used {
                 offer: entry.offer,
                 admission: entry.admission,
                 proxy_protocol: entry.proxy_protocol,
+                replies: entry.replies,
             });
             given += count;
         }

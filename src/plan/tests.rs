@@ -1,7 +1,7 @@
 use super::*;
 use crate::pool::{
     Admission, ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
-    ProcessingPoolSpec, ProxyProtocol,
+    ProcessingPoolSpec, ProxyProtocol, Replies,
 };
 use crate::table::{MAX_ENCODED_BYTES, Slot};
 use proptest::prelude::*;
@@ -18,6 +18,7 @@ fn entry(name: &str, port: i32, count: i32) -> PortEntry {
         offer: Offer::WhenListening,
         admission: None,
         proxy_protocol: ProxyProtocol::None,
+        replies: Replies::ServerPort,
     }
 }
 
@@ -845,17 +846,20 @@ fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why()
 }
 
 #[test]
-fn a_changed_offer_or_admission_keeps_ports_and_servers() {
+fn a_changed_offer_admission_or_replies_keep_ports_and_servers() {
     let mut world = World::default();
-    world.settle(&pool(2, 4));
-    let before = world.clone();
     let mut resource = resource(2, vec![entry("main", 7000, 4)], 20_099);
+    resource.spec.ports[0].protocol = PortProtocol::UDP;
+    world.settle(&ValidPool::new(&resource).unwrap());
+    let before = world.clone();
     resource.spec.ports[0].offer = Offer::Always;
     resource.spec.ports[0].admission = Some(Admission::Open);
+    resource.spec.ports[0].replies = Replies::AnyPort;
     world.settle(&ValidPool::new(&resource).unwrap());
     let expected = PortRange {
         offer: Offer::Always,
         admission: Some(Admission::Open),
+        replies: Replies::AnyPort,
         ..before.ports(Slot(1))[0].clone()
     };
     assert_eq!(world.ports(Slot(1)), [expected]);

@@ -12,7 +12,7 @@ pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
     Admission, ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT,
     MAX_PORT, MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry, PortProtocol,
-    ProcessingPool, ProxyProtocol, Recycle, Sessions, WEEK_SECONDS, rules,
+    ProcessingPool, ProxyProtocol, Recycle, Replies, Sessions, WEEK_SECONDS, rules,
 };
 use crate::table::{ListenPort, TargetPort};
 
@@ -72,6 +72,8 @@ pub struct Entry {
     pub admission: Option<Admission>,
     /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
+    /// Which datagrams of the server reach a client.
+    pub replies: Replies,
 }
 
 /// The server ports that the connection ports of an entry lead to.
@@ -241,6 +243,7 @@ impl Checker {
             offer: entry.offer,
             admission: entry.admission,
             proxy_protocol: entry.proxy_protocol,
+            replies: entry.replies,
         }
     }
 }

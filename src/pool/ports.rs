@@ -15,6 +15,7 @@ use super::{Admission, MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
     validation = rules::LAST_PORT_EXISTS.to_schema(),
     validation = rules::ANY_OF_SEVERAL.to_schema(),
     validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
+    validation = rules::REPLIES_OVER_UDP.to_schema(),
     validation = rules::AGENT_PORTS_FREE.to_schema()
 )]
 pub struct PortEntry {
@@ -52,6 +53,10 @@ pub struct PortEntry {
     #[schemars(with = "Admission")]
     pub admission: Option<Admission>,
 
+    /// Which datagrams of the server reach a client. ServerPort: those from the server port that the client's datagrams go to. AnyPort: those from every port of the server's address; the client's next datagrams go to the port that has answered last. It is for protocols that answer from another port, as TFTP does, and needs a protocol with UDP. Default ServerPort.
+    #[serde(default)]
+    pub replies: Replies,
+
     /// PROXY protocol header that gives the workload the address of the client at the start of each TCP connection: None or V2. V2 needs protocol TCP. Default None.
     #[serde(default)]
     pub proxy_protocol: ProxyProtocol,
@@ -83,6 +88,17 @@ pub enum Offer {
     WhenAnyListens,
     /// Whether or not the workload listens.
     Always,
+}
+
+/// The server ports whose datagrams a client of a UDP port gets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+pub enum Replies {
+    /// The one that the client's datagrams go to.
+    #[default]
+    ServerPort,
+    /// All of the server's address. The client's next datagrams go to the one that
+    /// has answered last.
+    AnyPort,
 }
 
 /// Transport protocols of a port.

@@ -15,7 +15,7 @@ use kube::core::Rule;
 
 pub(super) use self::entries::{
     AGENT_PORTS_FREE, ANY_OF_SEVERAL, IDENTITY_LEAVES_AGENT_PORTS, LAST_PORT_EXISTS, NO_OVERLAP,
-    PORT_AS_MAPPED, PROXY_PROTOCOL_OVER_TCP,
+    PORT_AS_MAPPED, PROXY_PROTOCOL_OVER_TCP, REPLIES_OVER_UDP,
 };
 use super::{
     CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer, MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH,
@@ -210,6 +210,7 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
             LAST_PORT_EXISTS,
             ANY_OF_SEVERAL,
             PROXY_PROTOCOL_OVER_TCP,
+            REPLIES_OVER_UDP,
             AGENT_PORTS_FREE,
         ] {
             problems.extend(within(

@@ -13,6 +13,7 @@ pub(super) fn range(first: u16, count: u16) -> PortRange {
         offer: Offer::WhenListening,
         admission: None,
         proxy_protocol: ProxyProtocol::None,
+        replies: Replies::ServerPort,
     }
 }
 

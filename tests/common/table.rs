@@ -7,7 +7,9 @@
 
 use std::net::IpAddr;
 
-use portpool::pool::{LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Sessions};
+use portpool::pool::{
+    LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies, Sessions,
+};
 use portpool::table::{
     FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
 };
@@ -54,5 +56,6 @@ pub fn range(first: u16, server_port: u16, count: u16) -> PortRange {
         offer: Offer::WhenListening,
         admission: None,
         proxy_protocol: ProxyProtocol::None,
+        replies: Replies::ServerPort,
     }
 }

@@ -13,6 +13,7 @@ mod ports;
 mod properties;
 mod properties_tcp;
 mod properties_udp;
+mod replies;
 mod udp;
 mod udp_ends;
 mod urgent;

@@ -9,7 +9,7 @@ use kube_cel::Validator;
 use portpool::manifest;
 use portpool::pool::{
     ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
-    ProxyProtocol, rules,
+    ProxyProtocol, Replies, rules,
 };
 use proptest::prelude::*;
 
@@ -58,7 +58,7 @@ fn every_example_is_valid() {
             found += 1;
         }
     }
-    assert_eq!(found, 7);
+    assert_eq!(found, 8);
 }
 
 #[test]
@@ -272,7 +272,7 @@ fn small_pool() -> ProcessingPoolSpec {
 fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
     // A change that breaks a rule, where, and words of the API server's message.
-    let cases: [(Change, &str, &str); 15] = [
+    let cases: [(Change, &str, &str); 16] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
@@ -328,6 +328,14 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports[0].proxyProtocol",
             "needs protocol TCP",
+        ),
+        (
+            |spec| {
+                spec.ports[0].replies = Replies::AnyPort;
+                spec.ports[0].protocol = PortProtocol::TCP;
+            },
+            "spec.ports[0].replies",
+            "needs protocol UDP or TCPUDP",
         ),
         (
             |spec| spec.ports[0].port = Some(7069),
@@ -430,6 +438,7 @@ fn entry(index: i32, port: i32, count: i32) -> PortEntry {
         offer: Offer::WhenListening,
         admission: None,
         proxy_protocol: ProxyProtocol::None,
+        replies: Replies::ServerPort,
     }
 }
 
@@ -453,6 +462,7 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         1 => Just(Offer::Always)
     ];
     let without_port = prop_oneof![9 => Just(false), 1 => Just(true)];
+    let replies = prop_oneof![2 => Just(Replies::ServerPort), 1 => Just(Replies::AnyPort)];
     let proxy_protocol = prop_oneof![4 => Just(ProxyProtocol::None), 1 => Just(ProxyProtocol::V2)];
     (
         port,
@@ -461,16 +471,20 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         mapping,
         offer,
         proxy_protocol,
+        replies,
         without_port,
     )
         .prop_map(
-            |(port, count, protocol, mapping, offer, proxy_protocol, without_port)| PortEntry {
-                protocol,
-                mapping,
-                offer,
-                proxy_protocol,
-                port: (without_port != (mapping != Mapping::Identity)).then_some(port),
-                ..entry(0, port, count)
+            |(port, count, protocol, mapping, offer, proxy_protocol, replies, without_port)| {
+                PortEntry {
+                    protocol,
+                    mapping,
+                    offer,
+                    proxy_protocol,
+                    replies,
+                    port: (without_port != (mapping != Mapping::Identity)).then_some(port),
+                    ..entry(0, port, count)
+                }
             },
         )
 }

@@ -1,7 +1,7 @@
 use super::*;
 use jiff::Timestamp;
 
-use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol};
+use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol, Replies};
 use crate::selection::{RefusalCause, Select};
 use crate::session::{PortFilter, SessionState};
 use crate::sock_diag::Protocol;
@@ -32,6 +32,7 @@ fn range(name: &str, first: u16, server_port: u16, count: u16) -> PortRange {
         offer: Offer::WhenListening,
         admission: None,
         proxy_protocol: ProxyProtocol::None,
+        replies: Replies::ServerPort,
     }
 }
 

@@ -152,21 +152,25 @@ fn snapshot() -> impl Strategy<Value = ForwarderSnapshot> {
         any::<u64>(),
         any::<SocketAddr>(),
         any::<Option<IpAddr>>(),
+        any::<Option<SocketAddr>>(),
         idle(),
     );
-    let flows = flows.prop_map(|(port, session, client, local, idle)| FlowSnapshot {
-        port,
-        session: SessionKey(session),
-        client,
-        local,
-        server: descriptor(),
-        idle,
-        traffic: Traffic {
-            upstream_bytes: session / 2,
-            downstream_bytes: session / 3,
+    let flows = flows.prop_map(
+        |(port, session, client, local, target, idle)| FlowSnapshot {
+            port,
+            session: SessionKey(session),
+            client,
+            local,
+            server: descriptor(),
+            target,
+            idle,
+            traffic: Traffic {
+                upstream_bytes: session / 2,
+                downstream_bytes: session / 3,
+            },
+            is_assured: session % 2 == 0,
         },
-        is_assured: session % 2 == 0,
-    });
+    );
     let datagrams = vec(vec(any::<u8>(), 0..100), 0..8);
     let clients = (
         port(),

@@ -167,6 +167,12 @@ pub struct Flow {
     pub downstream_bytes: u64,
     #[prost(bool, tag = "8")]
     pub is_assured: bool,
+    /// Of a flow with replies from any port: the server's IP address and the port that
+    /// the client's datagrams go to. Empty for others, whose socket is connected, and
+    /// from an older process, which has no such flows. An older process that takes one
+    /// over ends it, because its socket is not connected.
+    #[prost(string, tag = "9")]
+    pub target: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Clients {

@@ -2,7 +2,7 @@
 //! conversions for each kind. Descriptors travel beside the messages, so the
 //! way back takes them too. What does not parse is an error: nothing is guessed.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
 use std::time::Duration;
@@ -156,6 +156,7 @@ impl From<&FlowSnapshot> for v1::Flow {
             upstream_bytes: flow.traffic.upstream_bytes,
             downstream_bytes: flow.traffic.downstream_bytes,
             is_assured: flow.is_assured,
+            target: text(flow.target),
         }
     }
 }
@@ -176,6 +177,7 @@ impl TryFrom<(v1::Flow, OwnedFd)> for FlowSnapshot {
                 downstream_bytes: flow.downstream_bytes,
             },
             is_assured: flow.is_assured,
+            target: parse_optional(&flow.target)?,
         })
     }
 }
@@ -240,7 +242,7 @@ pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn text(address: Option<IpAddr>) -> String {
+fn text(address: Option<impl ToString>) -> String {
     address.map_or_else(String::new, |address| address.to_string())
 }
 
@@ -249,7 +251,7 @@ fn parse<T: FromStr>(text: &str) -> Result<T, Error> {
     text.parse().map_err(malformed)
 }
 
-fn parse_optional(text: &str) -> Result<Option<IpAddr>, Error> {
+fn parse_optional<T: FromStr>(text: &str) -> Result<Option<T>, Error> {
     if text.is_empty() {
         return Ok(None);
     }

@@ -203,7 +203,10 @@ fn encode_forwarding(
         "transport",
         &unanswered,
     )?;
-    let dropped = [("buffer_full", counted.datagrams_dropped)];
+    let dropped = [
+        ("buffer_full", counted.datagrams_dropped),
+        ("not_of_server", counted.datagrams_of_others),
+    ];
     family(
         encoder,
         "portpool_datagrams_dropped",

@@ -5,7 +5,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::*;
 use crate::forward::{Decision, Gate, PendingId, Traffic, Transport};
 use crate::pool::{
-    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle,
+    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies,
     Sessions as Settings,
 };
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
@@ -23,6 +23,7 @@ fn table(admission: Admission) -> Table {
         offer: Offer::WhenListening,
         admission: None,
         proxy_protocol: ProxyProtocol::None,
+        replies: Replies::ServerPort,
     };
     let row = |slot: u16| Row {
         slot: Slot(slot.into()),

@@ -10,7 +10,7 @@ use quinn_udp::UdpSocketState;
 
 use super::addresses::AddressPair;
 use super::batch::{Batch, ReceiveBatchSize, Run};
-use super::flow::{Flow, connect};
+use super::flow::{self, Flow};
 use super::flows::Flows;
 use super::port::Port;
 use super::ports::{DrainingPorts, Ports};
@@ -280,11 +280,11 @@ impl Datagrams {
         let route = io.routes.get(client.port);
         let opened = match route {
             None => Err(&io.counters.no_server),
-            Some(route) => connect(route.target)
-                .map(|server| (server, route.target))
+            Some(route) => flow::open(route.target, route.replies)
+                .map(|server| (server, route))
                 .map_err(|errno| io.counters.unreachable(errno)),
         };
-        let (server, target) = match opened {
+        let (server, route) = match opened {
             Ok(opened) => opened,
             Err(counter) => {
                 count(counter);
@@ -297,7 +297,8 @@ impl Datagrams {
             addresses: client.addresses,
             session,
             server,
-            target,
+            target: route.target,
+            replies: route.replies,
             receive_batch_size: ReceiveBatchSize::new(),
             client_active: io.now,
             server_active: io.now,
@@ -327,16 +328,20 @@ impl Datagrams {
                     break;
                 }
             };
-            flow.server_active = io.now;
             let mut next = 0;
             while next < received.count {
                 let (run, after) = batch.run(next, received.count);
+                next = after;
+                if !flow.takes_from(run.addresses.client) {
+                    add(&io.counters.datagrams_of_others, run.count());
+                    continue;
+                }
+                flow.server_active = io.now;
                 let length = run.bytes.len() as u64;
                 flow.traffic.downstream_bytes += length;
                 io.scratch.carried.downstream_bytes += length;
                 let sent = port.reply(flow, run);
                 add(&io.counters.datagrams_dropped, sent.dropped);
-                next = after;
             }
             if !received.has_more {
                 break;

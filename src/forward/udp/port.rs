@@ -16,6 +16,7 @@ use super::flow::Flow;
 use super::reports::{self, Report};
 use crate::forward::listeners::Listener;
 use crate::forward::slab::Key;
+use crate::pool::Replies;
 
 /// An open UDP connection port.
 #[derive(Debug)]
@@ -78,7 +79,8 @@ impl Port {
         flow: &mut Flow,
         batch: &mut Batch,
     ) -> io::Result<Received> {
-        if flow.receive_batch_size.is_single() {
+        let is_connected = flow.replies == Replies::ServerPort;
+        if is_connected && flow.receive_batch_size.is_single() {
             return batch.receive_one(
                 flow.server.as_fd(),
                 flow.target,
@@ -93,9 +95,13 @@ impl Port {
     pub(super) fn send_upstream(&self, flow: &mut Flow, run: Run<'_>) -> Sent {
         let socket = flow.server.as_fd();
         let plain = |datagram: &[u8]| {
-            net::send(&flow.server, datagram, SendFlags::empty())
-                .map(drop)
-                .map_err(io::Error::from)
+            let sent = match flow.replies {
+                Replies::ServerPort => net::send(&flow.server, datagram, SendFlags::empty()),
+                Replies::AnyPort => {
+                    net::sendto(&flow.server, datagram, SendFlags::empty(), &flow.target)
+                }
+            };
+            sent.map(drop).map_err(io::Error::from)
         };
         let sent = self.send(run, socket, flow.target, None, plain);
         flow.traffic.upstream_bytes += sent.bytes;

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use super::{FieldProblem, FieldRule, broken};
 use crate::pool::{
     AGENT_PORTS, ConnectionPorts, MAX_PORT, Mapping, Offer, PortEntry, PortProtocol,
-    ProcessingPoolSpec, ProxyProtocol,
+    ProcessingPoolSpec, ProxyProtocol, Replies,
 };
 
 pub(in crate::pool) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
@@ -153,6 +153,18 @@ pub(in crate::pool) const PROXY_PROTOCOL_OVER_TCP: FieldRule<PortEntry> = FieldR
                 "V2 needs protocol TCP; this is {}: set protocol: TCP, or remove proxyProtocol",
                 entry.protocol.name()
             )
+        })
+    },
+};
+
+pub(in crate::pool) const REPLIES_OVER_UDP: FieldRule<PortEntry> = FieldRule {
+    cel: || "self.replies == 'ServerPort' || self.protocol != 'TCP'".to_owned(),
+    message: || "replies AnyPort needs protocol UDP or TCPUDP".to_owned(),
+    problems: |entry| {
+        let is_broken = entry.replies != Replies::ServerPort && !entry.protocol.has_udp();
+        broken(is_broken, "replies", || {
+            "AnyPort needs protocol UDP or TCPUDP; this is TCP: set protocol: UDP, or remove replies"
+                .to_owned()
         })
     },
 };

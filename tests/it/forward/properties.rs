@@ -166,8 +166,20 @@ const UDP: &[Property] = &[
     property(
         "answers from another port or address of the server",
         "no",
-        "Only what comes from the server port is forwarded: the kernel drops the rest. So TFTP, where each transfer has a port of its own, does not work. `portpool_flows_unanswered_total` counts the flows that ended without an answer.",
+        "Only what comes from the server port is forwarded: the kernel drops the rest. `portpool_flows_unanswered_total` counts the flows that ended without an answer.",
         "answers_from_another_port_of_the_server_are_dropped",
+    ),
+    property(
+        "answers from another port of the server, with `replies: AnyPort`",
+        "yes",
+        "They come from the connection port, and the client's next datagrams go to the port that has answered last, as TFTP needs. So a client asks anew from another port of its own. A flow does not end when the server's port is closed: the kernel reports that for connected sockets only.",
+        "a_flow_goes_on_with_the_port_that_has_answered_last",
+    ),
+    property(
+        "answers from another host, with `replies: AnyPort`",
+        "no",
+        "They are dropped, and counted in `portpool_datagrams_dropped_total`. Every program at the server's address may answer, also one that pretends to have that address, if the network lets it.",
+        "a_flow_takes_nothing_from_another_host_than_its_server",
     ),
     property(
         "fragmentation, DF, path MTU",
@@ -225,6 +237,7 @@ fn generated_page_lists_what_forwarding_keeps() {
         include_str!("ports.rs"),
         include_str!("properties_tcp.rs"),
         include_str!("properties_udp.rs"),
+        include_str!("replies.rs"),
         include_str!("udp.rs"),
         include_str!("udp_ends.rs"),
         include_str!("urgent.rs"),

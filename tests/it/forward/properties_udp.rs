@@ -1,10 +1,9 @@
 //! Properties of UDP that docs/forwarding.md lists and no other test shows.
 
 use std::collections::HashSet;
-use std::io::{ErrorKind, IoSliceMut};
+use std::io::IoSliceMut;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::time::Duration;
 
 use nix::libc;
 use nix::sys::socket::sockopt::{Ipv4RecvTtl, Ipv6DontFrag};
@@ -16,22 +15,13 @@ use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 use rustix::net::sockopt::{self, Ipv4PathMtuDiscovery, Ipv6PathMtuDiscovery};
 
 use super::bench::{Bench, SESSION, SOON, until};
-use super::udp::{WILDCARDS, udp_client, udp_echo};
+use super::udp::{WILDCARDS, expect_nothing, udp_client, udp_echo};
 
 /// A server that waits no longer than a test may take.
 fn server(bench: &Bench) -> UdpSocket {
     let server = UdpSocket::bind((bench.server, 7000)).unwrap();
     server.set_read_timeout(Some(SOON)).unwrap();
     server
-}
-
-/// Fails when something arrives within a while.
-fn expect_nothing(socket: &UdpSocket) {
-    let while_long = Duration::from_millis(300);
-    socket.set_read_timeout(Some(while_long)).unwrap();
-    let error = socket.recv(&mut [0; 16]).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::WouldBlock);
-    socket.set_read_timeout(Some(SOON)).unwrap();
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Datagrams through the data plane.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
 
 use portpool::forward::Decision;
 use portpool::table::{ListenPort, PortRange};
@@ -36,6 +38,15 @@ pub(super) fn udp_client(bench: &Bench) -> UdpSocket {
     socket.set_read_timeout(Some(SOON)).unwrap();
     socket.connect((bench.listen, bench.first)).unwrap();
     socket
+}
+
+/// Fails when something arrives within a while.
+pub(super) fn expect_nothing(socket: &UdpSocket) {
+    let while_long = Duration::from_millis(300);
+    socket.set_read_timeout(Some(while_long)).unwrap();
+    let error = socket.recv(&mut [0; 16]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::WouldBlock);
+    socket.set_read_timeout(Some(SOON)).unwrap();
 }
 
 #[test]

@@ -1,10 +1,12 @@
 //! The examples of real programs, each with a client of its own kind.
 
+use std::fs::{self, Permissions};
 use std::io::{Read, Write};
 use std::net::{TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use super::{ASK, Local, connect, example, portpool, request};
+use super::{ASK, Local, connect, example, portpool, request, write};
 use crate::common::SOON;
 
 #[test]
@@ -182,6 +184,45 @@ fn the_desktop_example_shows_each_client_a_screen_of_its_own() {
     for (_, picture) in &seen {
         let is_white = |pixel: &[u8]| pixel[..3] == [255; 3];
         assert!(picture.chunks(4).all(is_white));
+    }
+    local.stop();
+}
+
+#[test]
+fn the_tftp_example_sends_and_receives_files() {
+    // The server reads and writes as another user, and only files that are there.
+    let files = tempfile::tempdir().unwrap();
+    fs::set_permissions(&files, Permissions::from_mode(0o755)).unwrap();
+    let writable = files.path().join("upload");
+    fs::write(&writable, "").unwrap();
+    fs::set_permissions(&writable, Permissions::from_mode(0o666)).unwrap();
+    let content: Vec<u8> = (0..700_001_u32)
+        .map(|n| n.wrapping_mul(n).to_le_bytes()[1])
+        .collect();
+    let boot = files.path().join("boot.img");
+    fs::write(&boot, &content).unwrap();
+    let manifest = fs::read_to_string(example("tftp.yaml")).unwrap();
+    let folder = files.path().display().to_string();
+    let (_folder, file) = write(&manifest.replace("/srv/tftp", &folder));
+    let local = Local::start(&file);
+    local.until("32 ports free");
+    let (host, port) = request();
+    let curl = |further: &[&str], name: &str| {
+        let url = format!("tftp://{host}:{port}/{name}");
+        let mut curl = Command::new("curl");
+        curl.args(["--silent", "--show-error", "--max-time", "20", &url]);
+        let output = curl.args(further).output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{further:?}: {error}");
+        output.stdout
+    };
+    // Each transfer has another port of the client, and is another flow.
+    for options in [&["--tftp-no-options"][..], &["--tftp-blksize", "1400"]] {
+        assert!(curl(options, "boot.img") == content);
+        let upload = [options, &["--upload-file", boot.to_str().unwrap()]].concat();
+        curl(&upload, "upload");
+        assert!(fs::read(&writable).unwrap() == content);
+        fs::write(&writable, "").unwrap();
     }
     local.stop();
 }

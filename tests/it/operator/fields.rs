@@ -19,6 +19,8 @@ struct Case {
     changed: Value,
     /// A value that cannot be satisfied, with words of the answer or the condition.
     unsatisfiable: Option<(Value, &'static str)>,
+    /// Another field and the value that `changed` needs there.
+    needs: Option<(&'static str, Value)>,
 }
 
 fn case(path: &'static str, changed: Value) -> Case {
@@ -26,12 +28,18 @@ fn case(path: &'static str, changed: Value) -> Case {
         path,
         changed,
         unsatisfiable: None,
+        needs: None,
     }
 }
 
 impl Case {
     fn unsatisfiable(mut self, value: Value, words: &'static str) -> Self {
         self.unsatisfiable = Some((value, words));
+        self
+    }
+
+    fn needs(mut self, path: &'static str, value: Value) -> Self {
+        self.needs = Some((path, value));
         self
     }
 }
@@ -57,6 +65,9 @@ fn cases() -> Vec<Case> {
         case("ports[].offer", json!("Always")).unsatisfiable(json!("WhenAnyListens"), "TCPUDP"),
         case("ports[].admission", json!("Open")),
         case("ports[].proxyProtocol", json!("V2")),
+        case("ports[].replies", json!("AnyPort"))
+            .unsatisfiable(json!("AnyPort"), "needs protocol UDP or TCPUDP")
+            .needs("ports[].protocol", json!("UDP")),
         case("connectionServer.replicas", json!(2)),
         case("connectionServer.loadSharingPort", json!(7800))
             .unsatisfiable(json!(20_001), "must lie outside connectionPorts"),
@@ -285,7 +296,12 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
         world(space, pool).await
     };
     let before = back().await;
-    let mut changed = base();
+    let (mut changed, mut unchanged) = (base(), before.clone());
+    if let Some((other, value)) = &case.needs {
+        set(&mut changed, other, value.clone());
+        space.make_ready(pool, changed.clone()).await;
+        unchanged = world(space, pool).await;
+    }
     set(&mut changed, path, case.changed.clone());
     let answer = space.apply(pool, changed).await;
     if path == "connectionServer.exposure" {
@@ -298,7 +314,7 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
         // ports only with a load balancer.
         let is_idle = path.ends_with("connectionPorts.last") || path.ends_with("NodePorts");
         if !is_idle {
-            assert_ne!(world(space, pool).await, before, "{path} has no effect");
+            assert_ne!(world(space, pool).await, unchanged, "{path} has no effect");
         }
     }
     let mut without = base();
