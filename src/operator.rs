@@ -44,12 +44,14 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::future::{FutureExt, join_all};
 use kube::api::ListParams;
-use kube::runtime::controller::Config;
+use kube::runtime::controller::{Action, Config};
 use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::reflector::ObjectRef;
 use kube::runtime::utils::Backoff;
 use kube::runtime::{Controller, WatchStreamExt, reflector, watcher};
 use kube::{Api, Client};
 use prometheus_client::registry::Registry;
+use tokio::sync::Semaphore;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -64,8 +66,10 @@ use crate::plan::objects::{MANAGER, Settings};
 use crate::pool::ProcessingPool;
 use crate::{admin, cluster};
 
-/// Time for which changes of a pool are collected, so that one reconcile sees them.
-const DEBOUNCE: Duration = Duration::from_millis(100);
+/// How long a reconcile waits after the change that caused it, so that it sees what
+/// follows, too. It does not wait anew for each further change: changes that never
+/// pause, as those of many servers, must not keep a pool from being reconciled.
+const COALESCE: Duration = Duration::from_millis(100);
 
 /// How long the reconciles under way may go on at the end. Each is safe to cut:
 /// the next controller observes what there is.
@@ -110,7 +114,7 @@ pub struct Options {
     pub lease: Option<String>,
 
     /// Number of pools that are reconciled at the same time, per watched namespace
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     pub concurrency: u16,
 
     /// Interval in seconds at which the pods of a pool are listed, whatever the watches show
@@ -338,6 +342,17 @@ async fn controllers(client: &Client, options: &Options, metrics: &Arc<Metrics>,
     join_all(controllers).await;
 }
 
+/// Reconciles the pool as it is a moment after the change of `changed`. What changes
+/// after that is one more reconcile.
+async fn coalesced(changed: &ProcessingPool, context: &Context) -> Result<Action, requests::Error> {
+    sleep(COALESCE).await;
+    let _one = context.at_once.acquire().await;
+    match context.pools.get(&ObjectRef::from_obj(changed)) {
+        Some(pool) => reconcile::reconcile(&pool, context).await,
+        None => Ok(Action::await_change()),
+    }
+}
+
 async fn controller(
     client: Client,
     scope: Option<String>,
@@ -352,11 +367,9 @@ async fn controller(
         .modify(|pool| pool.metadata.managed_fields = None)
         .reflect(writer)
         .applied_objects();
-    let config = Config::default()
-        .debounce(DEBOUNCE)
-        .concurrency(options.concurrency);
+    // Not bounded here: a reconcile that waits for further changes costs nothing.
     let mut controller = Controller::for_stream(pool_changes, pool_store.clone())
-        .with_config(config)
+        .with_config(Config::default().concurrency(0))
         .trigger_backoff(OwnBackoff)
         .graceful_shutdown_on(end.stopping.cancelled_owned());
     let (stores, changes) = Stores::watch(&client, scope.as_deref());
@@ -380,12 +393,13 @@ async fn controller(
         },
         metrics,
         memory: Memory::new(Duration::from_secs(options.resync_seconds)),
+        at_once: Semaphore::new(options.concurrency.into()),
     };
     controller
         .run(
             move |pool, context: Arc<Context>| {
                 end.under_way
-                    .track_future(async move { reconcile::reconcile(&pool, &context).await })
+                    .track_future(async move { coalesced(&pool, &context).await })
             },
             |pool, error, context| reconcile::after_error(&pool, error, &context),
             Arc::new(context),

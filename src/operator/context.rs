@@ -7,6 +7,7 @@ use std::sync::Arc;
 use kube::Client;
 use kube::runtime::events::Recorder;
 use kube::runtime::reflector::Store;
+use tokio::sync::Semaphore;
 
 use super::memory::Memory;
 use super::metrics::Metrics;
@@ -26,6 +27,8 @@ pub(super) struct Context {
     pub(super) recorder: Recorder,
     pub(super) metrics: Arc<Metrics>,
     pub(super) memory: Memory,
+    /// The reconciles that may go on at the same time.
+    pub(super) at_once: Semaphore,
 }
 
 /// One reconcile of a pool whose spec is valid.

@@ -4,6 +4,7 @@ mod examples;
 mod faults;
 mod fields;
 mod lease;
+mod readiness;
 mod scale;
 mod status;
 mod whole_path;
