@@ -70,6 +70,10 @@ pub struct Observed<'a> {
     /// Whether new servers can be created. While they cannot, no server is
     /// started, and none is replaced by one of a newer template.
     pub may_start: bool,
+    /// Whether a row may get another `not_ready` than it has. Otherwise only that of
+    /// a server that is new in its slot is set: the caller bounds how often many
+    /// servers that come and go change the table.
+    pub may_mark: bool,
     /// The processing servers, in any order, at most one for each slot.
     pub servers: &'a [ObservedServer],
 }
@@ -84,6 +88,7 @@ impl<'a> Observed<'a> {
             last_written: None,
             seen_generation: 0,
             may_start: true,
+            may_mark: true,
             servers: &[],
         }
     }
@@ -98,8 +103,12 @@ pub struct ObservedServer {
     pub uid: String,
     /// The address at which the server answers, once known.
     pub address: Option<IpAddr>,
-    /// Whether the server takes sessions.
+    /// Whether the server is up as a whole, its agent included.
     pub is_ready: bool,
+    /// Whether the workload is not ready, so that the server gets no new sessions.
+    /// The agent does not count: it reports by itself what it can give, and what is
+    /// given must not depend on what it reports.
+    pub not_ready: bool,
     /// Whether the server was created from a former template, or is too old.
     pub is_outdated: bool,
     /// Whether the server has had all the sessions that it takes.
@@ -234,7 +243,11 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     ports::lay_out(&mut rows, pool);
     for row in &mut rows {
         let server = servers.get(row.slot);
-        row.server_uid = server.map(|server| server.uid.clone());
+        let uid = server.map(|server| server.uid.clone());
+        if observed.may_mark || row.server_uid != uid {
+            row.not_ready = server.is_some_and(|server| server.not_ready);
+        }
+        row.server_uid = uid;
         row.address = server.and_then(|server| server.address);
         row.draining_since = match row.state {
             RowState::Active => None,
@@ -368,6 +381,7 @@ pub fn empty_row(pool: &ValidPool, slot: Slot) -> Row {
         server_uid: None,
         address: None,
         state: RowState::Active,
+        not_ready: false,
         draining_since: None,
         ranges: Vec::new(),
     }

@@ -201,6 +201,10 @@ pub struct ServerState {
     pub attached: bool,
     /// Whether it is being removed.
     pub draining: bool,
+    /// Whether its pod is not Ready, so that it gets no new sessions. Those that it
+    /// has go on.
+    #[serde(default)]
+    pub not_ready: bool,
     /// Whether it has had all the sessions that it takes, and is replaced when they
     /// are over.
     #[serde(default)]

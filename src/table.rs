@@ -152,8 +152,12 @@ pub struct Row {
     /// Address at which the server answers; absent until it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<IpAddr>,
-    /// Whether the server gets new sessions.
+    /// Whether the slot takes new sessions.
     pub state: RowState,
+    /// Whether the server gets no new sessions because its workload is not ready.
+    /// Older readers of the same format ignore it: to them every server is ready.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub not_ready: bool,
     /// Time at which the row became `Draining`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draining_since: Option<Timestamp>,

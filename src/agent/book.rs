@@ -112,6 +112,7 @@ pub struct Book {
     /// still lists one must not bring it back.
     over: BTreeSet<SessionId>,
     row_draining: bool,
+    row_not_ready: bool,
     stopping: bool,
     recycling: Recycling,
 }
@@ -133,6 +134,7 @@ impl Book {
             recovering_until,
             over: BTreeSet::new(),
             row_draining: false,
+            row_not_ready: false,
             stopping: false,
             recycling: Recycling::new(recovering_until.is_some()),
         }
@@ -143,6 +145,7 @@ impl Book {
     pub fn set_row(&mut self, row: Option<&Row>, times: Times, now: Now) -> Vec<Notice> {
         self.times = times;
         self.row_draining = row.is_none_or(|row| row.state == RowState::Draining);
+        self.row_not_ready = row.is_some_and(|row| row.not_ready);
         let orphans = self.ports.set_row(row, now.monotonic);
         let mut notices = Vec::new();
         for port in orphans {
@@ -318,6 +321,7 @@ impl Book {
             ports,
             draining: self.is_draining(),
             spent: self.is_spent(),
+            not_ready: self.row_not_ready,
             returning: self.ports.returning(),
         }
     }

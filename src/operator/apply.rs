@@ -1,6 +1,8 @@
 //! The steps validate and apply: asks the API server about the template, and
 //! carries a plan out, the table first.
 
+use std::time::Instant;
+
 use serde_json::Value;
 use tracing::info;
 
@@ -9,7 +11,7 @@ use super::observation::Observation;
 use super::requests::{Error, PodToDelete};
 use crate::plan::objects;
 use crate::plan::{Plan, server_name};
-use crate::table::{Slot, Table};
+use crate::table::{Row, Slot, Table};
 
 /// What became of a plan.
 pub(super) struct Applied {
@@ -26,6 +28,18 @@ pub(super) struct Applied {
 struct AppliedObjects {
     has_changed_deployment: bool,
     errors: Vec<Error>,
+}
+
+/// Whether `table` says of a server that was there already that it is ready, and
+/// `former` the opposite. What is said of a new server costs no table of its own.
+fn marks_anew(former: &Table, table: &Table) -> bool {
+    let is_other = |row: &Row| {
+        let former = former.row(row.slot);
+        former.is_some_and(|former| {
+            former.server_uid == row.server_uid && former.not_ready != row.not_ready
+        })
+    };
+    table.rows.iter().any(is_other)
 }
 
 impl Reconcile<'_> {
@@ -99,7 +113,7 @@ impl Reconcile<'_> {
     async fn apply_table(&self, observation: &Observation, table: &Table) -> Result<(), Error> {
         let text = table.encode()?;
         let observed = &observation.table;
-        let mut version = None;
+        let (mut version, mut is_marked) = (None, false);
         if observed.text.as_ref() != Some(&text) || observed.table.is_none() {
             let replaced = observed.resource_version.as_deref();
             let map = objects::config_map(self.owner, &text, replaced);
@@ -107,8 +121,13 @@ impl Reconcile<'_> {
             version = written.and_then(|version| version.parse().ok());
             let (generation, servers) = (table.generation, table.rows.len());
             info!(generation, servers, "table written");
+            let former = observed.table.as_ref();
+            is_marked = former.is_some_and(|former| marks_anew(former, table));
         }
         self.context.memory.with(self.owner.uid, |memory| {
+            if is_marked {
+                memory.marked = Some(Instant::now());
+            }
             memory.table_version = version.unwrap_or(memory.table_version);
             memory.table = Some(table.clone());
         });

@@ -14,6 +14,11 @@ use crate::table::Table;
 /// Longest run of waits for a watch that does not show all pods yet.
 const MOST_WAITS: u32 = 10;
 
+/// Shortest time between two tables that mark other servers as not ready. However
+/// many servers come and go, readiness costs one write a second; what has changed
+/// meanwhile is in the next one.
+const MARK_INTERVAL: Duration = Duration::from_secs(1);
+
 /// What is remembered of a pool.
 #[derive(Clone, Debug, Default)]
 pub(super) struct OfPool {
@@ -26,6 +31,8 @@ pub(super) struct OfPool {
     deleted_pods: HashSet<String>,
     /// The template that the API server has accepted.
     pub(super) checked_template: Option<String>,
+    /// Time of the last table that marked other servers as not ready.
+    pub(super) marked: Option<Instant>,
     /// Number of errors in a row.
     pub(super) failures: u32,
     /// Time of the last listing of the pool's pods.
@@ -52,6 +59,15 @@ impl Memory {
 
     pub(super) fn resync(&self) -> Duration {
         self.resync
+    }
+
+    /// The time until servers may be marked as ready or not ready; zero if they may
+    /// be now.
+    pub(super) fn until_marks(&self, uid: &str) -> Duration {
+        let marked = self.with(uid, |memory| memory.marked);
+        marked.map_or(Duration::ZERO, |marked| {
+            MARK_INTERVAL.saturating_sub(marked.elapsed())
+        })
     }
 
     pub(super) fn forget(&self, uid: &str) {

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::stores::{DELETION_COST, Stores, is_owned};
 use crate::plan::objects::{
-    COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
+    AGENT, COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
     RANGES_ANNOTATION, annotated_ranges, connection_server_name, hash, table_name,
 };
 use crate::plan::status::{Blocker, ObservedDeployment};
@@ -29,6 +29,11 @@ const STUCK: [&str; 6] = [
     "CreateContainerConfigError",
     "CreateContainerError",
 ];
+
+/// Reason of a Ready condition that is false because of a readiness gate.
+///
+/// Source: Kubernetes, pkg/kubelet/status, `GeneratePodReadyCondition`.
+const UNMET_GATE: &str = "ReadinessGatesNotReady";
 
 /// The table's ConfigMap.
 #[derive(Debug, Default)]
@@ -160,6 +165,28 @@ fn is_ready(pod: &DynamicObject) -> bool {
     condition(pod, "Ready").is_some_and(|condition| condition["status"] == "True")
 }
 
+/// Whether all of `pod` is Ready but, perhaps, the agent.
+///
+/// The condition Ready is false also when the control plane has lost the pod's
+/// node, while the statuses of the containers stay as the kubelet reported them
+/// last. Whether the server can be reached, connection servers see themselves.
+fn is_workload_ready(pod: &DynamicObject) -> bool {
+    if is_ready(pod) {
+        return true;
+    }
+    let has_gate = condition(pod, "Ready").is_some_and(|it| it["reason"] == UNMET_GATE);
+    let of = |list: &str| {
+        let path = format!("/status/{list}");
+        let statuses = pod.data.pointer(&path).and_then(Value::as_array);
+        statuses.into_iter().flatten()
+    };
+    let is_ready = |status: &Value| status["ready"] == true || status["name"] == AGENT;
+    !has_gate
+        && of("containerStatuses").next().is_some()
+        && of("containerStatuses").all(is_ready)
+        && of("initContainerStatuses").all(is_ready)
+}
+
 fn server(
     pod: &DynamicObject,
     pool: &str,
@@ -180,6 +207,7 @@ fn server(
         uid: pod.uid().unwrap_or_default(),
         address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
         is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none(),
+        not_ready: !is_workload_ready(pod),
         is_outdated: pod
             .annotations()
             .get(HASH_ANNOTATION)
@@ -298,5 +326,60 @@ fn address(stores: &Stores, namespace: &str, pool: &ValidPool, pods: &Pods) -> O
             let host = ready.find_map(|pod| text(pod, "/status/hostIP"));
             host.map(|host| format!("{host}:{port}"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A pod with the containers `main` and, before it, the agent.
+    fn pod(condition: &Value, main: bool, agent: bool) -> DynamicObject {
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "games-0" },
+            "status": {
+                "conditions": [condition],
+                "containerStatuses": [{ "name": "main", "ready": main }],
+                "initContainerStatuses": [
+                    { "name": AGENT, "ready": agent },
+                    { "name": "prepare", "ready": true },
+                ],
+            },
+        });
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn ready(status: &str, reason: &str) -> Value {
+        json!({ "type": "Ready", "status": status, "reason": reason })
+    }
+
+    #[test]
+    fn a_workload_is_as_ready_as_its_containers_whatever_its_agent_reports() {
+        let unready = ready("False", "ContainersNotReady");
+        let cases = [
+            ("all", pod(&ready("True", ""), true, true), true),
+            ("its probe fails", pod(&unready, false, true), false),
+            ("nor the agent", pod(&unready, false, false), false),
+            ("the agent only", pod(&unready, true, false), true),
+            // The node controller changes this condition only.
+            ("lost node", pod(&ready("False", ""), true, true), true),
+            (
+                "a gate",
+                pod(&ready("False", UNMET_GATE), true, true),
+                false,
+            ),
+            ("not started", pod(&json!({}), false, false), false),
+        ];
+        for (name, pod, expected) in cases {
+            assert_eq!(is_workload_ready(&pod), expected, "{name}");
+        }
+        let bare = json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "games-0" } });
+        let bare: DynamicObject = serde_json::from_value(bare).unwrap();
+        assert!(!is_workload_ready(&bare), "just created");
+        let mut sidecar = pod(&unready, true, true);
+        sidecar.data["status"]["initContainerStatuses"][1]["ready"] = false.into();
+        assert!(!is_workload_ready(&sidecar), "a sidecar's probe fails");
     }
 }

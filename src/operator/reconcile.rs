@@ -128,12 +128,16 @@ async fn step(resource: &ProcessingPool, context: &Context) -> Result<Progress, 
     }
 
     reconcile.report(&observation, &applied, &findings).await?;
+    // Another server may have become ready meanwhile.
+    let until_marks = context.memory.until_marks(reconcile.owner.uid);
+    let until_marks = Some(until_marks).filter(|until| !until.is_zero());
     let is_blocked = !findings.blockers.is_empty();
     match findings.failure {
         Some(failure) => Err(failure),
         None => Ok(Progress {
             next_after: pause(&pool, applied.table.as_ref(), is_blocked, &observation)
-                .min(context.memory.resync()),
+                .min(context.memory.resync())
+                .min(until_marks.unwrap_or(Duration::MAX)),
             is_blocked,
         }),
     }
@@ -154,6 +158,7 @@ impl Reconcile<'_> {
             last_written: last_written.as_ref(),
             seen_generation: reported.max(observation.table.generation),
             may_start,
+            may_mark: memory.until_marks(self.owner.uid).is_zero(),
             servers: &observation.servers,
         };
         plan(self.owner.pool, &observed, Timestamp::now())

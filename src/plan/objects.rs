@@ -14,7 +14,7 @@ mod pod;
 use serde_json::{Map, Value, json};
 use xxhash_rust::xxh3::xxh3_64;
 
-pub use self::pod::{annotated_ranges, pod, pods, template_hash};
+pub use self::pod::{AGENT, annotated_ranges, pod, pods, template_hash};
 use super::ValidPool;
 use crate::table::{TABLE_KEY, Table};
 

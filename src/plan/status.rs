@@ -210,13 +210,14 @@ fn missing(input: &StatusInput<'_>) -> Option<Blocker> {
     }
     let up = of(RowState::Active).filter(|row| {
         server(row.slot).is_some_and(|server| {
-            server.is_ready && !server.is_stopping && !server.is_outdated && row.address.is_some()
+            let is_good = server.is_ready && !server.is_stopping && !server.is_outdated;
+            is_good && row.address.is_some() && !row.not_ready
         })
     });
     let up = up.count();
     if up < wanted {
         let waiting = of(RowState::Active)
-            .find(|row| server(row.slot).is_none_or(|server| !server.is_ready))
+            .find(|row| row.not_ready || server(row.slot).is_none_or(|server| !server.is_ready))
             .map_or_else(String::new, |row| format!("; pod {} is not", row.server));
         let message = format!("{up} of {wanted} processing servers are ready{waiting}");
         return Some(Blocker::new("ServersNotReady", message));

@@ -332,6 +332,48 @@ fn a_failed_server_is_stopped_and_a_stopping_one_is_waited_for() {
 }
 
 #[test]
+fn a_row_follows_the_readiness_of_its_server_while_it_may() {
+    let pool = pool(2, 4);
+    let mut world = World::default();
+    world.settle(&pool);
+    let table = world.table.clone().unwrap();
+    assert!(table.rows.iter().all(|row| !row.not_ready));
+    let mut servers: Vec<_> = world.servers.values().cloned().collect();
+    let plan_next = |published: &Table, servers: &[ObservedServer], may_mark| {
+        let observed = Observed {
+            published: Some(published),
+            servers,
+            may_mark,
+            ..Observed::nothing("uid")
+        };
+        plan(&pool, &observed, Timestamp::UNIX_EPOCH)
+    };
+    servers[1].not_ready = true;
+    assert_eq!(plan_next(&table, &servers, false).table, table);
+    let next = plan_next(&table, &servers, true);
+    assert!(next.start.is_empty() && next.stop.is_empty());
+    assert!(!next.takes_from_sessions(Some(&table)), "live ones go on");
+    let marked = next.table;
+    assert_eq!(marked.generation, table.generation + 1);
+    assert_eq!(
+        [marked.rows[0].not_ready, marked.rows[1].not_ready],
+        [false, true]
+    );
+    assert_eq!(marked.rows[1].ranges, table.rows[1].ranges);
+    assert_eq!(marked.rows[1].state, RowState::Active);
+    // It may change again when it may.
+    servers[1].not_ready = false;
+    assert_eq!(plan_next(&marked, &servers, false).table, marked);
+    assert_eq!(plan_next(&marked, &servers, true).table.rows, table.rows);
+    // Another server in the slot is never taken for the former one.
+    servers[1].uid = "another".to_owned();
+    servers[0].uid = "another, not ready yet".to_owned();
+    servers[0].not_ready = true;
+    let rows = plan_next(&marked, &servers, false).table.rows;
+    assert_eq!([rows[0].not_ready, rows[1].not_ready], [true, false]);
+}
+
+#[test]
 fn a_lost_table_goes_on_above_its_generation() {
     let observed = Observed {
         seen_generation: 41,
@@ -733,7 +775,7 @@ fn the_largest_table_fits_into_a_config_map() {
             slot: Slot(slot),
             uid: "6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10".to_owned(),
             address: Some("2001:db8:1234:5678:9abc:def0:1234:5678".parse().unwrap()),
-            is_ready: true,
+            not_ready: true,
             ..ObservedServer::default()
         })
         .collect();

@@ -144,6 +144,9 @@ pub struct Counts {
     /// Whether no port is offered any more, because the server has had all the
     /// sessions that it takes.
     pub spent: bool,
+    /// Whether no port is offered now, because the server's row says that its
+    /// workload is not ready.
+    pub not_ready: bool,
 }
 
 /// A session on a processing server.
@@ -216,6 +219,8 @@ pub enum RefusalCause {
     Malformed,
     /// The key belongs to a live session that a different request made.
     KeyReused,
+    /// The server's row says that its workload is not ready.
+    NotReady,
 }
 
 /// Why a session is over.

@@ -187,6 +187,10 @@ pub struct Counts {
     /// pool's recycle.afterSessions, and is replaced when they are over.
     #[prost(bool, tag = "4")]
     pub spent: bool,
+    /// No port is offered now: the server's row says that its workload is not
+    /// ready. A receiver that does not know the field goes on asking, and is refused.
+    #[prost(bool, tag = "5")]
+    pub not_ready: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PortCounts {
@@ -256,6 +260,9 @@ pub mod refused {
         Malformed = 6,
         /// The key belongs to a live session made by a different request.
         KeyReused = 7,
+        /// As not_ready of Counts. To an older receiver it is a cause that it does not
+        /// know: it asks another server.
+        NotReady = 8,
     }
     impl Cause {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -272,6 +279,7 @@ pub mod refused {
                 Self::Recovering => "RECOVERING",
                 Self::Malformed => "MALFORMED",
                 Self::KeyReused => "KEY_REUSED",
+                Self::NotReady => "NOT_READY",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -285,6 +293,7 @@ pub mod refused {
                 "RECOVERING" => Some(Self::Recovering),
                 "MALFORMED" => Some(Self::Malformed),
                 "KEY_REUSED" => Some(Self::KeyReused),
+                "NOT_READY" => Some(Self::NotReady),
                 _ => None,
             }
         }

@@ -24,6 +24,7 @@ pub(super) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
         server_uid: Some("6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10".to_owned()),
         address: Some("2001:db8:1234:5678:9abc:def0:1234:5678".parse().unwrap()),
         state: RowState::Active,
+        not_ready: false,
         draining_since: None,
         ranges,
     }
@@ -68,6 +69,20 @@ fn the_encoding_is_as_committed() {
             .unwrap(),
         golden
     );
+}
+
+#[test]
+fn what_a_row_does_not_say_is_as_before_there_was_a_field_for_it() {
+    let mut marked = table(vec![row(Slot(0), vec![range(20_000, 4)])]);
+    marked.rows[0].not_ready = true;
+    let text = marked.encode().unwrap();
+    assert_eq!(Table::decode(&text).unwrap(), marked);
+    // Older writers have no such field, and older readers ignore it, as this one
+    // ignores another.
+    let older = text.replace(r#""notReady":true,"#, "");
+    assert!(!Table::decode(&older).unwrap().rows[0].not_ready);
+    let newer = text.replace("notReady", "notYetKnown");
+    assert!(!Table::decode(&newer).unwrap().rows[0].not_ready);
 }
 
 #[test]

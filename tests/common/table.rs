@@ -36,6 +36,7 @@ pub fn row(slot: u32, address: Option<IpAddr>, range: PortRange) -> Row {
         slot: Slot(slot),
         server: format!("test-{slot}"),
         server_uid: None,
+        not_ready: false,
         draining_since: None,
         address,
         state: RowState::Active,

@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::traffic::{Live, Traffic};
 use crate::world::{Away, LIMIT, RELEASE, World, crash, expect, print_time, run, until};
 
-fn is_ready(pod: &Pod) -> bool {
+pub fn is_ready(pod: &Pod) -> bool {
     let status = pod.status.as_ref();
     let conditions = status.and_then(|status| status.conditions.as_ref());
     conditions

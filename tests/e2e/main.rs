@@ -16,4 +16,5 @@ mod examples;
 mod exposure;
 mod faults;
 mod mistakes;
+mod readiness;
 mod release;

@@ -142,6 +142,7 @@ impl Selection for LastPort {
                 draining: false,
                 returning: 0,
                 spent: false,
+                not_ready: false,
             };
             while let Ok(Some(ToAgent {
                 message: Some(message),

@@ -5,4 +5,5 @@ mod admission;
 mod budget;
 mod faults;
 mod outage;
+mod readiness;
 mod scale;

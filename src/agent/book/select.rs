@@ -53,6 +53,9 @@ impl Book {
         if self.is_draining() || self.is_spent() {
             return Err(RefusalCause::Draining);
         }
+        if self.row_not_ready {
+            return Err(RefusalCause::NotReady);
+        }
         if self.is_recovering(now) {
             return Err(RefusalCause::Recovering);
         }

@@ -41,6 +41,7 @@ fn row(ranges: Vec<PortRange>) -> Row {
         slot: Slot(0),
         server: "pool-0".to_owned(),
         server_uid: None,
+        not_ready: false,
         draining_since: None,
         address: None,
         state: RowState::Active,
@@ -302,6 +303,26 @@ fn a_draining_server_selects_nothing() {
     book.stop(at(1));
     assert_eq!(select(&mut book, "s", at(0)), Err(RefusalCause::Draining));
     assert!(book.counts(at(0)).draining);
+}
+
+#[test]
+fn a_server_that_is_not_ready_selects_nothing_and_keeps_its_sessions() {
+    let ports = vec![range("main", 20_000, 7000, 2)];
+    let mut book = book(ports.clone());
+    select(&mut book, "before", at(0)).unwrap();
+    let not_ready = Row {
+        not_ready: true,
+        ..row(ports.clone())
+    };
+    assert!(book.set_row(Some(&not_ready), TIMES, at(1)).is_empty());
+    assert_eq!(select(&mut book, "s", at(1)), Err(RefusalCause::NotReady));
+    assert!(book.counts(at(1)).not_ready);
+    assert!(book.look_up(port(20_000)).is_some());
+    // Its counts go on, and so does what the agent reports to the kubelet: whether
+    // it is ready must not depend on whether it is offered.
+    assert_eq!(counts(&book), [1, 1, 0, 0, 0]);
+    book.set_row(Some(&row(ports)), TIMES, at(2));
+    assert!(select(&mut book, "after", at(2)).is_ok());
 }
 
 #[test]

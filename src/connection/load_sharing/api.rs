@@ -141,7 +141,7 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "A field is wrong, or its port does not exist", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `no-server` (servers are starting, or being removed), `not-selected` (servers did not answer), `queue-full`, `shutting-down`", body = Problem, content_type = "application/problem+json",
+        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `not-ready` (the servers' pods are not Ready), `no-server` (servers are starting, or being removed), `not-selected` (servers did not answer), `queue-full`, `shutting-down`", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
@@ -244,6 +244,7 @@ impl Api {
                         address: row.address.map(|address| address.to_string()),
                         attached: server.attached,
                         draining: server.is_draining(),
+                        not_ready: server.is_not_ready(),
                         spent: server.is_spent(),
                         sessions: server.sessions(),
                         ports: server.ports,

@@ -109,9 +109,10 @@ impl Refused {
             Self::Allocation(refusal) => {
                 let (status, title) = match refusal {
                     Refusal::AllInUse { .. } => (Code::SERVICE_UNAVAILABLE, "No free port"),
-                    Refusal::NotListening(_) => {
+                    Refusal::NotListening { .. } => {
                         (Code::SERVICE_UNAVAILABLE, "Workload not listening")
                     }
+                    Refusal::NotReady(_) => (Code::SERVICE_UNAVAILABLE, "Servers not ready"),
                     Refusal::Starting => (Code::SERVICE_UNAVAILABLE, "Servers starting"),
                     Refusal::Draining => (Code::SERVICE_UNAVAILABLE, "Servers being removed"),
                     Refusal::NotSelected => (Code::SERVICE_UNAVAILABLE, "No server answered"),

@@ -7,22 +7,33 @@ use crate::selection::GONE_AFTER;
 pub enum Refusal {
     /// Every matching port that the workload listens on has a session.
     #[error(
-        "{} in use{}; try again, or let the request wait with waitSeconds",
+        "{} in use{}{}; try again, or let the request wait with waitSeconds",
         all(*.in_use),
-        not_listening_too(*.not_listening)
+        not_listening_too(*.not_listening),
+        not_ready_too(*.not_ready)
     )]
     AllInUse {
         /// The number of matching ports with a session.
         in_use: u32,
         /// The number of those that are not offered.
         not_listening: u32,
+        /// The number of servers that are not ready, whose ports do not count.
+        not_ready: usize,
     },
     /// No matching port is offered, and none has a session.
     #[error(
-        "the workload listens on none of the {} matching ports: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool; {}",
-        .0, after_restart()
+        "the workload listens on none of the {ports} matching ports: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool; {}{}",
+        after_restart(), not_ready_too(*.not_ready)
     )]
-    NotListening(u32),
+    NotListening {
+        /// The number of matching ports.
+        ports: u32,
+        /// The number of servers that are not ready, whose ports do not count.
+        not_ready: usize,
+    },
+    /// Every server that could take sessions is not ready.
+    #[error("{}; see notReady in GET /v1/pool", not_ready(*.0))]
+    NotReady(usize),
     /// No agent is attached, or those that are have not reported ports yet.
     #[error(
         "no processing server is attached yet: they are starting; see GET /v1/pool, and try again in a moment"
@@ -69,6 +80,21 @@ fn not_listening_too(count: u32) -> String {
     }
 }
 
+fn not_ready_too(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        count => format!(", and {}", not_ready(count)),
+    }
+}
+
+fn not_ready(count: usize) -> String {
+    let servers = match count {
+        1 => "1 processing server is".to_owned(),
+        count => format!("{count} processing servers are"),
+    };
+    format!("{servers} not Ready: look at kubectl get pods, and at their readinessProbe")
+}
+
 /// Why ports that the workload listens on may count as others: an agent that was
 /// restarted first learns of its sessions.
 fn after_restart() -> String {
@@ -82,7 +108,8 @@ impl Refusal {
     pub fn name(&self) -> &'static str {
         match self {
             Self::AllInUse { .. } => "no-free-port",
-            Self::NotListening(_) => "not-listening",
+            Self::NotListening { .. } => "not-listening",
+            Self::NotReady(_) => "not-ready",
             Self::Starting | Self::Draining => "no-server",
             Self::NotSelected => "not-selected",
             Self::QueueFull => "queue-full",

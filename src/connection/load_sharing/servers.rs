@@ -56,10 +56,15 @@ pub struct ServerLoad {
     pub attached: bool,
     /// Whether its row says that it takes nothing new.
     pub row_draining: bool,
+    /// Whether its row says that its workload is not ready.
+    row_not_ready: bool,
     /// The ports that its agent reported last.
     pub ports: Vec<PortState>,
     /// Whether its agent says that it takes nothing new.
     agent_draining: bool,
+    /// Whether its agent says that its workload is not ready. It may know a newer
+    /// row.
+    agent_not_ready: bool,
     /// Whether its agent says that it has had all the sessions that it takes.
     spent: bool,
     /// Its ports that become free without a client's doing.
@@ -80,7 +85,18 @@ impl ServerLoad {
     /// Whether new sessions may go to it at all.
     #[must_use]
     pub fn takes_sessions(&self) -> bool {
-        self.attached && !self.is_draining() && !self.spent
+        self.attached && !self.is_draining() && !self.is_not_ready() && !self.spent
+    }
+
+    /// Whether its workload is not ready.
+    #[must_use]
+    pub fn is_not_ready(&self) -> bool {
+        self.row_not_ready || self.agent_not_ready
+    }
+
+    /// Whether it would take sessions if its workload were ready.
+    fn waits_to_be_ready(&self) -> bool {
+        self.attached && !self.is_draining() && self.is_not_ready() && !self.spent
     }
 
     /// Whether it has had all the sessions that it takes.
@@ -172,6 +188,7 @@ impl Servers {
         server.attached = false;
         server.ports.clear();
         server.returning = 0;
+        server.agent_not_ready = false;
         server.spent = false;
         server.reserved.clear();
     }
@@ -181,16 +198,20 @@ impl Servers {
         let server = self.server(slot);
         server.ports = counts.ports;
         server.agent_draining = counts.draining;
+        server.agent_not_ready = counts.not_ready;
         server.returning = counts.returning;
         server.spent = counts.spent;
         server.report.0 += 1;
     }
 
-    /// Follows `table`: its policy, which rows are `Draining`, and which are gone.
+    /// Follows `table`: its policy, which rows are `Draining` or not ready, and which
+    /// are gone.
     pub(super) fn follow(&mut self, table: &Table) {
         self.policy = table.load_sharing.policy;
         for row in &table.rows {
-            self.server(row.slot).row_draining = row.state == RowState::Draining;
+            let server = self.server(row.slot);
+            server.row_draining = row.state == RowState::Draining;
+            server.row_not_ready = row.not_ready;
         }
         self.loads.retain(|&slot, _| table.row(slot).is_some());
     }
@@ -218,6 +239,13 @@ impl Servers {
         takers
             .flat_map(|server| server.ports.iter().map(|ports| server.free(ports)))
             .sum()
+    }
+
+    /// The number of servers that would take sessions if their workloads were ready.
+    #[must_use]
+    pub fn not_ready(&self) -> usize {
+        let waiting = self.loads().filter(|server| server.waits_to_be_ready());
+        waiting.count()
     }
 
     /// Whether ports are about to become free.
@@ -273,13 +301,19 @@ impl Servers {
             .flat_map(|server| server.matching(filter))
             .map(in_use)
             .sum::<u32>();
+        let not_ready = self.not_ready();
         match (free, occupied, silent) {
             (1.., _, _) => Refusal::NotSelected,
             (0, 1.., _) => Refusal::AllInUse {
                 in_use: occupied,
                 not_listening: silent,
+                not_ready,
             },
-            (0, 0, 1..) => Refusal::NotListening(silent),
+            (0, 0, 1..) => Refusal::NotListening {
+                ports: silent,
+                not_ready,
+            },
+            (0, 0, 0) if not_ready > 0 => Refusal::NotReady(not_ready),
             (0, 0, 0) => {
                 let mut attached = self.loads().filter(|server| server.attached);
                 let is_removed = attached.next().is_some_and(ServerLoad::is_draining);

@@ -52,7 +52,7 @@ impl Collector for Figures {
             ("lingering", 0),
             ("notListening", 0),
         ];
-        let waiting = allocation.inspect(|queue: &Queue| {
+        let (waiting, not_ready) = allocation.inspect(|queue: &Queue| {
             let loads = queue.servers().loads();
             for ports in loads.flat_map(|server| &server.ports) {
                 let counts = [
@@ -66,7 +66,8 @@ impl Collector for Figures {
                     state.1 += i64::from(count);
                 }
             }
-            queue.waiting()
+            let not_ready = queue.servers().not_ready();
+            (queue.waiting(), not_ready)
         });
         let mut family = encoder.encode_descriptor(
             "portpool_ports",
@@ -102,6 +103,12 @@ impl Collector for Figures {
             "portpool_requests_waiting",
             "Requests waiting for a free port",
             waiting,
+        )?;
+        gauge(
+            &mut encoder,
+            "portpool_servers_not_ready",
+            "Attached processing servers that get no new sessions because they are not ready",
+            not_ready,
         )
     }
 }

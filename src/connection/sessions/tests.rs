@@ -29,6 +29,7 @@ fn table(admission: Admission) -> Table {
         slot: Slot(slot.into()),
         server: format!("pool-{slot}"),
         server_uid: None,
+        not_ready: false,
         draining_since: None,
         address: None,
         state: RowState::Active,

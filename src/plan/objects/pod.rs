@@ -13,7 +13,7 @@ use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
 use crate::table::{PortRange, Row, Slot, TABLE_KEY};
 
 /// Name of the agent's container.
-const AGENT: &str = "portpool-agent";
+pub const AGENT: &str = "portpool-agent";
 
 /// Most bytes of [`RANGES_ANNOTATION`]: a quarter of what all annotations of an
 /// object may have, 256 KiB. A slot whose ports are in hundreds of pieces goes

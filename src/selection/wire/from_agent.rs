@@ -113,6 +113,7 @@ impl TryFrom<v1::Counts> for Counts {
             draining: counts.draining,
             returning: counts.returning,
             spent: counts.spent,
+            not_ready: counts.not_ready,
         })
     }
 }
@@ -133,6 +134,7 @@ impl From<Counts> for v1::Counts {
             draining: counts.draining,
             returning: counts.returning,
             spent: counts.spent,
+            not_ready: counts.not_ready,
         }
     }
 }
@@ -166,7 +168,7 @@ macro_rules! cause {
         }
     };
 }
-cause!(RefusalCause, refused::Cause, Unspecified NoFreePort Draining UnknownPort DuplicateId Recovering Malformed KeyReused);
+cause!(RefusalCause, refused::Cause, Unspecified NoFreePort Draining UnknownPort DuplicateId Recovering Malformed KeyReused NotReady);
 cause!(EndCause, end::Cause, Unspecified Unclaimed Released Finished MaxDuration Drained OwnerGone Unknown);
 
 #[cfg(test)]

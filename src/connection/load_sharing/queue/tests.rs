@@ -46,6 +46,7 @@ impl Agent {
             draining: false,
             returning: 0,
             spent: false,
+            not_ready: false,
         }
     }
 
@@ -457,6 +458,7 @@ fn every_request_waits_a_moment_for_ports_that_are_on_their_way_back() {
     let counts = Counts {
         returning: 1,
         spent: false,
+        not_ready: false,
         ..world.agents[0].counts()
     };
     let decisions = world.queue.counted(Slot(0), counts, world.now);
@@ -575,6 +577,7 @@ fn requests_for_a_thousand_names_are_served_as_fast_as_for_one() {
             draining: false,
             returning: 0,
             spent: false,
+            not_ready: false,
         };
         queue.attach(Slot(slot));
         asked.extend(queue.counted(Slot(slot), counts, now));

@@ -18,6 +18,7 @@ fn counts(ports: &[PortState]) -> Counts {
         draining: false,
         returning: 0,
         spent: false,
+        not_ready: false,
     }
 }
 
@@ -81,6 +82,39 @@ fn a_spent_server_gets_nothing_and_its_sessions_are_in_use() {
 }
 
 #[test]
+fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
+    let one = [ports("main", PortProtocol::TCP, 1, 0)];
+    let mut servers = pool(&[(0, &one), (1, &one)]);
+    let any = PortFilter::default();
+    servers.server(Slot(0)).row_not_ready = true;
+    let mut reserved = reserve(&mut servers, &any).unwrap();
+    assert_eq!(reserved.slot, Slot(1));
+    assert_eq!(reserve(&mut servers, &any), None);
+    assert_eq!(servers.free_ports(), 0);
+    let reason = servers.reason(&any).to_string();
+    let words = "the only matching port is in use, and 1 processing server is not Ready: look at kubectl get pods";
+    assert!(reason.starts_with(words), "{reason}");
+    servers.settle(&reserved);
+    // Its agent may know a newer row than this connection server.
+    let not_ready = Counts {
+        not_ready: true,
+        ..counts(&one)
+    };
+    servers.counted(Slot(1), not_ready);
+    assert_eq!(reserve(&mut servers, &any), None);
+    assert_eq!(servers.reason(&any), Refusal::NotReady(2));
+    let reason = servers.reason(&any).to_string();
+    let words = "2 processing servers are not Ready: look at kubectl get pods";
+    assert!(reason.starts_with(words), "{reason}");
+    // One that is removed does not come back.
+    servers.server(Slot(0)).row_draining = true;
+    assert_eq!(servers.reason(&any), Refusal::NotReady(1));
+    servers.counted(Slot(1), counts(&one));
+    reserved = reserve(&mut servers, &any).unwrap();
+    assert_eq!(reserved.slot, Slot(1));
+}
+
+#[test]
 fn detached_draining_and_excluded_servers_get_nothing() {
     let one = [ports("main", PortProtocol::TCP, 9, 0)];
     let mut servers = pool(&[(0, &one), (1, &one), (2, &one)]);
@@ -134,12 +168,13 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
         not_listening: count,
         ..ports("main", tcp, 0, 0)
     };
+    let not_listening = |ports, not_ready| Refusal::NotListening { ports, not_ready };
     let mut servers = Servers::default();
     assert_eq!(servers.reason(&any), Refusal::Starting);
     servers.attach(Slot(0));
     assert_eq!(servers.reason(&any), Refusal::Starting);
     servers.counted(Slot(0), counts(&[silent(4)]));
-    assert_eq!(servers.reason(&any), Refusal::NotListening(4));
+    assert_eq!(servers.reason(&any), not_listening(4, 0));
     let one_busy = PortState {
         busy: 1,
         ..silent(3)
@@ -148,6 +183,7 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
     let in_use = |in_use, not_listening| Refusal::AllInUse {
         in_use,
         not_listening,
+        not_ready: 0,
     };
     assert_eq!(servers.reason(&any), in_use(1, 3));
     servers.counted(Slot(0), counts(&[ports("main", tcp, 1, 3)]));
