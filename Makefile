@@ -86,7 +86,8 @@ image:  ## Build a static image archive without Docker, target/image/portpool.ta
 
 # The programs that make test needs, and after a colon their Debian packages with other names.
 TOOLS = iperf3 redis-server psql:postgresql-client /usr/lib/postgresql/*/bin/initdb:postgresql \
-  /usr/games/teeworlds-server:teeworlds-server Xvfb:xvfb x11vnc in.tftpd:tftpd-hpa curl
+  /usr/games/teeworlds-server:teeworlds-server Xvfb:xvfb x11vnc in.tftpd:tftpd-hpa curl \
+  vsftpd lftp
 MISSING = for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || echo $${tool\#\#*:}; done
 
 tools:  ## Install the programs that make test needs, as root on Debian

@@ -36,7 +36,7 @@ async fn prints(world: &World, pod: &str, command: &[&str], input: &str, wanted:
 
 /// Examples whose programs would make large images. The API server only checks
 /// them here; `portpool local` runs them in `tests/it/local/programs.rs`.
-const WITHOUT_IMAGE: [&str; 4] = ["desktop", "postgresql", "teeworlds", "tftp"];
+const WITHOUT_IMAGE: [&str; 5] = ["desktop", "postgresql", "teeworlds", "tftp", "vsftpd"];
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]

@@ -58,7 +58,7 @@ fn every_example_is_valid() {
             found += 1;
         }
     }
-    assert_eq!(found, 8);
+    assert_eq!(found, 9);
 }
 
 #[test]

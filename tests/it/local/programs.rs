@@ -6,7 +6,7 @@ use std::net::{TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use super::{ASK, Local, connect, example, portpool, request, write};
+use super::{ASK, Local, connect, example, portpool, request, request_with, write};
 use crate::common::SOON;
 
 #[test]
@@ -209,12 +209,8 @@ fn the_tftp_example_sends_and_receives_files() {
     let (host, port) = request();
     let curl = |further: &[&str], name: &str| {
         let url = format!("tftp://{host}:{port}/{name}");
-        let mut curl = Command::new("curl");
-        curl.args(["--silent", "--show-error", "--max-time", "20", &url]);
-        let output = curl.args(further).output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{further:?}: {error}");
-        output.stdout
+        let common = ["--silent", "--show-error", "--max-time", "20", &url];
+        output_of("curl", &[&common[..], further].concat())
     };
     // Each transfer has another port of the client, and is another flow.
     for options in [&["--tftp-no-options"][..], &["--tftp-blksize", "1400"]] {
@@ -223,6 +219,48 @@ fn the_tftp_example_sends_and_receives_files() {
         curl(&upload, "upload");
         assert!(fs::read(&writable).unwrap() == content);
         fs::write(&writable, "").unwrap();
+    }
+    local.stop();
+}
+
+/// What `program` prints.
+fn output_of(program: &str, arguments: &[&str]) -> Vec<u8> {
+    let output = Command::new(program).args(arguments).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {error}");
+    output.stdout
+}
+
+#[test]
+fn the_vsftpd_example_keeps_the_files_of_each_client() {
+    let local = Local::start(&example("vsftpd.yaml"));
+    local.until("2 ports free");
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let control = ["--port-name", "control"];
+    let clients = [(1, request_with(&control)), (2, request_with(&control))];
+    let content = |client: u8| vec![client; 3_000_001];
+    for (client, (host, port)) in &clients {
+        let url = format!("ftp://{host}:{port}/files/");
+        // The server sends a port only, or its address as well.
+        for (command, option) in [("EPSV", "--ftp-pasv"), ("PASV", "--disable-epsv")] {
+            let name = format!("{command}-{client}");
+            fs::write(path(&name), content(*client)).unwrap();
+            output_of("curl", &["-sS", option, "-T", &path(&name), &url]);
+            let file = format!("{url}{name}");
+            assert!(output_of("curl", &["-sS", option, &file]) == content(*client));
+        }
+    }
+    for (client, (host, port)) in &clients {
+        let (name, back) = (format!("PASV-{client}"), path("back"));
+        let commands = format!(
+            "set ftp:ssl-allow no; set net:max-retries 1; open ftp://{host}:{port}/files; cls -1; get {name} -o {back}"
+        );
+        let listing = output_of("lftp", &["--norc", "-c", &commands]);
+        let listing = String::from_utf8(listing).unwrap();
+        assert_eq!(listing, format!("EPSV-{client}\nPASV-{client}\n"));
+        assert!(fs::read(&back).unwrap() == content(*client));
+        fs::remove_file(back).unwrap();
     }
     local.stop();
 }
