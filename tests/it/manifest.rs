@@ -62,6 +62,30 @@ fn every_example_is_valid() {
 }
 
 #[test]
+fn the_page_about_programs_has_valid_entries_and_all_examples() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = std::fs::read_to_string(root.join("docs/programs.md")).unwrap();
+    let fragments = page.split("```yaml\n").skip(1);
+    let fragments: Vec<&str> = fragments
+        .map(|rest| rest.split_once("```").unwrap().0)
+        .collect();
+    assert_eq!(fragments.len(), 5);
+    for fragment in fragments {
+        let (head, template) = GOOD.split_once("  ports:").unwrap();
+        let (_, template) = template.split_once("  template:").unwrap();
+        let indented: String = fragment.lines().map(|line| format!("  {line}\n")).collect();
+        let pool = format!("{head}{indented}  template:{template}");
+        if let Err(problems) = manifest::parse(&pool) {
+            panic!("{problems:?} in\n{pool}");
+        }
+    }
+    for example in std::fs::read_dir(root.join("examples")).unwrap() {
+        let name = example.unwrap().file_name().into_string().unwrap();
+        assert!(page.contains(&format!("`{name}`")), "{name} has no row");
+    }
+}
+
+#[test]
 fn wrong_manifests_are_located_and_explained() {
     // A text, its replacement, and the line, column and words of the message.
     let cases = [
