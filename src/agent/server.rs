@@ -204,8 +204,16 @@ impl Inner {
 
     /// Looks at the port that a request for `filter` gets next, until it is one
     /// that the workload listens on. Where looks cost much, what was seen last
-    /// must do.
+    /// must do. If there is none, looks at those that it could get.
     fn verify(&mut self, filter: &PortFilter, now: Now) {
+        self.verify_next(filter, now);
+        if self.book.next_port(filter).is_none() && now.monotonic >= self.look_not_before {
+            let ports = self.book.take_looks_on_request(filter, now);
+            self.look(&ports, now);
+        }
+    }
+
+    fn verify_next(&mut self, filter: &PortFilter, now: Now) {
         let looks_cost_much = !self.sockets.pause().is_zero();
         while let Some(next) = self.book.next_port(filter) {
             if looks_cost_much

@@ -4,6 +4,7 @@
 mod admission;
 mod budget;
 mod faults;
+mod late;
 mod outage;
 mod readiness;
 mod scale;

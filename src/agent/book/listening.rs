@@ -7,6 +7,7 @@
 //! | when | how soon |
 //! |---|---|
 //! | a request would get a port that leads to it | before the answer |
+//! | a request would get none, and it has no socket | before the answer, [`BATCH`] ports at most every [`QUICKEST`], those first that were not looked at for longest |
 //! | a session ended that had a connection | at once, then like a port without a socket until [`OUTLIVED_AFTER`] |
 //! | it has no socket | after an eighth of the time that it had none, at least [`QUICKEST`] and at most [`STEADY`] |
 //! | none of these | every [`STEADY`], at most [`STEADY_PER_SECOND`] ports a second |
@@ -130,6 +131,8 @@ pub(super) struct Listening {
     steady_at: Duration,
     /// The port that the last steady look ended with.
     steady_after: Option<ServerPort>,
+    /// When ports may be looked at next because a request finds none.
+    on_request_at: Duration,
 }
 
 impl Listening {
@@ -245,6 +248,26 @@ impl Listening {
             self.steady_at = now + self.steady_pause();
         }
         due
+    }
+
+    /// Those of `ports` to look at now because a request finds none: [`BATCH`] at
+    /// most, and none at all for [`QUICKEST`] after that, however many requests come.
+    pub(super) fn take_on_request(
+        &mut self,
+        ports: impl Iterator<Item = ServerPort>,
+        now: Duration,
+    ) -> Vec<ServerPort> {
+        if now < self.on_request_at {
+            return Vec::new();
+        }
+        let seen_at = |port| Some((self.sights.get(&port)?.seen_at, port));
+        let longest_ago: BTreeSet<(Duration, ServerPort)> = ports.filter_map(seen_at).collect();
+        let ports = longest_ago.into_iter().map(|(_, port)| port);
+        let ports: Vec<ServerPort> = ports.take(BATCH).collect();
+        if !ports.is_empty() {
+            self.on_request_at = now + QUICKEST;
+        }
+        ports
     }
 
     /// When [`Listening::take_due`] returns a port next.

@@ -233,6 +233,25 @@ impl Ports {
         Some(earliest.1)
     }
 
+    /// The server ports to look at before a request for `filter` is refused because
+    /// the workload does not listen.
+    pub(super) fn take_on_request(
+        &mut self,
+        filter: &PortFilter,
+        now: Duration,
+    ) -> Vec<ServerPort> {
+        let is_hidden = |port: &&Port| {
+            let serves = self.groups[port.group].serves(filter);
+            serves && port.vacancy() == Some(Vacancy::NotListening)
+        };
+        let hidden = self.ports.values().filter(is_hidden);
+        let server_ports = hidden.flat_map(|port| {
+            let protocol = self.groups[port.group].protocol;
+            looked_at(port.target, protocol, port.offer)
+        });
+        self.listening.take_on_request(server_ports, now)
+    }
+
     /// Gives `number` to a session.
     pub(super) fn occupy(&mut self, number: ListenPort, session: &SessionId, occupancy: Occupancy) {
         self.unlist(number);

@@ -30,6 +30,27 @@ impl Book {
         Some((port, self.ports.server_ports(port)))
     }
 
+    /// The server ports to look at before a request for `filter` is refused, where
+    /// [`Book::next_port`] gives it none: those that it could get if the workload
+    /// listened on them. Few at a time, and none for a while after that.
+    pub fn take_looks_on_request(&mut self, filter: &PortFilter, now: Now) -> Vec<ServerPort> {
+        if self.cause_not_to_offer(now).is_some() {
+            return Vec::new();
+        }
+        self.ports.take_on_request(filter, now.monotonic)
+    }
+
+    /// Why no port is offered, free or not.
+    fn cause_not_to_offer(&self, now: Now) -> Option<RefusalCause> {
+        if self.is_draining() || self.is_spent() {
+            return Some(RefusalCause::Draining);
+        }
+        if self.row_not_ready {
+            return Some(RefusalCause::NotReady);
+        }
+        self.is_recovering(now).then_some(RefusalCause::Recovering)
+    }
+
     /// Selects an available connection port for a request of the connection
     /// server `owner`: the port that has been free for the longest time. The same
     /// idempotency key selects the same live session.
@@ -50,14 +71,8 @@ impl Book {
         if self.sessions.contains_key(&request.session_id) {
             return Err(RefusalCause::DuplicateId);
         }
-        if self.is_draining() || self.is_spent() {
-            return Err(RefusalCause::Draining);
-        }
-        if self.row_not_ready {
-            return Err(RefusalCause::NotReady);
-        }
-        if self.is_recovering(now) {
-            return Err(RefusalCause::Recovering);
+        if let Some(cause) = self.cause_not_to_offer(now) {
+            return Err(cause);
         }
         if !self.ports.knows(&request.filter) {
             return Err(RefusalCause::UnknownPort);

@@ -8,6 +8,7 @@ use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
 
 mod limits;
+mod looking;
 mod offering;
 mod recycling;
 

@@ -35,6 +35,11 @@
 //! 6. **Failure.** A server that refuses a request, or does not answer within
 //!    [`ASK_DEADLINE`], is not asked again for it before it has reported anew.
 //!    The request keeps its place.
+//! 7. **Looking.** A request that finds nothing free when it enters asks servers
+//!    that have reported ports as not listening: their agents look again, so that
+//!    it gets a port that was opened a moment ago. It asks [`MOST_LOOKS`] of them at
+//!    most, one after another, none that was asked so 20 ms ago, and for no port
+//!    that an earlier one waits for.
 
 mod request;
 mod steps;
@@ -57,6 +62,10 @@ pub const ASK_DEADLINE: Duration = Duration::from_secs(1);
 /// takes milliseconds, or half a second where a workload must first prove that
 /// it goes on listening; as much again is for a busy machine.
 pub const RETURN_TIME: Duration = Duration::from_secs(1);
+
+/// Most servers that a request asks although they have reported no free port: each
+/// costs it a millisecond.
+pub const MOST_LOOKS: u32 = 8;
 
 /// How long a request may take besides its own wait: a few servers that miss
 /// their deadline.
@@ -86,6 +95,8 @@ struct Request {
     /// The servers that did not select a port for it, with the number of what
     /// they had reported last.
     refused_by: BTreeMap<Slot, ReportNumber>,
+    /// How many servers it may still ask that have reported no free port.
+    looks_left: u32,
 }
 
 /// A question under way, also when no request needs the answer any more: until
@@ -93,6 +104,8 @@ struct Request {
 #[derive(Clone, Debug)]
 struct Ask {
     reservation: Reservation,
+    /// Whether the server had reported a free port.
+    is_sure: bool,
     deadline: Instant,
     /// The request that needs the answer.
     place: Option<Place>,
@@ -183,6 +196,7 @@ impl Queue {
         // The earlier ones have all they can use: see rule 1.
         if known.is_none() && !self.ask(place, now) {
             self.line_up(place);
+            self.ask_to_look(place, now);
         }
         self.refuse_the_impatient(place, now);
         if self.is_waiting(place) && self.places.len() > self.most_waiting {

@@ -8,6 +8,7 @@
 //! being sent after the same last port.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 use super::policy::{Candidate, choose};
 use super::refusal::Refusal;
@@ -15,6 +16,11 @@ use crate::pool::{Policy, PortProtocol};
 use crate::selection::Counts;
 use crate::session::{PortFilter, PortState};
 use crate::table::{RowState, Slot, Table};
+
+/// Shortest time between two questions to a server for ports that it reported as not
+/// listening: that for which its agent does not look again. So many requests in a full
+/// pool cost no more than one.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
 /// A request on its way to a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +79,8 @@ pub struct ServerLoad {
     reserved: Vec<(Entry, u32)>,
     /// The number of the last report.
     report: ReportNumber,
+    /// When it was last asked for a port that it had reported as not listening.
+    asked_to_look: Option<Instant>,
 }
 
 impl ServerLoad {
@@ -139,12 +147,21 @@ impl ServerLoad {
         self.ports.iter().filter(admits)
     }
 
-    fn candidate(&self, slot: Slot, filter: &PortFilter) -> Option<Candidate> {
-        let has_room = self.takes_sessions() && self.matching(filter).any(|it| self.free(it) > 0);
-        has_room.then(|| Candidate {
+    fn has_room(&self, filter: &PortFilter) -> bool {
+        self.takes_sessions() && self.matching(filter).any(|it| self.free(it) > 0)
+    }
+
+    /// Whether it may be asked at `now` to look at its ports that are not listening.
+    fn may_look(&self, now: Instant) -> bool {
+        let asked = self.asked_to_look;
+        self.takes_sessions() && asked.is_none_or(|asked| now >= asked + LOOK_AGAIN_AFTER)
+    }
+
+    fn candidate(&self, slot: Slot) -> Candidate {
+        Candidate {
             slot,
             sessions: self.sessions() + self.reserved.iter().map(|(_, count)| count).sum::<u32>(),
-        })
+        }
     }
 }
 
@@ -267,13 +284,40 @@ impl Servers {
             .loads
             .iter()
             .filter(|(slot, server)| !excluded(**slot, server.report))
-            .filter_map(|(&slot, server)| server.candidate(slot, filter));
+            .filter(|(_, server)| server.has_room(filter))
+            .map(|(&slot, server)| server.candidate(slot));
         let slot = choose(self.policy, candidates, affinity_key, self.last)?;
         self.last = Some(slot);
         let server = self.server(slot);
         // The fullest supply is most likely where the agent selects from.
         let most = server.matching(filter).max_by_key(|it| server.free(it));
         let entry = entry(most?);
+        server.reserve(&entry);
+        Some(Reservation { slot, entry })
+    }
+
+    /// Reserves a server that may have a port for a request by now, although it has
+    /// reported none: its workload did not listen on some that `may_open`, and the
+    /// agent looks again when it is asked. As [`Servers::reserve`] otherwise.
+    pub(super) fn reserve_to_look(
+        &mut self,
+        filter: &PortFilter,
+        affinity_key: Option<&str>,
+        excluded: impl Fn(Slot, ReportNumber) -> bool,
+        may_open: impl Fn(&PortState) -> bool,
+        now: Instant,
+    ) -> Option<Reservation> {
+        let may_open = |ports: &&PortState| ports.not_listening > 0 && may_open(ports);
+        let candidates = self
+            .loads
+            .iter()
+            .filter(|(slot, server)| !excluded(**slot, server.report) && server.may_look(now))
+            .filter(|(_, server)| server.matching(filter).any(|ports| may_open(&ports)))
+            .map(|(&slot, server)| server.candidate(slot));
+        let slot = choose(self.policy, candidates, affinity_key, self.last)?;
+        let server = self.server(slot);
+        server.asked_to_look = Some(now);
+        let entry = entry(server.matching(filter).find(may_open)?);
         server.reserve(&entry);
         Some(Reservation { slot, entry })
     }

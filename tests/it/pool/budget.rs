@@ -11,7 +11,7 @@ use portpool::agent::sockets::ListenScope;
 use portpool::agent::{self, Options};
 use portpool::pool::PortProtocol;
 use portpool::session::SessionRequest;
-use portpool::table::{ListenPort, Slot};
+use portpool::table::{ListenPort, Slot, TargetPort};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::oneshot;
 
@@ -29,6 +29,13 @@ const SPANS: usize = 3;
 
 /// Most of a processor that an agent may take.
 const AGENT: f64 = 0.001;
+
+/// The ports of an agent that has many, and most of a processor that it may take:
+/// while nothing happens, and while requests that find nothing come without pause.
+/// Without optimization, a look takes several times as long.
+const MANY_PORTS: u16 = 1000;
+const AGENT_OF_MANY: f64 = if cfg!(debug_assertions) { 0.03 } else { 0.005 };
+const AGENT_IN_A_FLOOD: f64 = if cfg!(debug_assertions) { 0.2 } else { 0.05 };
 
 /// Most of a processor that the connection server of a hundred agents may take.
 const CONNECTION_SERVER: f64 = 0.02;
@@ -64,13 +71,13 @@ fn processor_time_of_all(process: u32) -> Duration {
         .sum()
 }
 
-/// A pool of `servers` servers with [`PORTS`] ports each, of which nothing runs.
-fn pool_of(servers: u16) -> Pool {
+/// A pool of `servers` servers with `ports` ports each, of which nothing runs.
+fn pool_of(servers: u16, ports: u16) -> Pool {
     Pool::new(u32::from(servers), |table| {
         for (row, slot) in table.rows.iter_mut().zip(0..) {
             let range = &mut row.ranges[0];
-            range.connection_port = ListenPort::new(20_000 + slot * PORTS).unwrap();
-            (range.count, range.protocol) = (PORTS, PortProtocol::TCP);
+            range.connection_port = ListenPort::new(20_000 + slot * ports).unwrap();
+            (range.count, range.protocol) = (ports, PortProtocol::TCP);
         }
     })
 }
@@ -78,7 +85,8 @@ fn pool_of(servers: u16) -> Pool {
 /// Runs the agents of `pool` on one thread, and returns its directory in `/proc`.
 /// They stop when the sender is dropped.
 fn run_agents(pool: &Pool) -> (PathBuf, oneshot::Sender<()>, std::thread::JoinHandle<()>) {
-    let options: Vec<Options> = (0..u32::from(AGENTS))
+    let slots = pool.table.rows.iter().map(|row| row.slot.0);
+    let options: Vec<Options> = slots
         .map(|slot| {
             let address = pool.server_address(slot);
             Options {
@@ -131,7 +139,7 @@ async fn shares<const N: usize>(times: impl Fn() -> [Duration; N]) -> [f64; N] {
 async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     let _turn = turn().await;
     portpool::forward::check_open_files(10_000).unwrap();
-    let mut pool = pool_of(AGENTS);
+    let mut pool = pool_of(AGENTS, PORTS);
     let listeners: Vec<std::net::TcpListener> = (0..u32::from(AGENTS))
         .flat_map(|slot| (0..PORTS).map(move |port| (slot, SERVER_PORT + port)))
         .map(|(slot, port)| std::net::TcpListener::bind((pool.server_address(slot), port)).unwrap())
@@ -158,6 +166,64 @@ async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     assert!(
         connection_server < CONNECTION_SERVER,
         "an idle connection server takes {connection_server}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_with_a_thousand_ports_takes_little_idle_and_in_a_flood_of_requests() {
+    let _turn = turn().await;
+    portpool::forward::check_open_files(10_000).unwrap();
+    let mut pool = pool_of(1, MANY_PORTS);
+    // Above the agent's own ports.
+    let first = 8000;
+    pool.table.rows[0].ranges[0].server_port = TargetPort::new(first).unwrap();
+    pool.publish();
+    let address = pool.server_address(0);
+    let listen = |port| std::net::TcpListener::bind((address, first + port)).unwrap();
+    let listeners: Vec<_> = (0..MANY_PORTS).map(listen).collect();
+    let (agent, stop, thread) = run_agents(&pool);
+    pool.start_connection_server(0);
+    let ports = u32::from(MANY_PORTS);
+    pool.until(|state| state.free_ports == ports).await;
+    tokio::time::sleep(REST).await;
+    let [listening] = shares(|| [processor_time(&agent)]).await;
+
+    drop(listeners);
+    pool.until(|state| state.free_ports == 0).await;
+    tokio::time::sleep(REST).await;
+    let [closed] = shares(|| [processor_time(&agent)]).await;
+
+    let client = pool.client();
+    let flood = tokio::spawn(async move {
+        let mut refused = 0u32;
+        loop {
+            let answer = client.request(SessionRequest::default()).await;
+            assert!(answer.is_err());
+            refused += 1;
+            if refused.is_multiple_of(1000) {
+                println!("{refused} requests refused");
+            }
+        }
+    });
+    let [flooded] = shares(|| [processor_time(&agent)]).await;
+    assert!(!flood.is_finished());
+    flood.abort();
+    println!(
+        "of a processor for an agent with {MANY_PORTS} ports: {:.3} % idle, {:.3} % while none is listened on, {:.2} % in a flood of requests",
+        listening * 100.0,
+        closed * 100.0,
+        flooded * 100.0
+    );
+    drop(stop);
+    thread.join().unwrap();
+    assert!(listening < AGENT_OF_MANY, "an idle agent takes {listening}");
+    assert!(
+        closed < AGENT_OF_MANY,
+        "an agent of closed ports takes {closed}"
+    );
+    assert!(
+        flooded < AGENT_IN_A_FLOOD,
+        "an agent in a flood takes {flooded}"
     );
 }
 
@@ -202,7 +268,7 @@ fn memory(process: u32) -> u64 {
 /// A pool of `agents` servers with [`PORTS`] ports each, every part a process of
 /// its own.
 async fn running(agents: u16) -> (Pool, Vec<Process>) {
-    let mut pool = pool_of(agents);
+    let mut pool = pool_of(agents, PORTS);
     let workloads = (0..u32::from(agents)).map(|slot| {
         let address = pool.server_address(slot);
         let (first, last) = (SERVER_PORT, SERVER_PORT + PORTS - 1);

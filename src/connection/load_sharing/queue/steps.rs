@@ -1,15 +1,19 @@
 //! The steps that the queue's events consist of. They add what is to be done to
 //! the queue's decisions.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::time::Instant;
 
 use super::super::refusal::Refusal;
+use super::super::servers::Reservation;
 use super::request::{Allocated, AskError, Decision, Wanted};
-use super::{ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, Place, Queue, RETURN_TIME, Request};
+use super::{
+    ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, MOST_LOOKS, Place, Queue, RETURN_TIME,
+    Request,
+};
 use crate::selection::RefusalCause;
-use crate::session::PortFilter;
+use crate::session::{PortFilter, PortState};
 use crate::table::Slot;
 
 impl Queue {
@@ -37,6 +41,7 @@ impl Queue {
             callers: BTreeMap::new(),
             asking: None,
             refused_by: BTreeMap::new(),
+            looks_left: MOST_LOOKS,
         };
         self.requests.insert(place, request);
         place
@@ -154,8 +159,7 @@ impl Queue {
 
     /// Asks a server for a request. Returns whether one has a port to spare.
     pub(super) fn ask(&mut self, place: Place, now: Instant) -> bool {
-        let id = AskId(self.number());
-        let Some(request) = self.requests.get_mut(&place) else {
+        let Some(request) = self.requests.get(&place) else {
             return false;
         };
         let (wanted, refused_by) = (&request.wanted, &request.refused_by);
@@ -167,22 +171,61 @@ impl Queue {
         let Some(reservation) = reserved else {
             return false;
         };
+        self.ask_for(place, reservation, true, now);
+        true
+    }
+
+    /// Asks a server for a waiting request that may have a port for it by now,
+    /// although it has reported none: see rule 7.
+    pub(super) fn ask_to_look(&mut self, place: Place, now: Instant) {
+        let Some(request) = self.requests.get(&place) else {
+            return;
+        };
+        if request.asking.is_some() || request.looks_left == 0 {
+            return;
+        }
+        let (wanted, refused_by) = (&request.wanted, &request.refused_by);
+        let has_refused = |slot, report| refused_by.get(&slot) == Some(&report);
+        let is_earlier = |places: &BTreeSet<Place>| places.first() < Some(&place);
+        let waiting = self.waiting.iter();
+        let earlier = waiting.filter(|(_, places)| is_earlier(places));
+        let earlier: Vec<&PortFilter> = earlier.map(|(filter, _)| filter).collect();
+        let is_its = |ports: &PortState| {
+            let mut earlier = earlier.iter();
+            !earlier.any(|filter| filter.admits(&ports.name, ports.protocol))
+        };
+        let affinity_key = wanted.affinity_key.as_deref();
+        let reserved =
+            self.servers
+                .reserve_to_look(&wanted.filter, affinity_key, has_refused, is_its, now);
+        if let Some(reservation) = reserved {
+            self.ask_for(place, reservation, false, now);
+        }
+    }
+
+    /// Sends a request to the server that is reserved for it.
+    fn ask_for(&mut self, place: Place, reservation: Reservation, is_sure: bool, now: Instant) {
+        let id = AskId(self.number());
+        let Some(request) = self.requests.get_mut(&place) else {
+            return;
+        };
         request.asking = Some(id);
+        request.looks_left -= u32::from(!is_sure);
         let deadline = now + ASK_DEADLINE;
         self.decisions.push(Decision::Ask {
             ask: id,
             slot: reservation.slot,
-            wanted: wanted.clone(),
+            wanted: request.wanted.clone(),
         });
         self.deadlines.insert((deadline, Due::Ask(id)));
         let ask = Ask {
             reservation,
+            is_sure,
             deadline,
             place: Some(place),
         };
         self.asks.insert(id, ask);
         self.step_out(place);
-        true
     }
 
     /// The question is over.
@@ -207,7 +250,9 @@ impl Queue {
             let Some(place) = ask.place else {
                 continue;
             };
-            self.decisions.push(Decision::NotSelected(slot, error));
+            if ask.is_sure || error != AskError::Refused(RefusalCause::NoFreePort) {
+                self.decisions.push(Decision::NotSelected(slot, error));
+            }
             if error == AskError::Refused(RefusalCause::KeyReused) {
                 self.answer_all(place, &Err(Refusal::KeyReused));
                 continue;
@@ -218,6 +263,7 @@ impl Queue {
         // In order: what the servers left may be another one's turn.
         self.wake(now);
         for place in places {
+            self.ask_to_look(place, now);
             self.refuse_the_impatient(place, now);
         }
     }

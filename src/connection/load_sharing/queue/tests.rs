@@ -5,6 +5,8 @@ use crate::pool::PortProtocol;
 use crate::selection::Session;
 use crate::session::{PortState, SessionId};
 
+mod looking;
+
 /// The entries of every server in these tests.
 const ENTRIES: [(&str, PortProtocol); 3] = [
     ("game", PortProtocol::TCP),
@@ -23,6 +25,10 @@ struct Agent {
     attached: bool,
     /// Free ports by entry.
     free: [u32; 3],
+    /// Ports that it reports as not listening, by entry.
+    closed: [u32; 3],
+    /// Those of them that have been opened since it looked.
+    opened: [u32; 3],
     /// Live sessions, with the index of their entry.
     sessions: Vec<(usize, Session)>,
     /// What it was asked and has not answered.
@@ -39,7 +45,7 @@ impl Agent {
             // Beside those that come and go, one of each entry is always busy.
             busy: 1,
             lingering: 0,
-            not_listening: 0,
+            not_listening: self.closed[index],
         });
         Counts {
             ports: ports.collect(),
@@ -64,6 +70,10 @@ impl Agent {
             };
         }
         let admits = |index: &usize| wanted.filter.admits(ENTRIES[*index].0, ENTRIES[*index].1);
+        let mut usable = (0..ENTRIES.len()).filter(admits);
+        if usable.all(|index| self.free[index] == 0) {
+            self.look(&wanted.filter);
+        }
         let mut free = (0..ENTRIES.len())
             .filter(|index| self.free[*index] > 0)
             .filter(admits);
@@ -77,6 +87,17 @@ impl Agent {
         };
         self.sessions.push((index, session.clone()));
         Ok(session)
+    }
+
+    /// Finds what has been opened of the ports that serve `filter`.
+    fn look(&mut self, filter: &PortFilter) {
+        for (index, (name, protocol)) in ENTRIES.iter().enumerate() {
+            if filter.admits(name, *protocol) {
+                let opened = std::mem::take(&mut self.opened[index]);
+                self.closed[index] -= opened;
+                self.free[index] += opened;
+            }
+        }
     }
 
     /// Ends the session at `index`, modulo their number.
@@ -633,6 +654,8 @@ enum Event {
     Leave(usize),
     Answer(usize, Option<RefusalCause>),
     End(usize, usize),
+    /// The workload opens a port that the agent has reported as not listening.
+    Open(usize, usize),
     /// Another connection server's client gets a port, with a key or without.
     Elsewhere(usize, usize, Option<u8>),
     Detach(usize),
@@ -664,6 +687,7 @@ fn event() -> impl Strategy<Value = Event> {
         6 => (0usize..2).prop_map(|index| Event::Answer(index, None)),
         1 => (0usize..2).prop_map(|index| Event::Answer(index, Some(RefusalCause::Recovering))),
         4 => (0usize..2, any::<usize>()).prop_map(|(index, which)| Event::End(index, which)),
+        2 => (0usize..2, 0usize..3).prop_map(|(index, entry)| Event::Open(index, entry)),
         1 => (0usize..2, 0usize..5, key()).prop_map(|(index, want, key)| Event::Elsewhere(index, want, key)),
         1 => (0usize..2).prop_map(Event::Detach),
         2 => (0usize..2).prop_map(Event::Attach),
@@ -690,6 +714,11 @@ impl World {
             Event::End(index, which) => {
                 self.agents[index].end(which);
                 self.report(index);
+            }
+            Event::Open(index, entry) => {
+                self.agents[index].closed[entry] += 1;
+                self.report(index);
+                self.agents[index].opened[entry] += 1;
             }
             Event::Elsewhere(index, want, key) => {
                 self.number += 1;
