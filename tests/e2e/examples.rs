@@ -109,20 +109,25 @@ async fn fresh(world: &World, address: &str) {
     }
 }
 
-/// The real client measures over the connection port.
+/// The real client measures over the connection port, with TCP and with UDP.
 async fn iperf3(world: &World, address: &str) {
     let idle = ["iperf3", "--server", "--port", "9999"];
     world
         .client_pod("iperf3-client", "networkstatic/iperf3:latest", &idle)
         .await;
-    until("iperf3 sends and receives", LIMIT, async || {
-        let text = world.exec("client", &["portpool", "request", address], "")?;
-        let (host, port) = text.trim().rsplit_once(':').ok_or_else(|| text.clone())?;
-        let client = ["iperf3", "--client", host, "--port", port, "--time", "1"];
-        let text = world.exec("iperf3-client", &client, "")?;
-        let receiver = text.lines().find(|line| line.ends_with("receiver"));
-        println!("iperf3: {}", receiver.ok_or_else(|| text.clone())?.trim());
-        Ok(())
-    })
-    .await;
+    for transport in [&[][..], &["--udp", "--bitrate", "20M"]] {
+        until("iperf3 sends and receives", LIMIT, async || {
+            let text = world.exec("client", &["portpool", "request", address], "")?;
+            let (host, port) = text.trim().rsplit_once(':').ok_or_else(|| text.clone())?;
+            let client = ["iperf3", "--client", host, "--port", port, "--time", "1"];
+            let text = world.exec("iperf3-client", &[&client, transport].concat(), "")?;
+            let mut lines = text.lines();
+            // Of UDP it is there also when nothing has arrived.
+            let receiver =
+                lines.find(|line| line.ends_with("receiver") && !line.contains(" 0.00 Bytes"));
+            println!("iperf3: {}", receiver.ok_or_else(|| text.clone())?.trim());
+            Ok(())
+        })
+        .await;
+    }
 }
