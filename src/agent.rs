@@ -5,6 +5,7 @@
 //!   whether the workload listens;
 //! - `sockets`: looking at the workload's sockets;
 //! - `server`: the server side of the selection protocol;
+//! - `workload_api`: the local API for the workload; `workload_view`: what it shows;
 //! - `metrics`: what is counted; `gauges`: the states of ports.
 
 pub mod book;
@@ -12,6 +13,8 @@ mod gauges;
 pub mod metrics;
 pub mod server;
 pub mod sockets;
+pub mod workload_api;
+mod workload_view;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -20,6 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -71,6 +75,10 @@ pub struct Options {
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7071")]
     pub admin: SocketAddr,
 
+    /// Where the workload may ask who it is and which sessions it has: a loopback address, as nobody is asked for credentials; not served without it
+    #[arg(long, value_name = "IP:PORT")]
+    pub api: Option<SocketAddr>,
+
     /// Remembers across restarts of the agent that it ran before; put it where it lives as long as the workload
     #[arg(long, value_name = "FILE")]
     pub state_file: Option<PathBuf>,
@@ -104,6 +112,14 @@ pub enum Error {
     /// The table cannot be followed.
     #[error(transparent)]
     Follow(#[from] follow::FollowError),
+    /// The port of the local API is not to be had.
+    #[error("failed to listen for the workload on {address}: {source}; choose another with --api")]
+    Api {
+        /// What was to be bound.
+        address: SocketAddr,
+        /// The system's answer.
+        source: io::Error,
+    },
     /// The admin port could not be served.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
@@ -144,6 +160,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         .map_err(|source| Error::Listen { address, source })?
         .with_nodelay(Some(true));
     let admin_listener = admin::bind(options.admin).await?;
+    let api_listener = match options.api {
+        Some(address) => Some(bind_api(address).await?),
+        None => None,
+    };
     let stopping = CancellationToken::new();
     let tasks = TaskTracker::new();
     let until = |token: &CancellationToken| token.clone().cancelled_owned();
@@ -152,6 +172,13 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         admin_state(&agent, registry),
         until(&stopping),
     ));
+    if let Some(listener) = api_listener {
+        tasks.spawn(workload_api::serve(
+            listener,
+            agent.clone(),
+            stopping.clone(),
+        ));
+    }
     let timing = agent.clone();
     tasks.spawn(
         stopping
@@ -180,6 +207,11 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     tasks.close();
     tasks.wait().await;
     Ok(())
+}
+
+async fn bind_api(address: SocketAddr) -> Result<TcpListener, Error> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|source| Error::Api { address, source })
 }
 
 /// Whether the state file says that an agent ran here before; says so from now

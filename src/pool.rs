@@ -79,6 +79,9 @@ pub const AGENT_PORT: u16 = 7070;
 /// Port on which agents serve their admin pages.
 pub const AGENT_ADMIN_PORT: u16 = 7071;
 
+/// Port of the agent's local API, on a loopback address.
+pub const AGENT_API_PORT: u16 = 7072;
+
 /// Port on which connection servers serve their admin pages. It is neither the
 /// load-sharing port nor a connection port.
 pub const CONNECTION_ADMIN_PORT: u16 = 7701;

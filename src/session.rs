@@ -201,8 +201,8 @@ pub struct ServerState {
     pub attached: bool,
     /// Whether it is being removed.
     pub draining: bool,
-    /// Whether its pod is not Ready, so that it gets no new sessions. Those that it
-    /// has go on.
+    /// Whether its pod is not Ready, or its workload has said so, and it gets no new
+    /// sessions for now. Those that it has go on.
     #[serde(default)]
     pub not_ready: bool,
     /// Whether it has had all the sessions that it takes, and is replaced when they

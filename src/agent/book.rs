@@ -115,6 +115,8 @@ pub struct Book {
     row_not_ready: bool,
     stopping: bool,
     recycling: Recycling,
+    /// Whether the workload takes new sessions, as it says itself.
+    is_ready: bool,
 }
 
 impl Book {
@@ -137,6 +139,7 @@ impl Book {
             row_not_ready: false,
             stopping: false,
             recycling: Recycling::new(recovering_until.is_some()),
+            is_ready: true,
         }
     }
 
@@ -207,9 +210,7 @@ impl Book {
     /// The live session on `port`.
     #[must_use]
     pub fn look_up(&self, port: ListenPort) -> Option<selection::Session> {
-        let id = self.ports.session(port)?;
-        let session = self.sessions.get(id).filter(|session| session.is_live())?;
-        Some(self.describe(id, session))
+        self.live_session(self.ports.session(port)?)
     }
 
     /// Whether `port` has no session.
@@ -295,8 +296,53 @@ impl Book {
         self.recycling.most = most;
     }
 
+    /// Takes no more sessions, because the workload wants to be replaced.
+    pub fn spend(&mut self) {
+        self.recycling.ask_for();
+    }
+
+    /// Offers ports only while the workload `is_ready` for new sessions.
+    pub fn set_ready(&mut self, is_ready: bool) {
+        self.is_ready = is_ready;
+    }
+
+    /// Whether no port is offered for now, because the table says that the pod is
+    /// not Ready, or the workload does.
+    fn is_not_ready(&self) -> bool {
+        self.row_not_ready || !self.is_ready
+    }
+
+    /// What the workload has said last with [`Book::set_ready`].
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.is_ready
+    }
+
+    /// Ends the session `id` for the workload. Returns nothing unless it is live.
+    pub fn end_for_workload(&mut self, id: &SessionId, now: Now) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        self.end(id, EndCause::EndedByWorkload, now, &mut notices);
+        notices
+    }
+
+    /// The live session `id`.
+    #[must_use]
+    pub fn live_session(&self, id: &SessionId) -> Option<selection::Session> {
+        let session = self.sessions.get(id).filter(|session| session.is_live())?;
+        Some(self.describe(id, session))
+    }
+
+    /// The live sessions, in the order of their ids.
+    #[must_use]
+    pub fn live_sessions(&self) -> Vec<selection::Session> {
+        let live = self.sessions.iter();
+        let live = live.filter(|(_, session)| session.is_live());
+        live.map(|(id, session)| self.describe(id, session))
+            .collect()
+    }
+
     /// Whether no port is offered any more, because there were all the sessions
-    /// that this server takes.
+    /// that this server takes, or the workload wants to be replaced.
     #[must_use]
     pub fn is_spent(&self) -> bool {
         self.recycling.is_spent()
@@ -321,7 +367,7 @@ impl Book {
             ports,
             draining: self.is_draining(),
             spent: self.is_spent(),
-            not_ready: self.row_not_ready,
+            not_ready: self.is_not_ready(),
             returning: self.ports.returning(),
         }
     }

@@ -9,10 +9,13 @@
 //!                                      sockets
 //! ```
 //!
+//! `workload` has what the workload beside the agent is told and may decide.
+//!
 //! A look never waits, so it happens under the lock: no session ends between a
 //! look and the moment when the book has its result.
 
 mod streams;
+mod workload;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -20,12 +23,13 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, broadcast, mpsc};
 use tracing::{info, warn};
 
 use super::book::{Book, Notice, Now, ServerPort, Times, To};
 use super::metrics::Metrics;
 use super::sockets::Reader;
+use super::workload_view::WorkloadEvent;
 use crate::follow::{Rejected, is_newer};
 use crate::selection::{ConnectionServerId, Counts, FromAgent};
 use crate::session::PortFilter;
@@ -34,6 +38,9 @@ use crate::table::{Slot, Table};
 /// The messages to one stream. Unbounded, because every message answers a
 /// request or reports a session, and both are bounded where they begin.
 type Outbox = mpsc::UnboundedSender<FromAgent>;
+
+/// Events that are kept for a workload that reads slowly; it loses the oldest.
+const EVENTS_KEPT: usize = 256;
 
 /// The agent of one processing server. Cheap to clone.
 #[derive(Clone)]
@@ -57,6 +64,8 @@ struct Inner {
     outboxes: HashMap<ConnectionServerId, Outbox>,
     /// The counts that were sent last.
     sent_counts: Counts,
+    /// Changes of sessions, for the workload.
+    events: broadcast::Sender<WorkloadEvent>,
 }
 
 impl Agent {
@@ -78,6 +87,7 @@ impl Agent {
             table: None,
             outboxes: HashMap::new(),
             sent_counts: Counts::default(),
+            events: broadcast::Sender::new(EVENTS_KEPT),
         };
         Self {
             slot,
@@ -240,6 +250,7 @@ impl Inner {
 
     fn send(&self, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
+            self.tell_workload(&to, &message);
             match to {
                 To::One(id) => {
                     if let Some(outbox) = self.outboxes.get(&id) {

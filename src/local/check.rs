@@ -11,7 +11,7 @@ use super::addresses::Addresses;
 use super::container::{self, Process};
 use crate::forward::{check_open_files, ephemeral_overlap};
 use crate::plan::{FieldProblem, ValidPool, empty_row};
-use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Mapping};
+use crate::pool::{AGENT_ADMIN_PORT, AGENT_API_PORT, AGENT_PORT, CONNECTION_ADMIN_PORT, Mapping};
 use crate::table::{PortRange, Slot, Table};
 
 /// Most ports in use that are reported, because one program may use a whole
@@ -195,6 +195,7 @@ fn sockets<'a>(
         [
             (tcp(AGENT_PORT), "agent port"),
             (tcp(AGENT_ADMIN_PORT), "agent admin port"),
+            (tcp(AGENT_API_PORT), "agent API port"),
         ]
         .into_iter()
         .chain(targets.map(|socket| (socket, "spec.ports")))

@@ -53,12 +53,13 @@ impl Pod {
     pub(super) fn new(pool: &ValidPool, row: &Row, uid: String, addresses: &Addresses) -> Self {
         let address = pool.advertised_address.clone();
         let address = address.unwrap_or_else(|| addresses.connection(0).to_string());
+        let own = addresses.server(row.slot);
         Self {
             name: row.server.clone(),
             uid,
             namespace: pool.namespace.clone(),
-            address: addresses.server(row.slot),
-            variables: environment(pool, row, Some(&address)),
+            address: own,
+            variables: environment(pool, row, Some(&address), own),
         }
     }
 

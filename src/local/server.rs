@@ -13,7 +13,7 @@ use super::container::{self, Pod};
 use super::events::Events;
 use super::readiness::Readiness;
 use crate::plan::{FieldProblem, ValidPool};
-use crate::pool::AGENT_ADMIN_PORT;
+use crate::pool::{AGENT_ADMIN_PORT, AGENT_API_PORT};
 use crate::table::{PortRange, Row};
 
 /// Values that all servers of a pool start with.
@@ -96,6 +96,7 @@ impl Server {
                 format!("--address={address}"),
                 "--listen-scope=address".to_owned(),
                 format!("--admin={admin}"),
+                format!("--api={address}:{AGENT_API_PORT}"),
                 format!("--state-file={}", context.folder.join(&uid).display()),
                 format!("--drain-seconds={}", context.drain_seconds),
             ],
@@ -128,6 +129,8 @@ impl Server {
     pub(super) fn why_it_stops(&self, pool: &ValidPool) -> &'static str {
         if pool.template.as_ref() != Ok(&self.template) {
             "is replaced: the template has changed"
+        } else if self.is_spent && pool.recycle.after_sessions().is_none() {
+            "is replaced: its workload asked for that"
         } else if self.is_spent {
             "is replaced: it has had recycle.afterSessions sessions"
         } else if self.is_too_old(pool) {

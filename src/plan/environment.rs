@@ -7,6 +7,7 @@
 //! | `PORTPOOL_SERVER` | the name of the server |
 //! | `PORTPOOL_SLOT` | the number of its slot |
 //! | `PORTPOOL_ADDRESS` | the address that clients connect to, where it is known |
+//! | `PORTPOOL_API` | the URL of the agent's local API |
 //! | `PORTPOOL_ENTRY_PORT` | the first connection port of the entry `entry` |
 //! | `PORTPOOL_ENTRY_LAST` | its last one, where they are adjacent |
 //! | `PORTPOOL_ENTRY_COUNT` | the number of them |
@@ -14,17 +15,30 @@
 //! They hold for the start of the server. A server whose ports change later is
 //! replaced if it listens on them (mapping Identity).
 
+use std::net::IpAddr;
+
 use super::ValidPool;
+use crate::pool::AGENT_API_PORT;
 use crate::table::{PortRange, Row};
 
 /// The variables for the workload in `row`: names and values. `address` is what
-/// clients connect to, where it is known.
+/// clients connect to, where it is known; `loopback` is the address of the local
+/// API, which only the workload reaches.
 #[must_use]
-pub fn environment(pool: &ValidPool, row: &Row, address: Option<&str>) -> Vec<(String, String)> {
+pub fn environment(
+    pool: &ValidPool,
+    row: &Row,
+    address: Option<&str>,
+    loopback: IpAddr,
+) -> Vec<(String, String)> {
     let mut variables = vec![
         ("PORTPOOL_POOL".to_owned(), pool.name.clone()),
         ("PORTPOOL_SERVER".to_owned(), row.server.clone()),
         ("PORTPOOL_SLOT".to_owned(), row.slot.to_string()),
+        (
+            "PORTPOOL_API".to_owned(),
+            format!("http://{loopback}:{AGENT_API_PORT}"),
+        ),
     ];
     if let Some(address) = address {
         variables.push(("PORTPOOL_ADDRESS".to_owned(), address.to_owned()));

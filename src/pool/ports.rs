@@ -67,7 +67,9 @@ fn default_count() -> i32 {
 }
 
 /// Server ports that the connection ports of a server lead to.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema, ToSchema,
+)]
 pub enum Mapping {
     /// Each connection port leads to a server port of its own.
     #[default]

@@ -144,8 +144,8 @@ pub struct Counts {
     /// Whether no port is offered any more, because the server has had all the
     /// sessions that it takes.
     pub spent: bool,
-    /// Whether no port is offered now, because the server's row says that its
-    /// workload is not ready.
+    /// Whether no port is offered now, because the server's row, or the workload
+    /// itself, says that it is not ready.
     pub not_ready: bool,
 }
 
@@ -242,4 +242,6 @@ pub enum EndCause {
     OwnerGone,
     /// The agent does not know it, or its port belongs to another one now.
     Unknown,
+    /// The workload ended it.
+    EndedByWorkload,
 }

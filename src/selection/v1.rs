@@ -187,8 +187,8 @@ pub struct Counts {
     /// pool's recycle.afterSessions, and is replaced when they are over.
     #[prost(bool, tag = "4")]
     pub spent: bool,
-    /// No port is offered now: the server's row says that its workload is not
-    /// ready. A receiver that does not know the field goes on asking, and is refused.
+    /// No port is offered now: the server's row, or the workload itself, says that
+    /// it is not ready. A receiver that does not know the field goes on asking, and is refused.
     #[prost(bool, tag = "5")]
     pub not_ready: bool,
 }
@@ -415,6 +415,8 @@ pub mod end {
         OwnerGone = 6,
         /// The agent does not know the session, or its port is another's now.
         Unknown = 7,
+        /// The workload ended it. An older receiver takes it for CAUSE_UNSPECIFIED.
+        EndedByWorkload = 8,
     }
     impl Cause {
         /// String value of the enum field names used in the ProtoBuf definition.
@@ -431,6 +433,7 @@ pub mod end {
                 Self::Drained => "DRAINED",
                 Self::OwnerGone => "OWNER_GONE",
                 Self::Unknown => "UNKNOWN",
+                Self::EndedByWorkload => "ENDED_BY_WORKLOAD",
             }
         }
         /// Creates an enum from field names used in the ProtoBuf definition.
@@ -444,6 +447,7 @@ pub mod end {
                 "DRAINED" => Some(Self::Drained),
                 "OWNER_GONE" => Some(Self::OwnerGone),
                 "UNKNOWN" => Some(Self::Unknown),
+                "ENDED_BY_WORKLOAD" => Some(Self::EndedByWorkload),
                 _ => None,
             }
         }

@@ -242,6 +242,7 @@ impl Pool {
             format!("--address={address}"),
             "--listen-scope=address".to_owned(),
             format!("--admin={address}:7071"),
+            format!("--api={address}:7072"),
             format!(
                 "--state-file={}",
                 self.folder.path().join(format!("agent-{slot}")).display()

@@ -5,3 +5,4 @@ mod claims;
 mod limits;
 mod no_sock_diag;
 mod one_shot;
+mod workload_api;

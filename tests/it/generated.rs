@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::common::agree;
+use portpool::agent::workload_api;
 use portpool::connection::{inspection, load_sharing};
 
 #[test]
@@ -33,6 +34,7 @@ fn openapi_documents_are_generated_from_the_handlers() {
     let documents = [
         ("docs/openapi.json", load_sharing::api::openapi()),
         ("docs/openapi-admin.json", inspection::openapi()),
+        ("docs/openapi-workload.json", workload_api::openapi()),
     ];
     for (path, document) in documents {
         agree(path, &(document.to_pretty_json().unwrap() + "\n"));

@@ -288,6 +288,31 @@ fn the_fresh_example_gives_every_session_a_new_server() {
     local.stop();
 }
 
+#[test]
+fn a_workload_that_drains_itself_is_replaced() {
+    let local = Local::start(&example("echo.yaml"));
+    local.until("8 ports free");
+    let before = pids("echo --listen 127.0.0.");
+    let environments = before.iter().map(|pid| {
+        let environment = fs::read_to_string(format!("/proc/{pid}/environ")).unwrap();
+        let variables = environment.split('\0');
+        let mut apis = variables.filter_map(|text| text.strip_prefix("PORTPOOL_API=http://"));
+        apis.next().map(str::to_owned)
+    });
+    let api = environments.flatten().next().unwrap();
+    let mut stream = TcpStream::connect(api).unwrap();
+    write!(stream, "POST /v1/drain HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 204 "), "{answer}");
+    local.until("is replaced: its workload asked for that");
+    local.until("8 ports free");
+    let after = pids("echo --listen 127.0.0.");
+    let stayed = before.iter().filter(|pid| after.contains(pid)).count();
+    assert_eq!((stayed, after.len()), (before.len() / 2, before.len()));
+    local.stop();
+}
+
 /// Writes `manifest` into a file of a folder.
 fn write(manifest: &str) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();

@@ -23,7 +23,11 @@ fn run(program: &str, arguments: &[&str]) {
 #[test]
 #[ignore = "needs Python and Go: make openapi"]
 fn validators_accept_the_documents() {
-    for document in ["openapi.json", "openapi-admin.json"] {
+    for document in [
+        "openapi.json",
+        "openapi-admin.json",
+        "openapi-workload.json",
+    ] {
         let path = format!("{}/docs/{document}", env!("CARGO_MANIFEST_DIR"));
         run("openapi-spec-validator", &[&path]);
         run("openapi-check", &[&path]);
@@ -35,8 +39,14 @@ fn validators_accept_the_documents() {
 async fn every_answer_to_generated_requests_is_as_the_document_says() {
     // Requests wait at most until a session ends because its client never comes.
     let pool = Pool::running(2, |table| table.sessions.claim_seconds = 1).await;
-    for port in [7700, 7701] {
-        let url = format!("http://{}:{port}/openapi.json", pool.connection_address(0));
+    let connection_server = pool.connection_address(0);
+    for (address, port) in [
+        (connection_server, 7700),
+        (connection_server, 7701),
+        // Last, because it takes the server out of service.
+        (pool.server_address(0), 7072),
+    ] {
+        let url = format!("http://{address}:{port}/openapi.json");
         run(
             "st",
             &[

@@ -1,4 +1,5 @@
-//! How many sessions the server takes before it is replaced.
+//! How many sessions the server takes before it is replaced, and whether its
+//! workload asked for that.
 
 /// The sessions of this server, counted against the most that it takes.
 #[derive(Clone, Debug)]
@@ -9,6 +10,8 @@ pub(super) struct Recycling {
     used: u32,
     /// Whether there may have been more, of which a restarted agent knows nothing.
     has_restarted: bool,
+    /// Whether the workload wants to be replaced, whatever their number.
+    is_asked_for: bool,
 }
 
 impl Recycling {
@@ -17,6 +20,7 @@ impl Recycling {
             most: None,
             used: 0,
             has_restarted,
+            is_asked_for: false,
         }
     }
 
@@ -30,9 +34,14 @@ impl Recycling {
         self.used = self.used.saturating_sub(1);
     }
 
+    /// The workload wants to be replaced.
+    pub(super) fn ask_for(&mut self) {
+        self.is_asked_for = true;
+    }
+
     /// Whether the server takes no more.
     pub(super) fn is_spent(&self) -> bool {
-        self.most
-            .is_some_and(|most| self.has_restarted || self.used >= most)
+        let is_full = |most| self.has_restarted || self.used >= most;
+        self.is_asked_for || self.most.is_some_and(is_full)
     }
 }

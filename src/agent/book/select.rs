@@ -45,7 +45,7 @@ impl Book {
         if self.is_draining() || self.is_spent() {
             return Some(RefusalCause::Draining);
         }
-        if self.row_not_ready {
+        if self.is_not_ready() {
             return Some(RefusalCause::NotReady);
         }
         self.is_recovering(now).then_some(RefusalCause::Recovering)

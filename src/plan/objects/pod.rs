@@ -1,6 +1,8 @@
 //! The pod of a processing server: the template with the agent as a native sidecar,
 //! and what the workload is told about its place (`environment`).
 
+use std::net::{IpAddr, Ipv4Addr};
+
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -9,8 +11,11 @@ use super::{
     selector, table_name,
 };
 use crate::plan::{environment, server_name};
-use crate::pool::{AGENT_ADMIN_PORT, AGENT_PORT};
+use crate::pool::{AGENT_ADMIN_PORT, AGENT_API_PORT, AGENT_PORT};
 use crate::table::{PortRange, Row, Slot, TABLE_KEY};
+
+/// Where the agent's local API is: only the containers of the pod reach it.
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// Name of the agent's container.
 pub const AGENT: &str = "portpool-agent";
@@ -33,7 +38,10 @@ pub fn pods<'a>(
             pod["metadata"]["annotations"][RANGES_ANNOTATION] = ranges.into();
         }
         let address = owner.pool.advertised_address.as_deref();
-        inform(&mut pod["spec"], &environment(owner.pool, row, address));
+        inform(
+            &mut pod["spec"],
+            &environment(owner.pool, row, address, LOOPBACK),
+        );
         pod
     })
 }
@@ -127,6 +135,7 @@ fn agent(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
             format!("--table={TABLE_FOLDER}/{TABLE_KEY}"),
             format!("--slot={slot}"),
             format!("--admin=[::]:{AGENT_ADMIN_PORT}"),
+            format!("--api={LOOPBACK}:{AGENT_API_PORT}"),
             "--state-file=/run/portpool/agent",
             format!("--drain-seconds={drain}"),
         ],

@@ -85,6 +85,7 @@ fn containers_are_told_their_place_and_keep_their_own_variables() {
     let told = [
         "PORTPOOL_POOL=games",
         "PORTPOOL_SERVER=games-1",
+        "PORTPOOL_API=http://127.0.0.1:7072",
         "PORTPOOL_ADDRESS=games.example.org",
         "PORTPOOL_GAME_PORT=20005",
         "PORTPOOL_GAME_COUNT=2",

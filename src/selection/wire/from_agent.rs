@@ -169,7 +169,7 @@ macro_rules! cause {
     };
 }
 cause!(RefusalCause, refused::Cause, Unspecified NoFreePort Draining UnknownPort DuplicateId Recovering Malformed KeyReused NotReady);
-cause!(EndCause, end::Cause, Unspecified Unclaimed Released Finished MaxDuration Drained OwnerGone Unknown);
+cause!(EndCause, end::Cause, Unspecified Unclaimed Released Finished MaxDuration Drained OwnerGone Unknown EndedByWorkload);
 
 #[cfg(test)]
 mod tests {

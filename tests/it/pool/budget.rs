@@ -95,6 +95,7 @@ fn run_agents(pool: &Pool) -> (PathBuf, oneshot::Sender<()>, std::thread::JoinHa
                 address,
                 listen_scope: ListenScope::Address,
                 admin: SocketAddr::new(address, 7071),
+                api: None,
                 state_file: None,
                 drain_seconds: 0,
             }

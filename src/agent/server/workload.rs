@@ -1,0 +1,99 @@
+//! What the workload is told of its server and its sessions, and what it may
+//! decide about them. `workload_api` is where it asks.
+
+use jiff::Timestamp;
+use tokio::sync::broadcast;
+use tracing::info;
+
+use super::{Agent, Inner};
+use crate::agent::book::To;
+use crate::agent::workload_view::{EntryView, ServerView, WorkloadEvent};
+use crate::selection::{FromAgent, Session};
+use crate::session::SessionId;
+
+impl Agent {
+    /// The server as the workload sees it; `None` without a row.
+    #[must_use]
+    pub fn view(&self) -> Option<ServerView> {
+        let inner = self.inner.lock();
+        let table = inner.table.as_ref()?;
+        let row = table.row(self.slot)?;
+        Some(ServerView {
+            pool: table.pool.clone(),
+            server: row.server.clone(),
+            slot: self.slot,
+            address: table.advertised_address.clone(),
+            ready: inner.book.is_ready(),
+            draining: inner.book.is_draining(),
+            spent: inner.book.is_spent(),
+            sessions: u32::try_from(inner.book.session_count()).unwrap_or(u32::MAX),
+            ports: row.ranges.iter().map(EntryView::new).collect(),
+        })
+    }
+
+    /// The live sessions, in the order of their ids.
+    #[must_use]
+    pub fn sessions(&self) -> Vec<Session> {
+        self.inner.lock().book.live_sessions()
+    }
+
+    /// The live session `id`.
+    #[must_use]
+    pub fn session(&self, id: &SessionId) -> Option<Session> {
+        self.inner.lock().book.live_session(id)
+    }
+
+    /// Ends the session `id` for the workload. Returns whether it was live.
+    pub fn end(&self, id: &SessionId) -> bool {
+        let mut is_ended = false;
+        self.change(|book, now| {
+            let notices = book.end_for_workload(id, now);
+            is_ended = !notices.is_empty();
+            notices
+        });
+        if is_ended {
+            info!(session = %id, "the workload ended a session");
+        }
+        is_ended
+    }
+
+    /// Offers ports only while the workload `is_ready` for new sessions.
+    pub fn set_ready(&self, is_ready: bool) {
+        self.change(|book, _| {
+            if book.is_ready() != is_ready {
+                info!(is_ready, "the workload has changed its readiness");
+            }
+            book.set_ready(is_ready);
+            Vec::new()
+        });
+    }
+
+    /// Takes no more sessions, so that the server is replaced when they are over.
+    pub fn spend(&self) {
+        info!("the workload wants to be replaced");
+        self.change(|book, _| {
+            book.spend();
+            Vec::new()
+        });
+    }
+
+    /// Changes of sessions from now on.
+    #[must_use]
+    pub fn watch(&self) -> broadcast::Receiver<WorkloadEvent> {
+        self.inner.lock().events.subscribe()
+    }
+}
+
+impl Inner {
+    /// Tells the workload of a change, if it watches. What goes to one connection
+    /// server only is no change.
+    pub(super) fn tell_workload(&self, to: &To, message: &FromAgent) {
+        if matches!(to, To::One(_)) || self.events.receiver_count() == 0 {
+            return;
+        }
+        if let Some(event) = WorkloadEvent::of(message, Timestamp::now()) {
+            // The last one may have left meanwhile.
+            let _ = self.events.send(event);
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The local API for the workload beside the agent: which server it is, which
+//! sessions it has and what happens to them; and what the workload may decide:
+//! end a session, take no new ones for a while, or be replaced. A program that
+//! does not ask works as before.
+//!
+//! It is served on the loopback address of the pod, which nothing outside the pod
+//! reaches, so it asks for no credentials. What the workload says is the agent's
+//! own knowledge and is forgotten when the agent restarts; its event streams end
+//! then, so that a workload notices.
+//!
+//! Decisions are in `book`; `workload_view` has what the answers look like.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::rejection::{JsonRejection, PathRejection};
+use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use futures::{Stream, StreamExt};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_stream::wrappers::BroadcastStream;
+use tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged;
+use tokio_util::sync::CancellationToken;
+use tower::ServiceExt;
+use tracing::{debug, warn};
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::server::Agent;
+use super::workload_view::{Readiness, ServerView, SessionList, WorkloadEvent, WorkloadSession};
+use crate::session::{Problem, SessionId};
+
+/// Most bytes of a request's body.
+const MAX_BODY_BYTES: usize = 4096;
+
+/// Most clients that watch events at a time.
+const WATCHERS_MAX: usize = 8;
+
+/// Most connections at a time, so that a workload that does not close them does not
+/// take the open files that the agent needs.
+const CONNECTIONS_MAX: usize = 64;
+
+/// How long a request's head may take, which bounds idle connections too.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Pause after a failed accept, so that a lack of descriptors does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The OpenAPI document.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "portpool agent, local API",
+        description = "For the workload of a processing server: its place, its sessions, and what it decides about them. Its address is in the environment variable PORTPOOL_API. Nothing outside the pod reaches it."
+    ),
+    components(schemas(WorkloadEvent))
+)]
+struct Document;
+
+/// What the handlers need.
+struct Api {
+    agent: Agent,
+    watchers: Arc<Semaphore>,
+    stopping: CancellationToken,
+}
+
+/// The OpenAPI document, as served at `/openapi.json`.
+#[must_use]
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    documented().split_for_parts().1
+}
+
+fn documented() -> OpenApiRouter<Arc<Api>> {
+    OpenApiRouter::with_openapi(Document::openapi())
+        .routes(routes!(get_server))
+        .routes(routes!(set_readiness))
+        .routes(routes!(drain))
+        .routes(routes!(list_sessions))
+        .routes(routes!(get_session, end_session))
+        .routes(routes!(watch_events))
+        .routes(routes!(get_openapi))
+}
+
+/// Serves the API on `listener` until `stopping`, which cuts open requests.
+pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationToken) {
+    let api = Api {
+        agent,
+        watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        stopping: stopping.clone(),
+    };
+    let (router, _) = documented().split_for_parts();
+    let router = router
+        .fallback(async || Refused::NotFound)
+        .method_not_allowed_fallback(async || Refused::MethodNotAllowed)
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .with_state(Arc::new(api));
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    while let Some(place) = stopping.run_until_cancelled(place(&places)).await {
+        let Some(accepted) = stopping.run_until_cancelled(listener.accept()).await else {
+            return;
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let connection = attend(stream, router.clone(), place);
+                tokio::spawn(stopping.clone().run_until_cancelled_owned(connection));
+            }
+            Err(error) => {
+                warn!(%error, "failed to accept a connection on the local API");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Waits for a place; the semaphore is never closed.
+async fn place(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    places.clone().acquire_owned().await.ok()
+}
+
+/// Answers the requests of one connection, which has `place` meanwhile.
+async fn attend(stream: TcpStream, router: Router, place: Option<OwnedSemaphorePermit>) {
+    let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+        router.clone().oneshot(request.map(Body::new))
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = served {
+        debug!(%error, "connection to the local API broke");
+    }
+    drop(place);
+}
+
+/// Which server this is: its name, its ports, and whether it takes sessions.
+#[utoipa::path(
+    get,
+    path = "/v1/server",
+    responses(
+        (status = 200, description = "The server", body = ServerView),
+        (status = 503, description = "There is no table yet", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn get_server(State(api): State<Arc<Api>>) -> Result<Json<ServerView>, Refused> {
+    api.agent.view().map(Json).ok_or(Refused::NoRow)
+}
+
+/// Says whether the workload takes new sessions. Live ones go on. A restart of the
+/// agent forgets it: say it again when a stream of events ends.
+#[utoipa::path(
+    put,
+    path = "/v1/readiness",
+    request_body = Readiness,
+    responses(
+        (status = 204, description = "Noted, and connection servers are told"),
+        (status = "4XX", description = "The body is not as described", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn set_readiness(
+    State(api): State<Arc<Api>>,
+    body: Result<Json<Readiness>, JsonRejection>,
+) -> Result<StatusCode, Refused> {
+    let Json(Readiness { ready }) = body?;
+    api.agent.set_ready(ready);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Takes no more sessions; when the live ones are over, the server is replaced by a
+/// new one, which gets its connection ports. There is no way back.
+#[utoipa::path(
+    post,
+    path = "/v1/drain",
+    responses((status = 204, description = "Noted, and connection servers are told"))
+)]
+async fn drain(State(api): State<Arc<Api>>) -> StatusCode {
+    api.agent.spend();
+    StatusCode::NO_CONTENT
+}
+
+/// The live sessions.
+#[utoipa::path(get, path = "/v1/sessions", responses((status = 200, description = "The sessions", body = SessionList)))]
+async fn list_sessions(State(api): State<Arc<Api>>) -> Json<SessionList> {
+    let sessions = api.agent.sessions();
+    Json(SessionList {
+        items: sessions.iter().map(WorkloadSession::from).collect(),
+    })
+}
+
+/// A live session.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The session's id")),
+    responses(
+        (status = 200, description = "The session", body = WorkloadSession),
+        (status = 404, description = "No live session has this id", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn get_session(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<WorkloadSession>, Refused> {
+    let id = session_id(id)?;
+    let session = api.agent.session(&id).ok_or(Refused::NoSession)?;
+    Ok(Json(WorkloadSession::from(&session)))
+}
+
+/// Ends a session: its connections are cut, and its port goes to others.
+#[utoipa::path(
+    delete,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The session's id")),
+    responses(
+        (status = 204, description = "The session is over"),
+        (status = 404, description = "No live session has this id", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn end_session(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<StatusCode, Refused> {
+    let is_ended = api.agent.end(&session_id(id)?);
+    is_ended
+        .then_some(StatusCode::NO_CONTENT)
+        .ok_or(Refused::NoSession)
+}
+
+/// Changes of sessions from now on, as server-sent events. The name of an event is
+/// the state that the session is in now (`Held`, `Busy`, `Lingering`) or `Ended`;
+/// its data is a `WorkloadEvent`. Who reads too slowly gets an event `lost` with the
+/// number of those that it missed. To miss nothing, watch first and then list.
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    responses(
+        (status = 200, description = "A stream of events", body = String, content_type = "text/event-stream"),
+        (status = 503, description = "Too many clients watch already", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn watch_events(
+    State(api): State<Arc<Api>>,
+) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refused> {
+    let place = api.watchers.clone().try_acquire_owned();
+    let place = place.map_err(|_| Refused::TooManyWatchers)?;
+    let events = BroadcastStream::new(api.agent.watch());
+    let events = events.take_until(api.stopping.clone().cancelled_owned());
+    let events = events.map(move |event| {
+        let _place = &place;
+        Ok(match event {
+            Ok(event) => Event::default()
+                .event(event.name())
+                .json_data(&event)
+                .unwrap_or_default(),
+            Err(Lagged(lost)) => Event::default().event("lost").data(lost.to_string()),
+        })
+    });
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+}
+
+/// This document.
+#[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "OpenAPI")))]
+async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
+    Json(openapi())
+}
+
+/// The id in a path; one that no session can have is that of none.
+fn session_id(path: Result<Path<String>, PathRejection>) -> Result<SessionId, Refused> {
+    let Path(id) = path.map_err(|_| Refused::NoSession)?;
+    SessionId::new(&id).ok_or(Refused::NoSession)
+}
+
+/// Why a request is refused.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{0}")]
+    Body(#[from] JsonRejection),
+    #[error("the agent has no table with this server yet; ask again in a second")]
+    NoRow,
+    #[error("no live session has this id; it may be over")]
+    NoSession,
+    #[error("{WATCHERS_MAX} clients watch events already: end one, or ask again")]
+    TooManyWatchers,
+    #[error("see /openapi.json for the paths and methods")]
+    NotFound,
+    #[error("see /openapi.json for the paths and methods")]
+    MethodNotAllowed,
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        let (status, name, title) = match &self {
+            Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
+            Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
+            Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),
+            Self::TooManyWatchers => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "too-many-watchers",
+                "Too many watchers",
+            ),
+            Self::NotFound => (StatusCode::NOT_FOUND, "not-found", "No such resource"),
+            Self::MethodNotAllowed => (
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method-not-allowed",
+                "Method not allowed",
+            ),
+        };
+        let problem = Problem {
+            kind: format!("urn:portpool:problem:{name}"),
+            title: title.to_owned(),
+            status: status.as_u16(),
+            detail: self.to_string(),
+        };
+        let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
+        (status, content_type, Json(problem)).into_response()
+    }
+}

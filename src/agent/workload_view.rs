@@ -1,0 +1,179 @@
+//! What the local API shows of the server and its sessions, and what it takes.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::pool::{Mapping, PortProtocol};
+use crate::selection::{EndCause, FromAgent, Session};
+use crate::session::SessionState;
+use crate::table::{PortRange, Slot};
+
+/// The processing server that the workload is part of.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerView {
+    /// The pool's name.
+    pub pool: String,
+    /// Name of the pod or process.
+    pub server: String,
+    /// Slot in the pool.
+    #[schema(value_type = u32)]
+    pub slot: Slot,
+    /// The address that clients connect to, where the pool advertises one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// What the workload has said last at `/v1/readiness`; true before.
+    pub ready: bool,
+    /// Whether the server is being removed.
+    pub draining: bool,
+    /// Whether it takes no more sessions and is replaced when they are over.
+    pub spent: bool,
+    /// Live sessions, and those whose end is not acknowledged.
+    pub sessions: u32,
+    /// The server's connection ports.
+    pub ports: Vec<EntryView>,
+}
+
+/// Adjacent connection ports of one port entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EntryView {
+    /// Name of the port entry.
+    pub name: String,
+    /// What they forward.
+    pub protocol: PortProtocol,
+    /// The first connection port, to which clients connect.
+    pub port: u16,
+    /// How many there are.
+    pub count: u16,
+    /// The server port that the first one leads to.
+    pub server_port: u16,
+    /// Which server ports the others lead to.
+    pub mapping: Mapping,
+}
+
+impl EntryView {
+    pub(in crate::agent) fn new(range: &PortRange) -> Self {
+        Self {
+            name: range.name.clone(),
+            protocol: range.protocol,
+            port: range.connection_port.get(),
+            count: range.count,
+            server_port: range.server_port.get(),
+            mapping: range.mapping,
+        }
+    }
+}
+
+/// A session on this server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadSession {
+    /// Names the session.
+    pub id: String,
+    /// The connection port, to which the client connects.
+    pub port: u16,
+    /// Name of the port entry.
+    pub port_name: String,
+    /// What the port forwards.
+    pub protocol: PortProtocol,
+    /// Where the session is in its life.
+    pub state: SessionState,
+    /// The only address that may connect, if it is bound to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub bound_client: Option<std::net::IpAddr>,
+    /// While `Held`: when it ends unless a client connects (RFC 3339).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub claim_deadline: Option<Timestamp>,
+    /// When the port was selected (RFC 3339).
+    #[schema(value_type = String, format = DateTime)]
+    pub created: Timestamp,
+}
+
+impl From<&Session> for WorkloadSession {
+    fn from(session: &Session) -> Self {
+        let is_held = session.state == SessionState::Held;
+        Self {
+            id: session.id.to_string(),
+            port: session.port.get(),
+            port_name: session.port_name.clone(),
+            protocol: session.protocol,
+            state: session.state,
+            bound_client: session.bound_client,
+            claim_deadline: is_held.then(|| in_milliseconds(session.claim_deadline)),
+            created: in_milliseconds(session.created),
+        }
+    }
+}
+
+/// As exact as connection servers, and so clients, are told.
+fn in_milliseconds(time: Timestamp) -> Timestamp {
+    Timestamp::from_millisecond(time.as_millisecond()).unwrap_or(time)
+}
+
+/// The live sessions of the server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+pub struct SessionList {
+    /// In the order of their ids; no more than the server has ports.
+    pub items: Vec<WorkloadSession>,
+}
+
+/// A change of a session's state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct WorkloadEvent {
+    /// When it happened (RFC 3339).
+    #[schema(value_type = String, format = DateTime)]
+    pub time: Timestamp,
+    /// The session's id.
+    pub id: String,
+    /// Why the session has ended; absent while it lives.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cause: Option<&'static str>,
+    /// The session after the change; absent when it has ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<WorkloadSession>,
+}
+
+impl WorkloadEvent {
+    /// The event that `message` reports; `None` if it is not about a session's state.
+    pub(in crate::agent) fn of(message: &FromAgent, time: Timestamp) -> Option<Self> {
+        match message {
+            FromAgent::Session(session) => Some(Self {
+                time,
+                id: session.id.to_string(),
+                cause: None,
+                session: Some(session.into()),
+            }),
+            FromAgent::End { session_id, cause } => Some(Self {
+                time,
+                id: session_id.to_string(),
+                cause: Some(EndCause::name(*cause)),
+                session: None,
+            }),
+            _ => None,
+        }
+    }
+
+    /// The name of the event: the state that the session is in, or `Ended`.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self.session.as_ref().map(|session| session.state) {
+            None => "Ended",
+            Some(SessionState::Held) => "Held",
+            Some(SessionState::Busy) => "Busy",
+            Some(SessionState::Lingering) => "Lingering",
+        }
+    }
+}
+
+/// Whether the workload takes new sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Readiness {
+    /// `false`: no new sessions until `true`; live ones go on.
+    pub ready: bool,
+}

@@ -1,0 +1,227 @@
+//! The agent's local API as a workload uses it: where it is, its sessions, and
+//! what it decides.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+
+use serde_json::{Value, json};
+
+use crate::common::{COUNT, Pool, SERVER_PORT, SOON, connect, echo};
+
+/// A running answer to a request to the local API of the server in `slot`.
+fn send(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> TcpStream {
+    let mut stream = TcpStream::connect((pool.server_address(slot), 7072)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    let length = body.len();
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\
+         content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+    )
+    .unwrap();
+    stream
+}
+
+/// The status and the JSON body of an answer, `null` without one.
+fn call(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> (u16, Value) {
+    let mut answer = String::new();
+    let mut stream = send(pool, slot, method, path, body);
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    let body = if body.is_empty() { "null" } else { body };
+    (status, serde_json::from_str(body).unwrap())
+}
+
+/// The slot of the server with this name.
+fn slot_of(pool: &Pool, server: &str) -> u32 {
+    let mut rows = pool.table.rows.iter();
+    rows.find(|row| row.server == server).unwrap().slot.0
+}
+
+#[tokio::test]
+async fn a_workload_learns_its_place_and_its_sessions() {
+    let pool = Pool::running(2, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let slot = slot_of(&pool, &session.server);
+    let (status, server) = call(&pool, slot, "GET", "/v1/server", "");
+    assert_eq!(status, 200);
+    assert_eq!(server["server"], session.server.as_str());
+    assert_eq!(server["slot"], slot);
+    assert_eq!(server["ready"], true);
+    assert_eq!(server["draining"], false);
+    assert_eq!(server["spent"], false);
+    assert_eq!(server["sessions"], 1);
+    let entry = &server["ports"][0];
+    assert_eq!(entry["name"], session.port_name.as_str());
+    assert_eq!(entry["serverPort"], SERVER_PORT);
+    assert_eq!(entry["count"], COUNT);
+    assert_eq!(entry["mapping"], "Offset");
+
+    let (_, list) = call(&pool, slot, "GET", "/v1/sessions", "");
+    assert_eq!(list["items"].as_array().unwrap().len(), 1);
+    let path = format!("/v1/sessions/{}", session.id);
+    let (_, found) = call(&pool, slot, "GET", &path, "");
+    assert_eq!(found, list["items"][0]);
+    assert_eq!(found["port"], session.port);
+    assert_eq!(found["state"], "Held");
+    assert_eq!(found["claimDeadline"], json!(session.claim_deadline));
+    let (_, others) = call(&pool, 1 - slot, "GET", "/v1/sessions", "");
+    assert_eq!(others, json!({ "items": [] }));
+}
+
+#[tokio::test]
+async fn a_workload_ends_a_session() {
+    let pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut client = connect(&session);
+    echo(&mut client, "before");
+    let path = format!("/v1/sessions/{}", session.id);
+    assert_eq!(call(&pool, 0, "DELETE", &path, ""), (204, Value::Null));
+    let mut rest = Vec::new();
+    // Reset or closed: it is cut either way.
+    let _ = client.read_to_end(&mut rest);
+    assert!(rest.is_empty());
+    pool.until(|state| state.free_ports == u32::from(COUNT))
+        .await;
+    assert!(pool.client().get(&session.id).await.is_err());
+    for method in ["GET", "DELETE"] {
+        let (status, problem) = call(&pool, 0, method, &path, "");
+        assert_eq!(status, 404);
+        assert_eq!(problem["type"], "urn:portpool:problem:no-session");
+    }
+}
+
+#[tokio::test]
+async fn a_workload_that_is_not_ready_gets_no_new_sessions_and_keeps_its_own() {
+    let pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut client = connect(&session);
+    echo(&mut client, "before");
+    let say = |ready: bool| {
+        let body = json!({ "ready": ready }).to_string();
+        assert_eq!(call(&pool, 0, "PUT", "/v1/readiness", &body).0, 204);
+    };
+    say(false);
+    pool.until(|state| state.free_ports == 0).await;
+    let refusal = pool.request().await.unwrap_err();
+    assert!(refusal.is_exhausted(), "{refusal}");
+    echo(&mut client, "goes on");
+    assert_eq!(call(&pool, 0, "GET", "/v1/server", "").1["ready"], false);
+    say(true);
+    pool.until(|state| state.free_ports == u32::from(COUNT) - 1)
+        .await;
+    pool.request().await.unwrap();
+    echo(&mut client, "goes on");
+}
+
+/// The controller and `portpool local` replace servers that are spent.
+#[tokio::test]
+async fn a_workload_that_drains_is_spent_when_its_sessions_are_over() {
+    let pool = Pool::running(2, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let slot = slot_of(&pool, &session.server);
+    assert_eq!(call(&pool, slot, "POST", "/v1/drain", "").0, 204);
+    let is_spent = |state: &portpool::session::PoolState, sessions: u32| {
+        let server = state.servers.iter().find(|of| of.slot.0 == slot).unwrap();
+        server.spent && server.sessions == sessions
+    };
+    pool.until(|state| is_spent(state, 1)).await;
+    for _ in 0..COUNT {
+        assert_ne!(pool.request().await.unwrap().server, session.server);
+    }
+    pool.client().release(&session.id).await.unwrap();
+    pool.until(|state| is_spent(state, 0)).await;
+}
+
+#[tokio::test]
+async fn a_workload_watches_its_sessions() {
+    let pool = Pool::running(1, |_| {}).await;
+    let mut events = BufReader::new(send(&pool, 0, "GET", "/v1/events", "")).lines();
+    // The head is there: the agent watches from now on.
+    let head = events.next().unwrap().unwrap();
+    assert!(head.contains("200"), "{head}");
+    let session = pool.request().await.unwrap();
+    echo(&mut connect(&session), "busy now");
+    pool.until(|state| state.servers[0].ports[0].lingering == 1 || state.sessions == 0)
+        .await;
+    let _ = pool.client().release(&session.id).await;
+    let mut names = Vec::new();
+    while names.last().is_none_or(|name| name != "Ended") {
+        let line = events.next().unwrap().unwrap();
+        if let Some(name) = line.strip_prefix("event: ") {
+            names.push(name.to_owned());
+        } else if let Some(data) = line.strip_prefix("data: ") {
+            let event: Value = serde_json::from_str(data).unwrap();
+            assert_eq!(event["id"], session.id.as_str());
+            assert_eq!(event["cause"].is_null(), event["session"].is_object());
+        }
+    }
+    assert_eq!(names[..2], ["Held", "Busy"]);
+
+    let watching: Vec<_> = (0..8)
+        .map(|_| send(&pool, 0, "GET", "/v1/events", ""))
+        .collect();
+    let is_refused = |stream: TcpStream| {
+        let mut head = String::new();
+        BufReader::new(stream).read_line(&mut head).unwrap();
+        head.contains("503")
+    };
+    assert!(watching.into_iter().any(is_refused), "nine watch");
+}
+
+#[tokio::test]
+async fn what_a_workload_says_wrongly_is_refused_with_the_reason() {
+    let pool = Pool::running(1, |_| {}).await;
+    let long = format!(r#"{{"ready": true, "x": "{}"}}"#, "x".repeat(10_000));
+    for (method, path, body, status, named) in [
+        ("PUT", "/v1/readiness", "{", 400, "JSON"),
+        ("PUT", "/v1/readiness", "{}", 422, "ready"),
+        ("PUT", "/v1/readiness", r#"{"ready":1}"#, 422, "ready"),
+        ("PUT", "/v1/readiness", r#"{"ready":true,"a":1}"#, 422, "a"),
+        ("PUT", "/v1/readiness", &long, 413, "length limit"),
+        ("GET", "/v1/nothing", "", 404, "/openapi.json"),
+        ("PATCH", "/v1/server", "", 405, "/openapi.json"),
+        ("DELETE", "/v1/sessions/none", "", 404, "no live session"),
+    ] {
+        let (found, problem) = call(&pool, 0, method, path, body);
+        assert_eq!(found, status, "{method} {path}: {problem}");
+        assert_eq!(problem["status"], status);
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains(named), "{detail}");
+    }
+    // Nothing of it has changed anything.
+    assert_eq!(call(&pool, 0, "GET", "/v1/server", "").1["ready"], true);
+}
+
+/// Connections that say nothing take all places of the API, and nothing else. Those
+/// beyond the places wait in the kernel, which has room for 128.
+#[tokio::test]
+async fn a_workload_that_floods_the_api_does_not_disturb_its_sessions() {
+    let pool = Pool::running(1, |_| {}).await;
+    let address = (pool.server_address(0), 7072);
+    let flood: Vec<_> = (0..150)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
+    let session = pool.request().await.unwrap();
+    echo(&mut connect(&session), "served");
+    assert!(pool.agents[0].descriptors() < 120);
+    drop(flood);
+    let (status, _) = call(&pool, 0, "GET", "/v1/server", "");
+    assert_eq!(status, 200);
+}
+
+#[test]
+fn an_address_in_use_is_named_with_the_remedy() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let api = format!("--api={}", taken.local_addr().unwrap());
+    let pool = Pool::new(1, |_| {});
+    let arguments = pool.agent_arguments(0);
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    arguments.retain(|argument| !argument.starts_with("--api"));
+    arguments.push(&api);
+    let output = crate::cli::portpool(&arguments, "");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert!(errors.contains("choose another with --api"), "{errors}");
+}
