@@ -36,7 +36,7 @@ async fn prints(world: &World, pod: &str, command: &[&str], input: &str, wanted:
 
 /// Examples whose programs would make large images. The API server only checks
 /// them here; `portpool local` runs them in `tests/it/local/programs.rs`.
-const WITHOUT_IMAGE: [&str; 5] = ["desktop", "postgresql", "teeworlds", "tftp", "vsftpd"];
+const WITHOUT_IMAGE: [&str; 4] = ["desktop", "postgresql", "teeworlds", "vsftpd"];
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]
@@ -71,6 +71,7 @@ async fn every_example_runs_and_is_used() {
             "redis" => prints(&world, "client", &connect, "PING\r\n", "+PONG").await,
             "iperf3" => iperf3(&world, &address).await,
             "fresh" => fresh(&world, &address).await,
+            "tftp" => tftp(&world, &address).await,
             _ => panic!("{path} has no client here: add one"),
         }
         run(
@@ -107,6 +108,24 @@ async fn fresh(world: &World, address: &str) {
         print_time("fresh: another pod after", started.elapsed());
         world.ready("fresh").await;
     }
+}
+
+/// A real client receives a file, each block of which it acknowledges to the port
+/// that has sent it.
+async fn tftp(world: &World, address: &str) {
+    let idle = ["in.tftpd", "--foreground", "--address", "127.0.0.1:9999"];
+    world
+        .client_pod("tftp-client", "registry.example/tftpd-hpa:5.2", &idle)
+        .await;
+    let expected: String = (1..=100_000).map(|number| format!("{number}\n")).collect();
+    until("curl receives a file over TFTP", LIMIT, async || {
+        let text = world.exec("client", &["portpool", "request", address], "")?;
+        let url = format!("tftp://{}/numbers", text.trim());
+        let curl = ["curl", "--silent", "--show-error", "--max-time", "20", &url];
+        let file = world.exec("tftp-client", &curl, "")?;
+        expect(file.len(), |_| file == expected)
+    })
+    .await;
 }
 
 /// The real client measures over the connection port, with TCP and with UDP.
