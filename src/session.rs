@@ -17,6 +17,10 @@ use crate::table::Slot;
 /// bound characters, not bytes.
 pub const MAX_KEY_CHARACTERS: usize = 128;
 
+/// Longest name of a processing server in a request, in characters: that of a label
+/// of a DNS name, which no name of a pod here exceeds.
+pub const MAX_SERVER_CHARACTERS: usize = 63;
+
 /// Longest time a request may wait for a port, in seconds.
 pub const MAX_WAIT_SECONDS: u32 = 300;
 
@@ -111,6 +115,16 @@ pub struct SessionRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 15)]
     pub port_name: Option<String>,
+    /// Only ports of the processing server with this name, as in `server` of a
+    /// session. 422 if the pool has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 63)]
+    pub server: Option<String>,
+    /// Only ports of the processing server that has the live session with this id.
+    /// 422 if there is none when the request arrives. Not together with `server`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 64)]
+    pub near: Option<String>,
     /// Under the AffinityHash policy, equal keys go to the same processing
     /// server while it has room: 1 to 128 characters.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -36,6 +36,14 @@ pub struct AskOptions {
     #[arg(long, value_name = "PROTOCOL", value_parser = parse_protocol)]
     pub protocol: Option<PortProtocol>,
 
+    /// Only ports of the processing server with this name
+    #[arg(long, value_name = "NAME", conflicts_with = "near")]
+    pub server: Option<String>,
+
+    /// Only ports of the processing server that has the live session with this id
+    #[arg(long, value_name = "ID")]
+    pub near: Option<String>,
+
     /// Prefer the server of this key, if the pool has the AffinityHash policy
     #[arg(long, value_name = "KEY")]
     pub affinity_key: Option<String>,
@@ -68,6 +76,8 @@ impl From<&AskOptions> for SessionRequest {
             idempotency_key: options.idempotency_key.clone(),
             protocol: options.protocol,
             port_name: options.port_name.clone(),
+            server: options.server.clone(),
+            near: options.near.clone(),
             affinity_key: options.affinity_key.clone(),
             client_binding: options.bind_to_me.then_some(ClientBinding::Requester),
             wait_seconds: options.wait,

@@ -5,6 +5,7 @@ mod admission;
 mod budget;
 mod faults;
 mod late;
+mod near;
 mod outage;
 mod readiness;
 mod scale;

@@ -118,7 +118,7 @@ impl Allocation {
     ) -> Answer {
         let started = Instant::now();
         let wait = Duration::from_secs(request.wait_seconds.into());
-        let result = match wanted(request, client, table) {
+        let result = match self.wanted(request, client, table) {
             Ok(wanted) => {
                 let change = self.control.begin_change().await;
                 let mut entered = self.enter(&change, wanted, wait, SessionSpan::request(client));
@@ -131,6 +131,28 @@ impl Allocation {
         let outcome = result.as_ref().map_or_else(Refusal::name, |_| "allocated");
         self.metrics.allocated(outcome, started.elapsed());
         result
+    }
+
+    /// What `request` wants of the pool of `table`.
+    fn wanted(
+        &self,
+        request: SessionRequest,
+        client: IpAddr,
+        table: &Table,
+    ) -> Result<Wanted, Refusal> {
+        let only = match (&request.server, &request.near) {
+            (Some(name), _) => {
+                let row = table.rows.iter().find(|row| row.server == *name);
+                Some(row.ok_or(Refusal::UnknownServer)?.slot)
+            }
+            (None, Some(id)) => {
+                let near = SessionId::new(id).and_then(|id| self.sessions.get(&id));
+                Some(near.ok_or(Refusal::UnknownSession)?.slot)
+            }
+            (None, None) => None,
+        };
+        let wanted = wanted_of_any(request, client, table)?;
+        Ok(Wanted { only, ..wanted })
     }
 
     /// Puts a client into the queue.
@@ -310,8 +332,12 @@ impl Allocation {
     }
 }
 
-/// What `request` wants of the pool of `table`.
-fn wanted(request: SessionRequest, client: IpAddr, table: &Table) -> Result<Wanted, Refusal> {
+/// What `request` wants of the pool of `table`, whichever server it is for.
+fn wanted_of_any(
+    request: SessionRequest,
+    client: IpAddr,
+    table: &Table,
+) -> Result<Wanted, Refusal> {
     let is_bound = [request.client_binding, Some(table.sessions.client_binding)]
         .contains(&Some(ClientBinding::Requester));
     let filter = PortFilter {
@@ -330,6 +356,7 @@ fn wanted(request: SessionRequest, client: IpAddr, table: &Table) -> Result<Want
     }
     Ok(Wanted {
         filter,
+        only: None,
         affinity_key: request.affinity_key,
         idempotency_key: request.idempotency_key,
         bound_client: is_bound.then_some(client),

@@ -31,8 +31,8 @@ use crate::connection::sessions::Sessions;
 use crate::pool::MAX_PORT_NAME_LENGTH;
 use crate::selection;
 use crate::session::{
-    MAX_KEY_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem, ServerState, Session, SessionId,
-    SessionRequest, SessionState,
+    MAX_ID_BYTES, MAX_KEY_CHARACTERS, MAX_SERVER_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem,
+    ServerState, Session, SessionId, SessionRequest, SessionState,
 };
 use crate::table::{Slot, Table};
 
@@ -140,7 +140,7 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "A field is wrong, or its port does not exist", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "A field is wrong, or what it names does not exist; `type` says which: `invalid-field`, `unknown-port`, `unknown-server` (`server`), `unknown-session` (`near`), `key-reused`", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `not-ready` (the servers' pods are not Ready), `no-server` (servers are starting, or being removed), `not-selected` (servers did not answer), `queue-full`, `shutting-down`", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),
     )
@@ -362,6 +362,8 @@ fn check(request: &SessionRequest) -> Result<(), String> {
         ),
         ("affinityKey", &request.affinity_key, MAX_KEY_CHARACTERS),
         ("portName", &request.port_name, MAX_PORT_NAME_LENGTH),
+        ("server", &request.server, MAX_SERVER_CHARACTERS),
+        ("near", &request.near, MAX_ID_BYTES),
     ];
     for (name, value, most) in keys {
         let length = value.as_ref().map(|value| value.chars().count());
@@ -372,6 +374,9 @@ fn check(request: &SessionRequest) -> Result<(), String> {
                 "{name} must have 1 to {most} characters; this one has {length}"
             ));
         }
+    }
+    if request.server.is_some() && request.near.is_some() {
+        return Err("give server or near, not both".to_owned());
     }
     if request.wait_seconds > MAX_WAIT_SECONDS {
         return Err(format!("waitSeconds must not exceed {MAX_WAIT_SECONDS}"));

@@ -119,6 +119,8 @@ impl Refused {
                     Refusal::QueueFull => (Code::SERVICE_UNAVAILABLE, "Queue full"),
                     Refusal::ShuttingDown => (Code::SERVICE_UNAVAILABLE, "Shutting down"),
                     Refusal::UnknownPort(_) => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),
+                    Refusal::UnknownServer => (Code::UNPROCESSABLE_ENTITY, "Unknown server"),
+                    Refusal::UnknownSession => (Code::UNPROCESSABLE_ENTITY, "Unknown session"),
                     Refusal::KeyReused => (Code::UNPROCESSABLE_ENTITY, "Idempotency key reused"),
                 };
                 (status, refusal.name(), title)

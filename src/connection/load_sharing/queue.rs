@@ -47,11 +47,11 @@ mod steps;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
+use self::request::Usable;
 pub use self::request::{Allocated, AskError, Decision, Wanted};
 use super::refusal::Refusal;
 use super::servers::{ReportNumber, Reservation, Servers};
 use crate::selection::{Counts, RefusalCause};
-use crate::session::PortFilter;
 use crate::table::{Slot, Table};
 
 /// How long a server may take to select a port before the next one is asked. A
@@ -124,9 +124,9 @@ pub struct Queue {
     most_waiting: usize,
     servers: Servers,
     requests: BTreeMap<Place, Request>,
-    // By filter first: a request that cannot be served must not make every
+    // By what they can use first: a request that cannot be served must not make every
     // later one be looked at again and again.
-    waiting: BTreeMap<PortFilter, BTreeSet<Place>>,
+    waiting: BTreeMap<Usable, BTreeSet<Place>>,
     places: HashMap<Caller, Place>,
     by_key: HashMap<String, Place>,
     asks: BTreeMap<AskId, Ask>,
@@ -173,7 +173,7 @@ impl Queue {
     ) -> (Caller, Vec<Decision>) {
         let caller = Caller(self.number());
         if let Some(live) = live {
-            let is_its = wanted.made(&live.session);
+            let is_its = wanted.made(live.slot, &live.session);
             let answer = is_its.then_some(live).ok_or(Refusal::KeyReused);
             return (caller, vec![Decision::Answer(caller, answer)]);
         }

@@ -39,8 +39,8 @@ pub enum Refusal {
         "no processing server is attached yet: they are starting; see GET /v1/pool, and try again in a moment"
     )]
     Starting,
-    /// Every attached server is being removed.
-    #[error("every processing server is being removed; see GET /v1/pool")]
+    /// Every attached server that the request can use is being removed.
+    #[error("every processing server for this request is being removed; see GET /v1/pool")]
     Draining,
     /// A matching port is free, but its agent did not select one in time.
     #[error(
@@ -53,6 +53,12 @@ pub enum Refusal {
     /// The pool has no port entry of that name and protocol.
     #[error("no port entry has name and protocol as requested; the pool has {0}")]
     UnknownPort(String),
+    /// The pool has no processing server of the name in `server`.
+    #[error("server: the pool has no processing server of this name; see servers in GET /v1/pool")]
+    UnknownServer,
+    /// No session has the id in `near`.
+    #[error("near: no live session has this id; it may be over")]
+    UnknownSession,
     /// The idempotency key is another request's.
     #[error(
         "idempotencyKey belongs to a different request that waits or has a live session; use a new key"
@@ -114,6 +120,8 @@ impl Refusal {
             Self::NotSelected => "not-selected",
             Self::QueueFull => "queue-full",
             Self::UnknownPort(_) => "unknown-port",
+            Self::UnknownServer => "unknown-server",
+            Self::UnknownSession => "unknown-session",
             Self::KeyReused => "key-reused",
             Self::ShuttingDown => "shutting-down",
         }

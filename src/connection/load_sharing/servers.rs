@@ -40,13 +40,20 @@ fn entry(ports: &PortState) -> Entry {
 }
 
 /// Port entries with a port to spare: few, the same on every server.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct FreeEntries<'a>(BTreeSet<(&'a str, PortProtocol)>);
+#[derive(Clone, Debug)]
+pub(super) struct FreeEntries<'a> {
+    servers: &'a Servers,
+    entries: BTreeSet<(&'a str, PortProtocol)>,
+}
 
 impl FreeEntries<'_> {
-    /// Whether a port of them serves `filter`.
-    pub(super) fn serve(&self, filter: &PortFilter) -> bool {
-        let mut entries = self.0.iter();
+    /// Whether a port of them serves `filter`: on the server `only`, or on any.
+    pub(super) fn serve(&self, filter: &PortFilter, only: Option<Slot>) -> bool {
+        if let Some(slot) = only {
+            let server = self.servers.get(slot);
+            return server.is_some_and(|server| server.has_room(filter));
+        }
+        let mut entries = self.entries.iter();
         entries.any(|(name, protocol)| filter.admits(name, *protocol))
     }
 }
@@ -246,7 +253,10 @@ impl Servers {
             server.ports.iter().filter(has_free)
         });
         let entries = free.map(|ports| (ports.name.as_str(), ports.protocol));
-        FreeEntries(entries.collect())
+        FreeEntries {
+            servers: self,
+            entries: entries.collect(),
+        }
     }
 
     /// Ports that are free now.
@@ -304,20 +314,20 @@ impl Servers {
         filter: &PortFilter,
         affinity_key: Option<&str>,
         excluded: impl Fn(Slot, ReportNumber) -> bool,
-        may_open: impl Fn(&PortState) -> bool,
+        may_open: impl Fn(Slot, &PortState) -> bool,
         now: Instant,
     ) -> Option<Reservation> {
-        let may_open = |ports: &&PortState| ports.not_listening > 0 && may_open(ports);
+        let may_open = |slot, ports: &PortState| ports.not_listening > 0 && may_open(slot, ports);
         let candidates = self
             .loads
             .iter()
             .filter(|(slot, server)| !excluded(**slot, server.report) && server.may_look(now))
-            .filter(|(_, server)| server.matching(filter).any(|ports| may_open(&ports)))
+            .filter(|(slot, server)| server.matching(filter).any(|it| may_open(**slot, it)))
             .map(|(&slot, server)| server.candidate(slot));
         let slot = choose(self.policy, candidates, affinity_key, self.last)?;
         let server = self.server(slot);
         server.asked_to_look = Some(now);
-        let entry = entry(server.matching(filter).find(may_open)?);
+        let entry = entry(server.matching(filter).find(|it| may_open(slot, it))?);
         server.reserve(&entry);
         Some(Reservation { slot, entry })
     }
@@ -329,10 +339,15 @@ impl Servers {
         }
     }
 
-    /// Why no server is reserved for a request with `filter`.
-    pub(super) fn reason(&self, filter: &PortFilter) -> Refusal {
+    /// Why no server is reserved for a request with `filter`, or not the server
+    /// `only` where the request is for that.
+    pub(super) fn reason(&self, filter: &PortFilter, only: Option<Slot>) -> Refusal {
+        let is_usable = |slot: &Slot| only.is_none_or(|only| only == *slot);
+        let usable = self.loads.iter().filter(|(slot, _)| is_usable(slot));
+        let usable: Vec<&ServerLoad> = usable.map(|(_, server)| server).collect();
+        let loads = || usable.iter().copied();
         let (mut free, mut occupied, mut silent) = (0, 0, 0);
-        for server in self.loads().filter(|server| server.takes_sessions()) {
+        for server in loads().filter(|server| server.takes_sessions()) {
             for ports in server.matching(filter) {
                 let left = server.free(ports);
                 free += left;
@@ -340,12 +355,12 @@ impl Servers {
                 silent += ports.not_listening;
             }
         }
-        let spent = self.loads().filter(|server| server.is_spent());
+        let spent = loads().filter(|server| server.is_spent());
         occupied += spent
             .flat_map(|server| server.matching(filter))
             .map(in_use)
             .sum::<u32>();
-        let not_ready = self.not_ready();
+        let not_ready = loads().filter(|server| server.waits_to_be_ready()).count();
         match (free, occupied, silent) {
             (1.., _, _) => Refusal::NotSelected,
             (0, 1.., _) => Refusal::AllInUse {
@@ -359,7 +374,7 @@ impl Servers {
             },
             (0, 0, 0) if not_ready > 0 => Refusal::NotReady(not_ready),
             (0, 0, 0) => {
-                let mut attached = self.loads().filter(|server| server.attached);
+                let mut attached = loads().filter(|server| server.attached);
                 let is_removed = attached.next().is_some_and(ServerLoad::is_draining);
                 if is_removed && attached.all(ServerLoad::is_draining) {
                     Refusal::Draining

@@ -5,14 +5,30 @@ use std::net::IpAddr;
 use super::super::refusal::Refusal;
 use super::{AskId, Caller};
 use crate::selection::{RefusalCause, Session};
-use crate::session::PortFilter;
+use crate::session::{PortFilter, PortState};
 use crate::table::Slot;
+
+/// The ports that a request can use: those that match, of one server or of any.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Usable {
+    pub(super) filter: PortFilter,
+    pub(super) only: Option<Slot>,
+}
+
+impl Usable {
+    /// Whether `ports`, those of an entry of the server of `slot`, are among them.
+    pub(super) fn includes(&self, slot: Slot, ports: &PortState) -> bool {
+        self.only.is_none_or(|only| only == slot) && self.filter.admits(&ports.name, ports.protocol)
+    }
+}
 
 /// What a request wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// The ports that it can use.
     pub filter: PortFilter,
+    /// The only server whose ports it can use, if it is for one.
+    pub only: Option<Slot>,
     /// What the policy `AffinityHash` goes by.
     pub affinity_key: Option<String>,
     /// The key under which the same request gets the same session.
@@ -22,15 +38,29 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Whether this request could have made `session`.
-    pub(super) fn made(&self, session: &Session) -> bool {
-        self.filter.admits(&session.port_name, session.protocol)
+    /// Whether this request could have made `session` on the server of `slot`.
+    pub(super) fn made(&self, slot: Slot, session: &Session) -> bool {
+        self.may_use(slot)
+            && self.filter.admits(&session.port_name, session.protocol)
             && self.bound_client == session.bound_client
+    }
+
+    /// Whether it may get a port of the server of `slot`.
+    pub(super) fn may_use(&self, slot: Slot) -> bool {
+        self.only.is_none_or(|only| only == slot)
+    }
+
+    /// The ports that it can use.
+    pub(super) fn usable(&self) -> Usable {
+        Usable {
+            filter: self.filter.clone(),
+            only: self.only,
+        }
     }
 
     /// Whether both are one request under one key.
     pub(super) fn is_same(&self, other: &Self) -> bool {
-        self.filter == other.filter && self.bound_client == other.bound_client
+        self.usable() == other.usable() && self.bound_client == other.bound_client
     }
 }
 

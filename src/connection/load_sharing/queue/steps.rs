@@ -7,13 +7,13 @@ use std::time::Instant;
 
 use super::super::refusal::Refusal;
 use super::super::servers::Reservation;
-use super::request::{Allocated, AskError, Decision, Wanted};
+use super::request::{Allocated, AskError, Decision, Usable, Wanted};
 use super::{
     ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, MOST_LOOKS, Place, Queue, RETURN_TIME,
     Request,
 };
 use crate::selection::RefusalCause;
-use crate::session::{PortFilter, PortState};
+use crate::session::PortState;
 use crate::table::Slot;
 
 impl Queue {
@@ -128,7 +128,8 @@ impl Queue {
         let refusal = if is_closed {
             Refusal::ShuttingDown
         } else {
-            self.servers.reason(&request.wanted.filter)
+            self.servers
+                .reason(&request.wanted.filter, request.wanted.only)
         };
         for caller in callers {
             self.answer(caller, Err(refusal.clone()));
@@ -138,8 +139,8 @@ impl Queue {
     /// Puts a request among those that wait, at its place.
     pub(super) fn line_up(&mut self, place: Place) {
         if let Some(request) = self.requests.get(&place) {
-            let filter = request.wanted.filter.clone();
-            self.waiting.entry(filter).or_default().insert(place);
+            let usable = request.wanted.usable();
+            self.waiting.entry(usable).or_default().insert(place);
         }
     }
 
@@ -148,11 +149,11 @@ impl Queue {
         let Some(request) = self.requests.get(&place) else {
             return;
         };
-        let filter = &request.wanted.filter;
-        if let Some(places) = self.waiting.get_mut(filter) {
+        let usable = request.wanted.usable();
+        if let Some(places) = self.waiting.get_mut(&usable) {
             places.remove(&place);
             if places.is_empty() {
-                self.waiting.remove(filter);
+                self.waiting.remove(&usable);
             }
         }
     }
@@ -163,11 +164,12 @@ impl Queue {
             return false;
         };
         let (wanted, refused_by) = (&request.wanted, &request.refused_by);
-        let has_refused = |slot, report| refused_by.get(&slot) == Some(&report);
+        let is_excluded =
+            |slot, report| !wanted.may_use(slot) || refused_by.get(&slot) == Some(&report);
         let affinity_key = wanted.affinity_key.as_deref();
         let reserved = self
             .servers
-            .reserve(&wanted.filter, affinity_key, has_refused);
+            .reserve(&wanted.filter, affinity_key, is_excluded);
         let Some(reservation) = reserved else {
             return false;
         };
@@ -185,19 +187,20 @@ impl Queue {
             return;
         }
         let (wanted, refused_by) = (&request.wanted, &request.refused_by);
-        let has_refused = |slot, report| refused_by.get(&slot) == Some(&report);
+        let is_excluded =
+            |slot, report| !wanted.may_use(slot) || refused_by.get(&slot) == Some(&report);
         let is_earlier = |places: &BTreeSet<Place>| places.first() < Some(&place);
         let waiting = self.waiting.iter();
         let earlier = waiting.filter(|(_, places)| is_earlier(places));
-        let earlier: Vec<&PortFilter> = earlier.map(|(filter, _)| filter).collect();
-        let is_its = |ports: &PortState| {
+        let earlier: Vec<&Usable> = earlier.map(|(usable, _)| usable).collect();
+        let is_its = |slot: Slot, ports: &PortState| {
             let mut earlier = earlier.iter();
-            !earlier.any(|filter| filter.admits(&ports.name, ports.protocol))
+            !earlier.any(|usable| usable.includes(slot, ports))
         };
         let affinity_key = wanted.affinity_key.as_deref();
         let reserved =
             self.servers
-                .reserve_to_look(&wanted.filter, affinity_key, has_refused, is_its, now);
+                .reserve_to_look(&wanted.filter, affinity_key, is_excluded, is_its, now);
         if let Some(reservation) = reserved {
             self.ask_for(place, reservation, false, now);
         }
@@ -302,31 +305,40 @@ impl Queue {
         let Some(&place) = key.and_then(|key| self.by_key.get(key)) else {
             return false;
         };
-        let is_its = self.requests[&place].wanted.made(&allocated.session);
+        let is_its = self.requests[&place]
+            .wanted
+            .made(allocated.slot, &allocated.session);
         is_its && self.give(place, allocated)
     }
 
     /// Asks servers for requests that wait, earliest first, for as long as ports
     /// are free. To be called after every change that may free one.
     ///
-    /// It costs a look at each filter with a waiting request, and a look at the
+    /// It costs a look at each group of waiting requests that can use the same ports, and a look at the
     /// servers for each request that is asked for or that a server has refused.
     pub(super) fn wake(&mut self, now: Instant) {
         let free = self.servers.free_entries();
         let waiting = self.waiting.iter();
-        let served = waiting.filter(|(filter, _)| free.serve(filter));
-        // The next request of each filter that a free port serves.
-        let mut next: BTreeMap<Place, PortFilter> = served
-            .filter_map(|(filter, places)| Some((*places.first()?, filter.clone())))
+        let is_served = |usable: &Usable| free.serve(&usable.filter, usable.only);
+        let served = waiting.filter(|(usable, _)| is_served(usable));
+        // The next of the requests that can use the same ports, one of which is free.
+        let mut next: BTreeMap<Place, Usable> = served
+            .filter_map(|(usable, places)| Some((*places.first()?, usable.clone())))
             .collect();
-        while let Some((place, filter)) = next.pop_first() {
+        while let Some((place, usable)) = next.pop_first() {
             // Servers that refused this one may have a port for the next.
-            if self.ask(place, now) || self.servers.free_entries().serve(&filter) {
+            if self.ask(place, now) || self.is_served(&usable) {
                 let later = (Bound::Excluded(place), Bound::Unbounded);
-                let places = self.waiting.get(&filter);
+                let places = self.waiting.get(&usable);
                 let later = places.and_then(|places| places.range(later).next());
-                next.extend(later.map(|later| (*later, filter)));
+                next.extend(later.map(|later| (*later, usable)));
             }
         }
+    }
+
+    /// Whether a port is free that is among `usable`.
+    fn is_served(&self, usable: &Usable) -> bool {
+        let free = self.servers.free_entries();
+        free.serve(&usable.filter, usable.only)
     }
 }

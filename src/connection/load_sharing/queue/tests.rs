@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::pool::PortProtocol;
 use crate::selection::Session;
-use crate::session::{PortState, SessionId};
+use crate::session::{PortFilter, PortState, SessionId};
 
 mod looking;
 
@@ -22,6 +22,7 @@ const SECOND: Duration = Duration::from_secs(1);
 /// A server's agent, with as many ports of each entry.
 #[derive(Debug, Default)]
 struct Agent {
+    slot: Slot,
     attached: bool,
     /// Free ports by entry.
     free: [u32; 3],
@@ -64,7 +65,7 @@ impl Agent {
             .iter()
             .find(|it| key.is_some() && it.1.idempotency_key == *key);
         if let Some((_, session)) = same {
-            return match wanted.made(session) {
+            return match wanted.made(self.slot, session) {
                 true => Ok(session.clone()),
                 false => Err(RefusalCause::KeyReused),
             };
@@ -136,6 +137,7 @@ impl World {
         };
         for (slot, free) in free.iter().enumerate() {
             world.agents.push(Agent {
+                slot: Self::slot(slot),
                 free: *free,
                 ..Agent::default()
             });
@@ -253,7 +255,7 @@ impl World {
                 Decision::Answer(caller, answer) => {
                     let (wanted, until) = self.clients.remove(&caller).expect("a client once");
                     match &answer {
-                        Ok(told) => assert!(wanted.made(&told.session)),
+                        Ok(told) => assert!(wanted.made(told.slot, &told.session)),
                         Err(Refusal::KeyReused) => assert!(wanted.idempotency_key.is_some()),
                         Err(refusal) => assert!(until <= self.now, "too early: {refusal}"),
                     }
@@ -300,10 +302,11 @@ impl World {
     /// No port is free that a request waits for.
     fn check_waiting(&self, request: &Request) {
         let mut servers = self.queue.servers.clone();
-        let has_refused = |slot, report| request.refused_by.get(&slot) == Some(&report);
-        let filter = &request.wanted.filter;
-        let reservation = servers.reserve(filter, None, has_refused);
-        assert_eq!(reservation, None, "free for {filter:?}");
+        let wanted = &request.wanted;
+        let is_excluded =
+            |slot, report| !wanted.may_use(slot) || request.refused_by.get(&slot) == Some(&report);
+        let reservation = servers.reserve(&wanted.filter, None, is_excluded);
+        assert_eq!(reservation, None, "free for {wanted:?}");
     }
 
     /// Everything under way arrives, and agents report what they have.
@@ -320,9 +323,13 @@ impl World {
     /// No client waits for a port that is free in truth.
     fn check_settled(&self) {
         let agents = self.agents.iter().filter(|agent| agent.attached);
-        let free = |index: usize| agents.clone().any(|agent| agent.free[index] > 0);
+        let free = |wanted: &Wanted, index: usize| {
+            let mut agents = agents.clone().filter(|agent| wanted.may_use(agent.slot));
+            agents.any(|agent| agent.free[index] > 0)
+        };
         for (wanted, _) in self.clients.values() {
-            let usable = ENTRIES.iter().enumerate().filter(|(index, _)| free(*index));
+            let entries = ENTRIES.iter().enumerate();
+            let usable = entries.filter(|(index, _)| free(wanted, *index));
             for (_, (name, protocol)) in usable {
                 assert!(!wanted.filter.admits(name, *protocol), "{wanted:?} waits");
             }
@@ -379,6 +386,31 @@ fn a_request_is_before_those_who_could_use_the_same_ports_only() {
     assert_eq!(got(&world, waiting), Some("both"));
     assert_eq!(got(&world, later), None);
     world.check_settled();
+}
+
+#[test]
+fn a_request_for_one_server_waits_for_that_one_in_the_same_queue() {
+    let mut world = World::new(&[[1, 0, 0], [0; 3]]);
+    let of_second = || Wanted {
+        only: Some(Slot(1)),
+        ..anything()
+    };
+    let impatient = world.enter(of_second(), Duration::ZERO);
+    assert_eq!(got(&world, impatient), Some("no-free-port"));
+    let [first, second] = [0, 1].map(|_| world.enter(of_second(), 9 * SECOND));
+    // Whoever can use any server is not behind them at another one.
+    let any = world.enter(anything(), 9 * SECOND);
+    world.answer(0, None);
+    assert_eq!(got(&world, any), Some("game"));
+    let later = world.enter(anything(), 9 * SECOND);
+    for caller in [first, second, later] {
+        assert_eq!(got(&world, caller), None);
+        world.agents[1].free = [1, 0, 0];
+        world.report(1);
+        world.answer(1, None);
+        assert_eq!(got(&world, caller), Some("game"));
+        assert_eq!(world.answers[&caller].as_ref().unwrap().slot, Slot(1));
+    }
 }
 
 #[test]
@@ -665,15 +697,18 @@ enum Event {
 
 /// What the requests of [`Event::Enter`] want.
 fn wanted(index: usize, key: Option<u8>) -> Wanted {
-    let mut wanted = match index % 5 {
+    let mut wanted = match index % 7 {
         0 => anything(),
         1 => speaking(PortProtocol::TCP),
         2 => speaking(PortProtocol::UDP),
         3 => speaking(PortProtocol::TCPUDP),
         _ => anything(),
     };
-    if index % 5 == 4 {
-        wanted.filter.port_name = Some("voice".to_owned());
+    match index % 7 {
+        4 => wanted.filter.port_name = Some("voice".to_owned()),
+        5 => wanted.only = Some(Slot(0)),
+        6 => wanted.only = Some(Slot(1)),
+        _ => {}
     }
     wanted.idempotency_key = key.map(|key| key.to_string());
     wanted
@@ -682,13 +717,13 @@ fn wanted(index: usize, key: Option<u8>) -> Wanted {
 fn event() -> impl Strategy<Value = Event> {
     let key = || proptest::option::of(0u8..3);
     prop_oneof![
-        6 => (0usize..5, key(), 0u64..20).prop_map(|(want, key, wait)| Event::Enter(want, key, wait)),
+        6 => (0usize..7, key(), 0u64..20).prop_map(|(want, key, wait)| Event::Enter(want, key, wait)),
         2 => any::<usize>().prop_map(Event::Leave),
         6 => (0usize..2).prop_map(|index| Event::Answer(index, None)),
         1 => (0usize..2).prop_map(|index| Event::Answer(index, Some(RefusalCause::Recovering))),
         4 => (0usize..2, any::<usize>()).prop_map(|(index, which)| Event::End(index, which)),
         2 => (0usize..2, 0usize..3).prop_map(|(index, entry)| Event::Open(index, entry)),
-        1 => (0usize..2, 0usize..5, key()).prop_map(|(index, want, key)| Event::Elsewhere(index, want, key)),
+        1 => (0usize..2, 0usize..7, key()).prop_map(|(index, want, key)| Event::Elsewhere(index, want, key)),
         1 => (0usize..2).prop_map(Event::Detach),
         2 => (0usize..2).prop_map(Event::Attach),
         1 => (1u64..8).prop_map(Event::Pass),
@@ -722,7 +757,10 @@ impl World {
             }
             Event::Elsewhere(index, want, key) => {
                 self.number += 1;
-                let wanted = wanted(want, key);
+                let wanted = Wanted {
+                    only: None,
+                    ..wanted(want, key)
+                };
                 let selected = self.agents[index].select(&wanted, self.number);
                 if let Ok(session) = selected
                     && self.agents[index].attached

@@ -71,8 +71,8 @@ fn a_spent_server_gets_nothing_and_its_sessions_are_in_use() {
     servers.counted(Slot(0), spent);
     assert_eq!(reserve(&mut servers, &any), None);
     assert_eq!(servers.free_ports(), 0);
-    let Refusal::AllInUse { in_use: 1, .. } = servers.reason(&any) else {
-        panic!("{:?}", servers.reason(&any));
+    let Refusal::AllInUse { in_use: 1, .. } = servers.reason(&any, None) else {
+        panic!("{:?}", servers.reason(&any, None));
     };
     // Its successor in the slot is not.
     servers.detach(Slot(0));
@@ -91,7 +91,7 @@ fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
     assert_eq!(reserved.slot, Slot(1));
     assert_eq!(reserve(&mut servers, &any), None);
     assert_eq!(servers.free_ports(), 0);
-    let reason = servers.reason(&any).to_string();
+    let reason = servers.reason(&any, None).to_string();
     let words = "the only matching port is in use, and 1 processing server is not Ready: look at kubectl get pods";
     assert!(reason.starts_with(words), "{reason}");
     servers.settle(&reserved);
@@ -102,13 +102,13 @@ fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
     };
     servers.counted(Slot(1), not_ready);
     assert_eq!(reserve(&mut servers, &any), None);
-    assert_eq!(servers.reason(&any), Refusal::NotReady(2));
-    let reason = servers.reason(&any).to_string();
+    assert_eq!(servers.reason(&any, None), Refusal::NotReady(2));
+    let reason = servers.reason(&any, None).to_string();
     let words = "2 processing servers are not Ready: look at kubectl get pods";
     assert!(reason.starts_with(words), "{reason}");
     // One that is removed does not come back.
     servers.server(Slot(0)).row_draining = true;
-    assert_eq!(servers.reason(&any), Refusal::NotReady(1));
+    assert_eq!(servers.reason(&any, None), Refusal::NotReady(1));
     servers.counted(Slot(1), counts(&one));
     reserved = reserve(&mut servers, &any).unwrap();
     assert_eq!(reserved.slot, Slot(1));
@@ -170,11 +170,11 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
     };
     let not_listening = |ports, not_ready| Refusal::NotListening { ports, not_ready };
     let mut servers = Servers::default();
-    assert_eq!(servers.reason(&any), Refusal::Starting);
+    assert_eq!(servers.reason(&any, None), Refusal::Starting);
     servers.attach(Slot(0));
-    assert_eq!(servers.reason(&any), Refusal::Starting);
+    assert_eq!(servers.reason(&any, None), Refusal::Starting);
     servers.counted(Slot(0), counts(&[silent(4)]));
-    assert_eq!(servers.reason(&any), not_listening(4, 0));
+    assert_eq!(servers.reason(&any, None), not_listening(4, 0));
     let one_busy = PortState {
         busy: 1,
         ..silent(3)
@@ -185,11 +185,11 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
         not_listening,
         not_ready: 0,
     };
-    assert_eq!(servers.reason(&any), in_use(1, 3));
+    assert_eq!(servers.reason(&any, None), in_use(1, 3));
     servers.counted(Slot(0), counts(&[ports("main", tcp, 1, 3)]));
-    assert_eq!(servers.reason(&any), Refusal::NotSelected);
+    assert_eq!(servers.reason(&any, None), Refusal::NotSelected);
     reserve(&mut servers, &any).unwrap();
-    assert_eq!(servers.reason(&any), in_use(4, 0));
+    assert_eq!(servers.reason(&any, None), in_use(4, 0));
     servers.server(Slot(0)).row_draining = true;
-    assert_eq!(servers.reason(&any), Refusal::Draining);
+    assert_eq!(servers.reason(&any, None), Refusal::Draining);
 }
