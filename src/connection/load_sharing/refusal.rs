@@ -98,7 +98,9 @@ fn not_ready(count: usize) -> String {
         1 => "1 processing server is".to_owned(),
         count => format!("{count} processing servers are"),
     };
-    format!("{servers} not Ready: look at kubectl get pods, and at their readinessProbe")
+    format!(
+        "{servers} not Ready: look at kubectl get pods, at the readinessProbe, and at what the workload says itself"
+    )
 }
 
 /// Why ports that the workload listens on may count as others: an agent that was
