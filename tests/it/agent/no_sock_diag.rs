@@ -48,7 +48,9 @@ async fn an_agent_without_sock_diag_offers_what_the_workload_listens_on() {
     let text = std::fs::read_to_string(log.path()).unwrap();
     assert!(text.contains("reading /proc/net"), "{text}");
     let session = pool.request().await.unwrap();
-    echo(&mut connect(&session), "through");
+    // The session must not end with its connection before it is given back.
+    let mut stream = connect(&session);
+    echo(&mut stream, "through");
     // What ends is noticed too.
     pool.client().release(&session.id).await.unwrap();
     pool.workloads[0].kill();
