@@ -1,15 +1,19 @@
 //! What a session is to everyone who handles one: its id, its state and the
 //! filter that its request put on ports; and the types of the load-sharing API,
-//! which the connection server and the client module share.
+//! which the connection server and the client module share. `ports` has the
+//! ports of a request and of a session.
 //!
 //! The messages about sessions between connection servers and agents are in
 //! `selection`.
+
+mod ports;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
 use crate::pool::{ClientBinding, Policy, PortProtocol};
 use crate::table::Slot;
 
@@ -125,6 +129,12 @@ pub struct SessionRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_length = 1, max_length = 64)]
     pub near: Option<String>,
+    /// Several ports for the one session, all on one processing server or none:
+    /// 1 to 16 elements, 64 ports altogether. Not together with `portName` and
+    /// `protocol`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_items = 1, max_items = 16)]
+    pub ports: Option<Vec<PortRequest>>,
     /// Under the AffinityHash policy, equal keys go to the same processing
     /// server while it has room: 1 to 128 characters.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -141,7 +151,35 @@ pub struct SessionRequest {
     pub wait_seconds: u32,
 }
 
-/// A session: one client's port on one processing server, for a while.
+/// Ports of one entry that a request asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct PortRequest {
+    /// Only ports of the pool's port entry with this name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(min_length = 1, max_length = 15)]
+    pub port_name: Option<String>,
+    /// Only ports that forward this protocol.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<PortProtocol>,
+    /// The number of adjacent connection ports: 1 to 64, default 1. They lead to
+    /// adjacent server ports, or to the same one where the entry's mapping is
+    /// `Shared`. The first of an even number is even.
+    #[schema(minimum = 1, maximum = 64)]
+    pub count: u32,
+}
+
+impl Default for PortRequest {
+    fn default() -> Self {
+        Self {
+            port_name: None,
+            protocol: None,
+            count: 1,
+        }
+    }
+}
+
+/// A session: one client's port or ports on one processing server, for a while.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Session {
@@ -149,13 +187,18 @@ pub struct Session {
     pub id: String,
     /// Address to connect to: IP address or DNS name.
     pub address: String,
-    /// Connection port to connect to.
+    /// Connection port to connect to; the first one of a session of several ports.
     pub port: u16,
     /// What the port forwards.
     pub protocol: PortProtocol,
     /// Name of the port entry.
     pub port_name: String,
-    /// The processing server that selected the port.
+    /// All its ports, in the order of the request. An older connection server does
+    /// not say.
+    #[serde(default)]
+    #[schema(min_items = 1, max_items = 64)]
+    pub ports: Vec<ConnectionPort>,
+    /// The processing server that selected the ports.
     pub server: String,
     /// Where the session is in its life.
     pub state: SessionState,
@@ -166,6 +209,46 @@ pub struct Session {
     /// When the port was selected (RFC 3339).
     #[schema(value_type = String, format = DateTime)]
     pub created: jiff::Timestamp,
+}
+
+impl Session {
+    /// The session with `port`, one of its ports, as its first: to connect there.
+    #[must_use]
+    pub fn at(&self, port: &ConnectionPort) -> Self {
+        let ConnectionPort {
+            port,
+            protocol,
+            port_name,
+        } = port.clone();
+        Self {
+            port,
+            protocol,
+            port_name,
+            ..self.clone()
+        }
+    }
+}
+
+/// A connection port of a session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionPort {
+    /// Connection port to connect to.
+    pub port: u16,
+    /// What the port forwards.
+    pub protocol: PortProtocol,
+    /// Name of the port entry.
+    pub port_name: String,
+}
+
+impl From<&SessionPort> for ConnectionPort {
+    fn from(port: &SessionPort) -> Self {
+        Self {
+            port: port.port.get(),
+            protocol: port.protocol,
+            port_name: port.port_name.clone(),
+        }
+    }
 }
 
 /// Where a session is in its life.

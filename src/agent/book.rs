@@ -21,6 +21,10 @@
 //! connection server that may know it has acknowledged the end, has stopped, or
 //! is gone for good. So a free port has no session and no connection anywhere.
 //!
+//! A session may have several ports. They were selected together, and whatever
+//! happens to the session happens to all of them: a connection on any makes it
+//! busy, and they return together.
+//!
 //! # Time limits
 //!
 //! | limit | counts from | what renews it |
@@ -38,7 +42,7 @@
 //! restarted agent applies the new one to all.
 //!
 //! - `ports`, `listening`, `session`, `connection_servers`: the parts of the book;
-//! - `select`: the choice of a port, which makes a session;
+//! - `select`: the choice of ports, which makes a session;
 //! - `life`: the changes of sessions;
 //! - `attachment`: the arrival and departure of connection servers;
 //! - `recycling`: how many sessions the server takes;
@@ -66,7 +70,7 @@ use self::life::end_notice;
 pub use self::listening::{ServerPort, SocketId};
 use self::ports::Ports;
 use self::recycling::Recycling;
-pub use self::select::Selected;
+pub use self::select::{NextPorts, Selected};
 use self::session::{ADOPTED, Session, State};
 pub use self::times::{Now, Times};
 use crate::selection::{self, ConnectionServerId, Counts, EndCause, FromAgent, ToAgent};
@@ -103,6 +107,8 @@ pub struct Book {
     connection_servers: ConnectionServers,
     /// The number of the next session.
     next_number: u64,
+    /// The ports of sessions besides the first one of each.
+    further: u32,
     /// Deadlines of sessions, earliest first.
     deadlines: BTreeSet<(Duration, SessionId)>,
     /// The end of the time in which nothing is offered, so that connection
@@ -132,6 +138,7 @@ impl Book {
             id_by_key: BTreeMap::new(),
             connection_servers: ConnectionServers::default(),
             next_number: ADOPTED + 1,
+            further: 0,
             deadlines: BTreeSet::new(),
             recovering_until,
             over: BTreeSet::new(),
@@ -144,7 +151,7 @@ impl Book {
     }
 
     /// Follows a newer row; `None` when the slot is gone. A port that stays keeps
-    /// its session. A session ends when its port goes or leads elsewhere now.
+    /// its session. A session ends when one of its ports goes or leads elsewhere now.
     pub fn set_row(&mut self, row: Option<&Row>, times: Times, now: Now) -> Vec<Notice> {
         self.times = times;
         self.row_draining = row.is_none_or(|row| row.state == RowState::Draining);
@@ -369,6 +376,7 @@ impl Book {
             spent: self.is_spent(),
             not_ready: self.is_not_ready(),
             returning: self.ports.returning(),
+            further: self.further,
         }
     }
 

@@ -32,7 +32,7 @@ use super::sockets::Reader;
 use super::workload_view::WorkloadEvent;
 use crate::follow::{Rejected, is_newer};
 use crate::selection::{ConnectionServerId, Counts, FromAgent};
-use crate::session::PortFilter;
+use crate::session::{Block, OneOrMore};
 use crate::table::{Slot, Table};
 
 /// The messages to one stream. Unbounded, because every message answers a
@@ -212,23 +212,23 @@ impl Inner {
         is_done
     }
 
-    /// Looks at the port that a request for `filter` gets next, until it is one
-    /// that the workload listens on. Where looks cost much, what was seen last
-    /// must do. If there is none, looks at those that it could get.
-    fn verify(&mut self, filter: &PortFilter, now: Now) {
-        self.verify_next(filter, now);
-        if self.book.next_port(filter).is_none() && now.monotonic >= self.look_not_before {
-            let ports = self.book.take_looks_on_request(filter, now);
+    /// Looks at the ports that a request for `blocks` gets next, until they are
+    /// ones that the workload listens on. Where looks cost much, what was seen last
+    /// must do. If there are none, looks at those that it could get.
+    fn verify(&mut self, blocks: &OneOrMore<Block>, now: Now) {
+        self.verify_next(blocks, now);
+        if self.book.next_ports(blocks).is_none() && now.monotonic >= self.look_not_before {
+            let ports = self.book.take_looks_on_request(blocks, now);
             self.look(&ports, now);
         }
     }
 
-    fn verify_next(&mut self, filter: &PortFilter, now: Now) {
+    fn verify_next(&mut self, blocks: &OneOrMore<Block>, now: Now) {
         let looks_cost_much = !self.sockets.pause().is_zero();
-        while let Some(next) = self.book.next_port(filter) {
+        while let Some(next) = self.book.next_ports(blocks) {
             if looks_cost_much
-                || !self.look(&next.1, now)
-                || self.book.next_port(filter) == Some(next)
+                || !self.look(&next.server_ports, now)
+                || self.book.next_ports(blocks) == Some(next)
             {
                 return;
             }

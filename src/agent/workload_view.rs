@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use crate::pool::{Mapping, PortProtocol};
 use crate::selection::{EndCause, FromAgent, Session};
-use crate::session::SessionState;
+use crate::session::{ConnectionPort, SessionState};
 use crate::table::{PortRange, Slot};
 
 /// The processing server that the workload is part of.
@@ -72,12 +72,15 @@ impl EntryView {
 pub struct WorkloadSession {
     /// Names the session.
     pub id: String,
-    /// The connection port, to which the client connects.
+    /// The connection port, to which the client connects; the first one of a session
+    /// of several ports.
     pub port: u16,
     /// Name of the port entry.
     pub port_name: String,
     /// What the port forwards.
     pub protocol: PortProtocol,
+    /// All its ports, in the order of the request.
+    pub ports: Vec<ConnectionPort>,
     /// Where the session is in its life.
     pub state: SessionState,
     /// The only address that may connect, if it is bound to one.
@@ -96,11 +99,13 @@ pub struct WorkloadSession {
 impl From<&Session> for WorkloadSession {
     fn from(session: &Session) -> Self {
         let is_held = session.state == SessionState::Held;
+        let first = &session.ports.first;
         Self {
             id: session.id.to_string(),
-            port: session.port.get(),
-            port_name: session.port_name.clone(),
-            protocol: session.protocol,
+            port: first.port.get(),
+            port_name: first.port_name.clone(),
+            protocol: first.protocol,
+            ports: session.ports.iter().map(Into::into).collect(),
             state: session.state,
             bound_client: session.bound_client,
             claim_deadline: is_held.then(|| in_milliseconds(session.claim_deadline)),

@@ -13,7 +13,7 @@ use self::connect::ANSWER_TIME;
 pub use self::connect::{ConnectOptions, connect};
 use super::{Client, ClientError, endpoint};
 use crate::pool::{ClientBinding, PortProtocol};
-use crate::session::{Session, SessionRequest};
+use crate::session::{PortRequest, Session, SessionRequest};
 
 /// Pause before a request that was waiting is sent to the next connection server.
 const UPGRADE_PAUSE: Duration = Duration::from_millis(200);
@@ -44,6 +44,10 @@ pub struct AskOptions {
     #[arg(long, value_name = "ID")]
     pub near: Option<String>,
 
+    /// Several ports in one session, once for each entry: NAME, NAME/PROTOCOL, and :COUNT for adjacent ones
+    #[arg(long = "port", value_name = "NAME[/PROTOCOL][:COUNT]", value_parser = parse_port, conflicts_with_all = ["port_name", "protocol"])]
+    pub ports: Vec<PortRequest>,
+
     /// Prefer the server of this key, if the pool has the AffinityHash policy
     #[arg(long, value_name = "KEY")]
     pub affinity_key: Option<String>,
@@ -70,6 +74,27 @@ fn parse_protocol(text: &str) -> Result<PortProtocol, String> {
         .ok_or_else(|| "give TCP, UDP or TCPUDP".to_owned())
 }
 
+/// A port as `--port` names it; `*` stands for any name.
+fn parse_port(text: &str) -> Result<PortRequest, String> {
+    let (entry, count) = match text.split_once(':') {
+        Some((entry, count)) => (entry, count.parse().ok().filter(|count| *count > 0)),
+        None => (text, Some(1)),
+    };
+    let (name, protocol) = match entry.split_once('/') {
+        Some((name, protocol)) => (name, Some(parse_protocol(protocol)?)),
+        None => (entry, None),
+    };
+    let count = count.ok_or("the count after the colon must be a number from 1 on")?;
+    if name.is_empty() {
+        return Err("give the name of a port entry, or * for any".to_owned());
+    }
+    Ok(PortRequest {
+        port_name: (name != "*").then(|| name.to_owned()),
+        protocol,
+        count,
+    })
+}
+
 impl From<&AskOptions> for SessionRequest {
     fn from(options: &AskOptions) -> Self {
         Self {
@@ -78,6 +103,7 @@ impl From<&AskOptions> for SessionRequest {
             port_name: options.port_name.clone(),
             server: options.server.clone(),
             near: options.near.clone(),
+            ports: (!options.ports.is_empty()).then(|| options.ports.clone()),
             affinity_key: options.affinity_key.clone(),
             client_binding: options.bind_to_me.then_some(ClientBinding::Requester),
             wait_seconds: options.wait,
@@ -96,6 +122,8 @@ Examples:
   portpool request 127.0.0.1:7700 -o wide               and the id, for portpool release
   portpool request 127.0.0.1:7700 -o json               with server and deadline
   portpool request 127.0.0.1:7700 --wait 30             wait when nothing is free
+  portpool request 127.0.0.1:7700 --port rtp:2 --port control
+                                                        several ports: a line NAME HOST:PORT for each
   nc $(portpool request 127.0.0.1:7700 | tr : ' ')      and connect to it
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 130 and 143 interrupted.")]
@@ -103,7 +131,7 @@ pub struct RequestOptions {
     #[command(flatten)]
     ask: AskOptions,
 
-    /// text: HOST:PORT; wide: HOST:PORT and the session's id; json: the whole session
+    /// text: HOST:PORT, after NAME with --port; wide: and the session's id; json: the whole session
     #[arg(short, long, value_name = "FORMAT", default_value = "text")]
     output: Output,
 }
@@ -139,6 +167,9 @@ pub enum CommandError {
     /// Asking or connecting failed.
     #[error(transparent)]
     Client(#[from] ClientError),
+    /// `--to` names an entry that no `--port` asks for.
+    #[error("no port of the session has the name {0:?} that --to gives: ask for it with --port")]
+    NoSuchPort(String),
     /// `--udp` and `--protocol TCP` do not go together.
     #[error("--udp needs a port that forwards UDP: leave out --protocol TCP")]
     Protocol,
@@ -166,7 +197,7 @@ impl CommandError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             Self::Client(error) => error.is_bad_input(),
-            Self::Protocol => true,
+            Self::Protocol | Self::NoSuchPort(_) => true,
             Self::Interrupted | Self::Broken(_) | Self::Answer { .. } => false,
         }
     }
@@ -207,13 +238,21 @@ pub async fn request(options: RequestOptions) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
     let wanted = (&options.ask).into();
     let session = ask(&client, wanted, options.ask.retry_seconds).await?;
-    let line = match options.output {
-        Output::Text => endpoint(&session),
-        Output::Wide => format!("{} {}", endpoint(&session), session.id),
-        Output::Json => serde_json::to_string_pretty(&session).map_err(io::Error::other)?,
+    let line = |session: &Session| match options.output {
+        Output::Wide => format!("{} {}", endpoint(session), session.id),
+        Output::Text | Output::Json => endpoint(session),
+    };
+    let text = if options.output == Output::Json {
+        serde_json::to_string_pretty(&session).map_err(io::Error::other)?
+    } else if options.ask.ports.is_empty() {
+        line(&session)
+    } else {
+        let ports = session.ports.iter();
+        let lines = ports.map(|port| format!("{} {}", port.port_name, line(&session.at(port))));
+        lines.collect::<Vec<_>>().join("\n")
     };
     let mut stdout = stdout();
-    stdout.write_all(format!("{line}\n").as_bytes()).await?;
+    stdout.write_all(format!("{text}\n").as_bytes()).await?;
     Ok(stdout.flush().await?)
 }
 

@@ -136,7 +136,11 @@ impl Control {
     fn carry_out(&self, actions: Actions) {
         for action in actions {
             match action {
-                Action::Cut(port, session) => self.forwarder.cut(port, session),
+                Action::Cut(ports, session) => {
+                    for port in ports.iter() {
+                        self.forwarder.cut(*port, session);
+                    }
+                }
                 Action::Answer(port, id, decision) => self.forwarder.answer(port, id, decision),
             }
         }
@@ -187,6 +191,12 @@ impl Change<'_> {
     /// See [`Sessions::attach`].
     pub fn attach(&self, slot: Slot, outbox: Outbox, greet: impl FnOnce(Vec<Session>) -> ToAgent) {
         self.control.sessions.attach(slot, outbox, greet);
+    }
+
+    /// See [`Sessions::welcomed`].
+    pub fn welcomed(&self, slot: Slot, knows_several_ports: bool) {
+        let actions = self.control.sessions.welcomed(slot, knows_several_ports);
+        self.control.carry_out(actions);
     }
 
     /// See [`Sessions::learn`].

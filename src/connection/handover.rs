@@ -72,6 +72,8 @@ const PREPARE_DEADLINE: Duration = Duration::from_secs(15);
 pub struct Export {
     stream: UnixStream,
     is_settled: bool,
+    /// Whether the successor knows sessions of several ports.
+    knows_several_ports: bool,
 }
 
 impl Export {
@@ -85,6 +87,7 @@ impl Export {
         let mut export = Self {
             stream,
             is_settled: false,
+            knows_several_ports: false,
         };
         let checked = export.check();
         if let Err(error) = &checked {
@@ -93,10 +96,13 @@ impl Export {
         checked.map(|()| export)
     }
 
-    fn check(&self) -> Result<(), Error> {
+    fn check(&mut self) -> Result<(), Error> {
         check_peer(&self.stream)?;
         match wire::receive(&self.stream)? {
-            (Content::Request(request), _) if request.version == VERSION => Ok(()),
+            (Content::Request(request), _) if request.version == VERSION => {
+                self.knows_several_ports = request.several_ports;
+                Ok(())
+            }
             (Content::Request(request), _) => Err(Error::Version {
                 found: request.version,
             }),
@@ -130,6 +136,9 @@ impl Export {
 
     /// Sends `state` and waits until the successor has checked it.
     fn send(&self, state: &State) -> Result<(), Error> {
+        if !self.knows_several_ports && state.has_several_ports() {
+            return Err(Error::SeveralPorts);
+        }
         state::send(&self.stream, state)?;
         match wire::receive(&self.stream)? {
             (Content::Ready(_), _) => Ok(()),
@@ -180,7 +189,10 @@ impl Import {
         };
         check_peer(&stream)?;
         set_deadline(&stream, PREPARE_DEADLINE)?;
-        let request = Content::Request(v1::Request { version: VERSION });
+        let request = Content::Request(v1::Request {
+            version: VERSION,
+            several_ports: true,
+        });
         // A predecessor that refuses at once may have closed the stream, with
         // its reason waiting in it.
         let requested = wire::send(&stream, request, &[]);

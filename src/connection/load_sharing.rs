@@ -19,6 +19,7 @@ pub mod api;
 mod client_stream;
 pub(in crate::connection) mod http;
 pub mod policy;
+mod possible;
 pub mod problem;
 pub mod queue;
 pub mod refusal;

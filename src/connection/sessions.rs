@@ -54,7 +54,7 @@ pub use self::queries::KnownSession;
 use self::span::SessionSpan;
 use crate::forward::SessionKey;
 use crate::selection::{EndCause, Session, ToAgent};
-use crate::session::SessionId;
+use crate::session::{OneOrMore, SessionId, SessionPort};
 use crate::table::{ListenPort, PortIndex, Row, Slot};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
@@ -85,7 +85,11 @@ struct Inner {
     /// The table in force; `None` before the first.
     table: Option<Arc<PortIndex>>,
     outboxes: HashMap<Slot, Outbox>,
+    /// By the first port of each.
     live: HashMap<ListenPort, Live>,
+    /// The first port of the session on each further port: empty as long as all
+    /// sessions have one port.
+    first_by_further: HashMap<ListenPort, ListenPort>,
     port_by_id: HashMap<SessionId, ListenPort>,
     id_by_idempotency_key: HashMap<String, SessionId>,
     ending: HashMap<SessionKey, Ending>,
@@ -115,6 +119,11 @@ struct Live {
 }
 
 impl Live {
+    /// The session's ports.
+    fn ports(&self) -> OneOrMore<ListenPort> {
+        self.session.ports.map(|it| it.port)
+    }
+
     /// The session with what is known here, for its agent or another process.
     fn report(&self) -> Session {
         let flows = self.flows.lock();
@@ -143,6 +152,12 @@ impl Inner {
         Some(row)
     }
 
+    /// The live session on `port`.
+    fn on(&self, port: ListenPort) -> Option<&Live> {
+        let live = self.live.get(&port);
+        live.or_else(|| self.live.get(self.first_by_further.get(&port)?))
+    }
+
     /// The slot that `port` leads to.
     fn slot(&self, port: ListenPort) -> Option<Slot> {
         self.row(port).map(|row| row.slot)
@@ -161,14 +176,18 @@ impl Inner {
         let Session {
             id,
             idempotency_key,
-            port,
+            ports,
             ..
         } = &live.session;
-        let (id, port) = (id.clone(), *port);
+        let (id, port) = (id.clone(), ports.first.port);
         if let Some(key) = idempotency_key {
             self.id_by_idempotency_key.insert(key.clone(), id.clone());
         }
         self.last_ended.remove(&port);
+        for further in &ports.rest {
+            self.last_ended.remove(&further.port);
+            self.first_by_further.insert(further.port, port);
+        }
         self.tell(&live, None);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
@@ -179,6 +198,10 @@ impl Inner {
     fn end(&mut self, id: &SessionId, cause: &'static str) -> Option<Action> {
         let port = self.port_by_id.remove(id)?;
         let live = self.live.remove(&port)?;
+        let ports = live.ports();
+        for further in &ports.rest {
+            self.first_by_further.remove(further);
+        }
         self.tell(&live, Some(cause));
         // The key may name a later session by now.
         if let Some(key) = &live.session.idempotency_key
@@ -187,10 +210,10 @@ impl Inner {
             self.id_by_idempotency_key.remove(key);
         }
         let mut flows = live.flows.into_inner();
-        // The cut itself, which is reported like a flow: a client that connected
-        // in time may still wait to be accepted, and must not count as one of
-        // the next session.
-        flows.open += 1;
+        // The cut itself, which is reported like a flow for each port: a client
+        // that connected in time may still wait to be accepted, and must not count
+        // as one of the next session.
+        flows.open += u32::try_from(ports.iter().count()).unwrap_or(u32::MAX);
         let ending = Ending {
             id: id.clone(),
             slot: live.slot,
@@ -199,7 +222,32 @@ impl Inner {
             span: live.span,
         };
         self.ending.insert(live.key, ending);
-        Some(Action::Cut(port, live.key))
+        Some(Action::Cut(ports, live.key))
+    }
+
+    /// Notes that `id` is the session that ended last on its ports.
+    fn note_end(&mut self, id: &SessionId) {
+        let port = self.port_by_id.get(id);
+        if let Some(live) = port.and_then(|port| self.live.get(port)) {
+            for port in live.ports().iter() {
+                self.last_ended.insert(*port, id.clone());
+            }
+        }
+    }
+
+    /// Gives a session back to its agent and takes it out of the gate.
+    fn give_back(&mut self, id: &SessionId) -> Result<Action, ReleaseError> {
+        let port = self.port_by_id.get(id);
+        let live = port.and_then(|port| self.live.get(port));
+        let slot = live.ok_or(ReleaseError::Unknown)?.slot;
+        if !self.outboxes.contains_key(&slot) {
+            return Err(ReleaseError::OutOfReach);
+        }
+        self.send(slot, ToAgent::Release(id.clone()));
+        self.released.insert(id.clone(), slot);
+        self.note_end(id);
+        let action = self.end(id, EndCause::Released.name());
+        action.ok_or(ReleaseError::Unknown)
     }
 
     fn is_ending(&self, id: &SessionId) -> bool {
@@ -302,16 +350,20 @@ impl Sessions {
         session: Session,
         span: impl FnOnce() -> SessionSpan,
     ) -> Actions {
-        let port = session.port;
+        let port = session.ports.first.port;
         let mut inner = self.inner.write();
-        // Another server cannot speak for this port.
-        if inner.slot(port) != Some(slot) {
+        // Another server cannot speak for these ports.
+        let is_its = |it: &SessionPort| inner.slot(it.port) == Some(slot);
+        if !session.ports.iter().all(is_its) {
             return Actions::default();
         }
-        let known = inner.live.get(&port).map(|live| live.session.id.clone());
-        if known.as_ref() == Some(&session.id) {
+        let known = inner.live.get(&port);
+        if known.is_some_and(|live| live.session.id == session.id) {
             if let Some(live) = inner.live.get_mut(&port) {
-                let former = std::mem::replace(&mut live.session, session).state;
+                let known = std::mem::replace(&mut live.session, session);
+                // A session keeps its ports.
+                live.session.ports = known.ports;
+                let former = known.state;
                 let live = &inner.live[&port];
                 if live.session.state != former {
                     inner.tell(live, None);
@@ -329,8 +381,13 @@ impl Sessions {
             inner.send(slot, ToAgent::Release(id.clone()));
             return Actions::default();
         }
-        // A successor on the port means that we missed the end of the former.
-        let cut = known.and_then(|id| inner.end(&id, "SUPERSEDED"));
+        // A successor on a port means that we missed the end of the former.
+        let mut cut = Vec::new();
+        for port in session.ports.iter() {
+            if let Some(former) = inner.on(port.port).map(|live| live.session.id.clone()) {
+                cut.extend(inner.end(&former, "SUPERSEDED"));
+            }
+        }
         let span = span();
         let server = inner.row(port).map_or("", |row| &row.server);
         span.selected(&session, server);
@@ -351,9 +408,7 @@ impl Sessions {
     pub fn end(&self, slot: Slot, id: &SessionId, cause: EndCause) -> Actions {
         let mut inner = self.inner.write();
         inner.released.remove(id);
-        if let Some(port) = inner.port_by_id.get(id).copied() {
-            inner.last_ended.insert(port, id.clone());
-        }
+        inner.note_end(id);
         let action = inner.end(id, cause.name());
         if action.is_none() && !inner.is_ending(id) {
             inner.send(slot, ToAgent::Ended(id.clone()));
@@ -366,19 +421,8 @@ impl Sessions {
     /// # Errors
     /// [`ReleaseError`]; nothing has changed then.
     pub fn release(&self, id: &SessionId) -> Result<Actions, ReleaseError> {
-        let mut inner = self.inner.write();
-        let port = inner.port_by_id.get(id).copied();
-        let port = port.ok_or(ReleaseError::Unknown)?;
-        let live = inner.live.get(&port).ok_or(ReleaseError::Unknown)?;
-        let slot = live.slot;
-        if !inner.outboxes.contains_key(&slot) {
-            return Err(ReleaseError::OutOfReach);
-        }
-        inner.send(slot, ToAgent::Release(id.clone()));
-        inner.released.insert(id.clone(), slot);
-        inner.last_ended.insert(port, id.clone());
-        let action = inner.end(id, EndCause::Released.name());
-        Ok(action.into_iter().collect())
+        let action = self.inner.write().give_back(id)?;
+        Ok(Actions::from_iter([action]))
     }
 }
 

@@ -5,8 +5,7 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 
-use crate::pool::PortProtocol;
-use crate::session::{PortFilter, PortState, SessionId, SessionState, text_id};
+use crate::session::{Block, OneOrMore, PortState, SessionId, SessionPort, SessionState, text_id};
 use crate::table::ListenPort;
 
 text_id! {
@@ -66,7 +65,7 @@ pub struct Hello {
     pub host_identity: String,
 }
 
-/// The request to select a connection port.
+/// The request to select connection ports for a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Select {
     /// Unique among the unanswered requests of the stream.
@@ -75,8 +74,8 @@ pub struct Select {
     pub session_id: SessionId,
     /// The key under which the same request gives the same live session.
     pub idempotency_key: Option<String>,
-    /// The ports that the request can use.
-    pub filter: PortFilter,
+    /// The ports that the request asks for: all of them or none.
+    pub ports: OneOrMore<Block>,
     /// The requester's address when only it may connect.
     pub bound_client: Option<IpAddr>,
 }
@@ -129,6 +128,9 @@ pub struct Welcome {
     pub agent: String,
     /// The generation of the row in use after the greeting; 0 when there is none.
     pub generation: u64,
+    /// Whether the agent knows sessions of several ports. One that does not has
+    /// adopted their first ports only.
+    pub knows_several_ports: bool,
 }
 
 /// The ports of a processing server by name and state.
@@ -147,6 +149,8 @@ pub struct Counts {
     /// Whether no port is offered now, because the server's row, or the workload
     /// itself, says that it is not ready.
     pub not_ready: bool,
+    /// Ports in use besides the first one of each session.
+    pub further: u32,
 }
 
 /// A session on a processing server.
@@ -156,12 +160,9 @@ pub struct Session {
     pub id: SessionId,
     /// The key under which the same request gives this session.
     pub idempotency_key: Option<String>,
-    /// The connection port that was selected for it.
-    pub port: ListenPort,
-    /// The name of the port's entry in the pool.
-    pub port_name: String,
-    /// What the port forwards.
-    pub protocol: PortProtocol,
+    /// The connection ports that were selected for it, in the order of the
+    /// request.
+    pub ports: OneOrMore<SessionPort>,
     /// The only address that may connect, if it is bound to one.
     pub bound_client: Option<IpAddr>,
     /// Where it is in its life.
@@ -185,9 +186,7 @@ impl Session {
         Self {
             id: SessionId::new(id).unwrap(),
             idempotency_key: None,
-            port: ListenPort::new(port).unwrap(),
-            port_name: "main".to_owned(),
-            protocol: PortProtocol::TCP,
+            ports: OneOrMore::one(SessionPort::example("main", port)),
             bound_client: None,
             state: SessionState::Held,
             claim_deadline: Timestamp::UNIX_EPOCH,

@@ -93,7 +93,7 @@ pub struct TableUpdate {
     pub table: ::prost::alloc::string::String,
 }
 /// Asks the processing server to select one of its available connection ports.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Select {
     /// Unique among the unanswered requests of this stream.
     #[prost(uint64, tag = "1")]
@@ -113,6 +113,25 @@ pub struct Select {
     /// The requester's address when only it may connect; empty means anyone.
     #[prost(string, tag = "6")]
     pub bound_client: ::prost::alloc::string::String,
+    /// The request for several ports, at most 16 elements and 64 ports: the server
+    /// selects all or none. port_name and protocol are empty then. Only an agent
+    /// whose Welcome has several_ports gets it: another one would select one port.
+    #[prost(message, repeated, tag = "7")]
+    pub ports: ::prost::alloc::vec::Vec<PortBlock>,
+}
+/// Adjacent connection ports of one port entry, which lead to adjacent server
+/// ports, or to the same one. The first of an even number of ports is even.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PortBlock {
+    /// Empty means any port name.
+    #[prost(string, tag = "1")]
+    pub port_name: ::prost::alloc::string::String,
+    /// Empty means any protocol.
+    #[prost(string, tag = "2")]
+    pub protocol: ::prost::alloc::string::String,
+    /// 1 to 64.
+    #[prost(uint32, tag = "3")]
+    pub count: u32,
 }
 /// This connection server's first connection on the session is open.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -145,7 +164,7 @@ pub struct Ended {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
 }
-/// Asks which session a connection port belongs to now.
+/// Asks which session a connection port belongs to now; any of a session's.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Lookup {
     #[prost(uint64, tag = "1")]
@@ -169,6 +188,10 @@ pub struct Welcome {
     /// Generation of the row in use after the greeting; 0 when it has none.
     #[prost(uint64, tag = "3")]
     pub generation: u64,
+    /// It selects several ports for one session, and adopts such sessions whole.
+    /// Without it, sessions of several ports end when it has greeted.
+    #[prost(bool, tag = "4")]
+    pub several_ports: bool,
 }
 /// Ports by name and state, after the change that caused the message.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -191,6 +214,10 @@ pub struct Counts {
     /// it is not ready. A receiver that does not know the field goes on asking, and is refused.
     #[prost(bool, tag = "5")]
     pub not_ready: bool,
+    /// Ports in use besides the first one of each session. Those who count sessions
+    /// by ports leave them out; an agent that does not send it has none.
+    #[prost(uint32, tag = "6")]
+    pub further: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PortCounts {
@@ -302,7 +329,7 @@ pub mod refused {
 /// A session on this server; sent to every attached connection server when it
 /// is made or adopted and when its state changes, and for all live ones after
 /// Welcome.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Session {
     #[prost(string, tag = "1")]
     pub session_id: ::prost::alloc::string::String,
@@ -332,6 +359,10 @@ pub struct Session {
     /// A connection has claimed it; in Hello, one of this connection server too.
     #[prost(bool, tag = "12")]
     pub claimed: bool,
+    /// Its further ports, in the order of the request, at most 63. A connection
+    /// server that does not know them refuses clients there.
+    #[prost(message, repeated, tag = "13")]
+    pub further_ports: ::prost::alloc::vec::Vec<SessionPort>,
 }
 /// Nested message and enum types in `Session`.
 pub mod session {
@@ -377,6 +408,15 @@ pub mod session {
             }
         }
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SessionPort {
+    #[prost(uint32, tag = "1")]
+    pub connection_port: u32,
+    #[prost(string, tag = "2")]
+    pub port_name: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub protocol: ::prost::alloc::string::String,
 }
 /// The session is over. The connection server admits nothing more, cuts what is
 /// open, and answers Ended when nothing is left; only then is the port free.
@@ -453,7 +493,7 @@ pub mod end {
         }
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LookedUp {
     #[prost(uint64, tag = "1")]
     pub request_id: u64,

@@ -17,7 +17,7 @@ use super::field::{
 };
 use super::v1::{self, session};
 use super::{PROTOCOL_VERSION, Session};
-use crate::session::SessionState;
+use crate::session::{MAX_PORTS, OneOrMore, SessionPort, SessionState};
 
 /// Why a message is not one of the protocol.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -71,9 +71,14 @@ impl TryFrom<v1::Session> for Session {
         Ok(Self {
             id: session_id(&session.session_id)?,
             idempotency_key: idempotency_key(session.idempotency_key)?,
-            port: connection_port(session.connection_port)?,
-            port_name: session.port_name,
-            protocol: protocol(&session.protocol)?,
+            ports: OneOrMore {
+                first: SessionPort {
+                    port: connection_port(session.connection_port)?,
+                    port_name: session.port_name,
+                    protocol: protocol(&session.protocol)?,
+                },
+                rest: further_ports(session.further_ports)?,
+            },
             bound_client: bound_client(&session.bound_client)?,
             state,
             claim_deadline: timestamp("claim_deadline_ms", session.claim_deadline_ms)?,
@@ -88,8 +93,34 @@ impl TryFrom<v1::Session> for Session {
     }
 }
 
+fn further_ports(ports: Vec<v1::SessionPort>) -> Result<Box<[SessionPort]>, FieldError> {
+    if ports.len() >= usize::from(MAX_PORTS) {
+        let rule = "have at most 63 elements";
+        return Err(FieldError::new("further_ports", &ports.len(), rule));
+    }
+    let port = |port: v1::SessionPort| {
+        Ok(SessionPort {
+            port: connection_port(port.connection_port)?,
+            port_name: port.port_name,
+            protocol: protocol(&port.protocol)?,
+        })
+    };
+    ports.into_iter().map(port).collect()
+}
+
+impl From<SessionPort> for v1::SessionPort {
+    fn from(port: SessionPort) -> Self {
+        Self {
+            connection_port: port.port.get().into(),
+            port_name: port.port_name,
+            protocol: port.protocol.name().to_owned(),
+        }
+    }
+}
+
 impl From<Session> for v1::Session {
     fn from(session: Session) -> Self {
+        let OneOrMore { first, rest } = session.ports;
         let state = match session.state {
             SessionState::Held => session::State::Held,
             SessionState::Busy => session::State::Busy,
@@ -98,9 +129,10 @@ impl From<Session> for v1::Session {
         Self {
             session_id: session.id.to_string(),
             idempotency_key: session.idempotency_key.unwrap_or_default(),
-            connection_port: session.port.get().into(),
-            port_name: session.port_name,
-            protocol: session.protocol.name().to_owned(),
+            connection_port: first.port.get().into(),
+            port_name: first.port_name,
+            protocol: first.protocol.name().to_owned(),
+            further_ports: rest.into_iter().map(Into::into).collect(),
             bound_client: address_text(session.bound_client),
             state: state.into(),
             claim_deadline_ms: unix_ms(session.claim_deadline),
@@ -130,18 +162,25 @@ mod tests {
             lingering_since_ms: 2_000,
             claimed: true,
             open_here: true,
+            further_ports: vec![v1::SessionPort {
+                connection_port: 20_002,
+                port_name: "media".to_owned(),
+                protocol: "UDP".to_owned(),
+            }],
         }
     }
 
     #[test]
     fn a_session_is_written_as_it_was_read() {
         let read = Session::try_from(session()).unwrap();
-        assert_eq!(read.port.get(), 20_000);
+        assert_eq!(read.ports.first.port.get(), 20_000);
+        assert_eq!(read.ports.rest[0].port.get(), 20_002);
         assert_eq!(v1::Session::from(read), session());
         let bare = v1::Session {
             idempotency_key: String::new(),
             bound_client: String::new(),
             lingering_since_ms: 0,
+            further_ports: Vec::new(),
             ..session()
         };
         let read = Session::try_from(bare.clone()).unwrap();

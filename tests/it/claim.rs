@@ -139,10 +139,7 @@ impl Selection for LastPort {
                     held: 4 - free,
                     ..v1::PortCounts::default()
                 }],
-                draining: false,
-                returning: 0,
-                spent: false,
-                not_ready: false,
+                ..v1::Counts::default()
             };
             while let Ok(Some(ToAgent {
                 message: Some(message),
@@ -157,6 +154,7 @@ impl Selection for LastPort {
                             protocol_version: PROTOCOL_VERSION,
                             agent: "ours".to_owned(),
                             generation: table.generation,
+                            several_ports: false,
                         }));
                         send(from_agent::Message::Counts(counts(4)));
                     }

@@ -32,3 +32,4 @@ mod openapi;
 mod operator;
 mod pool;
 mod queue;
+mod several;

@@ -2,12 +2,13 @@
 //! with the network, the clients and the clock in the test's hands: every
 //! order of events up to a depth, and long random ones.
 //!
-//! What must never happen: two sessions on one port, a free port with a
-//! connection somewhere, a port that is lost, a session that is over and comes
-//! back.
+//! What must never happen: two sessions on one port, a session of two ports that
+//! has only one, a free port with a connection somewhere, a port that is lost, a
+//! session that is over and comes back.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
+use std::num::NonZeroU8;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use portpool::selection::{
     CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, FromAgent, GONE_AFTER,
     KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, ToAgent,
 };
-use portpool::session::{PortFilter, SessionId};
+use portpool::session::{Block, OneOrMore, PortFilter, SessionId};
 use portpool::table::{ListenPort, PortIndex, PortRange, Slot, Table};
 use proptest::prelude::*;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -44,8 +45,9 @@ const PENDING_FOR: Duration = portpool::forward::PENDING_DEADLINE;
 /// servers, agents and ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
-    /// A connection server asks an agent for a port.
+    /// A connection server asks an agent for a port, or for both that it has.
     Select(usize, usize),
+    SelectBoth(usize, usize),
     /// The next message of a stream arrives at the agent, or at the
     /// connection server.
     ToAgent(usize, usize),
@@ -263,7 +265,15 @@ impl World {
     fn happen(&mut self, event: Event) {
         let agents = self.agents.len();
         match event {
-            Event::Select(server, agent) => {
+            Event::Select(server, agent) | Event::SelectBoth(server, agent) => {
+                let both = Block {
+                    filter: PortFilter::default(),
+                    count: const { NonZeroU8::new(2).unwrap() },
+                };
+                let ports = match event {
+                    Event::SelectBoth(..) => OneOrMore::one(both),
+                    _ => OneOrMore::default(),
+                };
                 self.names += 1;
                 let session_id = format!("session-{}", self.names);
                 if let Some(stream) = &mut self.servers[server % SERVERS].streams[agent % agents]
@@ -274,7 +284,7 @@ impl World {
                         request_id: 0,
                         session_id: SessionId::new(&session_id).unwrap(),
                         idempotency_key: None,
-                        filter: PortFilter::default(),
+                        ports,
                         bound_client: None,
                     };
                     stream.to_agent.push_back(ToAgent::Select(select));
@@ -508,7 +518,10 @@ impl World {
     fn carry_out(&mut self, server: usize, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
             match action {
-                Action::Cut(port, key) => self.cuts.push((server, port, key)),
+                Action::Cut(ports, key) => {
+                    let cuts = ports.iter().map(|port| (server, *port, key));
+                    self.cuts.extend(cuts);
+                }
                 Action::Answer(port, id, Decision::Admit(key)) => {
                     self.admitted(server, port, key);
                     match self.pending.remove(&id) {
@@ -562,7 +575,8 @@ impl World {
         let host_identity = self.servers[server].host_identity.clone();
         let notices = self.agents[agent].attach(&name, &host_identity, &known, self.now);
         self.send(agent, notices);
-        self.servers[server].sessions.welcomed(Slot(slot));
+        let actions = self.servers[server].sessions.welcomed(Slot(slot), true);
+        self.carry_out(server, actions);
     }
 
     /// Breaks a stream. A side that does not notice now does so after [`FOUND_OUT`].
@@ -833,7 +847,12 @@ impl World {
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
                 let is_recovering = self.now.monotonic < self.recovered_at[agent];
-                let live = book.look_up(port).map(|live| live.id);
+                let live = book.look_up(port);
+                for further in live.iter().flat_map(|live| &live.ports.rest) {
+                    let there = book.look_up(further.port);
+                    assert_eq!(there, live, "a part of a session is another's");
+                }
+                let live = live.map(|live| live.id);
                 assert!(
                     !live
                         .as_ref()
@@ -946,6 +965,13 @@ fn every_short_order_of_events_keeps_the_rules() {
         Event::Release(0, 0, 0),
         Event::Deliver(1, 0),
     ];
+    let both_in_use = [
+        Event::SelectBoth(0, 0),
+        Event::Pass(0),
+        Event::Connect(0, 0, 1),
+        Event::Break(0, 0, Noticing::Agent),
+        Event::Connect(0, 0, 0),
+    ];
     let mut played = 0;
     fn explore(order: &mut Vec<Event>, depth: usize, events: &[Event], played: &mut u32) {
         if depth == 0 {
@@ -963,7 +989,8 @@ fn every_short_order_of_events_keeps_the_rules() {
     for begin in [&on_its_way[..], &in_use, &being_cut] {
         explore(&mut begin.to_vec(), 4, &events, &mut played);
     }
-    assert_eq!(played, 3 * 16u32.pow(4));
+    explore(&mut both_in_use.to_vec(), 3, &events, &mut played);
+    assert_eq!(played, 3 * 16u32.pow(4) + 16u32.pow(3));
 }
 
 /// A client releases a session whose agent has restarted and does not know it
@@ -1043,6 +1070,7 @@ fn event() -> impl Strategy<Value = Event> {
     ];
     prop_oneof![
         3 => pair().prop_map(|(s, a)| Event::Select(s, a)),
+        2 => pair().prop_map(|(s, a)| Event::SelectBoth(s, a)),
         8 => pair().prop_map(|(s, a)| Event::ToAgent(s, a)),
         8 => pair().prop_map(|(s, a)| Event::FromAgent(s, a)),
         6 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Connect(s, a, o)),

@@ -9,7 +9,7 @@ use super::life::end_notice;
 use super::session::{ADOPTED, Closed, Session, State};
 use super::{Book, Notice, Now, Times, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
-use crate::session::{PortFilter, SessionId, SessionState};
+use crate::session::{SessionId, SessionState};
 
 impl Book {
     /// Attaches a connection server that listens at `host_identity` and knows
@@ -68,10 +68,13 @@ impl Book {
         notices
     }
 
-    /// Adopts a session made before a restart. Returns whether the book has it
-    /// now.
+    /// Adopts a session made before a restart, with all its ports or not at all.
+    /// Returns whether the book has it now.
     fn adopt(&mut self, owner: &ConnectionServerId, known: &selection::Session, now: Now) -> bool {
-        if !self.ports.has_room(known.port)
+        let mut ports = BTreeSet::new();
+        let mut is_new = known.ports.iter().map(|it| ports.insert(it.port));
+        if !is_new.all(|is_new| is_new)
+            || !ports.iter().all(|port| self.ports.has_room(*port))
             || !self.is_recovering(now)
             || self.over.contains(&known.id)
         {
@@ -87,13 +90,12 @@ impl Book {
         let left_to_claim = now.until(known.claim_deadline).min(claim);
         let mut session = Session {
             number: ADOPTED,
-            port: known.port,
+            ports: known.ports.map(|known| known.port),
             owner: owner.clone(),
             state: State::Busy,
             open: BTreeSet::new(),
             is_claimed: known.is_claimed,
             closed: None,
-            filter: PortFilter::default(),
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,
             created: known.created,

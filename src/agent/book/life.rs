@@ -1,5 +1,5 @@
 //! The changes of sessions, which are the arrows of the book's diagram. Each
-//! keeps a session's state, deadline and port in step, and adds the messages to
+//! keeps a session's state, deadline and ports in step, and adds the messages to
 //! send.
 
 use std::collections::BTreeMap;
@@ -9,11 +9,15 @@ use super::ports::Occupancy;
 use super::session::{Closed, Session, State};
 use super::{Book, Notice, Now, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
-use crate::session::{SessionId, SessionState};
+use crate::session::{OneOrMore, SessionId, SessionPort, SessionState};
+use crate::table::ListenPort;
 
 impl Book {
     pub(super) fn insert(&mut self, id: SessionId, session: Session) {
-        self.ports.occupy(session.port, &id, session.occupancy());
+        for port in session.ports.iter() {
+            self.ports.occupy(*port, &id, session.occupancy());
+        }
+        self.further += further(&session.ports);
         if let Some(key) = session.idempotency_key.clone() {
             self.id_by_key.insert(key, id.clone());
         }
@@ -99,7 +103,9 @@ impl Book {
         if session.state != state
             && let Some(session) = self.sessions.get(id)
         {
-            self.ports.mark(session.port, session.occupancy());
+            for port in session.ports.iter() {
+                self.ports.mark(*port, session.occupancy());
+            }
             let message = FromAgent::Session(self.describe(id, session));
             notices.push(Notice {
                 to: To::All,
@@ -108,8 +114,8 @@ impl Book {
         }
     }
 
-    /// Ends a live session and reports the end to all. Its port waits for all
-    /// that may have connections on it.
+    /// Ends a live session and reports the end to all. Its ports wait for all
+    /// that may have connections on them.
     pub(super) fn end(
         &mut self,
         id: &SessionId,
@@ -130,7 +136,9 @@ impl Book {
             self.recycling.unused();
         }
         session.state = State::Ending(self.connection_servers.may_know(session.number));
-        self.ports.mark(session.port, Occupancy::Ending);
+        for port in session.ports.iter() {
+            self.ports.mark(*port, Occupancy::Ending);
+        }
         notices.push(end_notice(To::All, id, cause));
         self.remember_over(id);
         self.free_when_acknowledged(id, now);
@@ -165,7 +173,10 @@ impl Book {
             let is_cut = !session.open.is_empty();
             let closed = session.closed.map(|closed| closed.monotonic);
             let closed = if is_cut { Some(now.monotonic) } else { closed };
-            self.ports.vacate(session.port, closed, now.monotonic);
+            self.further -= further(&session.ports);
+            for port in session.ports.iter() {
+                self.ports.vacate(*port, closed, now.monotonic);
+            }
         }
     }
 
@@ -204,7 +215,14 @@ impl Book {
 
     /// The session as connection servers see it.
     pub(super) fn describe(&self, id: &SessionId, session: &Session) -> selection::Session {
-        let (port_name, protocol) = self.ports.name_and_protocol(session.port);
+        let ports = session.ports.map(|port| {
+            let (port_name, protocol) = self.ports.name_and_protocol(*port);
+            SessionPort {
+                port: *port,
+                port_name: port_name.to_owned(),
+                protocol,
+            }
+        });
         let state = match session.occupancy() {
             Occupancy::Held => SessionState::Held,
             Occupancy::Busy => SessionState::Busy,
@@ -213,9 +231,7 @@ impl Book {
         selection::Session {
             id: id.clone(),
             idempotency_key: session.idempotency_key.clone(),
-            port: session.port,
-            port_name: port_name.to_owned(),
-            protocol,
+            ports,
             bound_client: session.bound_client,
             state,
             claim_deadline: session.claim_deadline,
@@ -228,6 +244,11 @@ impl Book {
             open_here: false,
         }
     }
+}
+
+/// The number of `ports` besides the first.
+fn further(ports: &OneOrMore<ListenPort>) -> u32 {
+    u32::try_from(ports.rest.len()).unwrap_or(u32::MAX)
 }
 
 /// The session `id`, unless it is ending or unknown.

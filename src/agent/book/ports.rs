@@ -22,6 +22,7 @@
 //! says which sockets a port needs: all, any, or none; ports that need none are not
 //! looked at.
 
+mod block;
 mod group;
 mod trial;
 
@@ -33,7 +34,7 @@ use self::group::{Group, Vacancy};
 use self::trial::Trial;
 use super::listening::{Listening, ServerPort, Sight, SocketId};
 use crate::pool::{Offer, PortProtocol};
-use crate::session::{PortFilter, PortState, SessionId};
+use crate::session::{Block, OneOrMore, PortFilter, PortState, SessionId};
 use crate::table::{ListenPort, Row, TargetPort};
 
 /// The session on a port.
@@ -219,29 +220,23 @@ impl Ports {
             .any(|port| self.groups[port.group].serves(filter))
     }
 
-    /// Whether `port` serves `filter`.
-    pub(super) fn fits(&self, port: ListenPort, filter: &PortFilter) -> bool {
-        self.ports
-            .get(&port)
-            .is_some_and(|port| self.groups[port.group].serves(filter))
-    }
-
     /// The port that serves `filter` and has been free for the longest time.
-    pub(super) fn longest_free(&self, filter: &PortFilter) -> Option<ListenPort> {
+    fn longest_free(&self, filter: &PortFilter) -> Option<ListenPort> {
         let groups = self.groups.iter().filter(|group| group.serves(filter));
         let earliest = groups.filter_map(Group::longest_free).min()?;
         Some(earliest.1)
     }
 
-    /// The server ports to look at before a request for `filter` is refused because
+    /// The server ports to look at before a request for `blocks` is refused because
     /// the workload does not listen.
     pub(super) fn take_on_request(
         &mut self,
-        filter: &PortFilter,
+        blocks: &OneOrMore<Block>,
         now: Duration,
     ) -> Vec<ServerPort> {
         let is_hidden = |port: &&Port| {
-            let serves = self.groups[port.group].serves(filter);
+            let group = &self.groups[port.group];
+            let serves = blocks.iter().any(|block| group.serves(&block.filter));
             serves && port.vacancy() == Some(Vacancy::NotListening)
         };
         let hidden = self.ports.values().filter(is_hidden);

@@ -1,4 +1,4 @@
-//! The selection of a port for a request, which makes a session.
+//! The selection of ports for a request, which makes a session.
 //!
 //! Source: US 8,544,018 B2, claim 1, the request receiving part.
 
@@ -8,36 +8,52 @@ use super::listening::ServerPort;
 use super::session::{Session, State};
 use super::{Book, Notice, Now, To};
 use crate::selection::{self, ConnectionServerId, FromAgent, RefusalCause, Select};
-use crate::session::PortFilter;
+use crate::session::{Block, OneOrMore};
 use crate::table::ListenPort;
 
-/// The selection of a port for a request.
+/// The ports that a request gets next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NextPorts {
+    /// The ports, in the order of the request.
+    pub ports: OneOrMore<ListenPort>,
+    /// The server ports that they lead to and whose sockets matter.
+    pub server_ports: Vec<ServerPort>,
+}
+
+/// The selection of ports for a request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Selected {
-    /// The session on the selected port.
+    /// The session on the selected ports.
     pub session: selection::Session,
     /// The messages to send before the answer.
     pub notices: Vec<Notice>,
 }
 
 impl Book {
-    /// The port that [`Book::select`] gives a request for `filter` next, and the
-    /// server ports that it leads to. What was seen there last may be a second
-    /// old, so that the caller looks again.
+    /// The ports that [`Book::select`] gives a request for `blocks` next. What was
+    /// seen there last may be a second old, so that the caller looks again.
     #[must_use]
-    pub fn next_port(&self, filter: &PortFilter) -> Option<(ListenPort, Vec<ServerPort>)> {
-        let port = self.ports.longest_free(filter)?;
-        Some((port, self.ports.server_ports(port)))
+    pub fn next_ports(&self, blocks: &OneOrMore<Block>) -> Option<NextPorts> {
+        let ports = self.ports.choose(blocks)?;
+        let server_ports = ports.iter().flat_map(|port| self.ports.server_ports(*port));
+        Some(NextPorts {
+            server_ports: server_ports.collect(),
+            ports,
+        })
     }
 
-    /// The server ports to look at before a request for `filter` is refused, where
-    /// [`Book::next_port`] gives it none: those that it could get if the workload
+    /// The server ports to look at before a request for `blocks` is refused, where
+    /// [`Book::next_ports`] gives it none: those that it could get if the workload
     /// listened on them. Few at a time, and none for a while after that.
-    pub fn take_looks_on_request(&mut self, filter: &PortFilter, now: Now) -> Vec<ServerPort> {
+    pub fn take_looks_on_request(
+        &mut self,
+        blocks: &OneOrMore<Block>,
+        now: Now,
+    ) -> Vec<ServerPort> {
         if self.cause_not_to_offer(now).is_some() {
             return Vec::new();
         }
-        self.ports.take_on_request(filter, now.monotonic)
+        self.ports.take_on_request(blocks, now.monotonic)
     }
 
     /// Why no port is offered, free or not.
@@ -51,9 +67,9 @@ impl Book {
         self.is_recovering(now).then_some(RefusalCause::Recovering)
     }
 
-    /// Selects an available connection port for a request of the connection
-    /// server `owner`: the port that has been free for the longest time. The same
-    /// idempotency key selects the same live session.
+    /// Selects available connection ports for a request of the connection server
+    /// `owner`, all that it asks for or none: those that have been free for the
+    /// longest time. The same idempotency key selects the same live session.
     ///
     /// # Errors
     /// The cause of the refusal; nothing has changed then.
@@ -74,21 +90,21 @@ impl Book {
         if let Some(cause) = self.cause_not_to_offer(now) {
             return Err(cause);
         }
-        if !self.ports.knows(&request.filter) {
+        let is_known = |block: &Block| self.ports.knows(&block.filter);
+        if !request.ports.iter().all(is_known) {
             return Err(RefusalCause::UnknownPort);
         }
-        let port = self.ports.longest_free(&request.filter);
-        let port = port.ok_or(RefusalCause::NoFreePort)?;
+        let ports = self.ports.choose(&request.ports);
+        let ports = ports.ok_or(RefusalCause::NoFreePort)?;
         let id = request.session_id.clone();
         let session = Session {
             number: self.next_number,
-            port,
+            ports,
             owner: owner.clone(),
             state: State::Held,
             open: BTreeSet::new(),
             is_claimed: false,
             closed: None,
-            filter: request.filter.clone(),
             idempotency_key: request.idempotency_key.clone(),
             bound_client: request.bound_client,
             created: now.time,
@@ -116,10 +132,11 @@ impl Book {
     fn with_key_of(&self, request: &Select) -> Option<Result<selection::Session, RefusalCause>> {
         let id = self.id_by_key.get(request.idempotency_key.as_ref()?)?;
         let session = self.sessions.get(id)?;
-        let is_same = session.bound_client == request.bound_client
-            && (session.filter == request.filter || self.ports.fits(session.port, &request.filter));
+        let session = self.describe(id, session);
+        let is_same =
+            session.bound_client == request.bound_client && request.ports.could_be(&session.ports);
         Some(if is_same {
-            Ok(self.describe(id, session))
+            Ok(session)
         } else {
             Err(RefusalCause::KeyReused)
         })

@@ -1,4 +1,4 @@
-//! A session as the book has it: its port, its state and its deadlines. `life`
+//! A session as the book has it: its ports, its state and its deadlines. `life`
 //! makes the changes and keeps the rest of the book in step.
 
 use std::collections::BTreeSet;
@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::ports::Occupancy;
 use crate::selection::ConnectionServerId;
-use crate::session::PortFilter;
+use crate::session::OneOrMore;
 use crate::table::ListenPort;
 
 /// The number of each session made before a restart. Any connection server may
@@ -37,7 +37,7 @@ pub(super) struct Closed {
 pub(super) struct Session {
     /// A number above those of all sessions made before it in this book.
     pub(super) number: u64,
-    pub(super) port: ListenPort,
+    pub(super) ports: OneOrMore<ListenPort>,
     pub(super) owner: ConnectionServerId,
     pub(super) state: State,
     /// Connection servers with connections open on it.
@@ -46,7 +46,6 @@ pub(super) struct Session {
     pub(super) is_claimed: bool,
     /// When the last connection on it closed.
     pub(super) closed: Option<Closed>,
-    pub(super) filter: PortFilter,
     pub(super) idempotency_key: Option<String>,
     pub(super) bound_client: Option<IpAddr>,
     pub(super) created: Timestamp,

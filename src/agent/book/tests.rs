@@ -3,7 +3,7 @@ use jiff::Timestamp;
 
 use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol, Replies};
 use crate::selection::{RefusalCause, Select};
-use crate::session::{PortFilter, SessionState};
+use crate::session::{Block, OneOrMore, PortFilter, SessionState};
 use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
 
@@ -11,6 +11,7 @@ mod limits;
 mod looking;
 mod offering;
 mod recycling;
+mod several;
 
 const TIMES: Times = Times {
     claim: Duration::from_secs(30),
@@ -103,14 +104,14 @@ fn request(id: &str, idempotency_key: Option<String>) -> Select {
         request_id: 0,
         session_id: session(id),
         idempotency_key,
-        filter: PortFilter::default(),
+        ports: OneOrMore::default(),
         bound_client: None,
     }
 }
 
 fn select(book: &mut Book, id: &str, now: Now) -> Result<u16, RefusalCause> {
     let selected = book.select(&server("a"), &request(id, None), now);
-    selected.map(|selected| selected.session.port.get())
+    selected.map(|selected| selected.session.ports.first.port.get())
 }
 
 fn opened(id: &str) -> ToAgent {

@@ -46,6 +46,7 @@ impl Agent {
         let welcome = Welcome {
             agent: self.id.to_string(),
             generation: table.map_or(0, |table| table.generation),
+            knows_several_ports: true,
         };
         if inner.outboxes.len() >= MAX_STREAMS && !inner.outboxes.contains_key(from) {
             return Err(Status::resource_exhausted(
@@ -206,7 +207,7 @@ impl Agent {
         }
         let selected = match request {
             Some(request) => {
-                inner.verify(&request.filter, now);
+                inner.verify(&request.ports, now);
                 inner.book.select(from, request, now)
             }
             None => Err(RefusalCause::Malformed),

@@ -40,6 +40,7 @@ Examples:
   echo hello | portpool connect 127.0.0.1:7700
   echo hello | portpool connect 127.0.0.1:7700 --udp
   portpool connect 127.0.0.1:7700 --port-name shell     only ports of that entry
+  portpool connect 127.0.0.1:7700 --port rtp:2 --port control --to control
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 130 and 143 interrupted.")]
 pub struct ConnectOptions {
@@ -49,6 +50,10 @@ pub struct ConnectOptions {
     /// Ask for a port that forwards UDP, and send each chunk of input as a datagram; without it, TCP
     #[arg(long)]
     udp: bool,
+
+    /// Connect to the first port of this entry; without it, to the session's first port
+    #[arg(long, value_name = "NAME", requires = "ports")]
+    to: Option<String>,
 
     /// Send this instead of standard input; for scripts, with --expect
     #[arg(long, value_name = "TEXT", requires = "expect")]
@@ -68,11 +73,10 @@ pub async fn connect(
     interrupt: impl Future<Output = ()>,
 ) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
-    let protocol = options.protocol()?;
-    let wanted = SessionRequest {
-        protocol: Some(protocol),
-        ..SessionRequest::from(&options.ask)
-    };
+    let mut wanted = SessionRequest::from(&options.ask);
+    if wanted.ports.is_none() {
+        wanted.protocol = Some(options.protocol()?);
+    }
     tokio::pin!(interrupt);
     let session = tokio::select! {
         session = ask(&client, wanted, options.ask.retry_seconds) => session?,
@@ -100,6 +104,16 @@ impl ConnectOptions {
         self.udp || self.ask.protocol == Some(PortProtocol::UDP)
     }
 
+    /// The session with the port that `--to` names as its first.
+    fn chosen(&self, session: &Session) -> Result<Session, CommandError> {
+        let Some(name) = &self.to else {
+            return Ok(session.clone());
+        };
+        let port = session.ports.iter().find(|port| port.port_name == *name);
+        let port = port.ok_or_else(|| CommandError::NoSuchPort(name.clone()))?;
+        Ok(session.at(port))
+    }
+
     /// The protocol that the port has to forward.
     fn protocol(&self) -> Result<PortProtocol, CommandError> {
         match self.ask.protocol {
@@ -123,7 +137,8 @@ async fn talk(
     session: &Session,
     options: &ConnectOptions,
 ) -> Result<(), CommandError> {
-    let connection = if options.is_udp() {
+    let session = &options.chosen(session)?;
+    let connection = if options.is_udp() || session.protocol == PortProtocol::UDP {
         Connection::Datagrams(client.connect_udp(session).await?)
     } else {
         Connection::Stream(client.connect(session).await?)

@@ -136,8 +136,12 @@ impl LinkTask {
         let (incoming, welcome) = timeout(ATTACH_DEADLINE, welcome).await??;
         info!(%slot, %address, agent = welcome.agent, generation = welcome.generation, "attached to processing server");
         *self.state.outbox.lock() = Some(outbox.clone());
-        self.agents.allocation.attach(slot, outbox.clone());
-        self.agents.sessions.welcomed(slot);
+        let change = self.agents.control.begin_change().await;
+        let knows_several_ports = welcome.knows_several_ports;
+        let allocation = &self.agents.allocation;
+        allocation.attach(slot, outbox.clone(), knows_several_ports);
+        change.welcomed(slot, knows_several_ports);
+        drop(change);
         self.serve(incoming, &outbox).await
     }
 

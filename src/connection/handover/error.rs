@@ -34,6 +34,12 @@ pub enum Error {
         /// The successor's version.
         found: u32,
     },
+    /// The successor is of a version that does not know sessions of several ports,
+    /// and there are some.
+    #[error(
+        "there are sessions of several ports, which the new process does not know; it must be of a newer version, or come after their end"
+    )]
+    SeveralPorts,
     /// The predecessor does not hand over, and goes on.
     #[error("the running connection server did not hand over and goes on: {0}")]
     Refused(String),

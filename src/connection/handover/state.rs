@@ -41,6 +41,14 @@ pub struct State {
     pub control: ControlSnapshot,
 }
 
+impl State {
+    /// Whether there are sessions of several ports.
+    pub(super) fn has_several_ports(&self) -> bool {
+        let mut live = self.control.sessions.live.iter();
+        live.any(|live| !live.session.ports.rest.is_empty())
+    }
+}
+
 /// Sends all of `state`, nothing of which may change meanwhile.
 pub(super) fn send(stream: &UnixStream, state: &State) -> Result<(), Error> {
     send_server(stream, state)?;

@@ -23,7 +23,7 @@ use crate::forward::snapshot::{
 use crate::forward::{SessionKey, Traffic, Transport};
 use crate::pool::{LoadSharing, PortProtocol, Recycle, Sessions as Settings};
 use crate::selection::{ConnectionServerId, Session};
-use crate::session::{SessionId, SessionState};
+use crate::session::{OneOrMore, SessionId, SessionPort, SessionState};
 use crate::table::{FORMAT_VERSION, ListenPort, Slot, Table, TargetPort};
 
 /// A descriptor of a new file, which its inode identifies.
@@ -210,24 +210,33 @@ fn session_id() -> impl Strategy<Value = SessionId> {
     "\\PC{1,16}".prop_map(|text| SessionId::new(&text).unwrap())
 }
 
+fn session_ports() -> impl Strategy<Value = OneOrMore<SessionPort>> {
+    vec(port(), 1..4).prop_map(|ports| {
+        let ports = ports.into_iter().map(|port| SessionPort {
+            port,
+            port_name: "main".to_owned(),
+            protocol: PortProtocol::TCP,
+        });
+        OneOrMore::new(ports).unwrap()
+    })
+}
+
 fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
     let live = (
         any::<u32>(),
         any::<u64>(),
         session_id(),
-        port(),
+        session_ports(),
         any::<Option<IpAddr>>(),
         idle(),
     );
-    let live = live.prop_map(|(slot, key, id, port, client, age)| SessionSnapshot {
+    let live = live.prop_map(|(slot, key, id, ports, client, age)| SessionSnapshot {
         slot: Slot(slot),
         key: SessionKey(key),
         session: Session {
             id,
             idempotency_key: None,
-            port,
-            port_name: "main".to_owned(),
-            protocol: PortProtocol::TCP,
+            ports,
             bound_client: client,
             state: SessionState::Busy,
             claim_deadline: jiff::Timestamp::UNIX_EPOCH,
@@ -276,7 +285,10 @@ fn send_frame(stream: &UnixStream, content: Content) {
     wire::send(stream, content, &[]).unwrap();
 }
 
-const REQUEST: Content = Content::Request(v1::Request { version: VERSION });
+const REQUEST: Content = Content::Request(v1::Request {
+    version: VERSION,
+    several_ports: true,
+});
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(40))]
@@ -424,6 +436,7 @@ fn a_predecessor_that_gives_up_keeps_everything() {
     drop(Export {
         stream: theirs,
         is_settled: false,
+        knows_several_ports: true,
     });
     assert!(matches!(import.complete(), Err(Error::Refused(_))));
 }
@@ -435,6 +448,7 @@ fn another_version_is_refused_with_the_reason() {
         &stream,
         Content::Request(v1::Request {
             version: VERSION + 1,
+            several_ports: true,
         }),
     );
     let refused = receive(&stream).map(|_| ());

@@ -52,6 +52,10 @@ pub struct Request {
     /// The predecessor refuses a version that it does not speak.
     #[prost(uint32, tag = "1")]
     pub version: u32,
+    /// The successor knows sessions of several ports. Without it, a predecessor that
+    /// has such sessions refuses: connections on their further ports would be lost.
+    #[prost(bool, tag = "2")]
+    pub several_ports: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Abort {
@@ -206,7 +210,7 @@ pub struct Sessions {
     pub last_ended: ::prost::alloc::vec::Vec<LastEnded>,
 }
 /// A live session.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Session {
     #[prost(uint32, tag = "1")]
     pub slot: u32,

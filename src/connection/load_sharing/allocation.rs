@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
 use tracing::debug;
 
+use super::possible;
 use super::queue::{Allocated, AskId, Caller, Decision, Queue, Wanted};
 use super::refusal::Refusal;
 use crate::connection::control::{Change, Control};
@@ -26,7 +27,7 @@ use crate::connection::sessions::span::SessionSpan;
 use crate::connection::sessions::{KnownSession, Outbox, Sessions};
 use crate::pool::ClientBinding;
 use crate::selection::{Counts, RefusalCause, Select, Session, ToAgent};
-use crate::session::{PortFilter, SessionId, SessionRequest};
+use crate::session::{SessionId, SessionRequest};
 use crate::table::{Slot, Table};
 
 /// What a client is answered.
@@ -70,6 +71,7 @@ impl Drop for Entered {
         let mut inner = self.allocation.inner.lock();
         inner.queue.leave(self.caller);
         inner.clients.remove(&self.caller);
+        self.allocation.hurry(&inner);
         drop(inner);
         // An answer that came too late for the client.
         if let Ok(Ok(allocated)) = self.answer.try_recv()
@@ -216,6 +218,11 @@ impl Allocation {
                 }
             }
         }
+        self.hurry(inner);
+    }
+
+    /// Wakes up whoever keeps time if there is something to do sooner.
+    fn hurry(&self, inner: &Inner) {
         let next = inner.queue.next_deadline();
         if next.is_some_and(|next| inner.alarm.is_none_or(|alarm| next < alarm)) {
             self.sooner.notify_one();
@@ -247,11 +254,11 @@ impl Allocation {
     }
 
     /// An agent's stream is up: requests go to `outbox` once it has reported its
-    /// ports.
-    pub fn attach(&self, slot: Slot, outbox: Outbox) {
+    /// ports; those for several ports if it knows them.
+    pub fn attach(&self, slot: Slot, outbox: Outbox, knows_several_ports: bool) {
         let mut inner = self.inner.lock();
         inner.outboxes.insert(slot, outbox);
-        inner.queue.attach(slot);
+        inner.queue.attach(slot, knows_several_ports);
     }
 
     /// An agent's stream is down: other servers are asked instead.
@@ -340,22 +347,10 @@ fn wanted_of_any(
 ) -> Result<Wanted, Refusal> {
     let is_bound = [request.client_binding, Some(table.sessions.client_binding)]
         .contains(&Some(ClientBinding::Requester));
-    let filter = PortFilter {
-        port_name: request.port_name,
-        protocol: request.protocol,
-    };
-    let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
-    // A pool scaled to nothing has no names to compare with.
-    if !table.rows.is_empty() && !ranges().any(|it| filter.admits(&it.name, it.protocol)) {
-        let mut entries: Vec<String> = ranges()
-            .map(|range| format!("{} ({})", range.name, range.protocol.name()))
-            .collect();
-        entries.sort();
-        entries.dedup();
-        return Err(Refusal::UnknownPort(entries.join(", ")));
-    }
+    let ports = request.blocks().map_err(Refusal::InvalidPorts)?;
+    possible::check(&ports, table)?;
     Ok(Wanted {
-        filter,
+        ports,
         only: None,
         affinity_key: request.affinity_key,
         idempotency_key: request.idempotency_key,
@@ -368,7 +363,7 @@ fn select(ask: AskId, wanted: Wanted) -> Select {
         request_id: ask.0,
         session_id: SessionId::random(),
         idempotency_key: wanted.idempotency_key,
-        filter: wanted.filter,
+        ports: wanted.ports,
         bound_client: wanted.bound_client,
     }
 }

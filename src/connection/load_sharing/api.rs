@@ -36,7 +36,7 @@ use crate::session::{
 };
 use crate::table::{Slot, Table};
 
-/// Largest request body in bytes: keys of 128 characters and names, with room
+/// Largest request body in bytes: keys of 128 characters and 17 names, with room
 /// for escapes.
 const MAX_BODY_BYTES: usize = 8 * 1024;
 
@@ -266,6 +266,7 @@ impl Api {
     fn describe(&self, slot: Slot, session: &selection::Session, reached_by: &str) -> Session {
         let table = self.table.borrow();
         let is_held = session.state == SessionState::Held;
+        let first = &session.ports.first;
         Session {
             id: session.id.to_string(),
             address: table
@@ -273,9 +274,10 @@ impl Api {
                 .clone()
                 .or_else(|| self.advertise.clone())
                 .unwrap_or_else(|| reached_by.to_owned()),
-            port: session.port.get(),
-            protocol: session.protocol,
-            port_name: session.port_name.clone(),
+            port: first.port.get(),
+            protocol: first.protocol,
+            port_name: first.port_name.clone(),
+            ports: session.ports.iter().map(Into::into).collect(),
             server: table
                 .row(slot)
                 .map(|row| row.server.clone())

@@ -108,17 +108,21 @@ impl Refused {
             Self::Departed => (Code::SERVICE_UNAVAILABLE, "departed", "Client has left"),
             Self::Allocation(refusal) => {
                 let (status, title) = match refusal {
-                    Refusal::AllInUse { .. } => (Code::SERVICE_UNAVAILABLE, "No free port"),
+                    Refusal::AllInUse { .. } | Refusal::Kept(_) | Refusal::NotTogether(_) => {
+                        (Code::SERVICE_UNAVAILABLE, "No free port")
+                    }
                     Refusal::NotListening { .. } => {
                         (Code::SERVICE_UNAVAILABLE, "Workload not listening")
                     }
                     Refusal::NotReady(_) => (Code::SERVICE_UNAVAILABLE, "Servers not ready"),
                     Refusal::Starting => (Code::SERVICE_UNAVAILABLE, "Servers starting"),
                     Refusal::Draining => (Code::SERVICE_UNAVAILABLE, "Servers being removed"),
+                    Refusal::AgentsTooOld => (Code::SERVICE_UNAVAILABLE, "Agents too old"),
                     Refusal::NotSelected => (Code::SERVICE_UNAVAILABLE, "No server answered"),
                     Refusal::QueueFull => (Code::SERVICE_UNAVAILABLE, "Queue full"),
                     Refusal::ShuttingDown => (Code::SERVICE_UNAVAILABLE, "Shutting down"),
-                    Refusal::UnknownPort(_) => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),
+                    Refusal::UnknownPort { .. } => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),
+                    Refusal::InvalidPorts(_) => (Code::UNPROCESSABLE_ENTITY, "Invalid field"),
                     Refusal::UnknownServer => (Code::UNPROCESSABLE_ENTITY, "Unknown server"),
                     Refusal::UnknownSession => (Code::UNPROCESSABLE_ENTITY, "Unknown session"),
                     Refusal::KeyReused => (Code::UNPROCESSABLE_ENTITY, "Idempotency key reused"),

@@ -13,9 +13,9 @@
 //! # The rules
 //!
 //! 1. **Order.** A port that becomes free goes to the earliest waiting request
-//!    that can use it. So while a request waits, no port that it could use is
-//!    free, and a later one that is served at once takes nothing from it: only
-//!    those who could use the same ports are before one another.
+//!    that can use it. So while a request for one port waits, no port that it could
+//!    use is free, and a later one that is served at once takes nothing from it:
+//!    only those who could use the same ports are before one another.
 //! 2. **Waiting.** A request waits as long as its client said, 0 s if it said
 //!    nothing. Then it is refused with the reason why nothing is free. While
 //!    sessions are over whose ports are not free yet, every request waits at
@@ -40,7 +40,19 @@
 //!    it gets a port that was opened a moment ago. It asks [`MOST_LOOKS`] of them at
 //!    most, one after another, none that was asked so 20 ms ago, and for no port
 //!    that an earlier one waits for.
+//! 8. **Several ports.** A request for several ports needs them on one server at
+//!    once, and servers report numbers, not which ports are adjacent. Later
+//!    requests may take ports that it could use for [`PASSED_FOR`]. From then on
+//!    the ports of one server are kept for it: there, order is by arrival alone, so
+//!    that later requests which could use the same ports get none, and earlier ones
+//!    go first. The server is the one with the fewest of those ports in use. Only
+//!    the earliest such request has a server kept for it, until it is served or
+//!    leaves; then it is the next one's turn. So a request for several ports gets
+//!    them at the latest when the sessions on that server are over, while all
+//!    other servers serve the others, and no request waits for one that came after
+//!    it. Other connection servers do not know what is kept here.
 
+mod keeping;
 mod request;
 mod steps;
 
@@ -66,6 +78,14 @@ pub const RETURN_TIME: Duration = Duration::from_secs(1);
 /// Most servers that a request asks although they have reported no free port: each
 /// costs it a millisecond.
 pub const MOST_LOOKS: u32 = 8;
+
+/// How long later requests may take ports that an earlier request for several
+/// ports could use: as a rule it is served meanwhile, and no port lies idle for it.
+pub const PASSED_FOR: Duration = Duration::from_secs(1);
+
+/// How many waiting requests for several ports are looked at when ports become
+/// free, the earliest ones. It bounds the work for each report.
+const MOST_LOOKED_AT: usize = 16;
 
 /// How long a request may take besides its own wait: a few servers that miss
 /// their deadline.
@@ -97,6 +117,17 @@ struct Request {
     refused_by: BTreeMap<Slot, ReportNumber>,
     /// How many servers it may still ask that have reported no free port.
     looks_left: u32,
+    /// From when on the ports of a server may be kept for it; `None` for a request
+    /// for one port.
+    kept_from: Option<Instant>,
+}
+
+/// The request that the ports of a server are kept for.
+#[derive(Clone, Copy, Debug)]
+struct Kept {
+    place: Place,
+    /// `None` while no server can have the ports.
+    slot: Option<Slot>,
 }
 
 /// A question under way, also when no request needs the answer any more: until
@@ -116,6 +147,8 @@ struct Ask {
 enum Due {
     Caller(Caller),
     Ask(AskId),
+    /// A request for several ports has been passed for long enough, or is over.
+    Keep(Place),
 }
 
 /// The requests that are not answered, and the servers that they wait for.
@@ -124,9 +157,11 @@ pub struct Queue {
     most_waiting: usize,
     servers: Servers,
     requests: BTreeMap<Place, Request>,
-    // By what they can use first: a request that cannot be served must not make every
-    // later one be looked at again and again.
+    // Those for one port by what they can use first: a request that cannot be served
+    // must not make every later one be looked at again and again.
     waiting: BTreeMap<Usable, BTreeSet<Place>>,
+    waiting_for_several: BTreeSet<Place>,
+    kept: Option<Kept>,
     places: HashMap<Caller, Place>,
     by_key: HashMap<String, Place>,
     asks: BTreeMap<AskId, Ask>,
@@ -146,6 +181,8 @@ impl Queue {
             servers: Servers::default(),
             requests: BTreeMap::new(),
             waiting: BTreeMap::new(),
+            waiting_for_several: BTreeSet::new(),
+            kept: None,
             places: HashMap::new(),
             by_key: HashMap::new(),
             asks: BTreeMap::new(),
@@ -190,10 +227,10 @@ impl Queue {
                 return (caller, vec![refusal]);
             }
             Some((place, _)) => place,
-            None => self.add(wanted),
+            None => self.add(wanted, now),
         };
         self.join(place, caller, until, now);
-        // The earlier ones have all they can use: see rule 1.
+        // The earlier ones have all they can use: see rules 1 and 8.
         if known.is_none() && !self.ask(place, now) {
             self.line_up(place);
             self.ask_to_look(place, now);
@@ -205,14 +242,14 @@ impl Queue {
         (caller, self.take_decisions())
     }
 
-    /// A client is gone.
+    /// A client is gone. [`Queue::tick`] may be due then.
     pub fn leave(&mut self, caller: Caller) {
         if let Some(&place) = self.places.get(&caller) {
             self.forget(place, caller);
         }
     }
 
-    /// A server has selected a port under `ask`; `counts` are those after it.
+    /// A server has selected the ports under `ask`; `counts` are those after it.
     /// Returns also whether a client receives the session.
     #[must_use]
     pub fn selected(
@@ -223,12 +260,13 @@ impl Queue {
         now: Instant,
     ) -> (bool, Vec<Decision>) {
         let place = self.settle(ask).and_then(|ask| ask.place);
-        self.servers.counted(allocated.slot, counts);
+        let slot = allocated.slot;
+        self.servers.counted(slot, counts);
         let is_received = match place {
             Some(place) => self.give(place, allocated),
             None => self.give_by_key(allocated),
         };
-        self.wake(now);
+        self.wake(Some(slot), now);
         (is_received, self.take_decisions())
     }
 
@@ -248,8 +286,8 @@ impl Queue {
     }
 
     /// An agent's stream is up; its server counts from its first counts on.
-    pub fn attach(&mut self, slot: Slot) {
-        self.servers.attach(slot);
+    pub fn attach(&mut self, slot: Slot, knows_several_ports: bool) {
+        self.servers.attach(slot, knows_several_ports);
     }
 
     /// An agent's stream is down.
@@ -272,7 +310,7 @@ impl Queue {
     #[must_use]
     pub fn counted(&mut self, slot: Slot, counts: Counts, now: Instant) -> Vec<Decision> {
         self.servers.counted(slot, counts);
-        self.wake(now);
+        self.wake(Some(slot), now);
         self.take_decisions()
     }
 
@@ -280,7 +318,7 @@ impl Queue {
     #[must_use]
     pub fn follow(&mut self, table: &Table, now: Instant) -> Vec<Decision> {
         self.servers.follow(table);
-        self.wake(now);
+        self.wake(None, now);
         self.take_decisions()
     }
 
@@ -289,7 +327,9 @@ impl Queue {
     #[must_use]
     pub fn close(&mut self, now: Instant) -> Vec<Decision> {
         self.is_closed = true;
-        let waiting: Vec<Place> = self.waiting.values().flatten().copied().collect();
+        let waiting = self.waiting.values().flatten();
+        let waiting = waiting.chain(&self.waiting_for_several);
+        let waiting: Vec<Place> = waiting.copied().collect();
         for place in waiting {
             self.refuse_the_impatient(place, now);
         }
@@ -323,6 +363,8 @@ impl Queue {
                         ask.place = None;
                     }
                 }
+                // Servers are kept below, when requests are woken.
+                Due::Keep(_) => {}
             }
         }
         self.failed(late, AskError::TimedOut, now);
@@ -344,7 +386,8 @@ impl Queue {
     /// The number of requests that wait for a port.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        self.waiting.values().map(BTreeSet::len).sum()
+        let for_one: usize = self.waiting.values().map(BTreeSet::len).sum();
+        for_one + self.waiting_for_several.len()
     }
 
     /// A client that the answer to `ask` is for.

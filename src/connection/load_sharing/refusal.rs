@@ -47,12 +47,36 @@ pub enum Refusal {
         "a matching port is free, but its processing server did not answer or would not give it; try again in a moment"
     )]
     NotSelected,
+    /// The only free ports are kept for an earlier request for several ports.
+    #[error(
+        "{} kept for an earlier request that asks for several ports; try again, or let the request wait with waitSeconds",
+        kept(*.0)
+    )]
+    Kept(u32),
+    /// No server has all ports of a request for several to spare.
+    #[error(
+        "no processing server has all {0} requested ports free at once, adjacent ones where count asks for them; try again, or let the request wait with waitSeconds"
+    )]
+    NotTogether(u32),
+    /// No agent knows sessions of several ports.
+    #[error(
+        "the agents of all processing servers are of a version that selects single ports only: request the ports one by one, or update the processing servers"
+    )]
+    AgentsTooOld,
     /// Too many requests wait already.
     #[error("too many requests are waiting; try again later")]
     QueueFull,
     /// The pool has no port entry of that name and protocol.
-    #[error("no port entry has name and protocol as requested; the pool has {0}")]
-    UnknownPort(String),
+    #[error("{field}no port entry has name and protocol as requested; the pool has {entries}")]
+    UnknownPort {
+        /// The element of `ports` with a colon; empty for a request without `ports`.
+        field: String,
+        /// The pool's entries.
+        entries: String,
+    },
+    /// A field that asks for ports is wrong, or asks for more than there can be.
+    #[error("{0}")]
+    InvalidPorts(String),
     /// The pool has no processing server of the name in `server`.
     #[error("server: the pool has no processing server of this name; see servers in GET /v1/pool")]
     UnknownServer,
@@ -73,6 +97,13 @@ fn all(count: u32) -> String {
     match count {
         1 => "the only matching port is".to_owned(),
         count => format!("all {count} matching ports are"),
+    }
+}
+
+fn kept(count: u32) -> String {
+    match count {
+        1 => "the only free matching port is".to_owned(),
+        count => format!("all {count} free matching ports are"),
     }
 }
 
@@ -115,15 +146,16 @@ impl Refusal {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::AllInUse { .. } => "no-free-port",
+            Self::AllInUse { .. } | Self::Kept(_) | Self::NotTogether(_) => "no-free-port",
             Self::NotListening { .. } => "not-listening",
             Self::NotReady(_) => "not-ready",
-            Self::Starting | Self::Draining => "no-server",
+            Self::Starting | Self::Draining | Self::AgentsTooOld => "no-server",
             Self::NotSelected => "not-selected",
             Self::QueueFull => "queue-full",
-            Self::UnknownPort(_) => "unknown-port",
+            Self::UnknownPort { .. } => "unknown-port",
             Self::UnknownServer => "unknown-server",
             Self::UnknownSession => "unknown-session",
+            Self::InvalidPorts(_) => "invalid-field",
             Self::KeyReused => "key-reused",
             Self::ShuttingDown => "shutting-down",
         }

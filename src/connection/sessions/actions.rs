@@ -2,14 +2,15 @@
 //! lock. `control` carries it out.
 
 use crate::forward::{Decision, PendingId, SessionKey};
+use crate::session::OneOrMore;
 use crate::table::ListenPort;
 
 /// One thing that the data plane must do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Cut the session's connections and refuse the clients that wait on its
-    /// port, then report the cut itself as a closed flow.
-    Cut(ListenPort, SessionKey),
+    /// ports, then report the cut itself as a closed flow of each port.
+    Cut(OneOrMore<ListenPort>, SessionKey),
     /// Decide on a pending client.
     Answer(ListenPort, PendingId, Decision),
 }
@@ -34,6 +35,12 @@ impl Actions {
 
     pub(super) fn push(&mut self, action: Action) {
         self.0.push(action);
+    }
+}
+
+impl Extend<Action> for Actions {
+    fn extend<I: IntoIterator<Item = Action>>(&mut self, actions: I) {
+        self.0.extend(actions);
     }
 }
 

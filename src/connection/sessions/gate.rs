@@ -12,6 +12,7 @@ use crate::connection::sessions::span::SessionSpan;
 use crate::forward::{Decision, Gate, PENDING_DEADLINE, PendingId, SessionKey, Traffic, Transport};
 use crate::pool::Admission;
 use crate::selection::{Session, ToAgent};
+use crate::session::SessionId;
 use crate::table::{ListenPort, Slot};
 
 /// A client that waits for its session to be found.
@@ -24,7 +25,7 @@ pub(super) struct PendingLookup {
 
 impl Inner {
     fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
-        let Some(live) = self.live.get(&port) else {
+        let Some(live) = self.on(port) else {
             return self.admit_without_session(port);
         };
         if live.bound_client.is_some_and(|bound| bound != client) {
@@ -66,8 +67,22 @@ impl Inner {
 impl Sessions {
     /// The agent has answered the greeting: sessions of pending clients of its
     /// ports are looked up.
-    pub fn welcomed(&self, slot: Slot) {
-        let inner = self.inner.read();
+    ///
+    /// One that does not know sessions of several ports has adopted their first
+    /// ports only and may give the others to others, once it has recovered. So such
+    /// sessions are given back.
+    pub fn welcomed(&self, slot: Slot, knows_several_ports: bool) -> Actions {
+        let mut inner = self.inner.write();
+        let mut actions = Actions::default();
+        if !knows_several_ports {
+            let live = inner.live.values();
+            let several =
+                live.filter(|live| live.slot == slot && !live.session.ports.rest.is_empty());
+            let ids: Vec<SessionId> = several.map(|live| live.session.id.clone()).collect();
+            for id in ids {
+                actions.extend(inner.give_back(&id).ok());
+            }
+        }
         let ports = inner
             .pending_lookups
             .keys()
@@ -75,6 +90,7 @@ impl Sessions {
         for &port in ports {
             inner.look_up(slot, port);
         }
+        actions
     }
 
     /// An agent's answer to the lookup `request_id`, which decides on the pending
@@ -133,7 +149,7 @@ impl Gate for Sessions {
         }
         {
             let inner = self.inner.read();
-            if let Some(live) = inner.live.get(&port).filter(|live| live.key == session) {
+            if let Some(live) = inner.on(port).filter(|live| live.key == session) {
                 let mut flows = live.flows.lock();
                 if flows.close(traffic) {
                     let message = ToAgent::Closed {

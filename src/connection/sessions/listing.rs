@@ -8,7 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Inner, Live, Sessions};
 use crate::pool::PortProtocol;
-use crate::session::SessionState;
+use crate::session::{ConnectionPort, SessionState};
 use crate::table::Slot;
 
 /// Most sessions of a page.
@@ -29,12 +29,14 @@ pub struct SessionInfo {
     /// The name of its processing server; absent when the table has that no more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub server: Option<String>,
-    /// Its connection port.
+    /// Its connection port; the first one of a session of several ports.
     pub port: u16,
     /// What the port forwards.
     pub protocol: PortProtocol,
     /// Name of the port entry.
     pub port_name: String,
+    /// All its ports, in the order of the request.
+    pub ports: Vec<ConnectionPort>,
     /// Where the session is in its life, as its agent reported last.
     pub state: SessionState,
     /// While `Held`: when it ends unless its client connects (RFC 3339).
@@ -63,7 +65,7 @@ pub struct SessionInfo {
 pub struct SessionQuery {
     /// Only sessions of the processing server with this name.
     pub server: Option<String>,
-    /// Only sessions on ports of the entry with this name.
+    /// Only sessions with a port of the entry with this name.
     pub port_name: Option<String>,
     /// Only sessions in this state.
     pub state: Option<SessionState>,
@@ -97,7 +99,10 @@ impl SessionQuery {
             wanted.is_none() || wanted.as_deref() == value
         };
         is(&self.server, server)
-            && is(&self.port_name, Some(&session.session.port_name))
+            && self.port_name.as_ref().is_none_or(|wanted| {
+                let mut ports = session.session.ports.iter();
+                ports.any(|port| port.port_name == *wanted)
+            })
             && self
                 .state
                 .is_none_or(|state| state == session.session.state)
@@ -118,14 +123,16 @@ impl Inner {
     /// `live` as others see it.
     pub(super) fn info(&self, live: &Live) -> SessionInfo {
         let session = &live.session;
+        let first = &session.ports.first;
         let is_held = session.state == SessionState::Held;
         SessionInfo {
             id: session.id.to_string(),
             slot: live.slot,
             server: self.server(live.slot).map(str::to_owned),
-            port: session.port.get(),
-            protocol: session.protocol,
-            port_name: session.port_name.clone(),
+            port: first.port.get(),
+            protocol: first.protocol,
+            port_name: first.port_name.clone(),
+            ports: session.ports.iter().map(Into::into).collect(),
             state: session.state,
             claim_deadline: is_held.then_some(session.claim_deadline),
             created: session.created,

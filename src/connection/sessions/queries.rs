@@ -31,7 +31,7 @@ impl Sessions {
     #[must_use]
     pub fn session_on(&self, port: ListenPort) -> Option<SessionId> {
         let inner = self.inner.read();
-        Some(inner.live.get(&port)?.session.id.clone())
+        Some(inner.on(port)?.session.id.clone())
     }
 
     /// The live session made under an idempotency key.

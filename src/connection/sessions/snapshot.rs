@@ -110,7 +110,9 @@ impl Sessions {
         } in snapshot.live
         {
             let span = SessionSpan::taken_over(client, age);
-            let server = inner.row(session.port).map_or("", |row| &row.server);
+            let server = inner
+                .row(session.ports.first.port)
+                .map_or("", |row| &row.server);
             span.selected(&session, server);
             inner.insert(Live {
                 key,

@@ -27,7 +27,7 @@ impl SessionSpan {
     #[must_use]
     pub fn request(client: IpAddr) -> Self {
         Self {
-            span: info_span!(parent: None, "session", %client, session = Empty, port = Empty, server = Empty),
+            span: info_span!(parent: None, "session", %client, session = Empty, port = Empty, further_ports = Empty, server = Empty),
             since: Instant::now(),
             client: Some(client),
         }
@@ -37,7 +37,7 @@ impl SessionSpan {
     #[must_use]
     pub fn learned() -> Self {
         Self {
-            span: info_span!(parent: None, "session", session = Empty, port = Empty, server = Empty),
+            span: info_span!(parent: None, "session", session = Empty, port = Empty, further_ports = Empty, server = Empty),
             since: Instant::now(),
             client: None,
         }
@@ -71,8 +71,13 @@ impl SessionSpan {
 
     /// `server` has selected a port.
     pub fn selected(&self, session: &Session, server: &str) {
-        let (id, port) = (session.id.as_str(), session.port.get());
+        let (id, port) = (session.id.as_str(), session.ports.first.port.get());
         record_all!(self.span, session = id, port = port, server = server);
+        if !session.ports.rest.is_empty() {
+            let further = session.ports.rest.iter().map(|it| it.port.to_string());
+            let further: Vec<String> = further.collect();
+            self.span.record("further_ports", further.join(","));
+        }
         debug!(parent: &self.span, "session selected");
     }
 

@@ -88,7 +88,7 @@ fn admit(sessions: &Sessions, number: u16, last: u8) -> Decision {
 
 impl<const N: usize> PartialEq<[Action; N]> for Actions {
     fn eq(&self, other: &[Action; N]) -> bool {
-        self.clone().into_iter().eq(other.iter().copied())
+        self.clone().into_iter().eq(other.iter().cloned())
     }
 }
 
@@ -105,10 +105,12 @@ fn learn_new(sessions: &Sessions, session: Session) {
 /// The data plane carries out the only action, a cut.
 fn cut(sessions: &Sessions, actions: Actions) {
     let actions: Vec<_> = actions.into_iter().collect();
-    let [Action::Cut(port, key)] = actions[..] else {
+    let [Action::Cut(ports, key)] = &actions[..] else {
         panic!("not one cut but {actions:?}");
     };
-    sessions.closed(port, key, Traffic::default());
+    for port in ports.iter() {
+        sessions.closed(*port, *key, Traffic::default());
+    }
 }
 
 /// A client releases a session, and the data plane cuts it.
@@ -161,7 +163,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     assert_eq!(next(&mut sent), opened("a"));
     assert_eq!(
         sessions.end(Slot(0), &id_of("a"), EndCause::Finished),
-        [Action::Cut(port(PORT), key)]
+        [Action::Cut(OneOrMore::one(port(PORT)), key)]
     );
     assert!(sessions.is_cutting(Slot(0)));
     assert_eq!(
@@ -206,7 +208,7 @@ fn a_successor_on_the_port_ends_the_former() {
     };
     assert_eq!(
         learn(&sessions, Slot(0), Session::example("b", PORT)),
-        [Action::Cut(port(PORT), former)]
+        [Action::Cut(OneOrMore::one(port(PORT)), former)]
     );
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
@@ -226,7 +228,7 @@ fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     assert_eq!(sessions.release(&id_of("a")), Err(ReleaseError::OutOfReach));
     assert_eq!(
         sessions.forget_server(Slot(0)),
-        [Action::Cut(port(PORT), key)]
+        [Action::Cut(OneOrMore::one(port(PORT)), key)]
     );
     assert_eq!(admit(&sessions, PORT, 1), Decision::Ask);
 }
@@ -391,7 +393,7 @@ fn a_removed_server_loses_its_sessions_only() {
     };
     assert_eq!(
         sessions.forget_server(Slot(0)),
-        [Action::Cut(port(PORT), key)]
+        [Action::Cut(OneOrMore::one(port(PORT)), key)]
     );
     assert!(sessions.get(&id_of("a")).is_none());
     assert!(sessions.get(&id_of("b")).is_some());
@@ -555,4 +557,76 @@ fn what_connects_and_leaves_claims_nothing() {
     }
     let watched = claims(carried(0, 20), super::flows::CLAIMING_TIME);
     assert_eq!(watched, [true; 3], "a client that stays");
+}
+
+/// A session on `PORT` and on two further ports.
+fn several(id: &str) -> Session {
+    let ports = [PORT, PORT + 1, PORT + 5].map(|number| SessionPort::example("main", number));
+    Session {
+        ports: OneOrMore::new(ports).unwrap(),
+        ..Session::example(id, PORT)
+    }
+}
+
+#[test]
+fn a_session_of_several_ports_is_open_while_any_of_them_is_and_ends_whole() {
+    let (sessions, _outbox, mut sent) = attached();
+    learn_new(&sessions, several("a"));
+    let Decision::Admit(key) = admit(&sessions, PORT + 5, 1) else {
+        panic!("not admitted")
+    };
+    assert_eq!(next(&mut sent), opened("a"));
+    assert_eq!(admit(&sessions, PORT, 1), Decision::Admit(key));
+    sessions.closed(port(PORT + 5), key, Traffic::default());
+    assert_eq!(next(&mut sent), None, "one is open on its first port");
+    sessions.closed(port(PORT), key, Traffic::default());
+    assert_eq!(next(&mut sent), closed("a"));
+    assert_eq!(sessions.session_on(port(PORT + 1)), Some(id_of("a")));
+    let actions = sessions.end(Slot(0), &id_of("a"), EndCause::Finished);
+    let ports = several("a").ports.map(|it| it.port);
+    assert_eq!(actions, [Action::Cut(ports, key)]);
+    for number in [PORT, PORT + 1, PORT + 5] {
+        assert_eq!(admit(&sessions, number, 1), Decision::Ask);
+        assert_eq!(next(&mut sent), None, "not cut on every port yet");
+        sessions.closed(port(number), key, Traffic::default());
+    }
+    assert_eq!(next(&mut sent), ended("a"));
+    learn_new(&sessions, Session::example("b", PORT + 5));
+}
+
+#[test]
+fn a_successor_on_a_further_port_ends_the_whole_session() {
+    let (sessions, _outbox, _sent) = attached();
+    learn_new(&sessions, several("a"));
+    let actions = learn(&sessions, Slot(0), Session::example("b", PORT + 1));
+    cut(&sessions, actions);
+    assert_eq!(sessions.session_on(port(PORT)), None);
+    assert_eq!(sessions.session_on(port(PORT + 1)), Some(id_of("b")));
+}
+
+#[test]
+fn an_agent_that_knows_single_ports_only_gets_sessions_of_several_back() {
+    let (sessions, _outbox, mut sent) = attached();
+    learn_new(&sessions, several("a"));
+    learn_new(&sessions, Session::example("b", PORT + 3));
+    assert_eq!(sessions.welcomed(Slot(0), true), []);
+    let actions = sessions.welcomed(Slot(0), false);
+    assert_eq!(next(&mut sent), Some(ToAgent::Release(id_of("a"))));
+    cut(&sessions, actions);
+    assert_eq!(sessions.session_on(port(PORT + 5)), None);
+    assert_eq!(sessions.session_on(port(PORT + 3)), Some(id_of("b")));
+}
+
+#[test]
+fn a_session_of_several_ports_is_handed_over_whole() {
+    let (sessions, _outbox, _sent) = attached();
+    learn_new(&sessions, several("a"));
+    let successor = Sessions::default();
+    let table = index(table(Admission::Session));
+    let _none = successor.import(sessions.export(), &table, std::iter::empty());
+    assert_eq!(successor.session_on(port(PORT + 5)), Some(id_of("a")));
+    assert_eq!(
+        successor.get(&id_of("a")).unwrap().session.ports,
+        several("a").ports
+    );
 }

@@ -17,6 +17,7 @@ impl TryFrom<v1::FromAgent> for FromAgent {
             Message::Welcome(welcome) => Self::Welcome(Welcome {
                 agent: welcome.agent,
                 generation: welcome.generation,
+                knows_several_ports: welcome.several_ports,
             }),
             Message::Counts(counts) => Self::Counts(counts.try_into()?),
             Message::Selected(v1::Selected {
@@ -55,10 +56,15 @@ impl From<FromAgent> for v1::FromAgent {
     fn from(message: FromAgent) -> Self {
         use from_agent::Message;
         let message = match message {
-            FromAgent::Welcome(Welcome { agent, generation }) => Message::Welcome(v1::Welcome {
+            FromAgent::Welcome(Welcome {
+                agent,
+                generation,
+                knows_several_ports,
+            }) => Message::Welcome(v1::Welcome {
                 protocol_version: PROTOCOL_VERSION,
                 agent,
                 generation,
+                several_ports: knows_several_ports,
             }),
             FromAgent::Counts(counts) => Message::Counts(counts.into()),
             FromAgent::Selected {
@@ -114,6 +120,7 @@ impl TryFrom<v1::Counts> for Counts {
             returning: counts.returning,
             spent: counts.spent,
             not_ready: counts.not_ready,
+            further: counts.further,
         })
     }
 }
@@ -135,6 +142,7 @@ impl From<Counts> for v1::Counts {
             returning: counts.returning,
             spent: counts.spent,
             not_ready: counts.not_ready,
+            further: counts.further,
         }
     }
 }

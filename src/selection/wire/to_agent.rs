@@ -1,5 +1,7 @@
 //! The messages from connection servers to agents.
 
+use std::num::NonZeroU8;
+
 use super::{MessageError, RequestKind};
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
 use crate::selection::field::{
@@ -8,7 +10,7 @@ use crate::selection::field::{
 };
 use crate::selection::v1::{self, to_agent};
 use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Session, ToAgent};
-use crate::session::{PortFilter, SessionId};
+use crate::session::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, PortFilter, SessionId};
 
 /// Longest host identity of a connection server, in bytes: boot, host, network
 /// namespace and address take half of it.
@@ -138,32 +140,81 @@ impl TryFrom<v1::Select> for Select {
     type Error = FieldError;
 
     fn try_from(select: v1::Select) -> Result<Self, FieldError> {
-        let rule = "have at most 15 bytes";
+        let ports = if select.ports.is_empty() {
+            OneOrMore::one(Block::single(filter(select.port_name, &select.protocol)?))
+        } else {
+            blocks(select.ports)?
+        };
         Ok(Self {
             request_id: select.request_id,
             session_id: session_id(&select.session_id)?,
             idempotency_key: idempotency_key(select.idempotency_key)?,
-            filter: PortFilter {
-                port_name: optional("port_name", select.port_name, MAX_PORT_NAME_LENGTH, rule)?,
-                protocol: match select.protocol.as_str() {
-                    "" => None,
-                    name => Some(protocol(name)?),
-                },
-            },
+            ports,
             bound_client: bound_client(&select.bound_client)?,
         })
     }
 }
 
+fn filter(port_name: String, protocol_name: &str) -> Result<PortFilter, FieldError> {
+    let rule = "have at most 15 bytes";
+    Ok(PortFilter {
+        port_name: optional("port_name", port_name, MAX_PORT_NAME_LENGTH, rule)?,
+        protocol: match protocol_name {
+            "" => None,
+            name => Some(protocol(name)?),
+        },
+    })
+}
+
+fn blocks(ports: Vec<v1::PortBlock>) -> Result<OneOrMore<Block>, FieldError> {
+    let rule = "have 1 to 16 elements of 1 to 64 ports, 64 altogether";
+    let found = ports.len();
+    let invalid = || FieldError::new("ports", &found, rule);
+    let block = |block: v1::PortBlock| {
+        let count = u8::try_from(block.count).ok().and_then(NonZeroU8::new);
+        Ok(Block {
+            filter: filter(block.port_name, &block.protocol)?,
+            count: count.ok_or_else(invalid)?,
+        })
+    };
+    let blocks: Vec<Block> = ports.into_iter().map(block).collect::<Result<_, _>>()?;
+    let blocks = OneOrMore::new(blocks).ok_or_else(invalid)?;
+    if found > MAX_BLOCKS || blocks.ports() > MAX_PORTS.into() {
+        return Err(invalid());
+    }
+    Ok(blocks)
+}
+
+impl From<Block> for v1::PortBlock {
+    fn from(block: Block) -> Self {
+        let protocol = block.filter.protocol.map(PortProtocol::name);
+        Self {
+            count: block.ports(),
+            port_name: block.filter.port_name.unwrap_or_default(),
+            protocol: protocol.unwrap_or_default().to_owned(),
+        }
+    }
+}
+
 impl From<Select> for v1::Select {
     fn from(select: Select) -> Self {
-        let protocol = select.filter.protocol.map(PortProtocol::name);
+        // Every agent understands a request for one port.
+        let mut single = v1::PortBlock::default();
+        let mut ports = Vec::new();
+        if select.ports.as_single().is_some() {
+            single = select.ports.first.into();
+        } else {
+            let OneOrMore { first, rest } = select.ports;
+            ports.push(first.into());
+            ports.extend(rest.into_iter().map(v1::PortBlock::from));
+        }
         Self {
             request_id: select.request_id,
             session_id: select.session_id.to_string(),
             idempotency_key: select.idempotency_key.unwrap_or_default(),
-            port_name: select.filter.port_name.unwrap_or_default(),
-            protocol: protocol.unwrap_or_default().to_owned(),
+            port_name: single.port_name,
+            protocol: single.protocol,
+            ports,
             bound_client: address_text(select.bound_client),
         }
     }
@@ -172,6 +223,41 @@ impl From<Select> for v1::Select {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_request_for_one_port_is_what_every_agent_understands() {
+        let block = |name: &str, count| v1::PortBlock {
+            port_name: name.to_owned(),
+            protocol: "UDP".to_owned(),
+            count,
+        };
+        let select = |ports: &[v1::PortBlock]| v1::Select {
+            session_id: "s".to_owned(),
+            ports: ports.to_vec(),
+            ..v1::Select::default()
+        };
+        let rewritten = |ports: &[v1::PortBlock]| {
+            let read = Select::try_from(select(ports)).unwrap();
+            v1::Select::from(read)
+        };
+        let several = [block("rtp", 2), block("", 1)];
+        assert_eq!(rewritten(&several), select(&several));
+        let single = rewritten(&[block("rtp", 1)]);
+        assert_eq!(
+            (single.port_name.as_str(), single.ports),
+            ("rtp", Vec::new())
+        );
+        for wrong in [
+            vec![block("rtp", 0)],
+            vec![block("rtp", 65)],
+            vec![block("rtp", 256)],
+            vec![block("rtp", 40), block("rtp", 40)],
+            vec![block("rtp", 1); 17],
+        ] {
+            let error = Select::try_from(select(&wrong)).unwrap_err();
+            assert_eq!(error.field, "ports", "{wrong:?}");
+        }
+    }
 
     #[test]
     fn a_request_that_does_not_parse_keeps_its_id() {

@@ -88,6 +88,11 @@ impl Group {
         self.free.first().copied()
     }
 
+    /// Its free ports, those first that have been free for the longest time.
+    pub(super) fn free(&self) -> impl Iterator<Item = ListenPort> {
+        self.free.iter().map(|(_, port)| *port)
+    }
+
     /// The number of its ports whose sessions use them so.
     pub(super) fn count(&mut self, occupancy: Occupancy) -> &mut u32 {
         match occupancy {

@@ -19,7 +19,7 @@ fn unopened() -> Book {
 #[test]
 fn a_request_that_finds_nothing_has_few_ports_looked_at_and_seldom() {
     let mut book = unopened();
-    let any = PortFilter::default();
+    let any = OneOrMore::default();
     let mut looked: Vec<ServerPort> = Vec::new();
     let mut times = Vec::new();
     // Requests come every millisecond.
@@ -53,13 +53,13 @@ fn a_request_that_finds_nothing_has_few_ports_looked_at_and_seldom() {
 
 #[test]
 fn nothing_is_looked_at_for_a_request_that_no_port_would_serve() {
-    let other = PortFilter {
+    let other = OneOrMore::one(Block::single(PortFilter {
         port_name: Some("other".to_owned()),
         protocol: None,
-    };
+    }));
     let now = after(1000);
     assert_eq!(unopened().take_looks_on_request(&other, now), []);
-    let any = PortFilter::default();
+    let any = OneOrMore::default();
     let mut stopping = unopened();
     stopping.stop(now);
     assert_eq!(stopping.take_looks_on_request(&any, now), []);

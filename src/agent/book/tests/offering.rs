@@ -226,15 +226,16 @@ fn a_session_that_never_had_a_connection_leaves_its_port_free() {
 #[test]
 fn a_port_that_is_found_not_listening_is_not_given() {
     let mut book = book(vec![range("main", 20_000, 7000, 2)]);
-    let filter = PortFilter::default();
-    let (first, server_ports) = book.next_port(&filter).unwrap();
+    let filter = OneOrMore::default();
+    let next = book.next_ports(&filter).unwrap();
+    let (first, server_ports) = (next.ports.first, next.server_ports);
     assert_eq!(first, port(20_000));
     for server_port in server_ports {
         book.see(server_port, None, at(1));
     }
-    assert_eq!(book.next_port(&filter).unwrap().0, port(20_001));
+    assert_eq!(book.next_ports(&filter).unwrap().ports.first, port(20_001));
     assert_eq!(select(&mut book, "s", at(1)), Ok(20_001));
-    assert_eq!(book.next_port(&filter), None);
+    assert_eq!(book.next_ports(&filter), None);
 }
 
 #[test]
@@ -291,7 +292,7 @@ fn what_is_always_offered_is_never_looked_at() {
     let mut book = offered(Offer::Always, silent);
     assert!(is_free(&book));
     assert_eq!(book.next_look(), None);
-    let (_, server_ports) = book.next_port(&PortFilter::default()).unwrap();
+    let server_ports = book.next_ports(&OneOrMore::default()).unwrap().server_ports;
     assert_eq!(server_ports, []);
     serve(&mut book, "s", 1_000);
     assert!(is_free(&book), "at the end of the session");

@@ -5,10 +5,10 @@ use std::net::IpAddr;
 use super::super::refusal::Refusal;
 use super::{AskId, Caller};
 use crate::selection::{RefusalCause, Session};
-use crate::session::{PortFilter, PortState};
+use crate::session::{Block, OneOrMore, PortFilter, PortState};
 use crate::table::Slot;
 
-/// The ports that a request can use: those that match, of one server or of any.
+/// The ports that a request for one can use: those that match, of one server or of any.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Usable {
     pub(super) filter: PortFilter,
@@ -25,8 +25,8 @@ impl Usable {
 /// What a request wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// The ports that it can use.
-    pub filter: PortFilter,
+    /// The ports that it asks for: all of them or none.
+    pub ports: OneOrMore<Block>,
     /// The only server whose ports it can use, if it is for one.
     pub only: Option<Slot>,
     /// What the policy `AffinityHash` goes by.
@@ -41,7 +41,7 @@ impl Wanted {
     /// Whether this request could have made `session` on the server of `slot`.
     pub(super) fn made(&self, slot: Slot, session: &Session) -> bool {
         self.may_use(slot)
-            && self.filter.admits(&session.port_name, session.protocol)
+            && self.ports.could_be(&session.ports)
             && self.bound_client == session.bound_client
     }
 
@@ -50,17 +50,18 @@ impl Wanted {
         self.only.is_none_or(|only| only == slot)
     }
 
-    /// The ports that it can use.
-    pub(super) fn usable(&self) -> Usable {
-        Usable {
-            filter: self.filter.clone(),
-            only: self.only,
-        }
+    /// The ports that it can use, if it is for one.
+    pub(super) fn usable(&self) -> Option<Usable> {
+        let filter = self.ports.as_single()?.clone();
+        let only = self.only;
+        Some(Usable { filter, only })
     }
 
     /// Whether both are one request under one key.
     pub(super) fn is_same(&self, other: &Self) -> bool {
-        self.usable() == other.usable() && self.bound_client == other.bound_client
+        self.ports == other.ports
+            && self.only == other.only
+            && self.bound_client == other.bound_client
     }
 }
 
@@ -99,7 +100,7 @@ impl AskError {
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// Ask the server of `slot` to select a port for a request.
+    /// Ask the server of `slot` to select the ports for a request.
     Ask {
         /// The number to ask under.
         ask: AskId,

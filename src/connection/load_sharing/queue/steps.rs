@@ -9,8 +9,8 @@ use super::super::refusal::Refusal;
 use super::super::servers::Reservation;
 use super::request::{Allocated, AskError, Decision, Usable, Wanted};
 use super::{
-    ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, MOST_LOOKS, Place, Queue, RETURN_TIME,
-    Request,
+    ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, MOST_LOOKED_AT, MOST_LOOKS, PASSED_FOR,
+    Place, Queue, RETURN_TIME, Request,
 };
 use crate::selection::RefusalCause;
 use crate::session::PortState;
@@ -31,10 +31,15 @@ impl Queue {
         request.is_some_and(|request| request.asking.is_none())
     }
 
-    pub(super) fn add(&mut self, wanted: Wanted) -> Place {
+    pub(super) fn add(&mut self, wanted: Wanted, now: Instant) -> Place {
         let place = Place(self.number());
         if let Some(key) = wanted.idempotency_key.clone() {
             self.by_key.insert(key, place);
+        }
+        let is_for_several = wanted.ports.as_single().is_none();
+        let kept_from = is_for_several.then(|| now + PASSED_FOR);
+        if let Some(kept_from) = kept_from {
+            self.deadlines.insert((kept_from, Due::Keep(place)));
         }
         let request = Request {
             wanted,
@@ -42,6 +47,7 @@ impl Queue {
             asking: None,
             refused_by: BTreeMap::new(),
             looks_left: MOST_LOOKS,
+            kept_from,
         };
         self.requests.insert(place, request);
         place
@@ -80,8 +86,13 @@ impl Queue {
             return;
         }
         self.step_out(place);
-        let request = self.requests.remove(&place);
-        if let Some(key) = request.and_then(|request| request.wanted.idempotency_key) {
+        let Some(request) = self.requests.remove(&place) else {
+            return;
+        };
+        if let Some(kept_from) = request.kept_from {
+            self.forget_keeping(place, kept_from);
+        }
+        if let Some(key) = request.wanted.idempotency_key {
             self.by_key.remove(&key);
         }
     }
@@ -128,8 +139,9 @@ impl Queue {
         let refusal = if is_closed {
             Refusal::ShuttingDown
         } else {
-            self.servers
-                .reason(&request.wanted.filter, request.wanted.only)
+            let wanted = &request.wanted;
+            let kept = self.kept_from(place, &wanted.ports);
+            self.servers.reason(&wanted.ports, wanted.only, kept)
         };
         for caller in callers {
             self.answer(caller, Err(refusal.clone()));
@@ -138,9 +150,16 @@ impl Queue {
 
     /// Puts a request among those that wait, at its place.
     pub(super) fn line_up(&mut self, place: Place) {
-        if let Some(request) = self.requests.get(&place) {
-            let usable = request.wanted.usable();
-            self.waiting.entry(usable).or_default().insert(place);
+        let Some(request) = self.requests.get(&place) else {
+            return;
+        };
+        match request.wanted.usable() {
+            Some(usable) => {
+                self.waiting.entry(usable).or_default().insert(place);
+            }
+            None => {
+                self.waiting_for_several.insert(place);
+            }
         }
     }
 
@@ -149,7 +168,10 @@ impl Queue {
         let Some(request) = self.requests.get(&place) else {
             return;
         };
-        let usable = request.wanted.usable();
+        let Some(usable) = request.wanted.usable() else {
+            self.waiting_for_several.remove(&place);
+            return;
+        };
         if let Some(places) = self.waiting.get_mut(&usable) {
             places.remove(&place);
             if places.is_empty() {
@@ -158,18 +180,20 @@ impl Queue {
         }
     }
 
-    /// Asks a server for a request. Returns whether one has a port to spare.
+    /// Asks a server for a request. Returns whether one has the ports to spare.
     pub(super) fn ask(&mut self, place: Place, now: Instant) -> bool {
         let Some(request) = self.requests.get(&place) else {
             return false;
         };
-        let (wanted, refused_by) = (&request.wanted, &request.refused_by);
-        let is_excluded =
-            |slot, report| !wanted.may_use(slot) || refused_by.get(&slot) == Some(&report);
+        let wanted = &request.wanted;
+        let kept = self.kept_from(place, &wanted.ports);
+        let is_excluded = |slot, report| {
+            !wanted.may_use(slot) || kept == Some(slot) || request.has_refused(slot, report)
+        };
         let affinity_key = wanted.affinity_key.as_deref();
         let reserved = self
             .servers
-            .reserve(&wanted.filter, affinity_key, is_excluded);
+            .reserve(&wanted.ports, affinity_key, is_excluded);
         let Some(reservation) = reserved else {
             return false;
         };
@@ -186,9 +210,11 @@ impl Queue {
         if request.asking.is_some() || request.looks_left == 0 {
             return;
         }
-        let (wanted, refused_by) = (&request.wanted, &request.refused_by);
-        let is_excluded =
-            |slot, report| !wanted.may_use(slot) || refused_by.get(&slot) == Some(&report);
+        let wanted = &request.wanted;
+        let kept = self.kept_from(place, &wanted.ports);
+        let is_excluded = |slot, report| {
+            !wanted.may_use(slot) || kept == Some(slot) || request.has_refused(slot, report)
+        };
         let is_earlier = |places: &BTreeSet<Place>| places.first() < Some(&place);
         let waiting = self.waiting.iter();
         let earlier = waiting.filter(|(_, places)| is_earlier(places));
@@ -200,7 +226,7 @@ impl Queue {
         let affinity_key = wanted.affinity_key.as_deref();
         let reserved =
             self.servers
-                .reserve_to_look(&wanted.filter, affinity_key, is_excluded, is_its, now);
+                .reserve_to_look(&wanted.ports, affinity_key, is_excluded, is_its, now);
         if let Some(reservation) = reserved {
             self.ask_for(place, reservation, false, now);
         }
@@ -264,7 +290,7 @@ impl Queue {
             places.push(place);
         }
         // In order: what the servers left may be another one's turn.
-        self.wake(now);
+        self.wake(None, now);
         for place in places {
             self.ask_to_look(place, now);
             self.refuse_the_impatient(place, now);
@@ -312,26 +338,37 @@ impl Queue {
     }
 
     /// Asks servers for requests that wait, earliest first, for as long as ports
-    /// are free. To be called after every change that may free one.
+    /// are free. To be called after every change that may free one: in `slot`, or
+    /// anywhere.
     ///
-    /// It costs a look at each group of waiting requests that can use the same ports, and a look at the
-    /// servers for each request that is asked for or that a server has refused.
-    pub(super) fn wake(&mut self, now: Instant) {
+    /// It costs a look at each group of waiting requests that can use the same ports,
+    /// a look at the servers for each request that is asked for or that a server has
+    /// refused, and a look at `slot` or at the servers for [`MOST_LOOKED_AT`] requests
+    /// for several ports.
+    pub(super) fn wake(&mut self, slot: Option<Slot>, now: Instant) {
+        let slot = if self.keep(now) { None } else { slot };
         let free = self.servers.free_entries();
         let waiting = self.waiting.iter();
         let is_served = |usable: &Usable| free.serve(&usable.filter, usable.only);
         let served = waiting.filter(|(usable, _)| is_served(usable));
         // The next of the requests that can use the same ports, one of which is free.
-        let mut next: BTreeMap<Place, Usable> = served
-            .filter_map(|(usable, places)| Some((*places.first()?, usable.clone())))
+        let mut next: BTreeMap<Place, Option<Usable>> = served
+            .filter_map(|(usable, places)| Some((*places.first()?, Some(usable.clone()))))
             .collect();
+        let for_several = self.waiting_for_several.iter().take(MOST_LOOKED_AT);
+        let may_have = for_several.filter(|place| self.may_have_room(slot, **place));
+        next.extend(may_have.map(|place| (*place, None)));
         while let Some((place, usable)) = next.pop_first() {
+            let is_asked = self.ask(place, now);
+            let Some(usable) = usable else {
+                continue;
+            };
             // Servers that refused this one may have a port for the next.
-            if self.ask(place, now) || self.is_served(&usable) {
+            if is_asked || self.is_refused(place) && self.is_served(&usable) {
                 let later = (Bound::Excluded(place), Bound::Unbounded);
                 let places = self.waiting.get(&usable);
                 let later = places.and_then(|places| places.range(later).next());
-                next.extend(later.map(|later| (*later, usable)));
+                next.extend(later.map(|later| (*later, Some(usable))));
             }
         }
     }
@@ -340,5 +377,24 @@ impl Queue {
     fn is_served(&self, usable: &Usable) -> bool {
         let free = self.servers.free_entries();
         free.serve(&usable.filter, usable.only)
+    }
+
+    /// Whether `slot`, or any if `None`, may have room for the request at `place`.
+    fn may_have_room(&self, slot: Option<Slot>, place: Place) -> bool {
+        let Some((slot, request)) = slot.zip(self.requests.get(&place)) else {
+            return true;
+        };
+        let wanted = &request.wanted;
+        let server = self.servers.get(slot);
+        let has_room = server.is_some_and(|server| server.has_room(&wanted.ports));
+        has_room && wanted.may_use(slot)
+    }
+
+    /// Whether a server has refused the request at `place` and not reported since.
+    fn is_refused(&self, place: Place) -> bool {
+        self.requests.get(&place).is_some_and(|request| {
+            let mut refused_by = request.refused_by.iter();
+            refused_by.any(|(slot, report)| self.servers.report_of(*slot) == *report)
+        })
     }
 }

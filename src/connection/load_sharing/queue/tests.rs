@@ -3,9 +3,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::pool::PortProtocol;
 use crate::selection::Session;
-use crate::session::{PortFilter, PortState, SessionId};
-
-mod looking;
+use crate::session::{Block, OneOrMore, PortFilter, PortState, SessionId, SessionPort};
+use crate::table::ListenPort;
 
 /// The entries of every server in these tests.
 const ENTRIES: [(&str, PortProtocol); 3] = [
@@ -16,6 +15,9 @@ const ENTRIES: [(&str, PortProtocol); 3] = [
 
 /// More than the property test has clients.
 const MOST_WAITING: usize = 100;
+
+mod keeping;
+mod looking;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -30,8 +32,10 @@ struct Agent {
     closed: [u32; 3],
     /// Those of them that have been opened since it looked.
     opened: [u32; 3],
-    /// Live sessions, with the index of their entry.
-    sessions: Vec<(usize, Session)>,
+    /// Live sessions, with the ports of each entry that they have.
+    sessions: Vec<([u32; 3], Session)>,
+    /// Whether no free ports are adjacent.
+    is_fragmented: bool,
     /// What it was asked and has not answered.
     asked: Vec<(AskId, Wanted)>,
 }
@@ -44,7 +48,11 @@ impl Agent {
             free: self.free[index],
             held: 0,
             // Beside those that come and go, one of each entry is always busy.
-            busy: 1,
+            busy: 1 + self
+                .sessions
+                .iter()
+                .map(|(taken, _)| taken[index])
+                .sum::<u32>(),
             lingering: 0,
             not_listening: self.closed[index],
         });
@@ -54,7 +62,20 @@ impl Agent {
             returning: 0,
             spent: false,
             not_ready: false,
+            further: 0,
         }
+    }
+
+    /// The entry of each block of a request, if it can get them all.
+    fn take(&self, wanted: &Wanted) -> Option<Vec<usize>> {
+        if self.is_fragmented && wanted.ports.as_single().is_none() {
+            return None;
+        }
+        let mut free = self.free;
+        wanted.ports.place(&ENTRIES, |index, block| {
+            free[index] = free[index].checked_sub(block.ports())?;
+            Some(index)
+        })
     }
 
     /// Selects a port as a book does, for a session with this `number`.
@@ -70,30 +91,42 @@ impl Agent {
                 false => Err(RefusalCause::KeyReused),
             };
         }
-        let admits = |index: &usize| wanted.filter.admits(ENTRIES[*index].0, ENTRIES[*index].1);
-        let mut usable = (0..ENTRIES.len()).filter(admits);
-        if usable.all(|index| self.free[index] == 0) {
-            self.look(&wanted.filter);
+        if self.take(wanted).is_none() {
+            self.look(wanted);
         }
-        let mut free = (0..ENTRIES.len())
-            .filter(|index| self.free[*index] > 0)
-            .filter(admits);
-        let index = free.next().ok_or(RefusalCause::NoFreePort)?;
-        self.free[index] -= 1;
+        let entries = self.take(wanted).ok_or(RefusalCause::NoFreePort)?;
+        let mut taken = [0; 3];
+        for (block, entry) in wanted.ports.iter().zip(&entries) {
+            taken[*entry] += block.ports();
+            self.free[*entry] -= block.ports();
+        }
+        // Which numbers they have does not matter here.
+        let mut number_of_port = 20_000;
+        let mut ports = Vec::new();
+        for (block, entry) in wanted.ports.iter().zip(entries) {
+            for offset in 0..block.count.get() {
+                ports.push(SessionPort {
+                    port: ListenPort::new(number_of_port + u16::from(offset)).unwrap(),
+                    port_name: ENTRIES[entry].0.to_owned(),
+                    protocol: ENTRIES[entry].1,
+                });
+            }
+            number_of_port += 64;
+        }
         let session = Session {
             idempotency_key: key.clone(),
-            port_name: ENTRIES[index].0.to_owned(),
-            protocol: ENTRIES[index].1,
+            ports: OneOrMore::new(ports).unwrap(),
             ..Session::example(&number.to_string(), 20_000)
         };
-        self.sessions.push((index, session.clone()));
+        self.sessions.push((taken, session.clone()));
         Ok(session)
     }
 
-    /// Finds what has been opened of the ports that serve `filter`.
-    fn look(&mut self, filter: &PortFilter) {
+    /// Finds what has been opened of the ports that a request can use.
+    fn look(&mut self, wanted: &Wanted) {
         for (index, (name, protocol)) in ENTRIES.iter().enumerate() {
-            if filter.admits(name, *protocol) {
+            let mut blocks = wanted.ports.iter();
+            if blocks.any(|block| block.filter.admits(name, *protocol)) {
                 let opened = std::mem::take(&mut self.opened[index]);
                 self.closed[index] -= opened;
                 self.free[index] += opened;
@@ -104,8 +137,10 @@ impl Agent {
     /// Ends the session at `index`, modulo their number.
     fn end(&mut self, index: usize) {
         if !self.sessions.is_empty() {
-            let (entry, _) = self.sessions.remove(index % self.sessions.len());
-            self.free[entry] += 1;
+            let (taken, _) = self.sessions.remove(index % self.sessions.len());
+            for (free, taken) in self.free.iter_mut().zip(taken) {
+                *free += taken;
+            }
         }
     }
 }
@@ -152,7 +187,7 @@ impl World {
 
     fn attach(&mut self, index: usize) {
         self.agents[index].attached = true;
-        self.queue.attach(Self::slot(index));
+        self.queue.attach(Self::slot(index), true);
         self.report(index);
     }
 
@@ -189,6 +224,14 @@ impl World {
     fn leave(&mut self, caller: Caller) {
         self.clients.remove(&caller);
         self.queue.leave(caller);
+        self.catch_up();
+    }
+
+    /// Does what is due, as whoever keeps time does at once.
+    fn catch_up(&mut self) {
+        if self.queue.next_deadline().is_some_and(|at| at <= self.now) {
+            self.pass(Duration::ZERO);
+        }
     }
 
     /// The agent answers what it was asked first, and refuses for `cause` if
@@ -200,7 +243,10 @@ impl World {
         }
         let (ask, wanted) = agent.asked.remove(0);
         self.number += 1;
+        let before = agent.free;
         let selected = cause.map_or_else(|| agent.select(&wanted, self.number), Err);
+        // What it has found is reported before a refusal.
+        let has_found = selected.is_err() && agent.free != before;
         match selected {
             Ok(session) => {
                 let (slot, counts) = (Self::slot(index), agent.counts());
@@ -220,6 +266,9 @@ impl World {
                 }
             }
             Err(cause) => {
+                if has_found {
+                    self.report(index);
+                }
                 let decisions = self.queue.refused(ask, cause, self.now);
                 self.carry_out(decisions);
             }
@@ -274,7 +323,9 @@ impl World {
     /// What holds after each event.
     fn check(&self) {
         let queue = &self.queue;
-        let lined_up: BTreeSet<Place> = queue.waiting.values().flatten().copied().collect();
+        let lined_up = queue.waiting.values().flatten();
+        let lined_up = lined_up.chain(&queue.waiting_for_several);
+        let lined_up: BTreeSet<Place> = lined_up.copied().collect();
         for (place, request) in &queue.requests {
             assert_eq!(lined_up.contains(place), request.asking.is_none());
             assert!(request.asking.is_some() || self.has_client(*place));
@@ -284,7 +335,7 @@ impl World {
                 assert_eq!(queue.places[caller], *place);
             }
             if request.asking.is_none() {
-                self.check_waiting(request);
+                self.check_waiting(*place, request);
             }
         }
         assert_eq!(queue.places.len(), self.clients.len());
@@ -299,14 +350,18 @@ impl World {
         );
     }
 
-    /// No port is free that a request waits for.
-    fn check_waiting(&self, request: &Request) {
+    /// No port is free that a request waits for, unless it is kept for an earlier
+    /// one.
+    fn check_waiting(&self, place: Place, request: &Request) {
         let mut servers = self.queue.servers.clone();
-        let wanted = &request.wanted;
-        let is_excluded =
-            |slot, report| !wanted.may_use(slot) || request.refused_by.get(&slot) == Some(&report);
-        let reservation = servers.reserve(&wanted.filter, None, is_excluded);
-        assert_eq!(reservation, None, "free for {wanted:?}");
+        let blocks = &request.wanted.ports;
+        let kept = self.queue.kept_from(place, blocks);
+        let is_excluded = |slot, report| {
+            let may_use = request.wanted.may_use(slot) && kept != Some(slot);
+            !may_use || request.has_refused(slot, report)
+        };
+        let reservation = servers.reserve(blocks, None, is_excluded);
+        assert_eq!(reservation, None, "free for {blocks:?}");
     }
 
     /// Everything under way arrives, and agents report what they have.
@@ -320,18 +375,19 @@ impl World {
         }
     }
 
-    /// No client waits for a port that is free in truth.
+    /// No client waits for ports that are free in truth and not kept for an earlier
+    /// one.
     fn check_settled(&self) {
         let agents = self.agents.iter().filter(|agent| agent.attached);
-        let free = |wanted: &Wanted, index: usize| {
-            let mut agents = agents.clone().filter(|agent| wanted.may_use(agent.slot));
-            agents.any(|agent| agent.free[index] > 0)
-        };
-        for (wanted, _) in self.clients.values() {
-            let entries = ENTRIES.iter().enumerate();
-            let usable = entries.filter(|(index, _)| free(wanted, *index));
-            for (_, (name, protocol)) in usable {
-                assert!(!wanted.filter.admits(name, *protocol), "{wanted:?} waits");
+        for (caller, (wanted, _)) in &self.clients {
+            let kept = self
+                .queue
+                .kept_from(self.queue.places[caller], &wanted.ports);
+            for (index, agent) in self.agents.iter().enumerate() {
+                let slot = Self::slot(index);
+                let may_use = agent.attached && kept != Some(slot) && wanted.may_use(slot);
+                let is_served = may_use && agent.take(wanted).is_some();
+                assert!(!is_served, "{wanted:?} waits for {agent:?}");
             }
         }
         let free: u32 = agents.flat_map(|agent| agent.free).sum();
@@ -345,10 +401,25 @@ fn anything() -> Wanted {
 
 fn speaking(protocol: PortProtocol) -> Wanted {
     Wanted {
-        filter: PortFilter {
+        ports: OneOrMore::one(Block::single(PortFilter {
             port_name: None,
             protocol: Some(protocol),
+        })),
+        ..anything()
+    }
+}
+
+/// Blocks of ports of these entries; of any if the name is empty.
+fn several(blocks: &[(&str, u8)]) -> Wanted {
+    let blocks = blocks.iter().map(|(name, count)| Block {
+        filter: PortFilter {
+            port_name: Some((*name).to_owned()).filter(|name| !name.is_empty()),
+            protocol: None,
         },
+        count: (*count).try_into().unwrap(),
+    });
+    Wanted {
+        ports: OneOrMore::new(blocks).unwrap(),
         ..anything()
     }
 }
@@ -364,7 +435,7 @@ fn keyed(key: &str) -> Wanted {
 fn got(world: &World, caller: Caller) -> Option<&str> {
     let answer = world.answers.get(&caller)?;
     Some(match answer {
-        Ok(told) => &told.session.port_name,
+        Ok(told) => &told.session.ports.first.port_name,
         Err(refusal) => refusal.name(),
     })
 }
@@ -475,7 +546,7 @@ fn requests_with_one_key_have_one_place_and_one_session() {
     let second = world.enter(keyed("job"), 99 * SECOND);
     assert_eq!(world.queue.waiting(), 2);
     let mut other = keyed("job");
-    other.filter.protocol = Some(PortProtocol::UDP);
+    other.ports.first.filter.protocol = Some(PortProtocol::UDP);
     let other = world.enter(other, 99 * SECOND);
     assert_eq!(got(&world, other), Some("key-reused"));
     // The place stays while one of them waits.
@@ -607,7 +678,7 @@ fn requests_for_a_thousand_names_are_served_as_fast_as_for_one() {
             protocol: None,
         };
         let wanted = Wanted {
-            filter,
+            ports: OneOrMore::one(Block::single(filter)),
             ..Wanted::default()
         };
         let _waits = queue.enter(wanted, None, false, now + 60 * SECOND, now);
@@ -631,8 +702,9 @@ fn requests_for_a_thousand_names_are_served_as_fast_as_for_one() {
             returning: 0,
             spent: false,
             not_ready: false,
+            further: 0,
         };
-        queue.attach(Slot(slot));
+        queue.attach(Slot(slot), true);
         asked.extend(queue.counted(Slot(slot), counts, now));
     }
     let took = started.elapsed();
@@ -693,23 +765,25 @@ enum Event {
     Detach(usize),
     Attach(usize),
     Pass(u64),
+    /// Whether free ports are adjacent changes.
+    Fragment(usize),
 }
 
 /// What the requests of [`Event::Enter`] want.
 fn wanted(index: usize, key: Option<u8>) -> Wanted {
-    let mut wanted = match index % 7 {
+    let mut wanted = match index % 10 {
         0 => anything(),
         1 => speaking(PortProtocol::TCP),
         2 => speaking(PortProtocol::UDP),
         3 => speaking(PortProtocol::TCPUDP),
+        4 => several(&[("voice", 1)]),
+        5 => several(&[("game", 2)]),
+        6 => several(&[("", 1), ("voice", 1)]),
+        7 => several(&[("both", 1), ("game", 1), ("", 2)]),
+        8 => several(&[("game", 2)]),
         _ => anything(),
     };
-    match index % 7 {
-        4 => wanted.filter.port_name = Some("voice".to_owned()),
-        5 => wanted.only = Some(Slot(0)),
-        6 => wanted.only = Some(Slot(1)),
-        _ => {}
-    }
+    wanted.only = (index % 10 >= 8).then_some(Slot(u32::from(index % 10 == 8)));
     wanted.idempotency_key = key.map(|key| key.to_string());
     wanted
 }
@@ -717,16 +791,17 @@ fn wanted(index: usize, key: Option<u8>) -> Wanted {
 fn event() -> impl Strategy<Value = Event> {
     let key = || proptest::option::of(0u8..3);
     prop_oneof![
-        6 => (0usize..7, key(), 0u64..20).prop_map(|(want, key, wait)| Event::Enter(want, key, wait)),
+        6 => (0usize..10, key(), 0u64..20).prop_map(|(want, key, wait)| Event::Enter(want, key, wait)),
         2 => any::<usize>().prop_map(Event::Leave),
         6 => (0usize..2).prop_map(|index| Event::Answer(index, None)),
         1 => (0usize..2).prop_map(|index| Event::Answer(index, Some(RefusalCause::Recovering))),
         4 => (0usize..2, any::<usize>()).prop_map(|(index, which)| Event::End(index, which)),
         2 => (0usize..2, 0usize..3).prop_map(|(index, entry)| Event::Open(index, entry)),
-        1 => (0usize..2, 0usize..7, key()).prop_map(|(index, want, key)| Event::Elsewhere(index, want, key)),
+        1 => (0usize..2, 0usize..10, key()).prop_map(|(index, want, key)| Event::Elsewhere(index, want, key)),
         1 => (0usize..2).prop_map(Event::Detach),
         2 => (0usize..2).prop_map(Event::Attach),
         1 => (1u64..8).prop_map(Event::Pass),
+        1 => (0usize..2).prop_map(Event::Fragment),
     ]
 }
 
@@ -776,7 +851,9 @@ impl World {
             Event::Attach(index) if !self.agents[index].attached => self.attach(index),
             Event::Attach(_) => {}
             Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
+            Event::Fragment(index) => self.agents[index].is_fragmented ^= true,
         }
+        self.catch_up();
     }
 }
 
@@ -785,7 +862,7 @@ proptest! {
 
     #[test]
     fn no_request_waits_for_a_free_port_and_no_departed_client_is_served(
-        free in proptest::collection::vec(proptest::array::uniform3(0u32..3), 2),
+        free in proptest::collection::vec(proptest::array::uniform3(0u32..4), 2),
         events in proptest::collection::vec(event(), 1..60),
     ) {
         let mut world = World::new(&free);
@@ -798,8 +875,11 @@ proptest! {
         for caller in world.clients.keys().copied().collect::<Vec<_>>() {
             world.leave(caller);
         }
+        // What was kept for one that left may have been asked for others.
+        world.settle();
+        world.pass(Duration::ZERO);
         let queue = &world.queue;
-        prop_assert!(queue.requests.is_empty() && queue.waiting.is_empty(), "{queue:?}");
+        prop_assert!(queue.requests.is_empty() && queue.waiting() == 0, "{queue:?}");
         prop_assert!(queue.by_key.is_empty() && queue.places.is_empty(), "{queue:?}");
         prop_assert!(queue.asks.is_empty() && queue.deadlines.is_empty(), "{queue:?}");
     }

@@ -19,20 +19,29 @@ fn counts(ports: &[PortState]) -> Counts {
         returning: 0,
         spent: false,
         not_ready: false,
+        further: 0,
     }
 }
 
 fn pool(content: &[(u32, &[PortState])]) -> Servers {
     let mut servers = Servers::default();
     for (slot, ports) in content {
-        servers.attach(Slot(*slot));
+        servers.attach(Slot(*slot), true);
         servers.counted(Slot(*slot), counts(ports));
     }
     servers
 }
 
 fn reserve(servers: &mut Servers, filter: &PortFilter) -> Option<Reservation> {
-    servers.reserve(filter, None, |_, _| false)
+    servers.reserve(&single(filter), None, |_, _| false)
+}
+
+fn single(filter: &PortFilter) -> OneOrMore<Block> {
+    OneOrMore::one(Block::single(filter.clone()))
+}
+
+fn reason(servers: &Servers, filter: &PortFilter) -> Refusal {
+    servers.reason(&single(filter), None, None)
 }
 
 fn named(name: &str) -> PortFilter {
@@ -71,12 +80,12 @@ fn a_spent_server_gets_nothing_and_its_sessions_are_in_use() {
     servers.counted(Slot(0), spent);
     assert_eq!(reserve(&mut servers, &any), None);
     assert_eq!(servers.free_ports(), 0);
-    let Refusal::AllInUse { in_use: 1, .. } = servers.reason(&any, None) else {
-        panic!("{:?}", servers.reason(&any, None));
+    let Refusal::AllInUse { in_use: 1, .. } = reason(&servers, &any) else {
+        panic!("{:?}", reason(&servers, &any));
     };
     // Its successor in the slot is not.
     servers.detach(Slot(0));
-    servers.attach(Slot(0));
+    servers.attach(Slot(0), true);
     servers.counted(Slot(0), counts(&[ports("main", PortProtocol::TCP, 4, 0)]));
     assert!(reserve(&mut servers, &any).is_some());
 }
@@ -91,9 +100,9 @@ fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
     assert_eq!(reserved.slot, Slot(1));
     assert_eq!(reserve(&mut servers, &any), None);
     assert_eq!(servers.free_ports(), 0);
-    let reason = servers.reason(&any, None).to_string();
+    let text = reason(&servers, &any).to_string();
     let words = "the only matching port is in use, and 1 processing server is not Ready: look at kubectl get pods";
-    assert!(reason.starts_with(words), "{reason}");
+    assert!(text.starts_with(words), "{text}");
     servers.settle(&reserved);
     // Its agent may know a newer row than this connection server.
     let not_ready = Counts {
@@ -102,13 +111,13 @@ fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
     };
     servers.counted(Slot(1), not_ready);
     assert_eq!(reserve(&mut servers, &any), None);
-    assert_eq!(servers.reason(&any, None), Refusal::NotReady(2));
-    let reason = servers.reason(&any, None).to_string();
+    assert_eq!(reason(&servers, &any), Refusal::NotReady(2));
+    let text = reason(&servers, &any).to_string();
     let words = "2 processing servers are not Ready: look at kubectl get pods";
-    assert!(reason.starts_with(words), "{reason}");
+    assert!(text.starts_with(words), "{text}");
     // One that is removed does not come back.
     servers.server(Slot(0)).row_draining = true;
-    assert_eq!(servers.reason(&any, None), Refusal::NotReady(1));
+    assert_eq!(reason(&servers, &any), Refusal::NotReady(1));
     servers.counted(Slot(1), counts(&one));
     reserved = reserve(&mut servers, &any).unwrap();
     assert_eq!(reserved.slot, Slot(1));
@@ -122,7 +131,7 @@ fn detached_draining_and_excluded_servers_get_nothing() {
     servers.server(Slot(1)).row_draining = true;
     let any = PortFilter::default();
     let excluded = |slot, _| slot == Slot(2);
-    assert_eq!(servers.reserve(&any, None, excluded), None);
+    assert_eq!(servers.reserve(&single(&any), None, excluded), None);
     assert_eq!(reserve(&mut servers, &any).unwrap().slot, Slot(2));
 }
 
@@ -170,11 +179,11 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
     };
     let not_listening = |ports, not_ready| Refusal::NotListening { ports, not_ready };
     let mut servers = Servers::default();
-    assert_eq!(servers.reason(&any, None), Refusal::Starting);
-    servers.attach(Slot(0));
-    assert_eq!(servers.reason(&any, None), Refusal::Starting);
+    assert_eq!(reason(&servers, &any), Refusal::Starting);
+    servers.attach(Slot(0), true);
+    assert_eq!(reason(&servers, &any), Refusal::Starting);
     servers.counted(Slot(0), counts(&[silent(4)]));
-    assert_eq!(servers.reason(&any, None), not_listening(4, 0));
+    assert_eq!(reason(&servers, &any), not_listening(4, 0));
     let one_busy = PortState {
         busy: 1,
         ..silent(3)
@@ -185,11 +194,59 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
         not_listening,
         not_ready: 0,
     };
-    assert_eq!(servers.reason(&any, None), in_use(1, 3));
+    assert_eq!(reason(&servers, &any), in_use(1, 3));
     servers.counted(Slot(0), counts(&[ports("main", tcp, 1, 3)]));
-    assert_eq!(servers.reason(&any, None), Refusal::NotSelected);
+    assert_eq!(reason(&servers, &any), Refusal::NotSelected);
     reserve(&mut servers, &any).unwrap();
-    assert_eq!(servers.reason(&any, None), in_use(4, 0));
+    assert_eq!(reason(&servers, &any), in_use(4, 0));
     servers.server(Slot(0)).row_draining = true;
-    assert_eq!(servers.reason(&any, None), Refusal::Draining);
+    assert_eq!(reason(&servers, &any), Refusal::Draining);
+}
+
+fn blocks(blocks: &[(&str, u8)]) -> OneOrMore<Block> {
+    let blocks = blocks.iter().map(|(name, count)| Block {
+        filter: named(name),
+        count: (*count).try_into().unwrap(),
+    });
+    OneOrMore::new(blocks).unwrap()
+}
+
+#[test]
+fn a_request_for_several_ports_goes_to_a_server_that_has_them_all() {
+    let (tcp, udp) = (PortProtocol::TCP, PortProtocol::UDP);
+    let content = [
+        (0, [ports("control", tcp, 9, 0), ports("rtp", udp, 1, 0)]),
+        (1, [ports("control", tcp, 0, 9), ports("rtp", udp, 8, 0)]),
+        (2, [ports("control", tcp, 2, 9), ports("rtp", udp, 3, 9)]),
+    ];
+    let content: Vec<(u32, &[PortState])> = content
+        .iter()
+        .map(|(slot, ports)| (*slot, &ports[..]))
+        .collect();
+    let mut servers = pool(&content);
+    let call = blocks(&[("rtp", 2), ("control", 1)]);
+    let first = servers.reserve(&call, None, |_, _| false).unwrap();
+    assert_eq!(first.slot, Slot(2));
+    // What is on its way counts with all its ports.
+    assert_eq!(servers.reserve(&call, None, |_, _| false), None);
+    let refusal = servers.reason(&call, None, None);
+    assert_eq!(refusal, Refusal::NotTogether(3));
+    servers.settle(&first);
+    servers.attach(Slot(2), false);
+    assert_eq!(servers.reserve(&call, None, |_, _| false), None);
+    for slot in 0..2 {
+        servers.attach(Slot(slot), false);
+    }
+    assert_eq!(servers.reason(&call, None, None), Refusal::AgentsTooOld);
+}
+
+#[test]
+fn a_session_of_several_ports_counts_as_one() {
+    let mut servers = pool(&[(0, &[ports("rtp", PortProtocol::UDP, 2, 6)])]);
+    let two_sessions = Counts {
+        further: 4,
+        ..counts(&[ports("rtp", PortProtocol::UDP, 2, 6)])
+    };
+    servers.counted(Slot(0), two_sessions);
+    assert_eq!(servers.get(Slot(0)).unwrap().sessions(), 2);
 }

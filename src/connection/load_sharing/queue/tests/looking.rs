@@ -93,28 +93,29 @@ fn a_newcomer_does_not_ask_for_ports_that_others_wait_for() {
     world.pass(MOMENT);
     world.agents[0].opened = [1, 1, 0];
     // It could only get a port that the other one waits for.
-    let voice = Wanted {
-        filter: PortFilter {
-            port_name: Some("voice".to_owned()),
-            protocol: None,
-        },
-        ..anything()
-    };
+    let voice = several(&[("voice", 1)]);
     let newcomer = world.enter(voice, Duration::ZERO);
     assert_eq!(got(&world, newcomer), Some("no-free-port"));
     // Another port is its own.
-    let other = Wanted {
-        filter: PortFilter {
-            port_name: Some("game".to_owned()),
-            protocol: None,
-        },
-        ..anything()
-    };
+    let other = several(&[("game", 1)]);
     let other = world.enter(other, Duration::ZERO);
     world.answer(0, None);
     assert_eq!(got(&world, other), Some("game"));
     // The agent looks at its own time, too.
-    world.agents[0].look(&anything().filter);
+    world.agents[0].look(&anything());
     world.settle();
     assert_eq!(got(&world, patient), Some("voice"));
+}
+
+#[test]
+fn a_request_for_several_ports_counts_those_that_may_have_been_opened() {
+    let mut world = closed(2);
+    world.agents[1].free = [1, 0, 0];
+    world.agents[1].opened = [1, 0, 0];
+    world.report(1);
+    let caller = world.enter(several(&[("game", 2)]), Duration::ZERO);
+    assert_eq!(asked(&world), [0, 1], "the first can have one at most");
+    world.answer(1, None);
+    assert_eq!(got(&world, caller), Some("game"));
+    world.check();
 }
