@@ -43,6 +43,34 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[tokio::test]
+async fn several_ports_are_printed_a_line_each_and_connect_uses_a_named_one() {
+    let pool = Pool::running(1, |_| {}).await;
+    let address = format!("{}:7700", pool.connection_address(0));
+    let ports = ["--port", "main:2", "--port", "*/udp"];
+    let printed = run(&[&["request", &address][..], &ports].concat(), b"").await;
+    let host = pool.connection_address(0);
+    let lines: Vec<&str> = text(&printed.stdout).lines().collect();
+    assert_eq!(lines.len(), 3, "{printed:?}");
+    let expected = format!("main {host}:2000");
+    assert!(
+        lines.iter().all(|line| line.starts_with(&expected)),
+        "{lines:?}"
+    );
+    let to = ["connect", &address, "--port", "main", "--to", "main"];
+    let piped = run(&to, b"hello").await;
+    assert_eq!(
+        (piped.status.code(), text(&piped.stdout)),
+        (Some(0), "hello")
+    );
+    for wrong in ["main:0", "main:x", ":2", "main/sctp"] {
+        let refused = run(&["request", &address, "--port", wrong], b"").await;
+        assert_eq!(refused.status.code(), Some(2), "{wrong}");
+    }
+    let both = ["request", &address, "--port", "main", "--port-name", "main"];
+    assert_eq!(run(&both, b"").await.status.code(), Some(2));
+}
+
+#[tokio::test]
 async fn request_prints_where_to_connect_and_release_gives_it_back() {
     let pool = Pool::running(1, |_| {}).await;
     let address = format!("{}:7700", pool.connection_address(0));
