@@ -88,7 +88,8 @@ image:  ## Build a static image archive without Docker, target/image/portpool.ta
 TOOLS = iperf3 redis-server psql:postgresql-client /usr/lib/postgresql/*/bin/initdb:postgresql \
   /usr/games/teeworlds-server:teeworlds-server Xvfb:xvfb x11vnc in.tftpd:tftpd-hpa curl \
   vsftpd lftp
-MISSING = for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || echo $${tool\#\#*:}; done
+# Debian's daemons are in /usr/sbin, which the PATH of a user other than root may lack.
+MISSING = PATH=$$PATH:/usr/sbin; for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || echo $${tool\#\#*:}; done
 
 tools:  ## Install the programs that make test needs, as root on Debian
 	@missing=$$($(MISSING)); \
