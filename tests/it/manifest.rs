@@ -2,11 +2,15 @@
 
 mod odd;
 
+use std::collections::BTreeSet;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
+use jiff::Timestamp;
 use kube::ResourceExt;
 use kube_cel::Validator;
 use portpool::manifest;
+use portpool::plan::{Observed, environment, plan};
 use portpool::pool::{
     ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
     ProxyProtocol, Replies, rules,
@@ -59,6 +63,53 @@ fn every_example_is_valid() {
         }
     }
     assert_eq!(found, 9);
+}
+
+/// The names of portpool's variables that `text` uses without a default: `$NAME`,
+/// `$(NAME)` or `${NAME}`, but not those inside of `${NAME:+…}`.
+fn needed_variables(text: &str) -> BTreeSet<String> {
+    let is_of_name = |letter: char| letter.is_ascii_uppercase() || "_0123456789".contains(letter);
+    let (mut needed, mut rest) = (BTreeSet::new(), text);
+    while let Some((_, after)) = rest.split_once('$') {
+        rest = after;
+        let inner = after.trim_start_matches(['{', '(']);
+        let end = inner.find(|letter| !is_of_name(letter));
+        let (name, end) = inner.split_at(end.unwrap_or(inner.len()));
+        if name.starts_with("PORTPOOL_") {
+            if after.starts_with('{') && end.starts_with(':') {
+                rest = end.split_once('}').unwrap().1;
+            } else {
+                needed.insert(name.to_owned());
+            }
+        }
+    }
+    needed
+}
+
+#[test]
+fn examples_need_only_variables_that_every_pool_has() {
+    let text = "$PORTPOOL_A ${PORTPOOL_B} $(PORTPOOL_C) ${PORTPOOL_D:+x=$PORTPOOL_D} $POD_IP $!";
+    let expected = ["PORTPOOL_A", "PORTPOOL_B", "PORTPOOL_C"];
+    assert!(needed_variables(text).iter().eq(expected));
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
+    let mut checked = 0;
+    for example in std::fs::read_dir(folder).unwrap() {
+        let path = example.unwrap().path();
+        let pool = manifest::load(&path).unwrap().pool;
+        let needed = needed_variables(&pool.raw_template.0.to_string());
+        checked += needed.len();
+        let planned = plan(&pool, &Observed::nothing("uid"), Timestamp::UNIX_EPOCH);
+        for row in planned.table.rows {
+            // In a cluster, no address is known unless the manifest has one.
+            let address = pool.advertised_address.as_deref();
+            let given = environment(&pool, &row, address, Ipv4Addr::LOCALHOST.into());
+            for name in &needed {
+                let is_given = given.iter().any(|(given, _)| given == name);
+                assert!(is_given, "{}: {name} may be missing", path.display());
+            }
+        }
+    }
+    assert!(checked >= 5);
 }
 
 #[test]
