@@ -76,7 +76,7 @@ pub struct Options {
     pub admin: SocketAddr,
 
     /// Where the workload may ask who it is and which sessions it has: a loopback address, as nobody is asked for credentials; not served without it
-    #[arg(long, value_name = "IP:PORT")]
+    #[arg(long, value_name = "IP:PORT", value_parser = loopback)]
     pub api: Option<SocketAddr>,
 
     /// Remembers across restarts of the agent that it ran before; put it where it lives as long as the workload
@@ -86,6 +86,15 @@ pub struct Options {
     /// Seconds that sessions may go on after SIGTERM; those that no client has claimed end at once
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub drain_seconds: u64,
+}
+
+/// A loopback address with its port.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let address: SocketAddr = text.parse().map_err(|_| "give IP:PORT".to_owned())?;
+    let is_loopback = address.ip().is_loopback();
+    is_loopback.then_some(address).ok_or_else(|| {
+        "it asks for no credentials, so it must be a loopback address, as 127.0.0.1".to_owned()
+    })
 }
 
 /// Why an agent could not run.

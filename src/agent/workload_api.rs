@@ -3,21 +3,28 @@
 //! end a session, take no new ones for a while, or be replaced. A program that
 //! does not ask works as before.
 //!
-//! It is served on the loopback address of the pod, which nothing outside the pod
-//! reaches, so it asks for no credentials. What the workload says is the agent's
-//! own knowledge and is forgotten when the agent restarts; its event streams end
-//! then, so that a workload notices.
+//! It is served on a loopback address, which nothing outside the pod reaches by
+//! itself, so it asks for no credentials. Web pages in a browser of the pod are
+//! refused: a browser names the page in `Origin`, or another host in `Host`. A
+//! program that connects where its clients ask, as a proxy does, must exclude the
+//! address itself.
+//!
+//! What the workload says is the agent's own knowledge and is forgotten when the
+//! agent restarts; its event streams end then, so that a workload notices.
 //!
 //! Decisions are in `book`; `workload_view` has what the answers look like.
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::rejection::{JsonRejection, PathRejection};
-use axum::extract::{DefaultBodyLimit, Path, State};
-use axum::http::{StatusCode, header};
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::http::uri::Authority;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::Next;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
@@ -26,7 +33,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged;
 use tokio_util::sync::CancellationToken;
@@ -53,6 +60,13 @@ const CONNECTIONS_MAX: usize = 64;
 /// How long a request's head may take, which bounds idle connections too.
 const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How long a request may take until its answer begins.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Shortest time between two changes of readiness. Connection servers are told of
+/// each, and one that reads slowly must not make the agent remember many.
+const READINESS_PAUSE: Duration = Duration::from_millis(20);
+
 /// Pause after a failed accept, so that a lack of descriptors does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -71,6 +85,8 @@ struct Document;
 struct Api {
     agent: Agent,
     watchers: Arc<Semaphore>,
+    /// Who changes the readiness.
+    readiness: Mutex<()>,
     stopping: CancellationToken,
 }
 
@@ -96,6 +112,7 @@ pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationTo
     let api = Api {
         agent,
         watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        readiness: Mutex::new(()),
         stopping: stopping.clone(),
     };
     let (router, _) = documented().split_for_parts();
@@ -103,6 +120,7 @@ pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationTo
         .fallback(async || Refused::NotFound)
         .method_not_allowed_fallback(async || Refused::MethodNotAllowed)
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(axum::middleware::from_fn(refuse_web_pages))
         .with_state(Arc::new(api));
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     while let Some(place) = stopping.run_until_cancelled(place(&places)).await {
@@ -130,7 +148,11 @@ async fn place(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
 /// Answers the requests of one connection, which has `place` meanwhile.
 async fn attend(stream: TcpStream, router: Router, place: Option<OwnedSemaphorePermit>) {
     let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
-        router.clone().oneshot(request.map(Body::new))
+        let answer = router.clone().oneshot(request.map(Body::new));
+        async {
+            let in_time = tokio::time::timeout(ANSWER_DEADLINE, answer).await;
+            in_time.unwrap_or_else(|_| Ok(Refused::TooSlow.into_response()))
+        }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -141,6 +163,26 @@ async fn attend(stream: TcpStream, router: Router, place: Option<OwnedSemaphoreP
         debug!(%error, "connection to the local API broke");
     }
     drop(place);
+}
+
+/// Refuses what a browser sends for a web page.
+async fn refuse_web_pages(request: Request, next: Next) -> Response {
+    let headers = request.headers();
+    let host = headers.get(header::HOST).map(HeaderValue::to_str);
+    let is_local = host.is_none_or(|host| host.is_ok_and(is_loopback));
+    if headers.contains_key(header::ORIGIN) || !is_local {
+        return Refused::WebPage.into_response();
+    }
+    next.run(request).await
+}
+
+/// Whether `host`, with or without a port, is this machine.
+fn is_loopback(host: &str) -> bool {
+    let Ok(authority) = host.parse::<Authority>() else {
+        return false;
+    };
+    let name = authority.host().trim_matches(['[', ']']);
+    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|it| it.is_loopback())
 }
 
 /// Which server this is: its name, its ports, and whether it takes sessions.
@@ -172,12 +214,16 @@ async fn set_readiness(
     body: Result<Json<Readiness>, JsonRejection>,
 ) -> Result<StatusCode, Refused> {
     let Json(Readiness { ready }) = body?;
+    let turn = api.readiness.lock().await;
     api.agent.set_ready(ready);
+    tokio::time::sleep(READINESS_PAUSE).await;
+    drop(turn);
     Ok(StatusCode::NO_CONTENT)
 }
 
 /// Takes no more sessions; when the live ones are over, the server is replaced by a
-/// new one, which gets its connection ports. There is no way back.
+/// new one, which gets its connection ports. A restart of the agent forgets it: say
+/// it again when a stream of events ends.
 #[utoipa::path(
     post,
     path = "/v1/drain",
@@ -289,6 +335,12 @@ enum Refused {
     NoRow,
     #[error("no live session has this id; it may be over")]
     NoSession,
+    #[error("send the request within {} s", ANSWER_DEADLINE.as_secs())]
+    TooSlow,
+    #[error(
+        "programs of the pod ask here, web pages do not: ask without Origin, at the address in PORTPOOL_API"
+    )]
+    WebPage,
     #[error("{WATCHERS_MAX} clients watch events already: end one, or ask again")]
     TooManyWatchers,
     #[error("see /openapi.json for the paths and methods")]
@@ -303,6 +355,8 @@ impl IntoResponse for Refused {
             Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
             Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
             Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),
+            Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "too-slow", "Request too slow"),
+            Self::WebPage => (StatusCode::FORBIDDEN, "web-page", "Not for web pages"),
             Self::TooManyWatchers => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "too-many-watchers",

@@ -132,7 +132,7 @@ impl Server {
         } else if self.is_spent && pool.recycle.after_sessions().is_none() {
             "is replaced: its workload asked for that"
         } else if self.is_spent {
-            "is replaced: it has had recycle.afterSessions sessions"
+            "is replaced: it has had recycle.afterSessions sessions, or its workload asked for that"
         } else if self.is_too_old(pool) {
             "is replaced: it has run for recycle.afterSeconds"
         } else {

@@ -144,7 +144,7 @@ pub struct Counts {
     /// as lingering, too.
     pub returning: u32,
     /// Whether no port is offered any more, because the server has had all the
-    /// sessions that it takes.
+    /// sessions that it takes, or its workload wants to be replaced.
     pub spent: bool,
     /// Whether no port is offered now, because the server's row, or the workload
     /// itself, says that it is not ready.

@@ -207,7 +207,8 @@ pub struct Counts {
     #[prost(uint32, tag = "3")]
     pub returning: u32,
     /// No port is offered any more; the server has had as many sessions as the
-    /// pool's recycle.afterSessions, and is replaced when they are over.
+    /// pool's recycle.afterSessions, or its workload asked for that, and it is
+    /// replaced when they are over.
     #[prost(bool, tag = "4")]
     pub spent: bool,
     /// No port is offered now: the server's row, or the workload itself, says that

@@ -70,8 +70,10 @@ impl Agent {
 
     /// Takes no more sessions, so that the server is replaced when they are over.
     pub fn spend(&self) {
-        info!("the workload wants to be replaced");
         self.change(|book, _| {
+            if !book.is_spent() {
+                info!("the workload wants to be replaced");
+            }
             book.spend();
             Vec::new()
         });

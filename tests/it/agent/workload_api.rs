@@ -13,9 +13,10 @@ fn send(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> TcpStre
     let mut stream = TcpStream::connect((pool.server_address(slot), 7072)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     let length = body.len();
+    let host = pool.server_address(slot);
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nhost: agent\r\nconnection: close\r\n\
+        "{method} {path} HTTP/1.1\r\nhost: {host}:7072\r\nconnection: close\r\n\
          content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
     )
     .unwrap();
@@ -162,12 +163,12 @@ async fn a_workload_watches_its_sessions() {
     let watching: Vec<_> = (0..8)
         .map(|_| send(&pool, 0, "GET", "/v1/events", ""))
         .collect();
-    let is_refused = |stream: TcpStream| {
+    let is_refused = |stream: &TcpStream| {
         let mut head = String::new();
         BufReader::new(stream).read_line(&mut head).unwrap();
         head.contains("503")
     };
-    assert!(watching.into_iter().any(is_refused), "nine watch");
+    assert!(watching.iter().any(is_refused), "nine watch");
 }
 
 #[tokio::test]
@@ -194,6 +195,37 @@ async fn what_a_workload_says_wrongly_is_refused_with_the_reason() {
     assert_eq!(call(&pool, 0, "GET", "/v1/server", "").1["ready"], true);
 }
 
+/// A browser in the pod shows pages of strangers, which must not decide here.
+#[tokio::test]
+async fn web_pages_are_refused() {
+    let pool = Pool::running(1, |_| {}).await;
+    let ask = |headers: &str| {
+        let mut stream = TcpStream::connect((pool.server_address(0), 7072)).unwrap();
+        write!(
+            stream,
+            "POST /v1/drain HTTP/1.1\r\n{headers}connection: close\r\n\r\n"
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    for headers in [
+        "host: 127.0.0.1:7072\r\norigin: http://example.org\r\n",
+        "host: 127.0.0.1:7072\r\norigin: null\r\n",
+        "host: rebound.example.org:7072\r\n",
+        "host: 192.0.2.1\r\n",
+    ] {
+        let answer = ask(headers);
+        assert!(answer.contains(" 403 "), "{headers}: {answer}");
+        assert!(answer.contains("problem:web-page"), "{answer}");
+    }
+    assert_eq!(call(&pool, 0, "GET", "/v1/server", "").1["spent"], false);
+    for headers in ["host: localhost\r\n", "host: [::1]:7072\r\n"] {
+        assert!(ask(headers).contains(" 204 "), "{headers}");
+    }
+}
+
 /// Connections that say nothing take all places of the API, and nothing else. Those
 /// beyond the places wait in the kernel, which has room for 128.
 #[tokio::test]
@@ -212,9 +244,17 @@ async fn a_workload_that_floods_the_api_does_not_disturb_its_sessions() {
 }
 
 #[test]
-fn an_address_in_use_is_named_with_the_remedy() {
-    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let api = format!("--api={}", taken.local_addr().unwrap());
+fn an_address_that_cannot_be_is_named_with_the_remedy() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = listener.local_addr().unwrap();
+    errors_with(&taken.to_string(), "choose another with --api");
+    errors_with("0.0.0.0:7072", "it must be a loopback address");
+    errors_with("7072", "give IP:PORT");
+}
+
+/// An agent that is to serve the API at `address` fails and says this.
+fn errors_with(address: &str, expected: &str) {
+    let api = format!("--api={address}");
     let pool = Pool::new(1, |_| {});
     let arguments = pool.agent_arguments(0);
     let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -223,5 +263,5 @@ fn an_address_in_use_is_named_with_the_remedy() {
     let output = crate::cli::portpool(&arguments, "");
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success());
-    assert!(errors.contains("choose another with --api"), "{errors}");
+    assert!(errors.contains(expected), "{errors}");
 }
