@@ -38,8 +38,9 @@
 //! 7. **Looking.** A request that finds nothing free when it enters asks servers
 //!    that have reported ports as not listening: their agents look again, so that
 //!    it gets a port that was opened a moment ago. It asks [`MOST_LOOKS`] of them at
-//!    most, one after another, none that was asked so 20 ms ago, and for no port
-//!    that an earlier one waits for.
+//!    most, one after another, none that was asked so 20 ms ago or has yet to answer that,
+//!    and for no port that an earlier one waits for. When one does not answer, it
+//!    asks no further ones: it would be refused seconds late.
 //! 8. **Several ports.** A request for several ports needs them on one server at
 //!    once, and servers report numbers, not which ports are adjacent. Later
 //!    requests may take ports that it could use for [`PASSED_FOR`]. From then on
@@ -135,8 +136,6 @@ struct Kept {
 #[derive(Clone, Debug)]
 struct Ask {
     reservation: Reservation,
-    /// Whether the server had reported a free port.
-    is_sure: bool,
     deadline: Instant,
     /// The request that needs the answer.
     place: Option<Place>,

@@ -30,6 +30,8 @@ pub struct Reservation {
     /// What it counts as. The server may select ports of other entries that the
     /// request can use; its answer says so.
     shares: OneOrMore<Share>,
+    /// Whether its agent has to look again: it has reported too few ports.
+    pub(super) is_look: bool,
 }
 
 /// Ports of one entry.
@@ -101,6 +103,8 @@ pub struct ServerLoad {
     report: ReportNumber,
     /// When it was last asked for a port that it had reported as not listening.
     asked_to_look: Option<Instant>,
+    /// Whether it has yet to answer that.
+    is_looking: bool,
 }
 
 impl ServerLoad {
@@ -276,7 +280,8 @@ impl ServerLoad {
     /// Whether it may be asked at `now` to look at its ports that are not listening.
     fn may_look(&self, now: Instant) -> bool {
         let asked = self.asked_to_look;
-        self.takes_sessions() && asked.is_none_or(|asked| now >= asked + LOOK_AGAIN_AFTER)
+        let is_allowed = asked.is_none_or(|asked| now >= asked + LOOK_AGAIN_AFTER);
+        self.takes_sessions() && !self.is_looking && is_allowed
     }
 
     fn candidate(&self, slot: Slot) -> Candidate {
@@ -333,6 +338,7 @@ impl Servers {
         server.spent = false;
         server.further = 0;
         server.asked = 0;
+        server.is_looking = false;
         server.reserved.clear();
     }
 
@@ -421,7 +427,11 @@ impl Servers {
         let server = self.server(slot);
         let shares = server.shares(blocks, |it| server.free(it))?;
         server.reserve(&shares);
-        Some(Reservation { slot, shares })
+        Some(Reservation {
+            slot,
+            shares,
+            is_look: false,
+        })
     }
 
     /// Reserves a server that may have the ports for a request by now, although it
@@ -448,14 +458,20 @@ impl Servers {
         let server = self.server(slot);
         server.asked_to_look = Some(now);
         let shares = after_look(slot, server)?;
+        server.is_looking = true;
         server.reserve(&shares);
-        Some(Reservation { slot, shares })
+        Some(Reservation {
+            slot,
+            shares,
+            is_look: true,
+        })
     }
 
     /// The server has answered a reservation, or never will.
     pub(super) fn settle(&mut self, reservation: &Reservation) {
         if let Some(server) = self.loads.get_mut(&reservation.slot) {
             server.settle(&reservation.shares);
+            server.is_looking &= !reservation.is_look;
         }
     }
 

@@ -197,7 +197,7 @@ impl Queue {
         let Some(reservation) = reserved else {
             return false;
         };
-        self.ask_for(place, reservation, true, now);
+        self.ask_for(place, reservation, now);
         true
     }
 
@@ -228,18 +228,18 @@ impl Queue {
             self.servers
                 .reserve_to_look(&wanted.ports, affinity_key, is_excluded, is_its, now);
         if let Some(reservation) = reserved {
-            self.ask_for(place, reservation, false, now);
+            self.ask_for(place, reservation, now);
         }
     }
 
     /// Sends a request to the server that is reserved for it.
-    fn ask_for(&mut self, place: Place, reservation: Reservation, is_sure: bool, now: Instant) {
+    fn ask_for(&mut self, place: Place, reservation: Reservation, now: Instant) {
         let id = AskId(self.number());
         let Some(request) = self.requests.get_mut(&place) else {
             return;
         };
         request.asking = Some(id);
-        request.looks_left -= u32::from(!is_sure);
+        request.looks_left -= u32::from(reservation.is_look);
         let deadline = now + ASK_DEADLINE;
         self.decisions.push(Decision::Ask {
             ask: id,
@@ -249,7 +249,6 @@ impl Queue {
         self.deadlines.insert((deadline, Due::Ask(id)));
         let ask = Ask {
             reservation,
-            is_sure,
             deadline,
             place: Some(place),
         };
@@ -275,16 +274,23 @@ impl Queue {
     ) {
         let mut places = Vec::new();
         for ask in asks {
-            let slot = ask.reservation.slot;
+            let Reservation { slot, is_look, .. } = ask.reservation;
             let Some(place) = ask.place else {
                 continue;
             };
-            if ask.is_sure || error != AskError::Refused(RefusalCause::NoFreePort) {
+            if !is_look || error != AskError::Refused(RefusalCause::NoFreePort) {
                 self.decisions.push(Decision::NotSelected(slot, error));
             }
             if error == AskError::Refused(RefusalCause::KeyReused) {
                 self.answer_all(place, &Err(Refusal::KeyReused));
                 continue;
+            }
+            let is_answered = matches!(error, AskError::Refused(_));
+            if is_look
+                && !is_answered
+                && let Some(request) = self.requests.get_mut(&place)
+            {
+                request.looks_left = 0;
             }
             self.put_back(place, slot, now);
             places.push(place);

@@ -86,6 +86,37 @@ fn a_request_asks_few_servers_however_many_there_are() {
 }
 
 #[test]
+fn servers_that_do_not_answer_delay_a_refusal_by_one_deadline() {
+    let mut world = closed(9);
+    let caller = world.enter(anything(), Duration::ZERO);
+    world.pass(ASK_DEADLINE);
+    assert_eq!(got(&world, caller), Some("no-free-port"));
+    let before = asked(&world);
+    assert_eq!(before.iter().sum::<usize>(), 1);
+    // The next request does not ask that server, which has not answered.
+    let other = world.enter(anything(), Duration::ZERO);
+    let after = asked(&world);
+    assert!(after.iter().all(|asked| *asked <= 1), "{after:?}");
+    assert_eq!(after.iter().sum::<usize>(), 2);
+    // One that is out of reach answers as little.
+    let index = (0..9).find(|index| after[*index] > before[*index]);
+    world.detach(index.unwrap());
+    assert_eq!(got(&world, other), Some("no-free-port"));
+    // Once it has answered, it may be asked again.
+    let mut world = closed(1);
+    let _ = world.enter(anything(), Duration::ZERO);
+    world.pass(ASK_DEADLINE);
+    let ignored = world.enter(anything(), Duration::ZERO);
+    assert_eq!(got(&world, ignored), Some("no-free-port"));
+    world.answer(0, None);
+    world.agents[0].opened = [1, 0, 0];
+    let lucky = world.enter(anything(), Duration::ZERO);
+    world.answer(0, None);
+    assert_eq!(got(&world, lucky), Some("game"));
+    world.check();
+}
+
+#[test]
 fn a_newcomer_does_not_ask_for_ports_that_others_wait_for() {
     let mut world = closed(1);
     let patient = world.enter(speaking(PortProtocol::UDP), 9 * SECOND);
