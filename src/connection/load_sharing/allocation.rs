@@ -142,19 +142,32 @@ impl Allocation {
         client: IpAddr,
         table: &Table,
     ) -> Result<Wanted, Refusal> {
-        let only = match (&request.server, &request.near) {
+        let (slot, refusal) = match (&request.server, &request.near) {
             (Some(name), _) => {
                 let row = table.rows.iter().find(|row| row.server == *name);
-                Some(row.ok_or(Refusal::UnknownServer)?.slot)
+                (row.map(|row| row.slot), Refusal::UnknownServer)
             }
             (None, Some(id)) => {
                 let near = SessionId::new(id).and_then(|id| self.sessions.get(&id));
-                Some(near.ok_or(Refusal::UnknownSession)?.slot)
+                (near.map(|near| near.slot), Refusal::UnknownSession)
             }
-            (None, None) => None,
+            (None, None) => return wanted_of_any(request, client, table),
         };
+        // What it names may be gone since it was sent first.
+        let slot = slot.or_else(|| self.slot_of_key(request.idempotency_key.as_deref()?));
+        let only = Some(slot.ok_or(refusal)?);
         let wanted = wanted_of_any(request, client, table)?;
         Ok(Wanted { only, ..wanted })
+    }
+
+    /// The slot of the server that the request with `key` is for: that of its live
+    /// session, or the one that it waits for.
+    fn slot_of_key(&self, key: &str) -> Option<Slot> {
+        // Under the lock: the request is either in the queue, or its session is known.
+        let inner = self.inner.lock();
+        let live = self.sessions.get_by_idempotency_key(key);
+        let live = live.map(|live| live.slot);
+        live.or_else(|| inner.queue.only_of_key(key))
     }
 
     /// Puts a client into the queue.

@@ -389,6 +389,14 @@ impl Queue {
         for_one + self.waiting_for_several.len()
     }
 
+    /// The only server that the request with `key` can use the ports of, if there is
+    /// such a request and it is for one server.
+    #[must_use]
+    pub fn only_of_key(&self, key: &str) -> Option<Slot> {
+        let place = self.by_key.get(key)?;
+        self.requests.get(place)?.wanted.only
+    }
+
     /// A client that the answer to `ask` is for.
     #[must_use]
     pub fn caller_of(&self, ask: AskId) -> Option<Caller> {

@@ -81,6 +81,45 @@ async fn a_request_gets_a_port_of_the_server_that_it_names() {
     assert_eq!(problem(reused), ("key-reused".to_owned(), 422));
 }
 
+#[tokio::test]
+async fn a_repeated_request_gets_its_session_although_the_one_it_names_is_over() {
+    let pool = Pool::running(2, |_| {}).await;
+    let client = pool.client();
+    let keyed = |id: &str, key: &str| SessionRequest {
+        idempotency_key: Some(key.to_owned()),
+        ..near(id)
+    };
+    let first = client.request(at("test-1")).await.unwrap();
+    let second = client.request(keyed(&first.id, "second")).await.unwrap();
+    for _ in 2..COUNT {
+        client.request(at("test-1")).await.unwrap();
+    }
+    let wait = |request| {
+        let client = client.clone();
+        let request = SessionRequest {
+            wait_seconds: 30,
+            ..request
+        };
+        tokio::spawn(async move { client.request(request).await })
+    };
+    let earlier = wait(at("test-1"));
+    pool.until(|state| state.waiting == 1).await;
+    let later = wait(keyed(&first.id, "third"));
+    pool.until(|state| state.waiting == 2).await;
+
+    client.release(&first.id).await.unwrap();
+    earlier.await.unwrap().unwrap();
+    let again = client.request(keyed(&first.id, "second")).await.unwrap();
+    assert_eq!(again.id, second.id, "it is live");
+    let repeated = wait(keyed(&first.id, "third"));
+    client.release(&second.id).await.unwrap();
+    let third = later.await.unwrap().unwrap();
+    assert_eq!(third.server, "test-1");
+    assert_eq!(repeated.await.unwrap().unwrap().id, third.id, "it waits");
+    let new = client.request(keyed(&first.id, "new")).await;
+    assert_eq!(problem(new), ("unknown-session".to_owned(), 422));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_command_line_has_both() {
     let pool = Pool::running(2, |_| {}).await;
