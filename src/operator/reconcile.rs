@@ -23,8 +23,8 @@ use crate::pool::ProcessingPool;
 use crate::table::{Row, RowState, Table};
 
 /// When a pool is reconciled again although nothing has changed: while servers
-/// drain, or may be spent at any time, while connection servers report numbers, while it is blocked.
-/// Otherwise the next resync comes first.
+/// drain, are spent, or may be at any time, while connection servers report numbers,
+/// while it is blocked. Otherwise the next resync comes first.
 const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 const NUMBERS_INTERVAL: Duration = Duration::from_secs(15);
 const BLOCKED_INTERVAL: Duration = Duration::from_secs(10);
@@ -174,7 +174,11 @@ fn pause(
 ) -> Duration {
     let is_draining = |row: &Row| row.state == RowState::Draining;
     let is_draining = table.is_some_and(|table| table.rows.iter().any(is_draining));
-    let pause = if is_draining || pool.recycle.after_sessions().is_some() {
+    // Its last session may end at any time, or has ended since this was observed.
+    let servers = observation.live.iter().flat_map(|live| &live.servers);
+    let is_any_spent = servers.into_iter().any(|server| server.spent);
+    let is_recycling = pool.recycle.after_sessions().is_some() || is_any_spent;
+    let pause = if is_draining || is_recycling {
         DRAIN_INTERVAL
     } else if is_blocked {
         BLOCKED_INTERVAL
