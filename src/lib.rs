@@ -28,7 +28,8 @@
 //! - **The connection server decides the processing server**, from counts that
 //!   the agents stream to it.
 //! - **The controller decides the table.** Nothing in the data path waits for
-//!   it, or for the API server.
+//!   it, or for the API server; only a server that is marked as not ready when
+//!   they fail gets no new sessions until they are back.
 //!
 //! # A session's life
 //!
