@@ -64,7 +64,9 @@
 //! | What happens to a datagram of a client whose session ended? | `forward/udp/datagrams.rs`; `connection/sessions/gate.rs` decides |
 //! | When does a connection or a flow end, and how? | the diagrams in `forward/tcp.rs` and `forward/udp.rs` |
 //! | Who frees a port, also after a crash? | the diagram in `agent/book.rs`; `connection_servers.rs` below it when a connection server crashed, `attachment.rs` when the agent did |
-//! | Which pods start and stop, also when a node is lost? | `plan.rs`, from what `operator/observe.rs` saw |
+//! | Which pods start and stop, also when a node is lost? | `plan.rs`, from what `operator/observation.rs` makes of their pods |
+//! | Which server is not ready? | the same for its pod; `agent/workload_api.rs` for what its workload says |
+//! | What may a workload see and decide itself? | `agent/workload_api.rs` |
 //! | Which connection ports does a slot get? | `plan/ports.rs` |
 //! | How does a new process take over the connections? | `connection/handover.rs` |
 //!

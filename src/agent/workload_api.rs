@@ -75,7 +75,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[openapi(
     info(
         title = "portpool agent, local API",
-        description = "For the workload of a processing server: its place, its sessions, and what it decides about them. Its address is in the environment variable PORTPOOL_API. Nothing outside the pod reaches it."
+        description = "For the workload of a processing server: its place, its sessions, and what it decides about them. Its address is in the environment variable PORTPOOL_API, a loopback address. Programs of the pod ask here; web pages are refused."
     ),
     components(schemas(WorkloadEvent))
 )]
