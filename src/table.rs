@@ -321,6 +321,16 @@ impl Table {
         self.rows.get(index)
     }
 
+    /// Whether `port` is a connection port of a row.
+    #[must_use]
+    pub fn has_connection_port(&self, port: u16) -> bool {
+        let mut ranges = self.rows.iter().flat_map(|row| &row.ranges);
+        ranges.any(|range| {
+            let offset = port.checked_sub(range.connection_port.get());
+            offset.is_some_and(|offset| offset < range.count)
+        })
+    }
+
     /// Number of connection ports in all rows.
     #[must_use]
     pub fn connection_port_count(&self) -> usize {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use crate::pool::{Admission, Offer};
 use crate::session::{PortState, ServerState};
 use crate::sock_diag::{Protocol, SockDiag};
 use crate::table::{PortRange, Row};
@@ -20,6 +21,18 @@ const MAX_PORTS: usize = 16;
 /// workload listens on one of its ports.
 pub(super) fn is_ready(server: &ServerState) -> bool {
     server.attached && server.ports.iter().any(is_offered)
+}
+
+/// Where the workload of a server should listen.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    /// The ports of the server.
+    pub(super) row: &'a Row,
+    /// Address of the server.
+    pub(super) address: IpAddr,
+    /// Whether connection servers listen on the port with this number: what is
+    /// found there on localhost is no workload.
+    pub(super) is_connection_port: &'a dyn Fn(u16) -> bool,
 }
 
 /// What was reported about the readiness of a server.
@@ -42,19 +55,18 @@ impl Readiness {
     }
 
     /// What is to be reported about `server` at `now`. Its workload should listen at
-    /// `address`; its ports are in `row`. `listener` is asked only for ports
-    /// that are not listened on.
+    /// `place`. `listener` is asked only for ports that are not listened on.
     pub(super) fn observe(
         &mut self,
         server: &ServerState,
-        (row, address): (&Row, IpAddr),
+        place: Place<'_>,
         listener: Listener<'_>,
         now: Instant,
     ) -> Vec<String> {
         if !server.attached {
             return Vec::new();
         }
-        let name = &server.server;
+        let (name, address) = (&server.server, place.address);
         let mut events = Vec::new();
         if is_ready(server) {
             self.last_ready = now;
@@ -69,16 +81,18 @@ impl Readiness {
             ));
         }
         let is_new = |range: &&PortRange| !self.reported.contains(&range.name);
-        let missing = row
+        let needed = place
+            .row
             .ranges
             .iter()
-            .filter(|range| is_silent(server, &range.name));
+            .filter(|range| needs_workload(range));
+        let missing = needed.filter(|range| is_silent(server, &range.name));
         let missing: Vec<&PortRange> = missing.filter(is_new).collect();
         if missing.is_empty() {
             return events;
         }
         for range in missing {
-            let reason = match elsewhere(listener, range, address) {
+            let reason = match elsewhere(listener, range, place) {
                 Some((transport, found, wanted)) => format!(
                     "{transport} {found} is listened on instead of {wanted}: make the workload listen on $(POD_IP)"
                 ),
@@ -96,6 +110,12 @@ impl Readiness {
         }
         events
     }
+}
+
+/// Whether a client cannot use the ports of `range` unless a workload listens. Those
+/// of an open entry belong to no session, and may open for a moment only.
+fn needs_workload(range: &PortRange) -> bool {
+    range.offer != Offer::Always && range.admission != Some(Admission::Open)
 }
 
 /// Whether the workload of `server` listens on no port of this name.
@@ -120,13 +140,14 @@ pub(super) fn ask_kernel(protocol: Protocol, address: SocketAddr) -> Option<Sock
 }
 
 /// A socket on a port of `range` at an address where a workload listens by
-/// mistake instead of `address`: all addresses, or localhost. With its transport
+/// mistake instead of `place`: all addresses, or localhost. With its transport
 /// protocol and the socket that is needed.
 fn elsewhere(
     listener: Listener<'_>,
     range: &PortRange,
-    address: IpAddr,
+    place: Place<'_>,
 ) -> Option<(&'static str, SocketAddr, SocketAddr)> {
+    let address = place.address;
     let places: [IpAddr; 3] = [
         address,
         Ipv4Addr::LOCALHOST.into(),
@@ -145,7 +166,12 @@ fn elsewhere(
             let mut found = places
                 .iter()
                 .filter_map(|place| listener(*protocol, SocketAddr::new(*place, port.get())));
-            if let Some(found) = found.find(|found| found.ip().to_canonical() != address) {
+            let is_mistake = |found: &SocketAddr| {
+                let is_connection_server =
+                    found.ip().is_loopback() && (place.is_connection_port)(found.port());
+                found.ip().to_canonical() != address && !is_connection_server
+            };
+            if let Some(found) = found.find(is_mistake) {
                 return Some((name, found, wanted));
             }
         }
@@ -173,24 +199,37 @@ mod tests {
     }
 
     fn table() -> Table {
-        let pool = crate::manifest::parse(
-            "\
+        table_of("port: 7000, count: 2")
+    }
+
+    /// A table of one server whose only entry has these fields.
+    fn table_of(entry: &str) -> Table {
+        let text = "\
 apiVersion: portpool.dev/v1alpha1
 kind: ProcessingPool
 metadata: {name: t}
 spec:
   replicas: 1
-  ports: [{name: main, port: 7000, count: 2, protocol: TCPUDP}]
+  ports: [{name: main, protocol: TCPUDP, ENTRY}]
   template: {spec: {containers: [{name: a, command: [a]}]}}
-",
-        )
-        .unwrap();
+";
+        let pool = crate::manifest::parse(&text.replace("ENTRY", entry)).unwrap();
         super::super::running::plan_first(&pool).table
     }
 
     /// What is reported about `server` after `seconds`, while `tcp` and `udp` are
     /// listened on.
     fn observe(
+        readiness: &mut Readiness,
+        server: &ServerState,
+        at: (Instant, u64),
+        listened: (&[&str], &[&str]),
+    ) -> Vec<String> {
+        observe_in(&table(), readiness, server, at, listened)
+    }
+
+    fn observe_in(
+        table: &Table,
         readiness: &mut Readiness,
         server: &ServerState,
         (start, seconds): (Instant, u64),
@@ -204,9 +243,21 @@ spec:
                 is_reached && found.port() == address.port()
             })
         };
-        let address = IpAddr::from([127, 0, 0, 2]);
         let now = start + Duration::from_secs(seconds);
-        readiness.observe(server, (&table().rows[0], address), &mut listener, now)
+        let place = Place {
+            is_connection_port: &|port| table.has_connection_port(port),
+            ..place(table)
+        };
+        readiness.observe(server, place, &mut listener, now)
+    }
+
+    /// The place of the first server, without connection servers.
+    fn place(table: &Table) -> Place<'_> {
+        Place {
+            row: &table.rows[0],
+            address: IpAddr::from([127, 0, 0, 2]),
+            is_connection_port: &|_| false,
+        }
     }
 
     #[test]
@@ -268,6 +319,41 @@ spec:
     }
 
     #[test]
+    fn a_connection_server_is_not_taken_for_a_workload() {
+        // The first connection port of this pool is 20000.
+        let cases = [
+            ("mapping: Identity", "127.0.0.1:20000", 0),
+            ("mapping: Identity", "0.0.0.0:20000", 1),
+            ("port: 7000", "127.0.0.1:7000", 1),
+        ];
+        for (entry, listened, count) in cases {
+            let (start, mut readiness) = (Instant::now(), Readiness::new(Instant::now()));
+            let (table, server) = (table_of(entry), server(true, 0, 1));
+            let listened: (&[&str], &[&str]) = (&[listened], &[]);
+            let found = observe_in(&table, &mut readiness, &server, (start, 0), listened);
+            assert_eq!(found.len(), count, "{entry}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_said_of_ports_that_need_no_workload() {
+        for (field, count) in [
+            ("offer: Always", 0),
+            ("admission: Open", 0),
+            ("count: 1", 1),
+        ] {
+            let (start, mut readiness) = (Instant::now(), Readiness::new(Instant::now()));
+            let (table, server) = (
+                table_of(&format!("port: 7000, {field}")),
+                server(true, 0, 1),
+            );
+            let listened: (&[&str], &[&str]) = (&["0.0.0.0:7000"], &[]);
+            let found = observe_in(&table, &mut readiness, &server, (start, 0), listened);
+            assert_eq!(found.len(), count, "{field}: {found:?}");
+        }
+    }
+
+    #[test]
     fn the_kernel_is_asked_only_for_ports_that_are_missing() {
         let (start, asked) = (Instant::now(), Cell::new(0));
         let mut readiness = Readiness::new(start);
@@ -277,8 +363,7 @@ spec:
                 asked.set(1);
                 None
             };
-            let row = (&table.rows[0], IpAddr::from([127, 0, 0, 2]));
-            readiness.observe(&server, row, &mut listener, start);
+            readiness.observe(&server, place(&table), &mut listener, start);
             assert_eq!(asked.get(), times);
         }
     }

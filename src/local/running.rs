@@ -14,7 +14,7 @@ use super::addresses::Addresses;
 use super::child::{Program, Supervised};
 use super::events::Events;
 use super::ignored::ignored;
-use super::readiness::{ask_kernel, is_ready};
+use super::readiness::{Place, ask_kernel, is_ready};
 use super::server::{self, Server};
 use super::{Options, check};
 use crate::client::Client;
@@ -101,8 +101,10 @@ impl Running {
             ));
         }
         let (address, port) = (self.addresses.connection(0), self.pool.load_sharing_port);
-        self.events
-            .say(format!("try: portpool connect {address}:{port}"));
+        if let Some(options) = client_options(&self.pool) {
+            self.events
+                .say(format!("try: portpool connect {address}:{port}{options}"));
+        }
         Ok(())
     }
 
@@ -225,10 +227,18 @@ impl Running {
         let now = Instant::now();
         for server in &state.servers {
             if let Some(known) = self.servers.get_mut(&server.slot)
-                && let Some(row) = self.table.as_ref().and_then(|table| table.row(server.slot))
+                && let Some(table) = &self.table
+                && let Some(row) = table.row(server.slot)
                 && !known.is_stopping()
             {
-                let place = (row, known.address);
+                let load_sharing_port = self.pool.load_sharing_port;
+                let place = Place {
+                    row,
+                    address: known.address,
+                    is_connection_port: &|port| {
+                        port == load_sharing_port || table.has_connection_port(port)
+                    },
+                };
                 let events = known.readiness.observe(server, place, &mut ask_kernel, now);
                 events.iter().for_each(|event| self.events.say(event));
             }
@@ -348,6 +358,21 @@ fn with_drain_limit(pool: ValidPool, options: &Options) -> ValidPool {
     }
 }
 
+/// The options with which `portpool connect` gets a port of `pool`: of the first
+/// entry that forwards TCP, else of the first one. `None` while there is no server.
+fn client_options(pool: &ValidPool) -> Option<String> {
+    if pool.replicas == 0 {
+        return None;
+    }
+    let mut entries = pool.entries.iter();
+    let tcp = entries.find(|entry| entry.protocol.has_tcp());
+    let entry = tcp.or(pool.entries.first())?;
+    let is_only = pool.entries.iter().all(|other| other.name == entry.name);
+    let udp = if tcp.is_some() { "" } else { " --udp" };
+    let name = (!is_only).then(|| format!(" --port-name {}", entry.name));
+    Some(format!("{udp}{}", name.unwrap_or_default()))
+}
+
 /// The first plan for a pool, before anything of it exists.
 pub(super) fn plan_first(pool: &ValidPool) -> Plan {
     plan(pool, &Observed::nothing(UID), Timestamp::now())
@@ -363,4 +388,44 @@ fn modified(file: &Path) -> Option<SystemTime> {
     std::fs::metadata(file)
         .and_then(|metadata| metadata.modified())
         .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_to_try_names_a_port_that_connect_gets() {
+        let cases = [
+            (1, "{name: a, port: 1000}", Some("")),
+            (1, "{name: a, port: 1000, protocol: TCPUDP}", Some("")),
+            (1, "{name: a, port: 1000, protocol: UDP}", Some(" --udp")),
+            (
+                1,
+                "{name: a, port: 1000, protocol: UDP}, {name: b, port: 1001}",
+                Some(" --port-name b"),
+            ),
+            (
+                1,
+                "{name: a, port: 1000, protocol: UDP}, {name: b, port: 1001, protocol: UDP}",
+                Some(" --udp --port-name a"),
+            ),
+            (0, "{name: a, port: 1000}", None),
+        ];
+        for (replicas, ports, expected) in cases {
+            let text = format!(
+                "\
+apiVersion: portpool.dev/v1alpha1
+kind: ProcessingPool
+metadata: {{name: t}}
+spec:
+  replicas: {replicas}
+  ports: [{ports}]
+  template: {{spec: {{containers: [{{name: a, command: [a]}}]}}}}
+"
+            );
+            let pool = manifest::parse(&text).unwrap();
+            assert_eq!(client_options(&pool).as_deref(), expected, "{ports}");
+        }
+    }
 }
