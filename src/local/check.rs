@@ -254,8 +254,14 @@ fn ports_in_use(
             Socket::Udp(address) => ("UDP", address, UdpSocket::bind(address).map(drop)),
         };
         let error = bound.err()?;
+        // Other ports than those of fields are fixed.
+        let choice = if path.starts_with("spec.") {
+            ", or choose another port"
+        } else {
+            ""
+        };
         let message = format!(
-            "{transport} {address} cannot be listened on: {error}; stop what uses it, or choose another port"
+            "{transport} {address} cannot be listened on: {error}; stop what uses it{choice}"
         );
         Some(FieldProblem::new(path, message))
     });

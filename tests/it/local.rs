@@ -555,13 +555,24 @@ fn wrong_input_is_named_and_nothing_starts() {
         assert!(message.contains(words), "{words}: {message}");
         assert!(output.stdout.is_empty(), "nothing started");
     }
-    let taken = std::net::TcpListener::bind("127.0.0.1:20003").unwrap();
-    let output = portpool(&["local", "-f", example("echo.yaml").to_str().unwrap()], "");
-    drop(taken);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(
-        String::from_utf8_lossy(&output.stderr).contains("127.0.0.1:20003 cannot be listened on")
-    );
+    // The port of an agent cannot be chosen.
+    for (address, has_choice) in [("127.0.0.1:20003", true), ("127.0.0.2:7070", false)] {
+        let taken = std::net::TcpListener::bind(address).unwrap();
+        let output = portpool(&["local", "-f", example("echo.yaml").to_str().unwrap()], "");
+        drop(taken);
+        assert_eq!(output.status.code(), Some(2));
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            message.contains(&format!("{address} cannot be listened on")),
+            "{message}"
+        );
+        assert!(message.contains("stop what uses it"), "{message}");
+        assert_eq!(
+            message.contains("choose another port"),
+            has_choice,
+            "{message}"
+        );
+    }
     let script = format!(
         "ulimit -n 64; exec {PORTPOOL} local -f {}",
         example("echo.yaml").display()
