@@ -1,9 +1,9 @@
 //! A forwarder between a client and a server, both the test's.
 
 use std::io::{ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::common::network::{address, network};
@@ -46,6 +46,9 @@ impl Gate for TestGate {
 
 pub const SESSION: SessionKey = SessionKey(7);
 
+/// The turn of a test that uses `::1`: there is only one loopback address of IPv6.
+static IPV6: Mutex<()> = Mutex::new(());
+
 /// A forwarder on an address of its own, which leads to servers on another.
 pub struct Bench {
     pub forwarder: Forwarder,
@@ -55,6 +58,8 @@ pub struct Bench {
     pub first: u16,
     pub server: IpAddr,
     pub table: Table,
+    /// Held until the end of the test.
+    _turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Bench {
@@ -64,7 +69,10 @@ impl Bench {
     }
 
     pub fn on(listen: IpAddr, server: IpAddr, decision: Decision) -> Self {
+        let turn = (listen == IpAddr::V6(Ipv6Addr::LOCALHOST))
+            .then(|| IPV6.lock().unwrap_or_else(PoisonError::into_inner));
         let mut bench = Self::idle(listen, FIRST, server, decision);
+        bench._turn = turn;
         bench.lead(4, |_| {});
         bench
     }
@@ -97,6 +105,7 @@ impl Bench {
             first,
             server,
             table,
+            _turn: None,
         }
     }
 

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 
 use portpool::forward::Decision;
 use portpool::pool::Replies;
+use portpool::table::TargetPort;
 
 use super::bench::{Bench, SESSION, SOON, until};
 use super::udp::{expect_nothing, udp_client};
@@ -21,11 +22,16 @@ struct Transfer {
 impl Transfer {
     /// The client has asked the server port.
     fn begin(mut bench: Bench) -> Self {
-        bench.lead(4, |range| range.replies = Replies::AnyPort);
-        let server = [7000, 0].map(|port| {
-            let socket = UdpSocket::bind((bench.server, port)).unwrap();
+        // Any port: others of the address may be another test's.
+        let server = [(); 2].map(|()| {
+            let socket = UdpSocket::bind((bench.server, 0)).unwrap();
             socket.set_read_timeout(Some(SOON)).unwrap();
             socket
+        });
+        let port = server[0].local_addr().unwrap().port();
+        bench.lead(1, |range| {
+            range.replies = Replies::AnyPort;
+            range.server_port = TargetPort::new(port).unwrap();
         });
         let client = udp_client(&bench);
         client.send(b"RRQ").unwrap();
@@ -83,7 +89,8 @@ fn a_flow_takes_nothing_from_another_host_than_its_server() {
     let [first, second] = &transfer.server;
     // No address of the pool, with the server port and with another one.
     let stranger = Ipv4Addr::new(127, 254, 254, 254);
-    for port in [7000, 0] {
+    let server_port = first.local_addr().unwrap().port();
+    for port in [server_port, 0] {
         let stranger = UdpSocket::bind((stranger, port)).unwrap();
         stranger.send_to(b"forged", transfer.flow).unwrap();
     }
