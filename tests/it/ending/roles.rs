@@ -86,6 +86,9 @@ async fn a_role_that_drains_says_so_and_a_second_signal_ends_it() {
         let session = pool.request().await.unwrap();
         let mut stream = crate::common::connect(&session);
         crate::common::echo(&mut stream, "busy");
+        // The agent ends a session whose client has not come, as far as it knows.
+        pool.until(|state| state.servers[0].ports[0].busy == 1)
+            .await;
         for (program, name) in [(&mut agent, "agent"), (&mut connection_server, "server")] {
             program.signal(signal);
             program.until_said("draining");
