@@ -139,7 +139,7 @@
 //! table        → pool                            the port-relationship table; no tokio
 //! pool         the ProcessingPool resource; no tokio
 //! sock_diag    questions to the kernel about sockets; no tokio
-//! signals      SIGINT and SIGTERM
+//! signals      SIGINT, SIGTERM and SIGHUP
 //! telemetry    → output                       logs
 //! output       lines that a slow reader does not hold up
 //!

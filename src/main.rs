@@ -22,7 +22,7 @@ Examples:
   portpool connect 127.0.0.1:7700         in another terminal: use a session of it
 
 Exit codes: 0 done, 1 failed, 2 wrong input (nothing was started), 3 nothing is free now,
-130 and 143 interrupted by SIGINT and SIGTERM. A second signal ends every command at once."
+129, 130 and 143 interrupted by SIGHUP, SIGINT and SIGTERM. A second signal ends every command at once."
 )]
 struct Cli {
     #[command(flatten)]

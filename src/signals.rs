@@ -1,5 +1,6 @@
-//! SIGINT and SIGTERM: the first one asks the program to end, the second one ends
-//! it at once.
+//! SIGINT, SIGTERM and SIGHUP: the first one asks the program to end, the second
+//! one ends it at once. SIGHUP comes when the terminal is closed; a program that
+//! nohup has started ignores it.
 //!
 //! A thread of its own receives them, so that work which blocks cannot hold them
 //! up. Handlers are set for every command, because the kernel ignores a signal
@@ -10,7 +11,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator;
 use tokio::sync::watch;
 
@@ -37,6 +38,9 @@ impl Signals {
     /// The system refuses a handler or the thread.
     pub fn handle() -> io::Result<Self> {
         let mut signals = iterator::Signals::new([SIGINT, SIGTERM])?;
+        if !ignores_hangup() {
+            signals.add_signal(SIGHUP)?;
+        }
         let (sender, received) = watch::channel(Received::default());
         thread::Builder::new()
             .name("signals".to_owned())
@@ -80,10 +84,20 @@ impl Signals {
         }
     }
 
-    /// The exit code of a program that was interrupted: 130 after SIGINT, 143
-    /// after SIGTERM.
+    /// The exit code of a program that was interrupted: 129 after SIGHUP, 130 after
+    /// SIGINT, 143 after SIGTERM.
     #[must_use]
     pub fn exit_code(&self) -> ExitCode {
         self.received.borrow().status.into()
     }
+}
+
+/// Whether this process was started with SIGHUP ignored. Where the kernel does not
+/// tell, it was not.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut lines = status.lines();
+    let ignored = lines.find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    ignored.is_some_and(|mask| mask & 1 << (SIGHUP - 1) != 0)
 }

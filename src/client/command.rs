@@ -126,7 +126,7 @@ Examples:
                                                         several ports: a line NAME HOST:PORT for each
   nc $(portpool request 127.0.0.1:7700 | tr : ' ')      and connect to it
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 130 and 143 interrupted.")]
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 129, 130 and 143 interrupted.")]
 pub struct RequestOptions {
     #[command(flatten)]
     ask: AskOptions,
@@ -150,7 +150,7 @@ Example:
   portpool request 127.0.0.1:7700 -o wide               prints HOST:PORT ID
   portpool release 127.0.0.1:7700 ID
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 130 and 143 interrupted.")]
+Exit codes: 0 done, 1 failed, 2 wrong input, 129, 130 and 143 interrupted.")]
 pub struct ReleaseOptions {
     /// The pool's load-sharing port: HOST:PORT or http://HOST:PORT
     #[arg(value_name = "ADDRESS")]

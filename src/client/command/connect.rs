@@ -42,7 +42,7 @@ Examples:
   portpool connect 127.0.0.1:7700 --port-name shell     only ports of that entry
   portpool connect 127.0.0.1:7700 --port rtp:2 --port control --to control
 
-Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 130 and 143 interrupted.")]
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 129, 130 and 143 interrupted.")]
 pub struct ConnectOptions {
     #[command(flatten)]
     ask: AskOptions,

@@ -119,6 +119,33 @@ async fn commands_that_print_end_at_a_signal_without_a_reader() {
     }
 }
 
+#[test]
+fn a_closed_terminal_ends_a_command_unless_nohup_started_it() {
+    for (option, code) in [
+        ("--default-signal=HUP", Some(129)),
+        ("--ignore-signal=HUP", None),
+    ] {
+        let (listener, address) = blackhole();
+        let mut command = Command::new("env");
+        command.args([option, env!("CARGO_BIN_EXE_portpool"), "request", &address]);
+        let mut child = command.spawn().unwrap();
+        let _client = asked(&listener);
+        kill_process(Pid::from_child(&child), Signal::HUP).unwrap();
+        let started = Instant::now();
+        while started.elapsed() < AT_ONCE && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let status = child.try_wait().unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(
+            status.map(|status| status.code()),
+            code.map(Some),
+            "{option}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_first_process_of_a_container_ends_at_a_signal_too() {
     // The kernel ignores signals for it that it has no handler for.

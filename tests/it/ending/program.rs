@@ -59,7 +59,9 @@ impl Program {
         };
         let temporary = folder.path().join("tmp");
         std::fs::create_dir(&temporary).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_portpool"))
+        // These tests may run under nohup.
+        let mut child = Command::new("env")
+            .args(["--default-signal=HUP", env!("CARGO_BIN_EXE_portpool")])
             .args(arguments)
             .env("TMPDIR", &temporary)
             .envs(environment.iter().copied())

@@ -95,6 +95,21 @@ fn local_ends_at_a_signal_in_every_state_and_leaves_nothing() {
 }
 
 #[test]
+fn local_stops_its_pool_when_its_terminal_is_closed() {
+    let _turn = crate::local::one_at_a_time();
+    let (mut program, _, file) = local(&LOCAL.replace("NOISE", ""), Reader::Reads);
+    until_servers(1);
+    program.signal(Signal::HUP);
+    assert!(program.ends(SOON).is_some(), "it goes on");
+    let said = program.said();
+    assert!(
+        said.contains("stopping: ") && said.contains("stopped"),
+        "{said}"
+    );
+    std::fs::remove_file(file).unwrap();
+}
+
+#[test]
 fn local_follows_edits_and_ends_while_no_one_reads_its_output() {
     let _turn = crate::local::one_at_a_time();
     let noise = "(while :; do echo tick tick tick tick tick tick; done) &";
