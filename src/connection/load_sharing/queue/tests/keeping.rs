@@ -1,5 +1,7 @@
 //! Requests for several ports among those for one: rule 8.
 
+use proptest::prelude::*;
+
 use super::*;
 
 /// A request for one port of the entry that all of these tests are about.
