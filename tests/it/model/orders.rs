@@ -1,0 +1,174 @@
+//! Orders of events: all short ones, long random ones, and some by hand.
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// One agent with two ports, two connection servers, a session on its way, in
+/// use or being cut: every order of four further events.
+#[test]
+fn every_short_order_of_events_keeps_the_rules() {
+    let events = [
+        Event::ToAgent(0, 0),
+        Event::FromAgent(0, 0),
+        Event::Deliver(0, 0),
+        Event::Deliver(1, 0),
+        Event::Connect(0, 0, 0),
+        Event::Client(1, 0),
+        Event::Accept,
+        Event::Close,
+        Event::Cut,
+        Event::Release(0, 0, 0),
+        Event::Break(0, 0, Noticing::Agent),
+        Event::Attach(0, 0),
+        Event::RestartAgent(0, false),
+        Event::RestartConnectionServer(0, true),
+        Event::HandOver(0),
+        Event::Pass(6),
+    ];
+    let on_its_way = [Event::Select(0, 0), Event::ToAgent(0, 0)];
+    let in_use = [
+        Event::Select(0, 0),
+        Event::Pass(0),
+        Event::Connect(0, 0, 0),
+        Event::Break(0, 0, Noticing::Agent),
+        Event::Connect(0, 0, 0),
+    ];
+    let being_cut = [
+        Event::Client(0, 0),
+        Event::Wait(0, 0, 0),
+        Event::Release(0, 0, 0),
+        Event::Deliver(1, 0),
+    ];
+    let both_in_use = [
+        Event::SelectBoth(0, 0),
+        Event::Pass(0),
+        Event::Connect(0, 0, 1),
+        Event::Break(0, 0, Noticing::Agent),
+        Event::Connect(0, 0, 0),
+    ];
+    let mut played = 0;
+    fn explore(order: &mut Vec<Event>, depth: usize, events: &[Event], played: &mut u32) {
+        if depth == 0 {
+            let result = std::panic::catch_unwind(|| play(1, order));
+            assert!(result.is_ok(), "after {order:?}");
+            *played += 1;
+            return;
+        }
+        for event in events {
+            order.push(*event);
+            explore(order, depth - 1, events, played);
+            order.pop();
+        }
+    }
+    for begin in [&on_its_way[..], &in_use, &being_cut] {
+        explore(&mut begin.to_vec(), 4, &events, &mut played);
+    }
+    explore(&mut both_in_use.to_vec(), 3, &events, &mut played);
+    assert_eq!(played, 3 * 16u32.pow(4) + 16u32.pow(3));
+}
+
+/// A client releases a session whose agent has restarted and does not know it
+/// yet. The greeting of another connection server must not bring it back.
+#[test]
+fn a_session_released_to_a_restarted_agent_stays_over() {
+    play(
+        2,
+        &[
+            Event::Select(0, 1),
+            Event::ToAgent(0, 1),
+            Event::FromAgent(1, 1),
+            Event::Client(0, 1),
+            Event::Release(0, 1, 0),
+            Event::Select(0, 0),
+            Event::Close,
+            Event::RestartAgent(1, true),
+            Event::Client(0, 1),
+            Event::Attach(1, 1),
+        ],
+    );
+}
+
+/// A client releases a session that a restarted agent has adopted, and the agent
+/// forgets it. Another connection server's greeting comes late.
+#[test]
+fn a_session_ended_by_a_restarted_agent_stays_over() {
+    play(
+        1,
+        &[
+            Event::Client(1, 0),
+            Event::Pass(0),
+            Event::RestartAgent(0, true),
+            Event::Attach(0, 0),
+            Event::Release(0, 0, 0),
+            Event::Deliver(0, 0),
+            Event::Connect(0, 0, 0),
+            Event::Client(1, 0),
+            Event::Pass(0),
+        ],
+    );
+}
+
+/// An agent dies before one connection server has received a session's end. The
+/// other one reports it to the restarted agent, whichever of the two attaches
+/// first.
+#[test]
+fn an_end_that_one_connection_server_missed_outlives_the_agent() {
+    for (first, second) in [(0, 1), (1, 0)] {
+        play(
+            1,
+            &[
+                Event::Client(0, 0),
+                Event::Pass(0),
+                Event::Close,
+                Event::Release(0, 0, 0),
+                Event::Deliver(0, 0),
+                Event::RestartAgent(0, true),
+                Event::Attach(first, 0),
+                Event::Attach(second, 0),
+                Event::Pass(0),
+                Event::Connect(0, 0, 0),
+                Event::Connect(1, 0, 0),
+                Event::Pass(0),
+            ],
+        );
+    }
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let (server, agent, offset) = (0..SERVERS, 0..2usize, 0..PORTS);
+    let pair = || (0..SERVERS, 0..2usize);
+    let noticing = prop_oneof![
+        Just(Noticing::Both),
+        Just(Noticing::Agent),
+        Just(Noticing::ConnectionServer)
+    ];
+    prop_oneof![
+        3 => pair().prop_map(|(s, a)| Event::Select(s, a)),
+        2 => pair().prop_map(|(s, a)| Event::SelectBoth(s, a)),
+        8 => pair().prop_map(|(s, a)| Event::ToAgent(s, a)),
+        8 => pair().prop_map(|(s, a)| Event::FromAgent(s, a)),
+        6 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Connect(s, a, o)),
+        4 => pair().prop_map(|(s, a)| Event::Deliver(s, a)),
+        3 => pair().prop_map(|(s, a)| Event::Client(s, a)),
+        3 => Just(Event::Close),
+        2 => Just(Event::Cut),
+        2 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Wait(s, a, o)),
+        2 => Just(Event::Accept),
+        1 => (server.clone(), agent.clone(), offset).prop_map(|(s, a, o)| Event::Release(s, a, o)),
+        1 => (server.clone(), agent.clone(), noticing).prop_map(|(s, a, n)| Event::Break(s, a, n)),
+        2 => pair().prop_map(|(s, a)| Event::Attach(s, a)),
+        1 => (agent, any::<bool>()).prop_map(|(a, n)| Event::RestartAgent(a, n)),
+        1 => (server.clone(), any::<bool>()).prop_map(|(s, n)| Event::RestartConnectionServer(s, n)),
+        2 => server.prop_map(Event::HandOver),
+        2 => (0..20u64).prop_map(Event::Pass),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #[test]
+    fn long_random_orders_of_events_keep_the_rules(events in proptest::collection::vec(event(), 1..120)) {
+        play(2, &events);
+    }
+}
