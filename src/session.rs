@@ -10,7 +10,7 @@ mod ports;
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
@@ -134,6 +134,7 @@ pub struct SessionRequest {
     /// `protocol`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(min_items = 1, max_items = 16)]
+    #[serde(deserialize_with = "objects")]
     pub ports: Option<Vec<PortRequest>>,
     /// Under the AffinityHash policy, equal keys go to the same processing
     /// server while it has room: 1 to 128 characters.
@@ -167,6 +168,16 @@ pub struct PortRequest {
     /// `Shared`. The first of an even number is even.
     #[schema(minimum = 1, maximum = 64)]
     pub count: u32,
+}
+
+/// Elements that are JSON objects. Derived code would take an array of a field's
+/// values for one, too.
+fn objects<'de, D: Deserializer<'de>>(list: D) -> Result<Option<Vec<PortRequest>>, D::Error> {
+    type Object = serde_json::Map<String, serde_json::Value>;
+    let elements = Option::<Vec<Object>>::deserialize(list)?;
+    let parse = |element| PortRequest::deserialize(serde_json::Value::Object(element));
+    let parsed = elements.map(|elements| elements.into_iter().map(parse).collect());
+    parsed.transpose().map_err(serde::de::Error::custom)
 }
 
 impl Default for PortRequest {

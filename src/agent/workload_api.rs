@@ -32,6 +32,7 @@ use futures::{Stream, StreamExt};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Map, Value};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio_stream::wrappers::BroadcastStream;
@@ -211,9 +212,11 @@ async fn get_server(State(api): State<Arc<Api>>) -> Result<Json<ServerView>, Ref
 )]
 async fn set_readiness(
     State(api): State<Arc<Api>>,
-    body: Result<Json<Readiness>, JsonRejection>,
+    body: Result<Json<Map<String, Value>>, JsonRejection>,
 ) -> Result<StatusCode, Refused> {
-    let Json(Readiness { ready }) = body?;
+    // An object only: derived code would take an array of the values as well.
+    let Json(object) = body?;
+    let Readiness { ready } = serde_json::from_value(Value::Object(object))?;
     let turn = api.readiness.lock().await;
     api.agent.set_ready(ready);
     tokio::time::sleep(READINESS_PAUSE).await;
@@ -331,6 +334,8 @@ fn session_id(path: Result<Path<String>, PathRejection>) -> Result<SessionId, Re
 enum Refused {
     #[error("{0}")]
     Body(#[from] JsonRejection),
+    #[error("the body must be {{\"ready\": true}} or {{\"ready\": false}}: {0}")]
+    Field(#[from] serde_json::Error),
     #[error("the agent has no table with this server yet; ask again in a second")]
     NoRow,
     #[error("no live session has this id; it may be over")]
@@ -353,6 +358,7 @@ impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         let (status, name, title) = match &self {
             Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
+            Self::Field(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
             Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
             Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "too-slow", "Request too slow"),

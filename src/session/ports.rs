@@ -318,6 +318,17 @@ mod tests {
     }
 
     #[test]
+    fn elements_of_ports_are_objects() {
+        let parse = |text: &str| serde_json::from_str::<SessionRequest>(text);
+        let request = parse(r#"{"ports": [{"portName": "rtp", "count": 2}, {}]}"#).unwrap();
+        let wanted = request.blocks().unwrap();
+        assert_eq!(wanted, blocks(&[("rtp", 2), ("", 1)]));
+        for wrong in [r#"[["rtp"]]"#, "[null]", "[1]", r#"[{"name": "rtp"}]"#] {
+            parse(&format!(r#"{{"ports": {wrong}}}"#)).unwrap_err();
+        }
+    }
+
+    #[test]
     fn an_entry_is_left_to_those_that_can_use_no_other() {
         use PortProtocol::{TCP, TCPUDP, UDP};
         let speaking = |protocol| {

@@ -180,6 +180,7 @@ async fn what_a_workload_says_wrongly_is_refused_with_the_reason() {
         ("PUT", "/v1/readiness", "{}", 422, "ready"),
         ("PUT", "/v1/readiness", r#"{"ready":1}"#, 422, "ready"),
         ("PUT", "/v1/readiness", r#"{"ready":true,"a":1}"#, 422, "a"),
+        ("PUT", "/v1/readiness", "[false]", 422, "map"),
         ("PUT", "/v1/readiness", &long, 413, "length limit"),
         ("GET", "/v1/nothing", "", 404, "/openapi.json"),
         ("PATCH", "/v1/server", "", 405, "/openapi.json"),
