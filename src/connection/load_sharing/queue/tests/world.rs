@@ -352,6 +352,8 @@ impl World {
         }
         while let Some(index) = self.agents.iter().position(|agent| !agent.asked.is_empty()) {
             self.answer(index, None);
+            // A request that is over may leave a server to others: see `forget_keeping`.
+            self.catch_up();
             self.check();
         }
     }
