@@ -1,5 +1,8 @@
 //! The admin port of every role: liveness, readiness, metrics, and the table
 //! in use. It is not the load-sharing port, so that it can stay private.
+//! `events` has streams of events, which the local API of agents has, too.
+
+pub mod events;
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

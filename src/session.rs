@@ -7,13 +7,13 @@
 //! `selection`.
 
 mod ports;
-
-use std::fmt;
+mod problem;
 
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
+pub use self::problem::Problem;
 use crate::pool::{ClientBinding, Policy, PortProtocol};
 use crate::table::Slot;
 
@@ -273,6 +273,18 @@ pub enum SessionState {
     Lingering,
 }
 
+impl SessionState {
+    /// The state as it is written.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Held => "Held",
+            Self::Busy => "Busy",
+            Self::Lingering => "Lingering",
+        }
+    }
+}
+
 /// Live state of a pool as one connection server sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -341,28 +353,4 @@ pub struct PortState {
     pub lingering: u32,
     /// The workload does not listen on them.
     pub not_listening: u32,
-}
-
-/// A refusal as RFC 9457 problem details (`application/problem+json`).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Problem {
-    /// `urn:portpool:problem:` and the refusal's name; stable, for programs.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// The refusal in a few words.
-    pub title: String,
-    /// HTTP status.
-    pub status: u16,
-    /// What was wrong here, and the remedy.
-    pub detail: String,
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            formatter,
-            "{}: {} ({})",
-            self.title, self.detail, self.status
-        )
-    }
 }

@@ -25,18 +25,16 @@ use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::uri::Authority;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
-use futures::{Stream, StreamExt};
+use futures::Stream;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Map, Value};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
-use tokio_stream::wrappers::BroadcastStream;
-use tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged;
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, warn};
@@ -46,6 +44,7 @@ use utoipa_axum::routes;
 
 use super::server::Agent;
 use super::workload_view::{Readiness, ServerView, SessionList, WorkloadEvent, WorkloadSession};
+use crate::admin::events::Watchers;
 use crate::session::{Problem, SessionId};
 
 /// Most bytes of a request's body.
@@ -85,10 +84,9 @@ struct Document;
 /// What the handlers need.
 struct Api {
     agent: Agent,
-    watchers: Arc<Semaphore>,
+    watchers: Watchers,
     /// Who changes the readiness.
     readiness: Mutex<()>,
-    stopping: CancellationToken,
 }
 
 /// The OpenAPI document, as served at `/openapi.json`.
@@ -112,9 +110,8 @@ fn documented() -> OpenApiRouter<Arc<Api>> {
 pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationToken) {
     let api = Api {
         agent,
-        watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
+        watchers: Watchers::new(WATCHERS_MAX, stopping.clone()),
         readiness: Mutex::new(()),
-        stopping: stopping.clone(),
     };
     let (router, _) = documented().split_for_parts();
     let router = router
@@ -300,21 +297,9 @@ async fn end_session(
 async fn watch_events(
     State(api): State<Arc<Api>>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refused> {
-    let place = api.watchers.clone().try_acquire_owned();
-    let place = place.map_err(|_| Refused::TooManyWatchers)?;
-    let events = BroadcastStream::new(api.agent.watch());
-    let events = events.take_until(api.stopping.clone().cancelled_owned());
-    let events = events.map(move |event| {
-        let _place = &place;
-        Ok(match event {
-            Ok(event) => Event::default()
-                .event(event.name())
-                .json_data(&event)
-                .unwrap_or_default(),
-            Err(Lagged(lost)) => Event::default().event("lost").data(lost.to_string()),
-        })
-    });
-    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+    let events = api.agent.watch();
+    let stream = api.watchers.watch(events, WorkloadEvent::name);
+    stream.ok_or(Refused::TooManyWatchers)
 }
 
 /// This document.
@@ -375,13 +360,6 @@ impl IntoResponse for Refused {
                 "Method not allowed",
             ),
         };
-        let problem = Problem {
-            kind: format!("urn:portpool:problem:{name}"),
-            title: title.to_owned(),
-            status: status.as_u16(),
-            detail: self.to_string(),
-        };
-        let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
-        (status, content_type, Json(problem)).into_response()
+        Problem::response(status, name, title, self.to_string())
     }
 }

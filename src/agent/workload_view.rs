@@ -166,12 +166,8 @@ impl WorkloadEvent {
     /// The name of the event: the state that the session is in, or `Ended`.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        match self.session.as_ref().map(|session| session.state) {
-            None => "Ended",
-            Some(SessionState::Held) => "Held",
-            Some(SessionState::Busy) => "Busy",
-            Some(SessionState::Lingering) => "Lingering",
-        }
+        let session = self.session.as_ref();
+        session.map_or("Ended", |session| session.state.name())
     }
 }
 

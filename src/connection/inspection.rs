@@ -8,11 +8,8 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
-use axum::response::sse::{Event, KeepAlive, Sse};
-use futures::{Stream, StreamExt};
-use tokio::sync::Semaphore;
-use tokio_stream::wrappers::BroadcastStream;
-use tokio_stream::wrappers::errors::BroadcastStreamRecvError::Lagged;
+use axum::response::sse::{Event, Sse};
+use futures::Stream;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
@@ -23,6 +20,7 @@ use super::load_sharing::problem::Refused;
 use super::sessions::events::SessionEvent;
 use super::sessions::listing::{PAGE_MAX, SessionPage, SessionQuery};
 use crate::admin::Pages;
+use crate::admin::events::Watchers;
 use crate::session::{PoolState, Problem};
 
 /// Most clients that watch events at a time.
@@ -42,8 +40,7 @@ struct Document;
 /// What the handlers need.
 struct Inspection {
     api: Arc<Api>,
-    watchers: Arc<Semaphore>,
-    stopping: CancellationToken,
+    watchers: Watchers,
 }
 
 /// The pages. Watchers are sent away when `stopping`.
@@ -51,8 +48,7 @@ struct Inspection {
 pub fn pages(api: Arc<Api>, stopping: CancellationToken) -> Pages {
     let inspection = Inspection {
         api,
-        watchers: Arc::new(Semaphore::new(WATCHERS_MAX)),
-        stopping,
+        watchers: Watchers::new(WATCHERS_MAX, stopping),
     };
     let (router, _) = documented().split_for_parts();
     Pages {
@@ -114,21 +110,9 @@ async fn list_sessions(
 async fn watch_events(
     State(inspection): State<Arc<Inspection>>,
 ) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Refused> {
-    let place = inspection.watchers.clone().try_acquire_owned();
-    let place = place.map_err(|_| Refused::TooManyWatchers(WATCHERS_MAX))?;
-    let events = BroadcastStream::new(inspection.api.sessions.watch());
-    let stopping = inspection.stopping.clone().cancelled_owned();
-    let events = events.take_until(stopping).map(move |event| {
-        let _place = &place;
-        Ok(match event {
-            Ok(event) => Event::default()
-                .event(event.name())
-                .json_data(&event)
-                .unwrap_or_default(),
-            Err(Lagged(lost)) => Event::default().event("lost").data(lost.to_string()),
-        })
-    });
-    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+    let events = inspection.api.sessions.watch();
+    let stream = inspection.watchers.watch(events, SessionEvent::name);
+    stream.ok_or(Refused::TooManyWatchers(WATCHERS_MAX))
 }
 
 /// Live state of the pool: sessions by server, ports by state.

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use axum::Json;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
@@ -136,14 +135,7 @@ impl Refused {
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         let (status, name, title) = self.kind();
-        let problem = Problem {
-            kind: format!("urn:portpool:problem:{name}"),
-            title: title.to_owned(),
-            status: status.as_u16(),
-            detail: self.to_string(),
-        };
-        let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
-        let mut response = (status, content_type, Json(problem)).into_response();
+        let mut response = Problem::response(status, name, title, self.to_string());
         response.extensions_mut().insert(ProblemName(name));
         if status == StatusCode::SERVICE_UNAVAILABLE {
             let soon = header::HeaderValue::from_static("1");

@@ -7,7 +7,6 @@ use utoipa::ToSchema;
 
 use super::listing::SessionInfo;
 use super::{Inner, Live, Sessions};
-use crate::session::SessionState;
 
 /// Events that are kept for a watcher that is slow; it loses the oldest.
 const KEPT: usize = 1024;
@@ -30,12 +29,7 @@ impl SessionEvent {
     /// The name of the event: the state that the session is in, or `Ended`.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        match (self.cause, self.session.state) {
-            (Some(_), _) => "Ended",
-            (None, SessionState::Held) => "Held",
-            (None, SessionState::Busy) => "Busy",
-            (None, SessionState::Lingering) => "Lingering",
-        }
+        self.cause.map_or(self.session.state.name(), |_| "Ended")
     }
 }
 
