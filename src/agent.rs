@@ -75,7 +75,7 @@ pub struct Options {
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7071")]
     pub admin: SocketAddr,
 
-    /// Where the workload may ask who it is and which sessions it has: a loopback address, as nobody is asked for credentials; not served without it
+    /// Where the workload may ask who it is and which sessions it has: a loopback address, because it asks for no credentials; not served without it
     #[arg(long, value_name = "IP:PORT", value_parser = loopback)]
     pub api: Option<SocketAddr>,
 

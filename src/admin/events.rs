@@ -29,8 +29,8 @@ impl Watchers {
     }
 
     /// The `events` from now on, each with its `name`; `None` when all places are
-    /// taken. Who reads too slowly gets an event `lost` with the number of those that
-    /// it missed.
+    /// taken. A watcher that reads too slowly gets an event `lost` with the number of
+    /// those that it missed.
     pub fn watch<E: Clone + Serialize + Send + 'static>(
         &self,
         events: broadcast::Receiver<E>,

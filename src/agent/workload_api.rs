@@ -63,8 +63,9 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a request may take until its answer begins.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Shortest time between two changes of readiness. Connection servers are told of
-/// each, and one that reads slowly must not make the agent remember many.
+/// Shortest time between two changes of readiness. Each is sent to
+/// every connection server, and one that reads slowly must not make the agent
+/// remember many.
 const READINESS_PAUSE: Duration = Duration::from_millis(20);
 
 /// Pause after a failed accept, so that a lack of descriptors does not spin.
@@ -203,7 +204,7 @@ async fn get_server(State(api): State<Arc<Api>>) -> Result<Json<ServerView>, Ref
     path = "/v1/readiness",
     request_body = Readiness,
     responses(
-        (status = 204, description = "Noted, and connection servers are told"),
+        (status = 204, description = "Noted; connection servers learn of it"),
         (status = "4XX", description = "The body is not as described", body = Problem, content_type = "application/problem+json"),
     )
 )]
@@ -227,7 +228,7 @@ async fn set_readiness(
 #[utoipa::path(
     post,
     path = "/v1/drain",
-    responses((status = 204, description = "Noted, and connection servers are told"))
+    responses((status = 204, description = "Noted; connection servers learn of it"))
 )]
 async fn drain(State(api): State<Arc<Api>>) -> StatusCode {
     api.agent.spend();
@@ -284,8 +285,8 @@ async fn end_session(
 
 /// Changes of sessions from now on, as server-sent events. The name of an event is
 /// the state that the session is in now (`Held`, `Busy`, `Lingering`) or `Ended`;
-/// its data is a `WorkloadEvent`. Who reads too slowly gets an event `lost` with the
-/// number of those that it missed. To miss nothing, watch first and then list.
+/// its data is a `WorkloadEvent`. A watcher that reads too slowly gets an event `lost`
+/// with the number of those that it missed. To miss nothing, watch first and then list.
 #[utoipa::path(
     get,
     path = "/v1/events",

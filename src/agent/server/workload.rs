@@ -1,5 +1,5 @@
-//! What the workload is told of its server and its sessions, and what it may
-//! decide about them. `workload_api` is where it asks.
+//! What the local API shows a workload of its server and its sessions, and the
+//! decisions that it takes from it. `workload_api` is where the workload asks.
 
 use jiff::Timestamp;
 use tokio::sync::broadcast;
