@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use kube::runtime::reflector::Store;
 use parking_lot::Mutex;
 
-use super::observation::Observation;
+use super::observation::{Observation, Versions};
 use crate::pool::ProcessingPool;
 use crate::table::Table;
 
@@ -121,25 +121,27 @@ impl Memory {
             .retain(|uid, _| uids.contains(uid.as_str()));
     }
 
-    /// Compares what the watch shows with `pods`, the uids that were just listed.
-    /// Returns whether the watch is behind, so that the caller should wait for it.
-    pub(super) fn compare_listing(
-        &self,
-        uid: &str,
-        observation: &Observation,
-        pods: &HashSet<String>,
-    ) -> bool {
-        let servers = observation.servers.iter();
-        let shown: HashSet<&String> = servers.map(|server| &server.uid).collect();
+    /// Compares the pods that the watch has `shown` with those that were `listed`
+    /// just now. Returns whether the watch is behind, so that the caller should wait
+    /// for it.
+    ///
+    /// At first no pod may be shown as it was before: a watch that begins with the
+    /// past would have servers that are ready written as not ready, or without
+    /// their address. Later, a pod that has just changed is no reason to wait.
+    pub(super) fn compare_listing(&self, uid: &str, shown: &Versions, listed: &Versions) -> bool {
         self.with(uid, |memory| {
-            let is_missing = pods.iter().any(|pod| !shown.contains(pod));
-            if is_missing && memory.waits < MOST_WAITS {
+            let is_first = memory.listed.is_none();
+            let is_behind = |(pod, version): (&String, &u64)| {
+                let shown = shown.get(pod);
+                shown.is_none_or(|shown| is_first && shown < version)
+            };
+            if listed.iter().any(is_behind) && memory.waits < MOST_WAITS {
                 memory.waits += 1;
                 return true;
             }
             memory.waits = 0;
             memory.listed = Some(Instant::now());
-            let gone = shown.into_iter().filter(|pod| !pods.contains(*pod));
+            let gone = shown.keys().filter(|pod| !listed.contains_key(*pod));
             memory.deleted_pods = gone.cloned().collect();
             false
         })

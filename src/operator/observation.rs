@@ -1,6 +1,7 @@
 //! What there is of a pool, read from the objects that the watches keep. No
 //! client; the step that fills it in is in `observe`.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +64,16 @@ pub(super) struct Observation {
     pub(super) next_too_old: Option<Duration>,
 }
 
+/// Uids and versions of pods. Versions are numbers that grow, since Kubernetes 1.35
+/// by contract; one that is no number counts as the oldest.
+pub(super) type Versions = HashMap<String, u64>;
+
+pub(super) fn versions<'a, Pod: ResourceExt + 'a>(pods: impl Iterator<Item = &'a Pod>) -> Versions {
+    let version = |pod: &Pod| pod.resource_version()?.parse().ok();
+    pods.filter_map(|pod| Some((pod.uid()?, version(pod).unwrap_or(0))))
+        .collect()
+}
+
 /// A pool's pods.
 pub(super) struct Pods {
     servers: Vec<Arc<DynamicObject>>,
@@ -84,6 +95,12 @@ impl Pods {
             servers: of_component(PROCESSING_SERVER),
             connection_servers: of_component(CONNECTION_SERVER),
         }
+    }
+
+    /// What the watch shows of the processing servers that `owner` has.
+    pub(super) fn versions(&self, owner: Owner<'_>) -> Versions {
+        let owned = self.servers.iter().map(AsRef::as_ref);
+        versions(owned.filter(|pod| is_owned(*pod, owner.uid)))
     }
 
     /// Addresses of the connection servers that are ready.

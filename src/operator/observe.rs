@@ -38,7 +38,7 @@ impl Reconcile<'_> {
         );
         if memory.is_due_for_listing(uid) {
             let listed = self.list_pods().await?;
-            if memory.compare_listing(uid, &observation, &listed) {
+            if memory.compare_listing(uid, &pods.versions(self.owner), &listed) {
                 return Ok(None);
             }
             memory.forget_deleted(&self.context.pools);

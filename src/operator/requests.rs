@@ -1,7 +1,6 @@
 //! Requests to the API server about a pool: writes, and reads that the watches
 //! cannot answer. Each is safe to repeat, also when its reply was lost.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use futures::StreamExt;
@@ -12,6 +11,7 @@ use kube::{Api, ResourceExt};
 use serde_json::Value;
 
 use super::context::Reconcile;
+use super::observation::{Versions, versions};
 use super::stores::{is_owned, resource};
 use crate::plan::objects::{
     COMPONENT_LABEL, MANAGED_BY, MANAGER, POOL_LABEL, PROCESSING_SERVER, covers,
@@ -218,8 +218,8 @@ impl Reconcile<'_> {
         }
     }
 
-    /// The uids of the processing servers' pods, from the API server itself.
-    pub(super) async fn list_pods(&self) -> Result<HashSet<String>, Error> {
+    /// The processing servers' pods, from the API server itself.
+    pub(super) async fn list_pods(&self) -> Result<Versions, Error> {
         let pool = &self.owner.pool.name;
         let servers = format!(
             "{MANAGED_BY}={MANAGER},{POOL_LABEL}={pool},{COMPONENT_LABEL}={PROCESSING_SERVER}"
@@ -227,12 +227,8 @@ impl Reconcile<'_> {
         let ours = ListParams::default().labels(&servers);
         let listed = self.api("Pod").list_metadata(&ours).await;
         let listed = listed.map_err(self.failed("list", "Pods of", pool))?;
-        Ok(listed
-            .items
-            .into_iter()
-            .filter(|pod| is_owned(pod, self.owner.uid))
-            .filter_map(|pod| pod.metadata.uid)
-            .collect())
+        let pods = listed.items.iter();
+        Ok(versions(pods.filter(|pod| is_owned(*pod, self.owner.uid))))
     }
 
     /// Lets the API server check a pod, unknown fields included, without creating

@@ -248,9 +248,13 @@ async fn old_lists_after_a_restart_delete_nothing() {
     let caches = u64::try_from(KINDS.len()).unwrap() + 1;
     faulty.proxy.rule(move |call| {
         let is_list = call.method == Method::GET && !call.is_watch && !call.path.ends_with("games");
-        match is_list && lists.fetch_add(1, Ordering::Relaxed) < caches {
-            true => Fault::Stale,
-            false => Fault::Pass,
+        if is_list && lists.fetch_add(1, Ordering::Relaxed) < caches {
+            Fault::Stale
+        } else if call.is_watch && call.path.ends_with("/pods") {
+            // What has happened since is shown slowly, one event after another.
+            Fault::DelayEvents(Duration::from_millis(200))
+        } else {
+            Fault::Pass
         }
     });
     let counts = faulty.counts();
