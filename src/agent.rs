@@ -46,6 +46,10 @@ const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// deadline ended.
 const END_GRACE: Duration = Duration::from_secs(1);
 
+/// Longest message of a connection server, a greeting: up to 8 MiB of metadata, and
+/// some 300 bytes for each of up to 65535 sessions.
+const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
+
 /// Runs the agent of one processing server: selects connection ports for the
 /// workload beside it.
 #[derive(clap::Args, Clone, Debug)]
@@ -205,7 +209,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     let serving = tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEP_ALIVE_TIMEOUT))
-        .add_service(SelectionServer::new(agent.clone()))
+        .add_service(
+            SelectionServer::new(agent.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES),
+        )
         .serve_with_incoming(incoming);
     info!(%address, slot = %options.slot, "agent ready");
     tokio::select! {

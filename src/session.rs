@@ -1,17 +1,20 @@
 //! What a session is to everyone who handles one: its id, its state and the
 //! filter that its request put on ports; and the types of the load-sharing API,
 //! which the connection server and the client module share. `ports` has the
-//! ports of a request and of a session.
+//! ports of a request and of a session, `metadata` what the client says to the
+//! workload.
 //!
 //! The messages about sessions between connection servers and agents are in
 //! `selection`.
 
+mod metadata;
 mod ports;
 mod problem;
 
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
+pub use self::metadata::{MAX_METADATA_BYTES, Metadata, MetadataError};
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
 pub use self::problem::Problem;
 use crate::pool::{ClientBinding, Policy, PortProtocol};
@@ -145,6 +148,12 @@ pub struct SessionRequest {
     /// pool allows any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_binding: Option<ClientBinding>,
+    /// Strings for the workload, which sees them at its agent's local API: at most
+    /// 4096 bytes in all keys and values. Under one idempotency key, those of the
+    /// request that made the session count.
+    #[serde(skip_serializing_if = "Metadata::is_empty")]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub metadata: Metadata,
     /// Seconds to wait when nothing is free, in order among those who could use
     /// the same ports: 0 to 300, default 0. A client that hangs up leaves the
     /// queue.

@@ -6,7 +6,7 @@ use utoipa::ToSchema;
 
 use crate::pool::{Mapping, PortProtocol};
 use crate::selection::{EndCause, FromAgent, Session};
-use crate::session::{ConnectionPort, SessionState};
+use crate::session::{ConnectionPort, Metadata, SessionState};
 use crate::table::{PortRange, Slot};
 
 /// The processing server that the workload is part of.
@@ -87,6 +87,10 @@ pub struct WorkloadSession {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub bound_client: Option<std::net::IpAddr>,
+    /// What the client says to the workload, in the request for the session.
+    #[serde(skip_serializing_if = "Metadata::is_empty")]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub metadata: Metadata,
     /// While `Held`: when it ends unless a client connects (RFC 3339).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
@@ -108,6 +112,7 @@ impl From<&Session> for WorkloadSession {
             ports: session.ports.iter().map(Into::into).collect(),
             state: session.state,
             bound_client: session.bound_client,
+            metadata: session.metadata.clone(),
             claim_deadline: is_held.then(|| in_milliseconds(session.claim_deadline)),
             created: in_milliseconds(session.created),
         }

@@ -3,6 +3,7 @@
 
 mod connect;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use self::connect::ANSWER_TIME;
 pub use self::connect::{ConnectOptions, connect};
 use super::{Client, ClientError, endpoint};
 use crate::pool::{ClientBinding, PortProtocol};
-use crate::session::{PortRequest, Session, SessionRequest};
+use crate::session::{Metadata, MetadataError, PortRequest, Session, SessionRequest};
 
 /// Pause before a request that was waiting is sent to the next connection server.
 const UPGRADE_PAUSE: Duration = Duration::from_millis(200);
@@ -60,6 +61,10 @@ pub struct AskOptions {
     #[arg(long)]
     pub bind_to_me: bool,
 
+    /// A string for the workload; once for each key, 4096 bytes altogether
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_metadata)]
+    pub metadata: Vec<(String, String)>,
+
     /// When nothing is free, wait this long in the queue: 0 to 300
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub wait: u32,
@@ -95,19 +100,34 @@ fn parse_port(text: &str) -> Result<PortRequest, String> {
     })
 }
 
-impl From<&AskOptions> for SessionRequest {
-    fn from(options: &AskOptions) -> Self {
-        Self {
-            idempotency_key: options.idempotency_key.clone(),
-            protocol: options.protocol,
-            port_name: options.port_name.clone(),
-            server: options.server.clone(),
-            near: options.near.clone(),
-            ports: (!options.ports.is_empty()).then(|| options.ports.clone()),
-            affinity_key: options.affinity_key.clone(),
-            client_binding: options.bind_to_me.then_some(ClientBinding::Requester),
-            wait_seconds: options.wait,
+/// A key and its value as `--metadata` gives them.
+fn parse_metadata(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("give KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+impl AskOptions {
+    /// The request that they describe.
+    ///
+    /// # Errors
+    /// When the metadata is too large, or has a key twice.
+    fn wanted(&self) -> Result<SessionRequest, CommandError> {
+        let mut keys = BTreeSet::new();
+        if let Some((key, _)) = self.metadata.iter().find(|(key, _)| !keys.insert(key)) {
+            return Err(CommandError::MetadataTwice(key.clone()));
         }
+        Ok(SessionRequest {
+            idempotency_key: self.idempotency_key.clone(),
+            protocol: self.protocol,
+            port_name: self.port_name.clone(),
+            server: self.server.clone(),
+            near: self.near.clone(),
+            ports: (!self.ports.is_empty()).then(|| self.ports.clone()),
+            affinity_key: self.affinity_key.clone(),
+            client_binding: self.bind_to_me.then_some(ClientBinding::Requester),
+            metadata: Metadata::new(self.metadata.iter().cloned())?,
+            wait_seconds: self.wait,
+        })
     }
 }
 
@@ -124,6 +144,8 @@ Examples:
   portpool request 127.0.0.1:7700 --wait 30             wait when nothing is free
   portpool request 127.0.0.1:7700 --port rtp:2 --port control
                                                         several ports: a line NAME HOST:PORT for each
+  portpool request 127.0.0.1:7700 --metadata map=harbor --metadata player=ada
+                                                        strings that the workload sees
   nc $(portpool request 127.0.0.1:7700 | tr : ' ')      and connect to it
 
 Exit codes: 0 done, 1 failed, 2 wrong input, 3 nothing is free now, 129, 130 and 143 interrupted.")]
@@ -170,6 +192,12 @@ pub enum CommandError {
     /// `--to` names an entry that no `--port` asks for.
     #[error("no port of the session has the name {0:?} that --to gives: ask for it with --port")]
     NoSuchPort(String),
+    /// The metadata is too large.
+    #[error("--{0}")]
+    Metadata(#[from] MetadataError),
+    /// The metadata has a key twice.
+    #[error("--metadata gives the key {0:?} twice: each key has one value")]
+    MetadataTwice(String),
     /// `--udp` and `--protocol TCP` do not go together.
     #[error("--udp needs a port that forwards UDP: leave out --protocol TCP")]
     Protocol,
@@ -197,7 +225,9 @@ impl CommandError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             Self::Client(error) => error.is_bad_input(),
-            Self::Protocol | Self::NoSuchPort(_) => true,
+            Self::Protocol | Self::NoSuchPort(_) | Self::Metadata(_) | Self::MetadataTwice(_) => {
+                true
+            }
             Self::Interrupted | Self::Broken(_) | Self::Answer { .. } => false,
         }
     }
@@ -236,7 +266,7 @@ async fn ask(
 /// [`CommandError`].
 pub async fn request(options: RequestOptions) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
-    let wanted = (&options.ask).into();
+    let wanted = options.ask.wanted()?;
     let session = ask(&client, wanted, options.ask.retry_seconds).await?;
     let line = |session: &Session| match options.output {
         Output::Wide => format!("{} {}", endpoint(session), session.id),

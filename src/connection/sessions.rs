@@ -54,7 +54,7 @@ pub use self::queries::KnownSession;
 use self::span::SessionSpan;
 use crate::forward::SessionKey;
 use crate::selection::{EndCause, Session, ToAgent};
-use crate::session::{OneOrMore, SessionId, SessionPort};
+use crate::session::{Metadata, OneOrMore, SessionId, SessionPort};
 use crate::table::{ListenPort, PortIndex, Row, Slot};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
@@ -71,6 +71,27 @@ pub enum ReleaseError {
     Unknown,
     /// The session's agent is not attached.
     OutOfReach,
+}
+
+/// Most bytes of metadata in a greeting: that of 2048 sessions with the most that one
+/// may have. An agent takes no larger messages, and has little memory.
+const GREETING_METADATA_BYTES: usize = 8 * 1024 * 1024;
+
+/// The `sessions` for a greeting: once their metadata has reached its bound, the
+/// others are without. An agent that was restarted does not know theirs then.
+fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Session> {
+    let mut left = GREETING_METADATA_BYTES;
+    let take = |session: Session| match left.checked_sub(session.metadata.bytes()) {
+        Some(less) => {
+            left = less;
+            session
+        }
+        None => Session {
+            metadata: Metadata::default(),
+            ..session
+        },
+    };
+    sessions.map(take).collect()
 }
 
 /// The sessions of all processing servers that are known here.
@@ -288,7 +309,7 @@ impl Sessions {
             .values()
             .filter(|live| live.slot == slot)
             .map(Live::report);
-        let _ = outbox.send(greet(known.collect()));
+        let _ = outbox.send(greet(within_budget(known)));
         // They may have been lost with the former stream.
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
             let _ = outbox.send(ToAgent::Release(id.clone()));

@@ -1,12 +1,13 @@
 //! The values of single fields: parsed from the wire, and written to it.
 
+use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::net::IpAddr;
 
 use jiff::Timestamp;
 
 use crate::pool::PortProtocol;
-use crate::session::{MAX_KEY_CHARACTERS, SessionId};
+use crate::session::{MAX_KEY_CHARACTERS, Metadata, SessionId};
 use crate::table::ListenPort;
 
 /// Most characters of a bad value that an error shows.
@@ -59,6 +60,11 @@ pub(super) fn optional(
 pub(super) fn idempotency_key(text: String) -> Result<Option<String>, FieldError> {
     let rule = "have at most 128 characters";
     optional("idempotency_key", text, MAX_KEY_CHARACTERS, rule)
+}
+
+pub(super) fn metadata(entries: BTreeMap<String, String>) -> Result<Metadata, FieldError> {
+    let rule = "have at most 4096 bytes in all keys and values";
+    Metadata::try_from(entries).map_err(|error| FieldError::new("metadata", &error.bytes, rule))
 }
 
 pub(super) fn protocol(text: &str) -> Result<PortProtocol, FieldError> {

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 
 use jiff::Timestamp;
 
-use crate::session::{Block, OneOrMore, PortState, SessionId, SessionPort, SessionState, text_id};
+use crate::session::{
+    Block, Metadata, OneOrMore, PortState, SessionId, SessionPort, SessionState, text_id,
+};
 use crate::table::ListenPort;
 
 text_id! {
@@ -78,6 +80,8 @@ pub struct Select {
     pub ports: OneOrMore<Block>,
     /// The requester's address when only it may connect.
     pub bound_client: Option<IpAddr>,
+    /// What the client says to the workload.
+    pub metadata: Metadata,
 }
 
 /// A message from an agent to a connection server.
@@ -177,6 +181,8 @@ pub struct Session {
     pub is_claimed: bool,
     /// In a greeting: whether the sender has connections open on it.
     pub open_here: bool,
+    /// What the client says to the workload.
+    pub metadata: Metadata,
 }
 
 #[cfg(test)]
@@ -194,6 +200,7 @@ impl Session {
             lingering_since: None,
             is_claimed: false,
             open_here: false,
+            metadata: Metadata::default(),
         }
     }
 }

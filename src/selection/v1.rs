@@ -118,6 +118,13 @@ pub struct Select {
     /// whose Welcome has several_ports gets it: another one would select one port.
     #[prost(message, repeated, tag = "7")]
     pub ports: ::prost::alloc::vec::Vec<PortBlock>,
+    /// Strings for the workload, at most 4096 bytes in all keys and values. An older
+    /// agent does not know them.
+    #[prost(btree_map = "string, string", tag = "8")]
+    pub metadata: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
 }
 /// Adjacent connection ports of one port entry, which lead to adjacent server
 /// ports, or to the same one. The first of an even number of ports is even.
@@ -364,6 +371,12 @@ pub struct Session {
     /// server that does not know them refuses clients there.
     #[prost(message, repeated, tag = "13")]
     pub further_ports: ::prost::alloc::vec::Vec<SessionPort>,
+    /// As in Select. A greeting leaves them out beyond 8 MiB altogether.
+    #[prost(btree_map = "string, string", tag = "14")]
+    pub metadata: ::prost::alloc::collections::BTreeMap<
+        ::prost::alloc::string::String,
+        ::prost::alloc::string::String,
+    >,
 }
 /// Nested message and enum types in `Session`.
 pub mod session {

@@ -12,8 +12,8 @@ mod from_agent;
 mod to_agent;
 
 use super::field::{
-    FieldError, address_text, bound_client, connection_port, idempotency_key, protocol, session_id,
-    timestamp, unix_ms,
+    FieldError, address_text, bound_client, connection_port, idempotency_key, metadata, protocol,
+    session_id, timestamp, unix_ms,
 };
 use super::v1::{self, session};
 use super::{PROTOCOL_VERSION, Session};
@@ -89,6 +89,7 @@ impl TryFrom<v1::Session> for Session {
             },
             is_claimed: session.claimed,
             open_here: session.open_here,
+            metadata: metadata(session.metadata)?,
         })
     }
 }
@@ -140,6 +141,7 @@ impl From<Session> for v1::Session {
             lingering_since_ms: session.lingering_since.map_or(0, unix_ms),
             claimed: session.is_claimed,
             open_here: session.open_here,
+            metadata: session.metadata.into(),
         }
     }
 }
@@ -167,6 +169,7 @@ mod tests {
                 port_name: "media".to_owned(),
                 protocol: "UDP".to_owned(),
             }],
+            metadata: [("map".to_owned(), "harbor".to_owned())].into(),
         }
     }
 
@@ -181,6 +184,7 @@ mod tests {
             bound_client: String::new(),
             lingering_since_ms: 0,
             further_ports: Vec::new(),
+            metadata: Default::default(),
             ..session()
         };
         let read = Session::try_from(bare.clone()).unwrap();
@@ -192,7 +196,7 @@ mod tests {
     #[test]
     fn a_value_that_does_not_parse_is_named() {
         type Spoil = fn(&mut v1::Session);
-        let cases: [(Spoil, &str); 8] = [
+        let cases: [(Spoil, &str); 9] = [
             (|session| session.session_id.clear(), "session_id \"\""),
             (
                 |session| session.session_id = "x".repeat(65),
@@ -216,6 +220,12 @@ mod tests {
                 "bound_client \"anyone\"",
             ),
             (|session| session.state = 9, "state 9"),
+            (
+                |session| {
+                    session.metadata.insert("k".repeat(5_000), String::new());
+                },
+                "metadata 5009",
+            ),
         ];
         for (spoil, expected) in cases {
             let mut session = session();

@@ -38,6 +38,7 @@ async fn requests_that_are_wrong_get_problem_details() {
     let pool = Pool::running(1, |_| {}).await;
     let json = "application/json";
     let long = format!(r#"{{"idempotencyKey":"{}"}}"#, "k".repeat(129));
+    let much = format!(r#"{{"metadata":{{"k":"{}"}}}}"#, "v".repeat(4096));
     let huge = format!(r#"{{"idempotencyKey":"{}"}}"#, "k".repeat(100_000));
     let cases = [
         (json, "{", 400, "malformed"),
@@ -79,6 +80,30 @@ async fn requests_that_are_wrong_get_problem_details() {
             "give server or near, not both",
         ),
         (json, &long, 422, "this one has 129"),
+        (
+            json,
+            &much,
+            422,
+            "metadata: all keys and values must have at most 4096 bytes together; these have 4097",
+        ),
+        (
+            json,
+            r#"{"metadata":{"level":3}}"#,
+            422,
+            r#"metadata: the value of \"level\" must be a string"#,
+        ),
+        (
+            json,
+            r#"{"metadata":"text"}"#,
+            422,
+            "an object of strings for metadata",
+        ),
+        (
+            json,
+            r#"{"metadata":{"a":"1","a":"2"}}"#,
+            422,
+            "occurs twice",
+        ),
         (json, &huge, 413, "too-large"),
         (json, &"[".repeat(8000), 422, "invalid-field"),
         (
@@ -127,6 +152,10 @@ async fn requests_that_are_wrong_get_problem_details() {
     // Characters are counted, not bytes.
     let longest = format!(r#"{{"idempotencyKey":"{}"}}"#, "\u{e9}".repeat(128));
     let answer = post(&pool, json, &longest);
+    assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
+    // The largest metadata, written as long as JSON can.
+    let escaped = format!(r#"{{"metadata":{{"k":"{}"}}}}"#, "\\u0001".repeat(4095));
+    let answer = post(&pool, json, &escaped);
     assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
     let metrics = get(pool.connection_address(0), 7701, "/metrics");
     for cause in [
@@ -210,7 +239,7 @@ async fn what_is_not_well_formed_http_is_refused() {
         ),
         // A body that is announced as too large is refused before it arrives.
         (
-            format!("{post}connection: close\r\ncontent-length: 9000\r\n\r\n{{"),
+            format!("{post}connection: close\r\ncontent-length: 40000\r\n\r\n{{"),
             413,
         ),
     ];

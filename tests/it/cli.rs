@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 
-use crate::common::{COUNT, Pool, Process, SERVER_PORT};
+use crate::common::{COUNT, Pool, Process, SERVER_PORT, get};
 use portpool::pool::PortProtocol;
 use portpool::session::{Session, SessionState};
 use portpool::table::ListenPort;
@@ -43,7 +43,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 #[tokio::test]
-async fn several_ports_are_printed_a_line_each_and_connect_uses_a_named_one() {
+async fn several_ports_are_printed_a_line_each_and_metadata_is_passed_on() {
     let pool = Pool::running(1, |_| {}).await;
     let address = format!("{}:7700", pool.connection_address(0));
     let ports = ["--port", "main:2", "--port", "*/udp"];
@@ -66,6 +66,13 @@ async fn several_ports_are_printed_a_line_each_and_connect_uses_a_named_one() {
         let refused = run(&["request", &address, "--port", wrong], b"").await;
         assert_eq!(refused.status.code(), Some(2), "{wrong}");
     }
+    let says = ["--metadata", "map=harbor", "--metadata", "seed=a=b"];
+    let ask = ["request", &address, "-o", "wide"];
+    let printed = run(&[&ask[..], &says].concat(), b"").await;
+    let id = text(&printed.stdout).trim().split(' ').nth(1).unwrap();
+    let listed = get(pool.connection_address(0), 7701, "/v1/sessions");
+    let shown = r#""metadata":{"map":"harbor","seed":"a=b"}"#;
+    assert!(listed.contains(id) && listed.contains(shown), "{listed}");
     let both = ["request", &address, "--port", "main", "--port-name", "main"];
     assert_eq!(run(&both, b"").await.status.code(), Some(2));
 }
@@ -151,7 +158,8 @@ async fn exit_codes_distinguish_failures() {
     for _ in 0..COUNT {
         pool.request().await.unwrap();
     }
-    let cases: [(&[&str], i32, &str); 11] = [
+    let large = format!("a={}", "v".repeat(4096));
+    let cases: [(&[&str], i32, &str); 14] = [
         (&["request", &address], 3, "all 4 matching ports are in use"),
         (&["connect", &address], 3, "all 4 matching ports are in use"),
         (&["request", &unused], 1, "failed to ask"),
@@ -170,6 +178,21 @@ async fn exit_codes_distinguish_failures() {
             &["request", &address, "--protocol", "sctp"],
             2,
             "give TCP, UDP or TCPUDP",
+        ),
+        (
+            &["request", &address, "--metadata", "map"],
+            2,
+            "give KEY=VALUE",
+        ),
+        (
+            &["connect", &address, "--metadata", "a=1", "--metadata=a=2"],
+            2,
+            "gives the key \"a\" twice",
+        ),
+        (
+            &["request", &address, "--metadata", &large],
+            2,
+            "at most 4096 bytes together; these have 4097",
         ),
         (&["release", &address, "none"], 1, "no live session"),
         (

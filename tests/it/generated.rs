@@ -17,7 +17,8 @@ fn protocol_code_is_generated_from_its_proto() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for (name, path) in protocols {
         let descriptors = protox::compile([format!("{name}.proto")], [&source]).unwrap();
-        let mut generator = tonic_prost_build::configure();
+        // Sorted, so that equal messages have equal bytes.
+        let mut generator = tonic_prost_build::configure().btree_map(".");
         if name != "selection" {
             generator = generator.extern_path(".portpool.selection.v1", "crate::selection::v1");
         }

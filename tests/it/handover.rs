@@ -226,6 +226,29 @@ async fn a_stale_socket_does_not_prevent_a_start() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_knows_what_clients_have_said() {
+    let mut pool = pool(|_| {}).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    start_workload(&pool, &stop).await;
+    let request = portpool::session::SessionRequest {
+        metadata: portpool::session::Metadata::new([("map", "harbor")]).unwrap(),
+        ..Default::default()
+    };
+    let session = pool.client().request(request).await.unwrap();
+    // Only the predecessor can have told it.
+    pool.agents[0].kill();
+    pool.until(|state| !state.servers[0].attached).await;
+    replace(&mut pool);
+    pool.until(|_| true).await;
+    let listed = crate::common::get(pool.connection_address(0), 7701, "/v1/sessions");
+    assert!(
+        listed.contains(&session.id) && listed.contains(r#""metadata":{"map":"harbor"}"#),
+        "{listed}"
+    );
+    stop.store(true, Ordering::Relaxed);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_still_counts_towards_the_limit() {
     const LIMIT: &str = "--max-connections=1";
     let mut pool = pool(|_| {}).await;

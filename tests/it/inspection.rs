@@ -3,7 +3,8 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 
-use serde_json::Value;
+use portpool::session::{Metadata, SessionRequest};
+use serde_json::{Value, json};
 
 use crate::common::{Pool, SOON, connect, echo, get};
 
@@ -69,6 +70,29 @@ async fn sessions_are_listed_by_server_port_name_and_state() {
         }
     }
     assert_eq!(paged, expected);
+}
+
+#[tokio::test]
+async fn what_clients_say_is_listed_and_reported() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    pool.start_connection_server(1);
+    pool.until_of(1, |state| state.free_ports > 0).await;
+    let (_, mut watcher) = watch(&pool);
+    let request = SessionRequest {
+        metadata: Metadata::new([("map", "harbor"), ("player", "ada")]).unwrap(),
+        ..SessionRequest::default()
+    };
+    // Through the one that is not asked.
+    let said = pool.client_of(1).request(request).await.unwrap();
+    let (_, event) = next_event(&mut watcher);
+    let expected = json!({ "map": "harbor", "player": "ada" });
+    assert_eq!(event["session"]["metadata"], expected);
+    let silent = pool.request().await.unwrap();
+    let (_, page) = ask(&pool, "/v1/sessions");
+    let items = page["items"].as_array().unwrap();
+    let of = |id: &str| items.iter().find(|item| item["id"] == id).unwrap();
+    assert_eq!(of(&said.id)["metadata"], expected);
+    assert_eq!(of(&silent.id).get("metadata"), None);
 }
 
 #[tokio::test]

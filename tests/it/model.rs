@@ -27,7 +27,7 @@ use portpool::selection::{
     CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, FromAgent, GONE_AFTER,
     KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, ToAgent,
 };
-use portpool::session::{Block, OneOrMore, PortFilter, SessionId};
+use portpool::session::{Block, Metadata, OneOrMore, PortFilter, SessionId};
 use portpool::table::{ListenPort, PortIndex, PortRange, Slot, Table};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -290,6 +290,7 @@ impl World {
                         idempotency_key: None,
                         ports,
                         bound_client: None,
+                        metadata: Metadata::default(),
                     };
                     stream.to_agent.push_back(ToAgent::Select(select));
                 }

@@ -98,6 +98,7 @@ impl Book {
             closed: None,
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,
+            metadata: known.metadata.clone(),
             created: known.created,
             claim_deadline: known.claim_deadline,
             claim_until: self.no_sooner_than_recovered(now.monotonic + left_to_claim),

@@ -242,6 +242,7 @@ impl Book {
                 .map(|closed| closed.time),
             is_claimed: session.is_claimed,
             open_here: false,
+            metadata: session.metadata.clone(),
         }
     }
 }

@@ -107,6 +107,7 @@ impl Book {
             closed: None,
             idempotency_key: request.idempotency_key.clone(),
             bound_client: request.bound_client,
+            metadata: request.metadata.clone(),
             created: now.time,
             claim_deadline: now.time_in(self.times.claim),
             claim_until: now.monotonic + self.times.claim,

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::ports::Occupancy;
 use crate::selection::ConnectionServerId;
-use crate::session::OneOrMore;
+use crate::session::{Metadata, OneOrMore};
 use crate::table::ListenPort;
 
 /// The number of each session made before a restart. Any connection server may
@@ -48,6 +48,7 @@ pub(super) struct Session {
     pub(super) closed: Option<Closed>,
     pub(super) idempotency_key: Option<String>,
     pub(super) bound_client: Option<IpAddr>,
+    pub(super) metadata: Metadata,
     pub(super) created: Timestamp,
     pub(super) claim_deadline: Timestamp,
     /// The same moment on the other clock.

@@ -3,7 +3,7 @@ use jiff::Timestamp;
 
 use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol, Replies};
 use crate::selection::{RefusalCause, Select};
-use crate::session::{Block, OneOrMore, PortFilter, SessionState};
+use crate::session::{Block, Metadata, OneOrMore, PortFilter, SessionState};
 use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
 
@@ -106,6 +106,7 @@ fn request(id: &str, idempotency_key: Option<String>) -> Select {
         idempotency_key,
         ports: OneOrMore::default(),
         bound_client: None,
+        metadata: Metadata::default(),
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::{AskOptions, CommandError, ask};
 use crate::client::{Client, endpoint};
 use crate::pool::PortProtocol;
-use crate::session::{Session, SessionRequest};
+use crate::session::Session;
 
 /// How long `portpool connect --udp` waits for replies after its input ends.
 const LAST_REPLIES: Duration = Duration::from_secs(1);
@@ -73,7 +73,7 @@ pub async fn connect(
     interrupt: impl Future<Output = ()>,
 ) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
-    let mut wanted = SessionRequest::from(&options.ask);
+    let mut wanted = options.ask.wanted()?;
     if wanted.ports.is_none() {
         wanted.protocol = Some(options.protocol()?);
     }

@@ -26,6 +26,9 @@ use crate::table::{Slot, Table};
 /// Bytes after which a frame of connections ends.
 const FRAME_BYTES: usize = 1024 * 1024;
 
+/// Most sessions of a frame: with the most metadata they take 18 MiB.
+const SESSIONS_OF_FRAME: usize = 4096;
+
 /// Everything that goes from one process to the next.
 #[derive(Debug)]
 pub struct State {
@@ -135,12 +138,20 @@ fn send_sessions(stream: &UnixStream, sessions: &SessionsSnapshot) -> Result<(),
         port: port.get().into(),
         id: id.to_string(),
     });
-    let sessions = v1::Sessions {
-        live: sessions.live.iter().map(v1::Session::from).collect(),
+    let ended = v1::Sessions {
+        live: Vec::new(),
         released: released.collect(),
         last_ended: last_ended.collect(),
     };
-    wire::send(stream, Content::Sessions(sessions), &[])
+    wire::send(stream, Content::Sessions(ended), &[])?;
+    for live in sessions.live.chunks(SESSIONS_OF_FRAME) {
+        let sessions = v1::Sessions {
+            live: live.iter().map(v1::Session::from).collect(),
+            ..v1::Sessions::default()
+        };
+        wire::send(stream, Content::Sessions(sessions), &[])?;
+    }
+    Ok(())
 }
 
 /// Receives all of a state. Its sockets must not be used yet: they are still

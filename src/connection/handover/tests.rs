@@ -23,7 +23,7 @@ use crate::forward::snapshot::{
 use crate::forward::{SessionKey, Traffic, Transport};
 use crate::pool::{LoadSharing, PortProtocol, Recycle, Sessions as Settings};
 use crate::selection::{ConnectionServerId, Session};
-use crate::session::{OneOrMore, SessionId, SessionPort, SessionState};
+use crate::session::{Metadata, OneOrMore, SessionId, SessionPort, SessionState};
 use crate::table::{FORMAT_VERSION, ListenPort, Slot, Table, TargetPort};
 
 /// A descriptor of a new file, which its inode identifies.
@@ -229,32 +229,36 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
         session_ports(),
         any::<Option<IpAddr>>(),
         idle(),
+        "[a-z]{0,9}".prop_map(|value| Metadata::new([("key", value)]).unwrap()),
     );
-    let live = live.prop_map(|(slot, key, id, ports, client, age)| SessionSnapshot {
-        slot: Slot(slot),
-        key: SessionKey(key),
-        session: Session {
-            id,
-            idempotency_key: None,
-            ports,
-            bound_client: client,
-            state: SessionState::Busy,
-            claim_deadline: jiff::Timestamp::UNIX_EPOCH,
-            created: jiff::Timestamp::UNIX_EPOCH,
-            lingering_since: None,
-            is_claimed: false,
-            open_here: false,
-        },
-        carried: Carried {
-            connections: key / 2,
-            traffic: Traffic {
-                upstream_bytes: key / 3,
-                downstream_bytes: key / 4,
+    let live = live.prop_map(
+        |(slot, key, id, ports, client, age, metadata)| SessionSnapshot {
+            slot: Slot(slot),
+            key: SessionKey(key),
+            session: Session {
+                id,
+                idempotency_key: None,
+                ports,
+                bound_client: client,
+                state: SessionState::Busy,
+                claim_deadline: jiff::Timestamp::UNIX_EPOCH,
+                created: jiff::Timestamp::UNIX_EPOCH,
+                lingering_since: None,
+                is_claimed: false,
+                open_here: false,
+                metadata,
             },
+            carried: Carried {
+                connections: key / 2,
+                traffic: Traffic {
+                    upstream_bytes: key / 3,
+                    downstream_bytes: key / 4,
+                },
+            },
+            client,
+            age,
         },
-        client,
-        age,
-    });
+    );
     let released = btree_map(session_id(), any::<u32>().prop_map(Slot), 0..5);
     let last_ended = btree_map(port(), session_id(), 0..5);
     let lists = (vec(live, 0..20), released, last_ended);

@@ -368,6 +368,7 @@ fn wanted_of_any(
         affinity_key: request.affinity_key,
         idempotency_key: request.idempotency_key,
         bound_client: is_bound.then_some(client),
+        metadata: request.metadata,
     })
 }
 
@@ -378,6 +379,7 @@ fn select(ask: AskId, wanted: Wanted) -> Select {
         idempotency_key: wanted.idempotency_key,
         ports: wanted.ports,
         bound_client: wanted.bound_client,
+        metadata: wanted.metadata,
     }
 }
 

@@ -36,9 +36,9 @@ use crate::session::{
 };
 use crate::table::{Slot, Table};
 
-/// Largest request body in bytes: keys of 128 characters and 17 names, with room
-/// for escapes.
-const MAX_BODY_BYTES: usize = 8 * 1024;
+/// Largest request body in bytes: keys of 128 characters, 17 names and metadata of
+/// 4 KiB, with room for escapes: six bytes for each.
+const MAX_BODY_BYTES: usize = 32 * 1024;
 
 /// How long a body may take to arrive.
 const BODY_DEADLINE: Duration = Duration::from_secs(5);

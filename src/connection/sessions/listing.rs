@@ -8,7 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Inner, Live, Sessions};
 use crate::pool::PortProtocol;
-use crate::session::{ConnectionPort, SessionState};
+use crate::session::{ConnectionPort, Metadata, SessionState};
 use crate::table::Slot;
 
 /// Most sessions of a page.
@@ -54,6 +54,10 @@ pub struct SessionInfo {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub bound_client: Option<IpAddr>,
+    /// What the client says to the workload.
+    #[serde(skip_serializing_if = "Metadata::is_empty")]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub metadata: Metadata,
     /// Connections and UDP flows that are open through this connection server.
     pub connections: u32,
 }
@@ -138,6 +142,7 @@ impl Inner {
             created: session.created,
             requester: live.span.client(),
             bound_client: live.bound_client,
+            metadata: session.metadata.clone(),
             connections: live.flows.lock().open,
         }
     }

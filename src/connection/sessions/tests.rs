@@ -8,6 +8,7 @@ use crate::pool::{
     Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies,
     Sessions as Settings,
 };
+use crate::session::MAX_METADATA_BYTES;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 const PORT: u16 = 20_000;
@@ -629,4 +630,17 @@ fn a_session_of_several_ports_is_handed_over_whole() {
         successor.get(&id_of("a")).unwrap().session.ports,
         several("a").ports
     );
+}
+
+/// An agent takes no larger greetings.
+#[test]
+fn a_greeting_has_metadata_up_to_its_bound_and_every_session() {
+    let largest = Metadata::new([("k", "v".repeat(MAX_METADATA_BYTES - 1))]).unwrap();
+    let sessions = (0..3_000).map(|index| Session {
+        metadata: largest.clone(),
+        ..Session::example(&format!("session-{index}"), 20_000)
+    });
+    let greeting = within_budget(sessions);
+    let with = greeting.iter().filter(|it| !it.metadata.is_empty()).count();
+    assert_eq!((greeting.len(), with), (3_000, 2_048));
 }

@@ -5,8 +5,8 @@ use std::num::NonZeroU8;
 use super::{MessageError, RequestKind};
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
 use crate::selection::field::{
-    FieldError, address_text, bound_client, connection_port, idempotency_key, optional, protocol,
-    session_id,
+    FieldError, address_text, bound_client, connection_port, idempotency_key, metadata, optional,
+    protocol, session_id,
 };
 use crate::selection::v1::{self, to_agent};
 use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Session, ToAgent};
@@ -151,6 +151,7 @@ impl TryFrom<v1::Select> for Select {
             idempotency_key: idempotency_key(select.idempotency_key)?,
             ports,
             bound_client: bound_client(&select.bound_client)?,
+            metadata: metadata(select.metadata)?,
         })
     }
 }
@@ -216,6 +217,7 @@ impl From<Select> for v1::Select {
             protocol: single.protocol,
             ports,
             bound_client: address_text(select.bound_client),
+            metadata: select.metadata.into(),
         }
     }
 }

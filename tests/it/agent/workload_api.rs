@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 
+use portpool::session::{MAX_METADATA_BYTES, Metadata, SessionRequest};
 use serde_json::{Value, json};
 
 use crate::common::{COUNT, Pool, SERVER_PORT, SOON, connect, echo};
@@ -69,6 +70,39 @@ async fn a_workload_learns_its_place_and_its_sessions() {
     assert_eq!(found["claimDeadline"], json!(session.claim_deadline));
     let (_, others) = call(&pool, 1 - slot, "GET", "/v1/sessions", "");
     assert_eq!(others, json!({ "items": [] }));
+}
+
+/// Also after a restart of its agent, which learns it from the connection server.
+#[tokio::test]
+async fn a_workload_sees_what_the_client_of_a_session_says() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    let mut events = BufReader::new(send(&pool, 0, "GET", "/v1/events", "")).lines();
+    let head = events.next().unwrap().unwrap();
+    assert!(head.contains("200"), "{head}");
+    let largest = "v".repeat(MAX_METADATA_BYTES - 3);
+    let request = SessionRequest {
+        metadata: Metadata::new([("map", largest.as_str())]).unwrap(),
+        ..SessionRequest::default()
+    };
+    let session = pool.client().request(request).await.unwrap();
+    let data = events.find_map(|line| Some(line.unwrap().strip_prefix("data: ")?.to_owned()));
+    let event: Value = serde_json::from_str(&data.unwrap()).unwrap();
+    assert_eq!(event["session"]["metadata"], json!({ "map": largest }));
+    let path = format!("/v1/sessions/{}", session.id);
+    let seen = |pool: &Pool| call(pool, 0, "GET", &path, "").1["metadata"].clone();
+    assert_eq!(seen(&pool), json!({ "map": largest }));
+
+    pool.agents[0].kill();
+    pool.until(|state| !state.servers[0].attached).await;
+    pool.agents.clear();
+    pool.start_agent(0);
+    pool.until(|state| state.servers[0].attached && state.sessions == 1)
+        .await;
+    assert_eq!(seen(&pool), json!({ "map": largest }));
+
+    let plain = pool.client().get(&session.id).await.unwrap();
+    assert_eq!(plain.id, session.id);
+    pool.client().release(&session.id).await.unwrap();
 }
 
 #[tokio::test]

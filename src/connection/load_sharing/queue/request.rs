@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use super::super::refusal::Refusal;
 use super::{AskId, Caller};
 use crate::selection::{RefusalCause, Session};
-use crate::session::{Block, OneOrMore, PortFilter, PortState};
+use crate::session::{Block, Metadata, OneOrMore, PortFilter, PortState};
 use crate::table::Slot;
 
 /// The ports that a request for one can use: those that match, of one server or of any.
@@ -35,6 +35,8 @@ pub struct Wanted {
     pub idempotency_key: Option<String>,
     /// The requester's address when only it may connect.
     pub bound_client: Option<IpAddr>,
+    /// What the client says to the workload.
+    pub metadata: Metadata,
 }
 
 impl Wanted {

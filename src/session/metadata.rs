@@ -1,0 +1,201 @@
+//! Metadata: strings that a client sends with its request for the workload of
+//! its session. portpool passes them on and does not read them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+
+use serde::de::{Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::Value;
+
+/// Most bytes of all keys and values together: enough for names, a seed and a
+/// token; more belongs on the connection.
+pub const MAX_METADATA_BYTES: usize = 4096;
+
+/// Most characters of a key that an error shows.
+const SHOWN_CHARACTERS: usize = 40;
+
+/// Strings by key, at most [`MAX_METADATA_BYTES`] in all keys and values. Cheap to
+/// clone, and without allocation when empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Metadata(Option<Arc<BTreeMap<String, String>>>);
+
+/// The keys and values have more bytes than they may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "metadata: all keys and values must have at most {MAX_METADATA_BYTES} bytes together; these have {bytes}"
+)]
+pub struct MetadataError {
+    /// The number of their bytes.
+    pub bytes: usize,
+}
+
+impl Metadata {
+    /// The metadata with these keys and values. Of a key that occurs twice, the last
+    /// value counts.
+    ///
+    /// # Errors
+    /// [`MetadataError`] if they are too large.
+    pub fn new<K: Into<String>, V: Into<String>>(
+        entries: impl IntoIterator<Item = (K, V)>,
+    ) -> Result<Self, MetadataError> {
+        let entries = entries.into_iter();
+        Self::try_from(
+            entries
+                .map(|(key, value)| (key.into(), value.into()))
+                .collect::<BTreeMap<_, _>>(),
+        )
+    }
+
+    /// Whether there are no keys.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// The value of `key`.
+    #[must_use]
+    pub fn get(&self, key: &str) -> Option<&str> {
+        self.0.as_ref()?.get(key).map(String::as_str)
+    }
+
+    /// The keys with their values, in the order of the keys.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &str)> {
+        let entries = self.0.iter().flat_map(|entries| entries.iter());
+        entries.map(|(key, value)| (key.as_str(), value.as_str()))
+    }
+
+    /// The number of bytes in all keys and values.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.iter()
+            .map(|(key, value)| key.len() + value.len())
+            .sum()
+    }
+}
+
+impl TryFrom<BTreeMap<String, String>> for Metadata {
+    type Error = MetadataError;
+
+    fn try_from(entries: BTreeMap<String, String>) -> Result<Self, MetadataError> {
+        if entries.is_empty() {
+            return Ok(Self::default());
+        }
+        let metadata = Self(Some(Arc::new(entries)));
+        match metadata.bytes() {
+            0..=MAX_METADATA_BYTES => Ok(metadata),
+            bytes => Err(MetadataError { bytes }),
+        }
+    }
+}
+
+impl From<Metadata> for BTreeMap<String, String> {
+    fn from(metadata: Metadata) -> Self {
+        let entries = metadata.0.map(Arc::unwrap_or_clone);
+        entries.unwrap_or_default()
+    }
+}
+
+impl Serialize for Metadata {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter())
+    }
+}
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// Reads metadata. Its errors name the field, which those of derived code do not.
+struct Entries;
+
+impl<'de> Visitor<'de> for Entries {
+    type Value = Metadata;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object of strings for metadata")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+        let mut entries = BTreeMap::new();
+        while let Some((key, value)) = map.next_entry::<String, Value>()? {
+            let Value::String(value) = value else {
+                let key = shown(&key);
+                let message = format!("metadata: the value of {key} must be a string");
+                return Err(A::Error::custom(message));
+            };
+            if entries.contains_key(&key) {
+                let message = format!("metadata: the key {} occurs twice", shown(&key));
+                return Err(A::Error::custom(message));
+            }
+            entries.insert(key, value);
+        }
+        Metadata::try_from(entries).map_err(A::Error::custom)
+    }
+}
+
+/// A key as an error shows it.
+fn shown(key: &str) -> String {
+    let start: String = key.chars().take(SHOWN_CHARACTERS).collect();
+    format!("{start:?}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn metadata_is_written_as_it_was_read() {
+        let text = r#"{"map":"harbor","player":"ada"}"#;
+        let metadata: Metadata = serde_json::from_str(text).unwrap();
+        assert_eq!(metadata.get("map"), Some("harbor"));
+        assert_eq!(metadata.bytes(), 18);
+        assert_eq!(serde_json::to_string(&metadata).unwrap(), text);
+        let built = Metadata::new([("player", "ada"), ("map", "harbor")]);
+        assert_eq!(built, Ok(metadata));
+        let empty: Metadata = serde_json::from_str("{}").unwrap();
+        assert_eq!((&empty, empty.is_empty()), (&Metadata::default(), true));
+        assert_eq!(serde_json::to_string(&empty).unwrap(), "{}");
+    }
+
+    #[test]
+    fn the_bound_counts_the_bytes_of_all_keys_and_values() {
+        // Two bytes for each letter.
+        let value = "\u{e9}".repeat(2_047);
+        assert!(Metadata::new([("ab", value.as_str())]).is_ok());
+        let error = Metadata::new([("a", ""), ("ab", value.as_str())]).unwrap_err();
+        assert_eq!(error, MetadataError { bytes: 4_097 });
+        assert!(error.to_string().contains("at most 4096 bytes"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_object_of_strings_is_refused_with_the_field() {
+        let long = format!(r#"{{"{}":1}}"#, "k".repeat(1_000));
+        for (text, words) in [
+            ("[]", "an object of strings for metadata"),
+            ("null", "an object of strings for metadata"),
+            (r#""text""#, "an object of strings for metadata"),
+            (
+                r#"{"a":1}"#,
+                r#"metadata: the value of "a" must be a string"#,
+            ),
+            (r#"{"a":null}"#, "must be a string"),
+            (r#"{"a":{"b":"c"}}"#, "must be a string"),
+            (
+                r#"{"a":"1","a":"2"}"#,
+                r#"metadata: the key "a" occurs twice"#,
+            ),
+            (&long, "must be a string"),
+        ] {
+            let error = serde_json::from_str::<Metadata>(text).unwrap_err();
+            let error = error.to_string();
+            assert!(
+                error.contains(words) && error.len() < 150,
+                "{text:.60}: {error}"
+            );
+        }
+    }
+}
