@@ -1,6 +1,7 @@
 //! The time limits of sessions: nothing renews them but what the head of the book
 //! says.
 
+use super::restart::{listed, recovering};
 use super::*;
 
 /// Longer than a recovery, which may delay what it is about.
