@@ -77,6 +77,11 @@ use crate::selection::{self, ConnectionServerId, Counts, EndCause, FromAgent, To
 use crate::session::SessionId;
 use crate::table::{ListenPort, Row, RowState};
 
+/// How long a server that is being stopped waits for clients that know their port:
+/// those that are connecting, and those whose connection a connection server has
+/// not reported yet. Longer than a round trip to anywhere.
+const COMING: Duration = Duration::from_millis(500);
+
 /// A message to connection servers.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Notice {
@@ -119,7 +124,10 @@ pub struct Book {
     over: BTreeSet<SessionId>,
     row_draining: bool,
     row_not_ready: bool,
+    /// Whether the server is being stopped.
     stopping: bool,
+    /// When a server that is being stopped ends what is still held.
+    held_until: Option<Duration>,
     recycling: Recycling,
     /// Whether the workload takes new sessions, as it says itself.
     is_ready: bool,
@@ -145,6 +153,7 @@ impl Book {
             row_draining: false,
             row_not_ready: false,
             stopping: false,
+            held_until: None,
             recycling: Recycling::new(recovering_until.is_some()),
             is_ready: true,
         }
@@ -234,6 +243,10 @@ impl Book {
             self.recovering_until = None;
             self.over = BTreeSet::new();
         }
+        if is_due(self.held_until) {
+            self.held_until = None;
+            notices.extend(self.end_those(now, |session| session.state == State::Held));
+        }
         for stopped in self.connection_servers.take_closed(now.monotonic) {
             self.write_off(&stopped, now, &mut notices);
         }
@@ -265,15 +278,17 @@ impl Book {
         let session = self.deadlines.first().map(|(at, _)| *at);
         let gone = self.connection_servers.next_deadline();
         let all = gone.into_iter().chain(session);
-        all.chain(self.recovering_until).min()
+        all.chain(self.recovering_until)
+            .chain(self.held_until)
+            .min()
     }
 
-    /// Offers no more ports, because the server is being stopped. Held sessions
-    /// end: their clients can have a server that stays, and a stop must not wait
-    /// for clients that may never come.
-    pub fn stop(&mut self, now: Now) -> Vec<Notice> {
+    /// Offers no more ports, because the server is being stopped. Sessions whose
+    /// clients have not come within `COMING` end: their clients can have a server
+    /// that stays, and a stop must not wait for clients that may never come.
+    pub fn stop(&mut self, now: Now) {
         self.stopping = true;
-        self.end_those(now, |session| session.state == State::Held)
+        self.held_until.get_or_insert(now.monotonic + COMING);
     }
 
     /// Ends every session, because the time to drain has passed.

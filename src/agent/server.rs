@@ -154,9 +154,12 @@ impl Agent {
         }
     }
 
-    /// Offers no more ports, and ends the sessions whose clients have not come.
+    /// Offers no more ports, and ends the sessions whose clients do not come soon.
     pub fn stop(&self) {
-        self.change(Book::stop);
+        self.change(|book, now| {
+            book.stop(now);
+            Vec::new()
+        });
     }
 
     /// Ends every session.

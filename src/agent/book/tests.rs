@@ -331,26 +331,30 @@ fn a_server_that_is_not_ready_selects_nothing_and_keeps_its_sessions() {
 }
 
 #[test]
-fn a_stopping_server_keeps_only_sessions_whose_clients_have_come() {
-    let mut book = book(vec![range("main", 20_000, 7000, 3)]);
-    for id in ["held", "busy", "lingering"] {
+fn a_stopping_server_keeps_only_sessions_whose_clients_come_soon() {
+    let mut book = book(vec![range("main", 20_000, 7000, 4)]);
+    for id in ["held", "busy", "lingering", "coming"] {
         select(&mut book, id, at(0)).unwrap();
     }
     for id in ["busy", "lingering"] {
         book.report(&server("a"), &opened(id), at(1));
     }
     book.report(&server("a"), &closed("lingering"), at(1));
-    let notices = book.stop(at(1));
-    assert_eq!(notices.len(), 1);
-    assert_eq!(
-        notices[0].message,
-        FromAgent::End {
-            session_id: session("held"),
-            cause: EndCause::Drained,
-        }
-    );
-    book.report(&server("a"), &ended("held"), at(1));
-    assert_eq!(book.session_count(), 2);
+    book.stop(at(1));
+    // The client had connected; the report of it was on its way.
+    book.report(&server("a"), &opened("coming"), at(1));
+    assert!(book.tick(at(1)).is_empty());
+    assert_eq!(book.session_count(), 4);
+    assert_eq!(book.next_deadline(), Some(Duration::from_secs(1) + COMING));
+    let notices = book.tick(at(2));
+    let messages: Vec<_> = notices.iter().map(|notice| &notice.message).collect();
+    let drained = FromAgent::End {
+        session_id: session("held"),
+        cause: EndCause::Drained,
+    };
+    assert_eq!(messages, [&drained]);
+    book.report(&server("a"), &ended("held"), at(2));
+    assert_eq!(book.session_count(), 3);
 }
 
 /// Sessions, requests and connection servers end in every way, again and again.
