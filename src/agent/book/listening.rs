@@ -35,8 +35,9 @@ const PATIENCE: u32 = 8;
 const STEADY: Duration = Duration::from_secs(1);
 
 /// Most ports that are looked at in a second while nothing happens: about 0.2 %
-/// of a processor.
-const STEADY_PER_SECOND: u32 = 1024;
+/// of a processor. More ports take longer in turn, which delays only what lists
+/// show: a port is looked at before it is given out.
+const STEADY_PER_SECOND: u32 = 512;
 
 /// Time that each of the ports that may change adds to [`QUICKEST`], so that
 /// thousands of them take no more than a tenth of a processor.
@@ -356,12 +357,12 @@ mod tests {
     }
 
     #[test]
-    fn ten_thousand_ports_cost_no_more_than_a_thousand() {
-        for (ports, each) in [(1_000, 60), (10_000, 6)] {
+    fn ten_thousand_ports_cost_no_more_than_five_hundred() {
+        for (ports, each) in [(500, 60), (10_000, 3)] {
             let mut listening = listening(ports);
             let looks = look(&mut listening, Duration::ZERO, MINUTE, Some(SocketId(1)));
             let steady = count(&looks) - usize::from(ports);
-            assert!((50_000..=62_000).contains(&steady), "{ports}: {steady}");
+            assert!((25_000..=31_000).contains(&steady), "{ports}: {steady}");
             let fewest = listening.sights.values().map(|sight| sight.seen_at).min();
             let oldest = MINUTE - fewest.unwrap();
             assert!(oldest <= Duration::from_secs(60 / each + 1), "{oldest:?}");
