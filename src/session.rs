@@ -2,11 +2,12 @@
 //! filter that its request put on ports; and the types of the load-sharing API,
 //! which the connection server and the client module share. `ports` has the
 //! ports of a request and of a session, `metadata` what the client says to the
-//! workload.
+//! workload, `amendment` what may change in a live session.
 //!
 //! The messages about sessions between connection servers and agents are in
 //! `selection`.
 
+mod amendment;
 mod metadata;
 mod ports;
 mod problem;
@@ -14,7 +15,8 @@ mod problem;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-pub use self::metadata::{MAX_METADATA_BYTES, Metadata, MetadataError};
+pub use self::amendment::{Amendment, MAX_EXPIRY_SECONDS};
+pub use self::metadata::{MAX_METADATA_BYTES, Metadata, MetadataError, MetadataPatch};
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
 pub use self::problem::Problem;
 use crate::pool::{ClientBinding, Policy, PortProtocol};
@@ -226,6 +228,10 @@ pub struct Session {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub claim_deadline: Option<jiff::Timestamp>,
+    /// When it ends, even if it is in use, where that is limited (RFC 3339).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub expires: Option<jiff::Timestamp>,
     /// When the port was selected (RFC 3339).
     #[schema(value_type = String, format = DateTime)]
     pub created: jiff::Timestamp,

@@ -31,7 +31,7 @@
 //! |---|---|---|
 //! | claim deadline | the selection | nothing; it does not apply while a connection is open, or after one has claimed the session |
 //! | linger time | the end of the last connection | a connection ends it; it counts anew from the end of that one |
-//! | longest duration | the selection | nothing |
+//! | longest duration | the selection | an amendment of the session, which sets another end or none |
 //!
 //! A restart of the agent renews none of them, because connection servers report
 //! the times of each session in their greetings. The restarted agent ends no
@@ -39,11 +39,12 @@
 //! server that has not greeted yet may have one open. Neither does a connection
 //! server renew any of them when it comes back, is replaced or crashes. A limit
 //! that changes in the table applies to what is selected from then on; a
-//! restarted agent applies the new one to all.
+//! restarted agent applies the new one to all that were not amended.
 //!
 //! - `ports`, `listening`, `session`, `connection_servers`: the parts of the book;
 //! - `select`: the choice of ports, which makes a session;
 //! - `life`: the changes of sessions;
+//! - `amend`: what administrators and the workload change of a session;
 //! - `attachment`: the arrival and departure of connection servers;
 //! - `recycling`: how many sessions the server takes;
 //! - `times`: the clocks, and how long sessions may take;
@@ -52,6 +53,7 @@
 //! Source: US 8,544,018 B2, claim 1, the processing server's port position
 //! storage part.
 
+mod amend;
 mod attachment;
 mod connection_servers;
 mod life;
@@ -65,6 +67,7 @@ mod times;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+pub use self::amend::Amended;
 use self::connection_servers::ConnectionServers;
 use self::life::end_notice;
 pub use self::listening::{ServerPort, SocketId};

@@ -45,10 +45,12 @@ use utoipa_axum::routes;
 use super::server::Agent;
 use super::workload_view::{Readiness, ServerView, SessionList, WorkloadEvent, WorkloadSession};
 use crate::admin::events::Watchers;
-use crate::session::{Problem, SessionId};
+use crate::selection::AmendRefusal;
+use crate::session::{Amendment, Problem, SessionId};
 
-/// Most bytes of a request's body.
-const MAX_BODY_BYTES: usize = 4096;
+/// Most bytes of a request's body: metadata of 4 KiB with room for escapes, six bytes
+/// for each.
+const MAX_BODY_BYTES: usize = 32 * 1024;
 
 /// Most clients that watch events at a time.
 const WATCHERS_MAX: usize = 8;
@@ -102,7 +104,7 @@ fn documented() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(set_readiness))
         .routes(routes!(drain))
         .routes(routes!(list_sessions))
-        .routes(routes!(get_session, end_session))
+        .routes(routes!(get_session, amend_session, end_session))
         .routes(routes!(watch_events))
         .routes(routes!(get_openapi))
 }
@@ -263,6 +265,32 @@ async fn get_session(
     Ok(Json(WorkloadSession::from(&session)))
 }
 
+/// Changes a session's metadata, or when it ends, by a JSON merge patch (RFC 7396).
+#[utoipa::path(
+    patch,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The session's id")),
+    request_body(content(
+        (Amendment = "application/merge-patch+json"),
+        (Amendment = "application/json"),
+    )),
+    responses(
+        (status = 200, description = "The session after the change", body = WorkloadSession),
+        (status = "4XX", description = "The body is not as described, or no live session has this id; `type` says which: `body`, `no-session`, `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn amend_session(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<String>, PathRejection>,
+    body: Result<Json<Map<String, Value>>, JsonRejection>,
+) -> Result<Json<WorkloadSession>, Refused> {
+    let id = session_id(id)?;
+    let Json(object) = body?;
+    let amendment = serde_json::from_value(Value::Object(object)).map_err(Refused::Amendment)?;
+    let session = api.agent.amend(&id, &amendment)?;
+    Ok(Json(WorkloadSession::from(&session)))
+}
+
 /// Ends a session: its connections are cut, and its port goes to others.
 #[utoipa::path(
     delete,
@@ -284,8 +312,8 @@ async fn end_session(
 }
 
 /// Changes of sessions from now on, as server-sent events. The name of an event is
-/// the state that the session is in now (`Held`, `Busy`, `Lingering`) or `Ended`;
-/// its data is a `WorkloadEvent`. A watcher that reads too slowly gets an event `lost`
+/// the state that the session is in now (`Held`, `Busy`, `Lingering`), `Ended`, or
+/// `Amended` if its metadata or its end has changed; its data is a `WorkloadEvent`. A watcher that reads too slowly gets an event `lost`
 /// with the number of those that it missed. To miss nothing, watch first and then list.
 #[utoipa::path(
     get,
@@ -322,6 +350,10 @@ enum Refused {
     Body(#[from] JsonRejection),
     #[error("the body must be {{\"ready\": true}} or {{\"ready\": false}}: {0}")]
     Field(#[from] serde_json::Error),
+    #[error("{0}")]
+    Amendment(serde_json::Error),
+    #[error(transparent)]
+    NotAmended(#[from] AmendRefusal),
     #[error("the agent has no table with this server yet; ask again in a second")]
     NoRow,
     #[error("no live session has this id; it may be over")]
@@ -345,6 +377,8 @@ impl IntoResponse for Refused {
         let (status, name, title) = match &self {
             Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
             Self::Field(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
+            Self::Amendment(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
+            Self::NotAmended(refusal) => refusal.problem(),
             Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
             Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "too-slow", "Request too slow"),

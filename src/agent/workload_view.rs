@@ -95,6 +95,10 @@ pub struct WorkloadSession {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub claim_deadline: Option<Timestamp>,
+    /// When it ends, even if it is in use, where that is limited (RFC 3339).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub expires: Option<Timestamp>,
     /// When the port was selected (RFC 3339).
     #[schema(value_type = String, format = DateTime)]
     pub created: Timestamp,
@@ -114,6 +118,7 @@ impl From<&Session> for WorkloadSession {
             bound_client: session.bound_client,
             metadata: session.metadata.clone(),
             claim_deadline: is_held.then(|| in_milliseconds(session.claim_deadline)),
+            expires: session.expires.map(in_milliseconds),
             created: in_milliseconds(session.created),
         }
     }
@@ -131,7 +136,7 @@ pub struct SessionList {
     pub items: Vec<WorkloadSession>,
 }
 
-/// A change of a session's state.
+/// A change of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct WorkloadEvent {
@@ -146,9 +151,23 @@ pub struct WorkloadEvent {
     /// The session after the change; absent when it has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session: Option<WorkloadSession>,
+    /// Whether the session was amended and is in the same state as before.
+    #[serde(skip)]
+    is_amendment: bool,
 }
 
 impl WorkloadEvent {
+    /// The event that `session` was amended.
+    pub(in crate::agent) fn amended(session: &Session, time: Timestamp) -> Self {
+        Self {
+            time,
+            id: session.id.to_string(),
+            cause: None,
+            session: Some(session.into()),
+            is_amendment: true,
+        }
+    }
+
     /// The event that `message` reports; `None` if it is not about a session's state.
     pub(in crate::agent) fn of(message: &FromAgent, time: Timestamp) -> Option<Self> {
         match message {
@@ -157,22 +176,27 @@ impl WorkloadEvent {
                 id: session.id.to_string(),
                 cause: None,
                 session: Some(session.into()),
+                is_amendment: false,
             }),
             FromAgent::End { session_id, cause } => Some(Self {
                 time,
                 id: session_id.to_string(),
                 cause: Some(EndCause::name(*cause)),
                 session: None,
+                is_amendment: false,
             }),
             _ => None,
         }
     }
 
-    /// The name of the event: the state that the session is in, or `Ended`.
+    /// The name of the event: the state that the session is in, `Ended` or `Amended`.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        let session = self.session.as_ref();
-        session.map_or("Ended", |session| session.state.name())
+        match &self.session {
+            None => "Ended",
+            Some(_) if self.is_amendment => "Amended",
+            Some(session) => session.state.name(),
+        }
     }
 }
 

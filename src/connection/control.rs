@@ -13,17 +13,23 @@
 use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock, RwLockReadGuard};
+use tokio::time::timeout;
 
 use super::sessions::snapshot::SessionsSnapshot;
 use super::sessions::span::SessionSpan;
-use super::sessions::{Action, Actions, Outbox, ReleaseError, Sessions};
+use super::sessions::{Action, Actions, AmendError, Outbox, ReleaseError, Sessions};
 use crate::forward::snapshot::ForwarderSnapshot;
 use crate::forward::{ApplyError, Forwarder, SessionKey};
 use crate::selection::{EndCause, Session, ToAgent};
-use crate::session::SessionId;
+use crate::session::{Amendment, SessionId};
 use crate::table::{PortIndex, Slot, Table};
+
+/// How long an agent may take to amend a session: it decides at once, so that a second
+/// is one in trouble.
+const AMEND_DEADLINE: Duration = Duration::from_secs(1);
 
 /// The sessions and the data plane that follows them.
 #[derive(Debug)]
@@ -89,6 +95,18 @@ impl Control {
     /// reached; nothing has changed then.
     pub async fn release(&self, id: &SessionId) -> Result<(), ReleaseError> {
         self.begin_change().await.release(id)
+    }
+
+    /// Has the agent of the session `id` change it, and waits until it has.
+    ///
+    /// # Errors
+    /// [`AmendError`].
+    pub async fn amend(&self, id: &SessionId, amendment: Amendment) -> Result<(), AmendError> {
+        let change = self.begin_change().await;
+        let answer = self.sessions.amend(id, amendment)?;
+        drop(change);
+        let answered = timeout(AMEND_DEADLINE, answer.wait()).await;
+        answered.unwrap_or(Err(AmendError::OutOfReach))
     }
 
     /// Takes everything out of the data plane and copies what is known of

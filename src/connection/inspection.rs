@@ -1,13 +1,15 @@
 //! The admin port's own pages of a connection server: which session is where,
-//! what happens to sessions, and the live state of the pool. They change
-//! nothing.
+//! what happens to sessions, and the live state of the pool. Administrators change
+//! live sessions here.
 
 use std::convert::Infallible;
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::body::Body;
+use axum::extract::rejection::{PathRejection, QueryRejection};
+use axum::extract::{Path, Query, State};
+use axum::http::Request;
 use axum::response::sse::{Event, Sse};
 use futures::Stream;
 use tokio_util::sync::CancellationToken;
@@ -15,13 +17,13 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::load_sharing::api::Api;
+use super::load_sharing::api::{Api, media_type, parse_object, read_body};
 use super::load_sharing::problem::Refused;
 use super::sessions::events::SessionEvent;
-use super::sessions::listing::{PAGE_MAX, SessionPage, SessionQuery};
+use super::sessions::listing::{PAGE_MAX, SessionInfo, SessionPage, SessionQuery};
 use crate::admin::Pages;
 use crate::admin::events::Watchers;
-use crate::session::{PoolState, Problem};
+use crate::session::{Amendment, PoolState, Problem, SessionId};
 
 /// Most clients that watch events at a time.
 const WATCHERS_MAX: usize = 32;
@@ -66,6 +68,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 fn documented() -> OpenApiRouter<Arc<Inspection>> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(list_sessions))
+        .routes(routes!(get_session, amend_session))
         .routes(routes!(watch_events))
         .routes(routes!(get_pool))
         .routes(routes!(get_openapi))
@@ -93,9 +96,80 @@ async fn list_sessions(
     Ok(Json(inspection.api.sessions.list(&query, length)))
 }
 
+/// A live session.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The session's id")),
+    responses(
+        (status = 200, description = "The session", body = SessionInfo),
+        (status = 404, description = "Unknown, or over", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn get_session(
+    State(inspection): State<Arc<Inspection>>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<SessionInfo>, Refused> {
+    inspection.session(&session_id(id)?).map(Json)
+}
+
+/// Changes a live session's metadata, or when it ends, by a JSON merge patch (RFC
+/// 7396). All connection servers and the workload learn of it: see `Amended` in
+/// `/v1/events`.
+#[utoipa::path(
+    patch,
+    path = "/v1/sessions/{id}",
+    params(("id" = String, Path, description = "The session's id")),
+    request_body(content(
+        (Amendment = "application/merge-patch+json"),
+        (Amendment = "application/json"),
+    )),
+    responses(
+        (status = 200, description = "The session after the change", body = SessionInfo),
+        (status = 400, description = "Not JSON", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "Unknown, or over", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
+        (status = 409, description = "The agent of the session's processing server is too old (`agent-too-old`)", body = Problem, content_type = "application/problem+json"),
+        (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "The body is neither application/merge-patch+json nor application/json", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "A field is wrong; `type` says how: `invalid-field`, `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The session's processing server is out of reach (`server-out-of-reach`), or too many sessions are being changed (`too-many-amendments`)", body = Problem, content_type = "application/problem+json",
+            headers(("retry-after" = u32, description = "Seconds"))),
+    )
+)]
+async fn amend_session(
+    State(inspection): State<Arc<Inspection>>,
+    id: Result<Path<String>, PathRejection>,
+    request: Request<Body>,
+) -> Result<Json<SessionInfo>, Refused> {
+    let id = session_id(id)?;
+    let (head, body) = request.into_parts();
+    let body = read_body(body).await?;
+    let is_patch = ["application/merge-patch+json", "application/json"]
+        .contains(&media_type(&head.headers).as_str());
+    if !is_patch {
+        return Err(Refused::NotMergePatch);
+    }
+    let amendment: Amendment = parse_object(&body)?;
+    inspection.api.control.amend(&id, amendment).await?;
+    inspection.session(&id).map(Json)
+}
+
+/// The id in a path; one that no session can have is that of none.
+fn session_id(path: Result<Path<String>, PathRejection>) -> Result<SessionId, Refused> {
+    let Path(id) = path.map_err(|_| Refused::NoSession)?;
+    SessionId::new(&id).ok_or(Refused::NoSession)
+}
+
+impl Inspection {
+    fn session(&self, id: &SessionId) -> Result<SessionInfo, Refused> {
+        self.api.sessions.info(id).ok_or(Refused::NoSession)
+    }
+}
+
 /// Changes of sessions from now on, as server-sent events. The name of an event
-/// is the state that a session is in now (`Held`, `Busy`, `Lingering`) or
-/// `Ended`; its data is a `SessionEvent`. A watcher that reads too slowly gets
+/// is the state that a session is in now (`Held`, `Busy`, `Lingering`), `Ended`, or
+/// `Amended` if its metadata or its end has changed; its data is a `SessionEvent`. A watcher that reads too slowly gets
 /// an event `lost` with the number of those that it missed. To miss nothing,
 /// watch first and then list.
 #[utoipa::path(

@@ -23,6 +23,7 @@
 //! - `gate`: what the data plane asks and reports;
 //! - `actions`: what it must do after a change;
 //! - `flows`: the connections of a session, and which of them claim it;
+//! - `amendments`: changes of sessions that agents are asked for;
 //! - `queries`: what others ask about the live sessions;
 //! - `listing`, `events`: which session is where, and what happens to it, for
 //!   the admin port;
@@ -30,6 +31,7 @@
 //! - this file: the live sessions, and what agents and clients change.
 
 mod actions;
+mod amendments;
 pub mod events;
 mod flows;
 mod gate;
@@ -47,7 +49,9 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
 pub use self::actions::{Action, Actions};
-use self::events::Watchers;
+use self::amendments::Amendments;
+pub use self::amendments::{AmendAnswer, AmendError};
+use self::events::{Change, Watchers};
 use self::flows::Flows;
 use self::gate::PendingLookup;
 pub use self::queries::KnownSession;
@@ -99,6 +103,7 @@ fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Session> {
 pub struct Sessions {
     inner: RwLock<Inner>,
     next_key: AtomicU64,
+    amendments: Amendments,
 }
 
 #[derive(Debug, Default)]
@@ -209,7 +214,7 @@ impl Inner {
             self.last_ended.remove(&further.port);
             self.first_by_further.insert(further.port, port);
         }
-        self.tell(&live, None);
+        self.tell(&live, Change::State);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
     }
@@ -223,7 +228,7 @@ impl Inner {
         for further in &ports.rest {
             self.first_by_further.remove(further);
         }
-        self.tell(&live, Some(cause));
+        self.tell(&live, Change::End(cause));
         // The key may name a later session by now.
         if let Some(key) = &live.session.idempotency_key
             && self.id_by_idempotency_key.get(key) == Some(id)
@@ -303,6 +308,7 @@ impl Sessions {
     /// An agent's stream is up: from now on its messages go to `outbox`, the
     /// greeting first. `greet` makes it from the sessions known on this server.
     pub fn attach(&self, slot: Slot, outbox: Outbox, greet: impl FnOnce(Vec<Session>) -> ToAgent) {
+        self.forget_agent(slot);
         let mut inner = self.inner.write();
         let known = inner
             .live
@@ -383,11 +389,13 @@ impl Sessions {
             if let Some(live) = inner.live.get_mut(&port) {
                 let known = std::mem::replace(&mut live.session, session);
                 // A session keeps its ports.
-                live.session.ports = known.ports;
-                let former = known.state;
+                live.session.ports.clone_from(&known.ports);
                 let live = &inner.live[&port];
-                if live.session.state != former {
-                    inner.tell(live, None);
+                let (is, was) = (&live.session, &known);
+                if is.state != was.state {
+                    inner.tell(live, Change::State);
+                } else if is.metadata != was.metadata || is.expires != was.expires {
+                    inner.tell(live, Change::Amendment);
                 }
             }
             return Actions::default();

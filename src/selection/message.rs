@@ -3,10 +3,12 @@
 
 use std::net::IpAddr;
 
+use http::StatusCode;
 use jiff::Timestamp;
 
 use crate::session::{
-    Block, Metadata, OneOrMore, PortState, SessionId, SessionPort, SessionState, text_id,
+    Amendment, Block, MAX_EXPIRY_SECONDS, MAX_METADATA_BYTES, Metadata, OneOrMore, PortState,
+    SessionId, SessionPort, SessionState, text_id,
 };
 use crate::table::ListenPort;
 
@@ -46,6 +48,15 @@ pub enum ToAgent {
         request_id: u64,
         /// The connection port in question.
         port: ListenPort,
+    },
+    /// The request to change a live session.
+    Amend {
+        /// Unique among the unanswered requests of the stream.
+        request_id: u64,
+        /// The session.
+        session_id: SessionId,
+        /// The change.
+        amendment: Amendment,
     },
     /// The last message of a connection server that stops for good.
     Goodbye,
@@ -123,6 +134,67 @@ pub enum FromAgent {
         /// The session on the port, if one is live there.
         session: Option<Session>,
     },
+    /// The answer to [`ToAgent::Amend`]. A session that has changed is reported before.
+    Amended {
+        /// The request that this answers.
+        request_id: u64,
+        /// Whether it is done, or why it is not.
+        outcome: Result<(), AmendRefusal>,
+    },
+}
+
+/// Why a live session is not changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum AmendRefusal {
+    /// A cause that this version does not know.
+    #[error("the session's processing server refused for a reason that is unknown here")]
+    Unspecified,
+    /// No live session has the id.
+    #[error("no live session has this id; it may be over")]
+    UnknownSession,
+    /// The metadata would be too large.
+    #[error(
+        "metadata: after the change, all keys and values would have more than {MAX_METADATA_BYTES} bytes together; remove keys with null"
+    )]
+    MetadataTooLarge,
+    /// The end would have passed.
+    #[error("expires: must be a time to come; DELETE ends a session at once")]
+    ExpiresPassed,
+    /// The end would be too far ahead.
+    #[error("expires: must be at most {} days ahead", MAX_EXPIRY_SECONDS / 86_400)]
+    ExpiresTooFar,
+    /// A field is not as `selection.proto` says.
+    #[error("the session's processing server did not understand the change")]
+    MalformedAmend,
+}
+
+impl AmendRefusal {
+    /// Status, static name and title of the problem that a requester is answered.
+    #[must_use]
+    pub fn problem(self) -> (StatusCode, &'static str, &'static str) {
+        use StatusCode as Code;
+        match self {
+            Self::UnknownSession => (Code::NOT_FOUND, "no-session", "No such session"),
+            Self::MetadataTooLarge => (
+                Code::UNPROCESSABLE_ENTITY,
+                "metadata-too-large",
+                "Metadata too large",
+            ),
+            Self::ExpiresPassed => (
+                Code::UNPROCESSABLE_ENTITY,
+                "expires-passed",
+                "End has passed",
+            ),
+            Self::ExpiresTooFar => (
+                Code::UNPROCESSABLE_ENTITY,
+                "expires-too-far",
+                "End too far ahead",
+            ),
+            Self::Unspecified | Self::MalformedAmend => {
+                (Code::BAD_GATEWAY, "not-amended", "Not amended")
+            }
+        }
+    }
 }
 
 /// The first message of an agent.
@@ -135,6 +207,8 @@ pub struct Welcome {
     /// Whether the agent knows sessions of several ports. One that does not has
     /// adopted their first ports only.
     pub knows_several_ports: bool,
+    /// Whether the agent changes live sessions.
+    pub knows_amendments: bool,
 }
 
 /// The ports of a processing server by name and state.
@@ -183,6 +257,10 @@ pub struct Session {
     pub open_here: bool,
     /// What the client says to the workload.
     pub metadata: Metadata,
+    /// When it ends in any state. To the millisecond.
+    pub expires: Option<Timestamp>,
+    /// Whether `expires` is from an amendment, not from the pool's longest duration.
+    pub has_own_expiry: bool,
 }
 
 #[cfg(test)]
@@ -201,6 +279,8 @@ impl Session {
             is_claimed: false,
             open_here: false,
             metadata: Metadata::default(),
+            expires: None,
+            has_own_expiry: false,
         }
     }
 }

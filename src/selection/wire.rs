@@ -53,6 +53,8 @@ pub enum RequestKind {
     Select,
     /// [`super::ToAgent::Lookup`].
     Lookup,
+    /// [`super::ToAgent::Amend`].
+    Amend,
 }
 
 impl TryFrom<v1::Session> for Session {
@@ -90,6 +92,11 @@ impl TryFrom<v1::Session> for Session {
             is_claimed: session.claimed,
             open_here: session.open_here,
             metadata: metadata(session.metadata)?,
+            expires: match session.expires_ms {
+                0 => None,
+                expires => Some(timestamp("expires_ms", expires)?),
+            },
+            has_own_expiry: session.own_expiry,
         })
     }
 }
@@ -142,6 +149,8 @@ impl From<Session> for v1::Session {
             claimed: session.is_claimed,
             open_here: session.open_here,
             metadata: session.metadata.into(),
+            expires_ms: session.expires.map_or(0, unix_ms),
+            own_expiry: session.has_own_expiry,
         }
     }
 }
@@ -170,6 +179,8 @@ mod tests {
                 protocol: "UDP".to_owned(),
             }],
             metadata: [("map".to_owned(), "harbor".to_owned())].into(),
+            expires_ms: 61_000,
+            own_expiry: true,
         }
     }
 
@@ -185,6 +196,7 @@ mod tests {
             lingering_since_ms: 0,
             further_ports: Vec::new(),
             metadata: Default::default(),
+            expires_ms: 0,
             ..session()
         };
         let read = Session::try_from(bare.clone()).unwrap();

@@ -75,6 +75,52 @@ impl Metadata {
     }
 }
 
+/// A change of metadata.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MetadataPatch {
+    /// All keys are removed.
+    Clear,
+    /// Keys are set to these values, or removed (`None`); at most
+    /// [`MAX_METADATA_BYTES`] in all keys and values. The other keys stay.
+    Merge(BTreeMap<String, Option<String>>),
+}
+
+impl MetadataPatch {
+    /// The change that sets and removes the keys of `entries`.
+    ///
+    /// # Errors
+    /// [`MetadataError`] if they are too large.
+    pub fn merge(entries: BTreeMap<String, Option<String>>) -> Result<Self, MetadataError> {
+        let length = |(key, value): (&String, &Option<String>)| {
+            key.len() + value.as_ref().map_or(0, String::len)
+        };
+        match entries.iter().map(length).sum() {
+            0..=MAX_METADATA_BYTES => Ok(Self::Merge(entries)),
+            bytes => Err(MetadataError { bytes }),
+        }
+    }
+}
+
+impl Metadata {
+    /// The metadata after `patch` (RFC 7396).
+    ///
+    /// # Errors
+    /// [`MetadataError`] if it is too large then.
+    pub fn amended(&self, patch: &MetadataPatch) -> Result<Self, MetadataError> {
+        let MetadataPatch::Merge(changes) = patch else {
+            return Ok(Self::default());
+        };
+        let mut entries = BTreeMap::from(self.clone());
+        for (key, value) in changes {
+            match value {
+                Some(value) => entries.insert(key.clone(), value.clone()),
+                None => entries.remove(key),
+            };
+        }
+        Self::try_from(entries)
+    }
+}
+
 impl TryFrom<BTreeMap<String, String>> for Metadata {
     type Error = MetadataError;
 
@@ -105,27 +151,49 @@ impl Serialize for Metadata {
 
 impl<'de> Deserialize<'de> for Metadata {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Entries)
+        let mut entries = BTreeMap::new();
+        for (key, value) in deserializer.deserialize_map(Entries)? {
+            let value = value.ok_or_else(|| D::Error::custom(no_string(&key)))?;
+            entries.insert(key, value);
+        }
+        Self::try_from(entries).map_err(D::Error::custom)
     }
 }
 
-/// Reads metadata. Its errors name the field, which those of derived code do not.
+impl<'de> Deserialize<'de> for MetadataPatch {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let entries = deserializer.deserialize_map(Entries)?;
+        Self::merge(entries).map_err(D::Error::custom)
+    }
+}
+
+impl Serialize for MetadataPatch {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Clear => serializer.serialize_none(),
+            Self::Merge(entries) => entries.serialize(serializer),
+        }
+    }
+}
+
+/// Reads an object of strings and nulls. Its errors name the field, which those of
+/// derived code do not.
 struct Entries;
 
 impl<'de> Visitor<'de> for Entries {
-    type Value = Metadata;
+    type Value = BTreeMap<String, Option<String>>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str("an object of strings for metadata")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries = BTreeMap::new();
         while let Some((key, value)) = map.next_entry::<String, Value>()? {
-            let Value::String(value) = value else {
-                let key = shown(&key);
-                let message = format!("metadata: the value of {key} must be a string");
-                return Err(A::Error::custom(message));
+            let value = match value {
+                Value::String(value) => Some(value),
+                Value::Null => None,
+                _ => return Err(A::Error::custom(no_string(&key))),
             };
             if entries.contains_key(&key) {
                 let message = format!("metadata: the key {} occurs twice", shown(&key));
@@ -133,8 +201,12 @@ impl<'de> Visitor<'de> for Entries {
             }
             entries.insert(key, value);
         }
-        Metadata::try_from(entries).map_err(A::Error::custom)
+        Ok(entries)
     }
+}
+
+fn no_string(key: &str) -> String {
+    format!("metadata: the value of {} must be a string", shown(key))
 }
 
 /// A key as an error shows it.
@@ -169,6 +241,34 @@ mod tests {
         let error = Metadata::new([("a", ""), ("ab", value.as_str())]).unwrap_err();
         assert_eq!(error, MetadataError { bytes: 4_097 });
         assert!(error.to_string().contains("at most 4096 bytes"), "{error}");
+    }
+
+    #[test]
+    fn a_patch_sets_and_removes_keys_and_leaves_the_others() {
+        let metadata = Metadata::new([("map", "harbor"), ("player", "ada")]).unwrap();
+        let amended = |patch: &str| {
+            let patch: MetadataPatch = serde_json::from_str(patch).unwrap();
+            metadata
+                .amended(&patch)
+                .map(|it| serde_json::to_string(&it).unwrap())
+        };
+        for (patch, expected) in [
+            ("{}", r#"{"map":"harbor","player":"ada"}"#),
+            (r#"{"map":null,"none":null}"#, r#"{"player":"ada"}"#),
+            (
+                r#"{"map":"sea","seed":""}"#,
+                r#"{"map":"sea","player":"ada","seed":""}"#,
+            ),
+        ] {
+            assert_eq!(amended(patch).as_deref(), Ok(expected));
+        }
+        let cleared = metadata.amended(&MetadataPatch::Clear);
+        assert_eq!(cleared, Ok(Metadata::default()));
+        // It fits by itself, and not with what is there.
+        let large = format!(r#"{{"k":"{}"}}"#, "v".repeat(4_095));
+        assert_eq!(amended(&large), Err(MetadataError { bytes: 4_114 }));
+        let larger = format!(r#"{{"k":"{}"}}"#, "v".repeat(4_096));
+        assert!(serde_json::from_str::<MetadataPatch>(&larger).is_err());
     }
 
     #[test]

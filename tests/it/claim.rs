@@ -155,6 +155,7 @@ impl Selection for LastPort {
                             agent: "ours".to_owned(),
                             generation: table.generation,
                             several_ports: false,
+                            amendments: false,
                         }));
                         send(from_agent::Message::Counts(counts(4)));
                     }

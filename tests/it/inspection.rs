@@ -2,11 +2,32 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use portpool::session::{Metadata, SessionRequest};
 use serde_json::{Value, json};
 
-use crate::common::{Pool, SOON, connect, echo, get};
+use crate::common::{Pool, SOON, connect, echo, get, is_cut};
+
+/// The status and the JSON body of the answer to `PATCH /v1/sessions/id` on the admin
+/// port of the connection server of this index.
+fn amend(pool: &Pool, index: u32, id: &str, content_type: &str, body: &str) -> (u16, Value) {
+    let mut stream = TcpStream::connect((pool.connection_address(index), 7701)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    write!(
+        stream,
+        "PATCH /v1/sessions/{id} HTTP/1.0\r\ncontent-type: {content_type}\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+    (status, serde_json::from_str(body).unwrap())
+}
+
+const MERGE_PATCH: &str = "application/merge-patch+json";
 
 /// The status and the JSON body of the answer to `GET path` on an admin port.
 fn ask(pool: &Pool, path: &str) -> (u16, Value) {
@@ -93,6 +114,209 @@ async fn what_clients_say_is_listed_and_reported() {
     let of = |id: &str| items.iter().find(|item| item["id"] == id).unwrap();
     assert_eq!(of(&said.id)["metadata"], expected);
     assert_eq!(of(&silent.id).get("metadata"), None);
+}
+
+/// All connection servers learn of it, whichever is asked.
+#[tokio::test]
+async fn a_live_session_is_amended_and_ends_when_that_says() {
+    let mut pool = Pool::running(1, |table| table.sessions.max_duration_seconds = 3600).await;
+    pool.start_connection_server(1);
+    pool.until_of(1, |state| state.free_ports > 0).await;
+    let session = pool.request().await.unwrap();
+    let mut client = connect(&session);
+    echo(&mut client, "busy");
+    let lasts = session.expires.unwrap().duration_since(session.created);
+    assert_eq!(lasts.as_secs(), 3600);
+    pool.until(|state| state.servers[0].ports[0].busy == 1)
+        .await;
+    let (_, mut watcher) = watch(&pool);
+    let says = r#"{"metadata": {"map": "harbor", "seed": "7"}}"#;
+    let (status, amended) = amend(&pool, 1, &session.id, MERGE_PATCH, says);
+    assert_eq!(status, 200, "{amended}");
+    let expected = json!({ "map": "harbor", "seed": "7" });
+    assert_eq!(amended["metadata"], expected);
+    let (name, event) = next_event(&mut watcher);
+    assert_eq!(
+        (name.as_str(), &event["session"]["metadata"]),
+        ("Amended", &expected)
+    );
+    assert_eq!(event["session"]["state"], "Busy");
+
+    let soon = jiff::Timestamp::now() + Duration::from_secs(7200);
+    let patch = json!({ "expires": soon, "metadata": { "seed": null } }).to_string();
+    let (status, amended) = amend(&pool, 0, &session.id, "application/json", &patch);
+    assert_eq!(status, 200, "{amended}");
+    assert_eq!(amended["metadata"], json!({ "map": "harbor" }));
+    let (_, shown) = ask(&pool, &format!("/v1/sessions/{}", session.id));
+    let expires: jiff::Timestamp = shown["expires"].as_str().unwrap().parse().unwrap();
+    assert_eq!(expires.as_millisecond(), soon.as_millisecond());
+    let (_, unlimited) = amend(
+        &pool,
+        0,
+        &session.id,
+        MERGE_PATCH,
+        r#"{"expires": null, "metadata": null}"#,
+    );
+    assert_eq!(
+        (unlimited.get("expires"), unlimited.get("metadata")),
+        (None, None)
+    );
+
+    let at_once = jiff::Timestamp::now() + Duration::from_millis(300);
+    let patch = json!({ "expires": at_once }).to_string();
+    amend(&pool, 0, &session.id, MERGE_PATCH, &patch);
+    echo(&mut client, "still here");
+    assert!(is_cut(&mut client));
+    assert!(jiff::Timestamp::now() >= at_once);
+    assert_eq!(ask(&pool, &format!("/v1/sessions/{}", session.id)).0, 404);
+}
+
+#[tokio::test]
+async fn a_wrong_amendment_is_refused_with_the_reason() {
+    let mut pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut largest = serde_json::Map::new();
+    largest.insert("k".to_owned(), "v".repeat(4095).into());
+    let largest = json!({ "metadata": largest }).to_string();
+    assert_eq!(amend(&pool, 0, &session.id, MERGE_PATCH, &largest).0, 200);
+    let huge = json!({ "metadata": { "k": "v".repeat(40_000) } }).to_string();
+    let large = json!({ "metadata": { "k": "v".repeat(4096) } }).to_string();
+    let is = session.id.as_str();
+    for (id, content_type, body, status, kind, words) in [
+        (
+            "none",
+            MERGE_PATCH,
+            "{}",
+            404,
+            "no-session",
+            "no live session",
+        ),
+        (
+            "%ff",
+            MERGE_PATCH,
+            "{}",
+            404,
+            "no-session",
+            "no live session",
+        ),
+        (is, MERGE_PATCH, "{", 400, "malformed", "EOF"),
+        (is, MERGE_PATCH, "", 400, "malformed", "EOF"),
+        (
+            is,
+            MERGE_PATCH,
+            "[]",
+            422,
+            "invalid-field",
+            "must be a JSON object",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            "null",
+            422,
+            "invalid-field",
+            "invalid type: null",
+        ),
+        (
+            is,
+            "text/plain",
+            "{}",
+            415,
+            "not-json",
+            "application/merge-patch+json",
+        ),
+        (is, MERGE_PATCH, &huge, 413, "too-large", "32768 bytes"),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"state":"Held"}"#,
+            422,
+            "invalid-field",
+            "unknown field `state`, expected `expires` or `metadata`",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"expires":60}"#,
+            422,
+            "invalid-field",
+            "expires: must be null, or a time like",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"expires":"soon"}"#,
+            422,
+            "invalid-field",
+            "expires: must be null, or a time like",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"expires":null,"expires":null}"#,
+            422,
+            "invalid-field",
+            "duplicate field `expires`",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"expires":"2020-01-01T00:00:00Z"}"#,
+            422,
+            "expires-passed",
+            "must be a time to come",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"expires":"9020-01-01T00:00:00Z"}"#,
+            422,
+            "expires-too-far",
+            "at most 30 days ahead",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"metadata":{"a":1}}"#,
+            422,
+            "invalid-field",
+            "must be a string",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            &large,
+            422,
+            "invalid-field",
+            "these have 4097",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"metadata":{"a":""}}"#,
+            422,
+            "metadata-too-large",
+            "more than 4096 bytes together",
+        ),
+    ] {
+        let (found, problem) = amend(&pool, 0, id, content_type, body);
+        assert_eq!(found, status, "{body:.60}: {problem}");
+        assert_eq!(
+            problem["type"],
+            format!("urn:portpool:problem:{kind}"),
+            "{body:.60}"
+        );
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains(words), "{body:.60}: {detail}");
+    }
+    let (_, shown) = ask(&pool, &format!("/v1/sessions/{}", session.id));
+    assert_eq!(shown["metadata"]["k"].as_str().unwrap().len(), 4095);
+    assert_eq!(shown.get("expires"), None);
+    pool.agents[0].kill();
+    pool.until(|state| !state.servers[0].attached).await;
+    let (status, problem) = amend(&pool, 0, is, MERGE_PATCH, "{}");
+    assert_eq!(status, 503, "{problem}");
+    assert_eq!(problem["type"], "urn:portpool:problem:server-out-of-reach");
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::life::end_notice;
 use super::session::{ADOPTED, Closed, Session, State};
+use super::times::time_after;
 use super::{Book, Notice, Now, Times, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
 use crate::session::{SessionId, SessionState};
@@ -85,7 +86,12 @@ impl Book {
             linger,
             max_duration,
         } = self.times;
-        let created = now.since(known.created);
+        let by_duration = max_duration.map(|most| time_after(known.created, most));
+        let expires = if known.has_own_expiry {
+            known.expires
+        } else {
+            by_duration
+        };
         let closed = known.lingering_since.unwrap_or(now.time);
         let left_to_claim = now.until(known.claim_deadline).min(claim);
         let mut session = Session {
@@ -103,7 +109,9 @@ impl Book {
             claim_deadline: known.claim_deadline,
             claim_until: self.no_sooner_than_recovered(now.monotonic + left_to_claim),
             until: None,
-            at_most: max_duration.map(|most| now.monotonic + most.saturating_sub(created)),
+            at_most: expires.map(|at| now.monotonic + now.until(at)),
+            expires,
+            has_own_expiry: known.has_own_expiry,
         };
         if known.open_here {
             session.open.insert(owner.clone());

@@ -81,7 +81,7 @@ impl Book {
 
     /// Changes a live session, keeps its deadline in step, and reports a new
     /// state to all.
-    fn update(
+    pub(super) fn update(
         &mut self,
         id: &SessionId,
         notices: &mut Vec<Notice>,
@@ -243,6 +243,8 @@ impl Book {
             is_claimed: session.is_claimed,
             open_here: false,
             metadata: session.metadata.clone(),
+            expires: session.expires,
+            has_own_expiry: session.has_own_expiry,
         }
     }
 }

@@ -113,6 +113,8 @@ impl Book {
             claim_until: now.monotonic + self.times.claim,
             until: Some(now.monotonic + self.times.claim),
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
+            expires: self.times.max_duration.map(|most| now.time_in(most)),
+            has_own_expiry: false,
         };
         self.next_number += 1;
         let described = self.describe(&id, &session);

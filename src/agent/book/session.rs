@@ -57,6 +57,10 @@ pub(super) struct Session {
     pub(super) until: Option<Duration>,
     /// When the session ends in any state.
     pub(super) at_most: Option<Duration>,
+    /// The same moment on the other clock.
+    pub(super) expires: Option<Timestamp>,
+    /// Whether an amendment has set it.
+    pub(super) has_own_expiry: bool,
 }
 
 impl Session {

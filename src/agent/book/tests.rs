@@ -2,11 +2,12 @@ use super::*;
 use jiff::Timestamp;
 
 use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol, Replies};
-use crate::selection::{RefusalCause, Select};
+use crate::selection::{AmendRefusal, RefusalCause, Select};
 use crate::session::{Block, Metadata, OneOrMore, PortFilter, SessionState};
 use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
 
+mod amending;
 mod leaving;
 mod limits;
 mod looking;

@@ -16,7 +16,7 @@ pub struct Now {
 impl Now {
     /// The time of day in `duration`.
     pub(super) fn time_in(self, duration: Duration) -> Timestamp {
-        self.time.checked_add(duration).unwrap_or(Timestamp::MAX)
+        time_after(self.time, duration)
     }
 
     /// The time that has passed since `time`; zero when the clock says that it is
@@ -31,6 +31,11 @@ impl Now {
         let left = time.duration_since(self.time);
         left.try_into().unwrap_or(Duration::ZERO)
     }
+}
+
+/// The time of day `duration` after `time`.
+pub(super) fn time_after(time: Timestamp, duration: Duration) -> Timestamp {
+    time.checked_add(duration).unwrap_or(Timestamp::MAX)
 }
 
 /// How long sessions may take.

@@ -17,8 +17,8 @@ use crate::follow::Rejected;
 use crate::selection::v1;
 use crate::selection::v1::selection_server::Selection;
 use crate::selection::{
-    ConnectionServerId, FromAgent, Hello, MessageError, RefusalCause, RequestKind, Select, ToAgent,
-    Welcome,
+    AmendRefusal, ConnectionServerId, FromAgent, Hello, MessageError, RefusalCause, RequestKind,
+    Select, ToAgent, Welcome,
 };
 use crate::table::Table;
 
@@ -47,6 +47,7 @@ impl Agent {
             agent: self.id.to_string(),
             generation: table.map_or(0, |table| table.generation),
             knows_several_ports: true,
+            knows_amendments: true,
         };
         if inner.outboxes.len() >= MAX_STREAMS && !inner.outboxes.contains_key(from) {
             return Err(Status::resource_exhausted(
@@ -145,6 +146,14 @@ impl Agent {
                     },
                 );
             }
+            ToAgent::Amend {
+                request_id,
+                session_id,
+                amendment,
+            } => {
+                let amended = self.amend(session_id, amendment);
+                send(outbox, answer_to_amend(*request_id, amended.map(drop)));
+            }
             // The client gave the session back, on whichever stream that comes.
             ToAgent::Release(_) => self.change(|book, now| book.report(from, message, now)),
             ToAgent::Opened(_) | ToAgent::Closed { .. } | ToAgent::Ended(_) => {
@@ -172,6 +181,10 @@ impl Agent {
                 request_id, kind, ..
             } => match kind {
                 RequestKind::Select => return self.select(from, request_id, None, outbox),
+                RequestKind::Amend => {
+                    let outcome = Err(AmendRefusal::MalformedAmend);
+                    send(outbox, answer_to_amend(request_id, outcome));
+                }
                 RequestKind::Lookup => {
                     let session = None;
                     send(
@@ -253,6 +266,13 @@ impl Agent {
             }
         }
         self.detach(&from, &outbox);
+    }
+}
+
+fn answer_to_amend(request_id: u64, outcome: Result<(), AmendRefusal>) -> FromAgent {
+    FromAgent::Amended {
+        request_id,
+        outcome,
     }
 }
 

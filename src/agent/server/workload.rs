@@ -5,11 +5,11 @@ use jiff::Timestamp;
 use tokio::sync::broadcast;
 use tracing::info;
 
-use super::{Agent, Inner};
-use crate::agent::book::To;
+use super::{Agent, Inner, send};
+use crate::agent::book::{Amended, To};
 use crate::agent::workload_view::{EntryView, ServerView, WorkloadEvent};
-use crate::selection::{FromAgent, Session};
-use crate::session::SessionId;
+use crate::selection::{AmendRefusal, FromAgent, Session};
+use crate::session::{Amendment, SessionId};
 
 impl Agent {
     /// The server as the workload sees it; `None` without a row.
@@ -55,6 +55,33 @@ impl Agent {
             info!(session = %id, "the workload ended a session");
         }
         is_ended
+    }
+
+    /// Changes the live session `id` and reports it to connection servers and to the
+    /// workload, if it was otherwise before. Returns it.
+    ///
+    /// # Errors
+    /// [`AmendRefusal`]; nothing has changed then.
+    pub fn amend(&self, id: &SessionId, amendment: &Amendment) -> Result<Session, AmendRefusal> {
+        let mut inner = self.inner.lock();
+        let now = self.now();
+        let Amended {
+            session,
+            is_changed,
+        } = inner.book.amend(id, amendment, now)?;
+        if is_changed {
+            info!(session = %id, "session amended");
+            for outbox in inner.outboxes.values() {
+                send(outbox, FromAgent::Session(session.clone()));
+            }
+            // No one may watch.
+            let _ = inner
+                .events
+                .send(WorkloadEvent::amended(&session, now.time));
+        }
+        drop(inner);
+        self.sooner.notify_one();
+        Ok(session)
     }
 
     /// Offers ports only while the workload `is_ready` for new sessions.

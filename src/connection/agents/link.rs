@@ -141,6 +141,9 @@ impl LinkTask {
         let allocation = &self.agents.allocation;
         allocation.attach(slot, outbox.clone(), knows_several_ports);
         change.welcomed(slot, knows_several_ports);
+        if welcome.knows_amendments {
+            self.agents.sessions.knows_amendments(slot);
+        }
         drop(change);
         self.serve(incoming, &outbox).await
     }
@@ -230,6 +233,10 @@ impl LinkTask {
                 request_id,
                 session,
             } => change.looked_up(slot, request_id, session),
+            FromAgent::Amended {
+                request_id,
+                outcome,
+            } => self.agents.sessions.amended(request_id, outcome),
             FromAgent::Welcome(_) => self.ignore(&"message out of place"),
         }
     }

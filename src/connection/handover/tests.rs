@@ -247,6 +247,8 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
                 is_claimed: false,
                 open_here: false,
                 metadata,
+                expires: (key % 2 == 0).then(|| jiff::Timestamp::new(1_900_000_000, 0).unwrap()),
+                has_own_expiry: key % 3 == 0,
             },
             carried: Carried {
                 connections: key / 2,

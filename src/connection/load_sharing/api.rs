@@ -15,7 +15,9 @@ use axum::http::{HeaderMap, Request, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
+use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa::openapi::RefOr;
@@ -284,6 +286,7 @@ impl Api {
                 .unwrap_or_default(),
             state: session.state,
             claim_deadline: is_held.then_some(session.claim_deadline),
+            expires: session.expires,
             created: session.created,
         }
     }
@@ -311,6 +314,20 @@ fn reached_by(uri: &http::Uri, headers: &HeaderMap, local: IpAddr) -> String {
 
 /// Reads and checks the request information.
 async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest, Refused> {
+    let body = read_body(body).await?;
+    if body.is_empty() {
+        return Ok(SessionRequest::default());
+    }
+    if media_type(headers) != "application/json" {
+        return Err(Refused::NotJson);
+    }
+    let request: SessionRequest = parse_object(&body)?;
+    check(&request).map_err(Refused::InvalidField)?;
+    Ok(request)
+}
+
+/// Reads a body, in time and within its bounds.
+pub(in crate::connection) async fn read_body(body: Body) -> Result<Bytes, Refused> {
     // A body that announces its size is not read at all.
     if body.size_hint().lower() > MAX_BODY_BYTES as u64 {
         return Err(Refused::TooLarge(MAX_BODY_BYTES));
@@ -325,34 +342,32 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
             } else {
                 Refused::BrokenOff
             }
-        })?
-        .to_bytes();
-    if body.is_empty() {
-        return Ok(SessionRequest::default());
-    }
-    let content_type = headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|value| value.to_str().ok());
-    let media_type = content_type
-        .and_then(|value| value.split(';').next())
-        .unwrap_or_default();
-    if !media_type.trim().eq_ignore_ascii_case("application/json") {
-        return Err(Refused::NotJson);
-    }
+        })?;
+    Ok(body.to_bytes())
+}
+
+/// The media type of a body without its parameters, in lower case.
+pub(in crate::connection) fn media_type(headers: &HeaderMap) -> String {
+    let content_type = headers.get(header::CONTENT_TYPE);
+    let content_type = content_type.and_then(|value| value.to_str().ok());
+    let media_type = content_type.and_then(|value| value.split(';').next());
+    media_type.unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// Parses a body that must be a JSON object.
+pub(in crate::connection) fn parse_object<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
     // serde would also take the fields from a list, in their order.
     if body.trim_ascii_start().starts_with(b"[") {
         let message = "the body must be a JSON object".to_owned();
         return Err(Refused::InvalidField(message));
     }
-    let request: SessionRequest = serde_json::from_slice(&body).map_err(|error| {
+    serde_json::from_slice(body).map_err(|error| {
         if error.is_data() {
             Refused::InvalidField(error.to_string())
         } else {
             Refused::Malformed(error)
         }
-    })?;
-    check(&request).map_err(Refused::InvalidField)?;
-    Ok(request)
+    })
 }
 
 fn check(request: &SessionRequest) -> Result<(), String> {

@@ -6,7 +6,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use super::refusal::Refusal;
-use crate::connection::sessions::ReleaseError;
+use crate::connection::sessions::{AmendError, ReleaseError};
+use crate::selection::AmendRefusal;
 use crate::session::Problem;
 
 /// Why a request is refused.
@@ -24,6 +25,9 @@ pub enum Refused {
     /// The body is of another media type.
     #[error("send the body with content-type: application/json")]
     NotJson,
+    /// The body of a change is of another media type.
+    #[error("send the body with content-type: application/merge-patch+json, or application/json")]
+    NotMergePatch,
     /// The body is not JSON.
     #[error("{0}")]
     Malformed(serde_json::Error),
@@ -39,6 +43,17 @@ pub enum Refused {
     /// The session's agent is not attached.
     #[error("the session's processing server is not attached now; try again in a second")]
     OutOfReach,
+    /// The session's agent does not know amendments.
+    #[error(
+        "the agent of the session's processing server is too old to change sessions: it can be changed once the server is replaced"
+    )]
+    AgentTooOld,
+    /// As many amendments are under way as may.
+    #[error("too many sessions are being changed; try again in a second")]
+    TooManyAmendments,
+    /// The session's agent has refused to change it.
+    #[error(transparent)]
+    NotAmended(AmendRefusal),
     /// No resource has this path.
     #[error("see /openapi.json for the paths and methods")]
     NotFound,
@@ -67,6 +82,18 @@ impl From<ReleaseError> for Refused {
     }
 }
 
+impl From<AmendError> for Refused {
+    fn from(error: AmendError) -> Self {
+        match error {
+            AmendError::Unknown => Self::NoSession,
+            AmendError::OutOfReach => Self::OutOfReach,
+            AmendError::TooOld => Self::AgentTooOld,
+            AmendError::TooMany => Self::TooManyAmendments,
+            AmendError::Refused(refusal) => Self::NotAmended(refusal),
+        }
+    }
+}
+
 /// The static name of the problem in a response, for the metrics.
 #[derive(Clone, Copy, Debug)]
 pub struct ProblemName(pub &'static str);
@@ -79,7 +106,7 @@ impl Refused {
             Self::TooLarge(_) => (Code::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
             Self::TooSlow(_) => (Code::REQUEST_TIMEOUT, "too-slow", "Body too slow"),
             Self::BrokenOff => (Code::BAD_REQUEST, "malformed", "Malformed body"),
-            Self::NotJson => (
+            Self::NotJson | Self::NotMergePatch => (
                 Code::UNSUPPORTED_MEDIA_TYPE,
                 "not-json",
                 "Unsupported media type",
@@ -93,6 +120,13 @@ impl Refused {
                 "server-out-of-reach",
                 "Processing server out of reach",
             ),
+            Self::AgentTooOld => (Code::CONFLICT, "agent-too-old", "Agent too old"),
+            Self::TooManyAmendments => (
+                Code::SERVICE_UNAVAILABLE,
+                "too-many-amendments",
+                "Too many changes at once",
+            ),
+            Self::NotAmended(refusal) => refusal.problem(),
             Self::NotFound => (Code::NOT_FOUND, "not-found", "No such resource"),
             Self::MethodNotAllowed => (
                 Code::METHOD_NOT_ALLOWED,

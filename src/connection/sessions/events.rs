@@ -11,7 +11,7 @@ use super::{Inner, Live, Sessions};
 /// Events that are kept for a watcher that is slow; it loses the oldest.
 const KEPT: usize = 1024;
 
-/// A change of a session's state.
+/// A change of a session.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct SessionEvent {
@@ -23,13 +23,31 @@ pub struct SessionEvent {
     pub cause: Option<&'static str>,
     /// The session after the change; one that has ended, as it was before.
     pub session: SessionInfo,
+    /// Whether the session was amended and is in the same state as before.
+    #[serde(skip)]
+    is_amendment: bool,
+}
+
+/// What has happened to a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Change {
+    /// It is new, or in another state.
+    State,
+    /// Its metadata or its end has changed.
+    Amendment,
+    /// It has ended for this cause.
+    End(&'static str),
 }
 
 impl SessionEvent {
-    /// The name of the event: the state that the session is in, or `Ended`.
+    /// The name of the event: the state that the session is in, `Ended` or `Amended`.
     #[must_use]
     pub fn name(&self) -> &'static str {
-        self.cause.map_or(self.session.state.name(), |_| "Ended")
+        match self.cause {
+            Some(_) => "Ended",
+            None if self.is_amendment => "Amended",
+            None => self.session.state.name(),
+        }
     }
 }
 
@@ -44,16 +62,20 @@ impl Default for Watchers {
 }
 
 impl Inner {
-    /// Tells those who watch of `live`, which has just changed, or ended for
-    /// `cause`. Costs nothing while nobody watches.
-    pub(super) fn tell(&self, live: &Live, cause: Option<&'static str>) {
+    /// Tells those who watch of the `change` of `live`. Costs nothing while nobody
+    /// watches.
+    pub(super) fn tell(&self, live: &Live, change: Change) {
         if self.watchers.0.receiver_count() == 0 {
             return;
         }
         let event = SessionEvent {
             time: jiff::Timestamp::now(),
-            cause,
+            cause: match change {
+                Change::End(cause) => Some(cause),
+                Change::State | Change::Amendment => None,
+            },
             session: self.info(live),
+            is_amendment: change == Change::Amendment,
         };
         // The last one may have left meanwhile.
         let _ = self.watchers.0.send(event);

@@ -8,7 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Inner, Live, Sessions};
 use crate::pool::PortProtocol;
-use crate::session::{ConnectionPort, Metadata, SessionState};
+use crate::session::{ConnectionPort, Metadata, SessionId, SessionState};
 use crate::table::Slot;
 
 /// Most sessions of a page.
@@ -43,6 +43,10 @@ pub struct SessionInfo {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>, format = DateTime)]
     pub claim_deadline: Option<jiff::Timestamp>,
+    /// When it ends, even if it is in use, where that is limited (RFC 3339).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>, format = DateTime)]
+    pub expires: Option<jiff::Timestamp>,
     /// When the port was selected (RFC 3339).
     #[schema(value_type = String, format = DateTime)]
     pub created: jiff::Timestamp,
@@ -139,6 +143,7 @@ impl Inner {
             ports: session.ports.iter().map(Into::into).collect(),
             state: session.state,
             claim_deadline: is_held.then_some(session.claim_deadline),
+            expires: session.expires,
             created: session.created,
             requester: live.span.client(),
             bound_client: live.bound_client,
@@ -149,6 +154,14 @@ impl Inner {
 }
 
 impl Sessions {
+    /// The live session `id`.
+    #[must_use]
+    pub fn info(&self, id: &SessionId) -> Option<SessionInfo> {
+        let inner = self.inner.read();
+        let live = inner.live.get(inner.port_by_id.get(id)?)?;
+        Some(inner.info(live))
+    }
+
     /// The live sessions that `query` asks for, at most `length` of them.
     #[must_use]
     pub fn list(&self, query: &SessionQuery, length: usize) -> SessionPage {

@@ -2,9 +2,9 @@
 
 use super::MessageError;
 use crate::selection::field::{FieldError, protocol, session_id};
-use crate::selection::v1::{self, end, from_agent, refused};
+use crate::selection::v1::{self, amended, end, from_agent, refused};
 use crate::selection::{
-    Counts, EndCause, FromAgent, PROTOCOL_VERSION, RefusalCause, Session, Welcome,
+    AmendRefusal, Counts, EndCause, FromAgent, PROTOCOL_VERSION, RefusalCause, Session, Welcome,
 };
 use crate::session::PortState;
 
@@ -18,6 +18,7 @@ impl TryFrom<v1::FromAgent> for FromAgent {
                 agent: welcome.agent,
                 generation: welcome.generation,
                 knows_several_ports: welcome.several_ports,
+                knows_amendments: welcome.amendments,
             }),
             Message::Counts(counts) => Self::Counts(counts.try_into()?),
             Message::Selected(v1::Selected {
@@ -48,6 +49,10 @@ impl TryFrom<v1::FromAgent> for FromAgent {
                 request_id,
                 session: session.map(Session::try_from).transpose()?,
             },
+            Message::Amended(amended) => Self::Amended {
+                request_id: amended.request_id,
+                outcome: outcome(amended.outcome()),
+            },
         })
     }
 }
@@ -60,11 +65,13 @@ impl From<FromAgent> for v1::FromAgent {
                 agent,
                 generation,
                 knows_several_ports,
+                knows_amendments,
             }) => Message::Welcome(v1::Welcome {
                 protocol_version: PROTOCOL_VERSION,
                 agent,
                 generation,
                 several_ports: knows_several_ports,
+                amendments: knows_amendments,
             }),
             FromAgent::Counts(counts) => Message::Counts(counts.into()),
             FromAgent::Selected {
@@ -92,10 +99,43 @@ impl From<FromAgent> for v1::FromAgent {
                 request_id,
                 session: session.map(Into::into),
             }),
+            FromAgent::Amended {
+                request_id,
+                outcome,
+            } => Message::Amended(v1::Amended {
+                request_id,
+                outcome: outcome_code(outcome).into(),
+            }),
         };
         Self {
             message: Some(message),
         }
+    }
+}
+
+fn outcome(code: amended::Outcome) -> Result<(), AmendRefusal> {
+    use amended::Outcome;
+    Err(match code {
+        Outcome::Done => return Ok(()),
+        Outcome::Unspecified => AmendRefusal::Unspecified,
+        Outcome::UnknownSession => AmendRefusal::UnknownSession,
+        Outcome::MetadataTooLarge => AmendRefusal::MetadataTooLarge,
+        Outcome::ExpiresPassed => AmendRefusal::ExpiresPassed,
+        Outcome::ExpiresTooFar => AmendRefusal::ExpiresTooFar,
+        Outcome::MalformedAmend => AmendRefusal::MalformedAmend,
+    })
+}
+
+fn outcome_code(outcome: Result<(), AmendRefusal>) -> amended::Outcome {
+    use amended::Outcome;
+    match outcome {
+        Ok(()) => Outcome::Done,
+        Err(AmendRefusal::Unspecified) => Outcome::Unspecified,
+        Err(AmendRefusal::UnknownSession) => Outcome::UnknownSession,
+        Err(AmendRefusal::MetadataTooLarge) => Outcome::MetadataTooLarge,
+        Err(AmendRefusal::ExpiresPassed) => Outcome::ExpiresPassed,
+        Err(AmendRefusal::ExpiresTooFar) => Outcome::ExpiresTooFar,
+        Err(AmendRefusal::MalformedAmend) => Outcome::MalformedAmend,
     }
 }
 

@@ -6,11 +6,13 @@ use super::{MessageError, RequestKind};
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
 use crate::selection::field::{
     FieldError, address_text, bound_client, connection_port, idempotency_key, metadata, optional,
-    protocol, session_id,
+    protocol, session_id, timestamp, unix_ms,
 };
 use crate::selection::v1::{self, to_agent};
 use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Session, ToAgent};
-use crate::session::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, PortFilter, SessionId};
+use crate::session::{
+    Amendment, Block, MAX_BLOCKS, MAX_PORTS, MetadataPatch, OneOrMore, PortFilter, SessionId,
+};
 
 /// Longest host identity of a connection server, in bytes: boot, host, network
 /// namespace and address take half of it.
@@ -52,6 +54,14 @@ impl TryFrom<v1::ToAgent> for ToAgent {
                 })?;
                 Self::Lookup { request_id, port }
             }
+            Message::Amend(amend) => {
+                let request_id = amend.request_id;
+                amendment(amend).map_err(|source| MessageError::Request {
+                    request_id,
+                    kind: RequestKind::Amend,
+                    source,
+                })?
+            }
             Message::Goodbye(v1::Goodbye {}) => Self::Goodbye,
         })
     }
@@ -85,11 +95,68 @@ impl From<ToAgent> for v1::ToAgent {
                 request_id,
                 connection_port: port.get().into(),
             }),
+            ToAgent::Amend {
+                request_id,
+                session_id,
+                amendment,
+            } => Message::Amend(v1::Amend {
+                request_id,
+                session_id: session_id.to_string(),
+                metadata: amendment.metadata.map(Into::into),
+                expires: amendment.expires.map(|expires| v1::Expiry {
+                    at_ms: expires.map_or(0, unix_ms),
+                }),
+            }),
             ToAgent::Goodbye => Message::Goodbye(v1::Goodbye {}),
         };
         Self {
             message: Some(message),
         }
+    }
+}
+
+fn amendment(amend: v1::Amend) -> Result<ToAgent, FieldError> {
+    let expires = amend.expires.map(|expires| match expires.at_ms {
+        0 => Ok(None),
+        at => timestamp("at_ms", at).map(Some),
+    });
+    Ok(ToAgent::Amend {
+        request_id: amend.request_id,
+        session_id: session_id(&amend.session_id)?,
+        amendment: Amendment {
+            expires: expires.transpose()?,
+            metadata: amend.metadata.map(metadata_patch).transpose()?,
+        },
+    })
+}
+
+fn metadata_patch(patch: v1::MetadataPatch) -> Result<MetadataPatch, FieldError> {
+    if patch.clear {
+        return Ok(MetadataPatch::Clear);
+    }
+    let set = patch.set.into_iter().map(|(key, value)| (key, Some(value)));
+    let removed = patch.remove.into_iter().map(|key| (key, None));
+    let merged = MetadataPatch::merge(set.chain(removed).collect());
+    let rule = "have at most 4096 bytes in all keys and values";
+    merged.map_err(|error| FieldError::new("metadata", &error.bytes, rule))
+}
+
+impl From<MetadataPatch> for v1::MetadataPatch {
+    fn from(patch: MetadataPatch) -> Self {
+        let mut written = Self::default();
+        let MetadataPatch::Merge(entries) = patch else {
+            written.clear = true;
+            return written;
+        };
+        for (key, value) in entries {
+            match value {
+                Some(value) => {
+                    written.set.insert(key, value);
+                }
+                None => written.remove.push(key),
+            }
+        }
+        written
     }
 }
 
@@ -259,6 +326,39 @@ mod tests {
             let error = Select::try_from(select(&wrong)).unwrap_err();
             assert_eq!(error.field, "ports", "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn an_amendment_is_read_as_it_was_written() {
+        let entries = [
+            ("a".to_owned(), Some(String::new())),
+            ("b".to_owned(), None),
+        ];
+        let time = jiff::Timestamp::from_second(1_900_000_000).unwrap();
+        for (expires, metadata) in [
+            (None, None),
+            (Some(None), Some(MetadataPatch::Clear)),
+            (Some(Some(time)), Some(MetadataPatch::Merge(entries.into()))),
+        ] {
+            let message = ToAgent::Amend {
+                request_id: 7,
+                session_id: SessionId::new("s").unwrap(),
+                amendment: Amendment { expires, metadata },
+            };
+            let read = ToAgent::try_from(v1::ToAgent::from(message.clone()));
+            assert_eq!(read, Ok(message));
+        }
+        let large = v1::Amend {
+            request_id: 7,
+            session_id: "s".to_owned(),
+            metadata: Some(v1::MetadataPatch {
+                remove: vec!["k".repeat(5_000)],
+                ..v1::MetadataPatch::default()
+            }),
+            ..v1::Amend::default()
+        };
+        let error = amendment(large).unwrap_err();
+        assert_eq!((error.field, error.value.as_str()), ("metadata", "5000"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::time::Duration;
 
 use portpool::session::{MAX_METADATA_BYTES, Metadata, SessionRequest};
 use serde_json::{Value, json};
@@ -128,6 +129,53 @@ async fn a_workload_ends_a_session() {
 }
 
 #[tokio::test]
+async fn a_workload_amends_a_session_and_sees_what_others_change() {
+    let pool = Pool::running(1, |_| {}).await;
+    let session = pool.request().await.unwrap();
+    let mut events = BufReader::new(send(&pool, 0, "GET", "/v1/events", "")).lines();
+    let head = events.next().unwrap().unwrap();
+    assert!(head.contains("200"), "{head}");
+    let path = format!("/v1/sessions/{}", session.id);
+    let soon = jiff::Timestamp::now() + Duration::from_secs(60);
+    let patch = json!({ "expires": soon, "metadata": { "score": "3" } }).to_string();
+    let (status, amended) = call(&pool, 0, "PATCH", &path, &patch);
+    assert_eq!(status, 200, "{amended}");
+    assert_eq!(amended["metadata"], json!({ "score": "3" }));
+    let mut lines = events.by_ref().map(Result::unwrap);
+    assert_eq!(
+        lines.find(|line| line.starts_with("event: ")).unwrap(),
+        "event: Amended"
+    );
+    let data = lines.find_map(|line| Some(line.strip_prefix("data: ")?.to_owned()));
+    let event: Value = serde_json::from_str(&data.unwrap()).unwrap();
+    assert_eq!(event["session"], amended);
+    // Connection servers know it, too.
+    let known = pool.client().get(&session.id).await.unwrap();
+    let expires = known.expires.unwrap().as_millisecond();
+    assert_eq!(expires, soon.as_millisecond());
+    let none = "/v1/sessions/none";
+    for (path, body, status, kind, words) in [
+        (none, "{}", 404, "no-session", "no live session"),
+        (&path, "{", 400, "body", "JSON"),
+        (&path, "[]", 422, "body", "map"),
+        (&path, r#"{"port":1}"#, 422, "body", "unknown field `port`"),
+        (
+            &path,
+            r#"{"expires":"1999-01-01T00:00:00Z"}"#,
+            422,
+            "expires-passed",
+            "time to come",
+        ),
+    ] {
+        let (found, problem) = call(&pool, 0, "PATCH", path, body);
+        assert_eq!(found, status, "{body}: {problem}");
+        assert_eq!(problem["type"], format!("urn:portpool:problem:{kind}"));
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains(words), "{detail}");
+    }
+}
+
+#[tokio::test]
 async fn a_workload_that_is_not_ready_gets_no_new_sessions_and_keeps_its_own() {
     let pool = Pool::running(1, |_| {}).await;
     let session = pool.request().await.unwrap();
@@ -208,7 +256,7 @@ async fn a_workload_watches_its_sessions() {
 #[tokio::test]
 async fn what_a_workload_says_wrongly_is_refused_with_the_reason() {
     let pool = Pool::running(1, |_| {}).await;
-    let long = format!(r#"{{"ready": true, "x": "{}"}}"#, "x".repeat(10_000));
+    let long = format!(r#"{{"ready": true, "x": "{}"}}"#, "x".repeat(40_000));
     for (method, path, body, status, named) in [
         ("PUT", "/v1/readiness", "{", 400, "JSON"),
         ("PUT", "/v1/readiness", "{}", 422, "ready"),
