@@ -1,7 +1,8 @@
 //! Which connection ports a slot gets. A slot keeps its ports for as long as their
 //! port entry does not change, its offer, admission and replies aside; new ports are the
 //! lowest free ones. Those of an entry with mapping Identity are always adjacent,
-//! because workloads are given them as a range.
+//! because workloads are given them as a range. An even number of ports begins with an
+//! even one where there is room, so that RTP and RTCP find their pairs on every server.
 
 use std::ops::RangeInclusive;
 
@@ -12,6 +13,25 @@ use crate::table::{ListenPort, PortRange, Row, RowState};
 /// keep their ports. A row that would need ports of draining rows is removed; a
 /// later plan adds it when those rows are gone. So is one that lacks adjacent ports.
 pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
+    let mut even = rows.clone();
+    give_ports(&mut even, pool, First::EvenOfEven);
+    if even.len() == rows.len() {
+        *rows = even;
+    } else {
+        // The gaps before even ports can be what is missing.
+        give_ports(rows, pool, First::Lowest);
+    }
+}
+
+/// The first of several new connection ports.
+#[derive(Clone, Copy, PartialEq)]
+enum First {
+    Lowest,
+    /// An even one if the number of ports is even and there is room for that.
+    EvenOfEven,
+}
+
+fn give_ports(rows: &mut Vec<Row>, pool: &ValidPool, first: First) {
     let mut used = Used::default();
     for row in rows.iter_mut() {
         if row.state == RowState::Active {
@@ -20,7 +40,7 @@ pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
         }
         row.ranges.iter().for_each(|range| used.mark(range));
     }
-    rows.retain_mut(|row| row.state == RowState::Draining || complete(row, pool, &mut used));
+    rows.retain_mut(|row| row.state == RowState::Draining || complete(row, pool, first, &mut used));
 }
 
 /// Those of `ranges` that are valid and not in `rows`. `ranges` are the ports that
@@ -86,7 +106,7 @@ fn may_be_in_pieces(entry: &Entry) -> bool {
 }
 
 /// Adds the ranges that `row` lacks. Returns whether there were enough ports.
-fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
+fn complete(row: &mut Row, pool: &ValidPool, first: First, used: &mut Used) -> bool {
     let mut ranges = Vec::new();
     for entry in &pool.entries {
         let kept = row.ranges.iter().filter(|range| range.name == entry.name);
@@ -100,7 +120,7 @@ fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
         if ranges.len() > before {
             continue;
         }
-        let Some(added) = used.take(entry, &pool.connection_ports) else {
+        let Some(added) = used.take(entry, first, &pool.connection_ports) else {
             for range in &ranges {
                 used.clear(range);
             }
@@ -117,6 +137,17 @@ fn complete(row: &mut Row, pool: &ValidPool, used: &mut Used) -> bool {
 struct FreeRun {
     first: u16,
     length: u16,
+}
+
+impl FreeRun {
+    /// The part of this run that begins with an even port.
+    fn skip_odd(self) -> Self {
+        let skipped = self.first % 2;
+        Self {
+            first: self.first + skipped,
+            length: self.length - skipped,
+        }
+    }
 }
 
 /// The connection ports that are given to slots, by number.
@@ -150,9 +181,18 @@ impl Used {
     /// The lowest run of free ports for `entry`, or, where there is none, the
     /// lowest free ports in pieces if `entry` may have them. `None` when there are
     /// too few.
-    fn take(&mut self, entry: &Entry, allowed: &RangeInclusive<u16>) -> Option<Vec<PortRange>> {
+    fn take(
+        &mut self,
+        entry: &Entry,
+        first: First,
+        allowed: &RangeInclusive<u16>,
+    ) -> Option<Vec<PortRange>> {
         let runs = self.free_runs(allowed);
-        let whole = runs.iter().find(|run| run.length >= entry.count).copied();
+        let suffices = |run: &FreeRun| run.length >= entry.count;
+        let is_even = first == First::EvenOfEven && entry.count.is_multiple_of(2);
+        let even = runs.iter().copied().map(FreeRun::skip_odd);
+        let whole = even.filter(|_| is_even).find(suffices);
+        let whole = whole.or_else(|| runs.iter().copied().find(suffices));
         let runs = match whole {
             Some(run) => vec![run],
             None if may_be_in_pieces(entry) => runs,

@@ -87,12 +87,12 @@ fn containers_are_told_their_place_and_keep_their_own_variables() {
         "PORTPOOL_SERVER=games-1",
         "PORTPOOL_API=http://127.0.0.1:7072",
         "PORTPOOL_ADDRESS=games.example.org",
-        "PORTPOOL_GAME_PORT=20005",
+        "PORTPOOL_GAME_PORT=20006",
         "PORTPOOL_GAME_COUNT=2",
-        "PORTPOOL_GAME_LAST=20006",
-        "PORTPOOL_RTP_DATA_PORT=20007",
+        "PORTPOOL_GAME_LAST=20007",
+        "PORTPOOL_RTP_DATA_PORT=20008",
         "PORTPOOL_RTP_DATA_COUNT=3",
-        "PORTPOOL_RTP_DATA_LAST=20009",
+        "PORTPOOL_RTP_DATA_LAST=20010",
     ];
     let mut expected: Vec<&str> = told.to_vec();
     expected.push("PORTPOOL_SLOT=mine");

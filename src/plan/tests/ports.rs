@@ -71,6 +71,40 @@ fn fragments_are_used_when_no_run_is_long_enough() {
     assert!(world.ports(Slot(1)).len() >= 2);
 }
 
+/// The first connection port of each entry of every slot.
+fn firsts(world: &World, replicas: u32) -> Vec<Vec<u16>> {
+    let of_slot = |slot| {
+        let ranges = world.ports(Slot(slot));
+        let firsts = ranges.iter().map(|range| range.connection_port.get());
+        firsts.collect()
+    };
+    (0..replicas).map(of_slot).collect()
+}
+
+#[test]
+fn an_even_number_of_ports_begins_with_an_even_one_where_there_is_room() {
+    let cases = [
+        // Single ports fill the gaps.
+        (
+            1,
+            3,
+            20_009,
+            vec![[20_000, 20_002], [20_001, 20_004], [20_006, 20_008]],
+        ),
+        // The others would leave no room for the last server's.
+        (3, 2, 20_009, vec![[20_000, 20_003], [20_005, 20_008]]),
+        (3, 2, 20_011, vec![[20_000, 20_004], [20_006, 20_010]]),
+    ];
+    for (odd, replicas, last, expected) in cases {
+        let entries = vec![identity("odd", odd), identity("even", 2)];
+        let pool = ValidPool::new(&resource(replicas, entries, last)).unwrap();
+        let mut world = World::default();
+        world.settle(&pool);
+        let replicas = u32::try_from(replicas).unwrap();
+        assert_eq!(firsts(&world, replicas), expected, "{odd}, up to {last}");
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Change {
     Scale(i32),
@@ -174,9 +208,8 @@ fn identity_pool(replicas: i32, count: i32, last: i32) -> ValidPool {
 fn identity_ports_are_their_own_on_each_server_and_adjacent() {
     let mut world = World::default();
     world.settle(&identity_pool(3, 4, 20_099));
-    for slot in 0..3u16 {
-        let ranges = world.ports(Slot(slot.into()));
-        let first = 20_001 + 5 * slot;
+    for (slot, first) in [(0, 20_002), (1, 20_006), (2, 20_012)] {
+        let ranges = world.ports(Slot(slot));
         let data = &ranges[1];
         assert_eq!(data.connection_port.get(), first);
         assert_eq!(data.server_port.get(), first);
