@@ -84,12 +84,13 @@ generate:  ## Rewrite generated files: protocol code, OpenAPI document, CRD, ins
 image:  ## Build a static image archive without Docker, target/image/portpool.tar (IMAGE=name:tag)
 	tools/image
 
-# The programs that make test needs, and after a colon their Debian packages with other names.
+# The programs that make test needs (or files of theirs), and after a colon their Debian packages with other names.
 TOOLS = iperf3 redis-server psql:postgresql-client /usr/lib/postgresql/*/bin/initdb:postgresql \
   /usr/games/teeworlds-server:teeworlds-server Xvfb:xvfb x11vnc in.tftpd:tftpd-hpa curl \
-  vsftpd lftp
+  vsftpd lftp ffmpeg sipp:sip-tester /usr/games/openttd:openttd \
+  /usr/share/games/openttd/baseset/opengfx*:openttd-opengfx /usr/lib/python3/dist-packages/ipykernel:python3-ipykernel
 # Debian's daemons are in /usr/sbin, which the PATH of a user other than root may lack.
-MISSING = PATH=$$PATH:/usr/sbin; for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || echo $${tool\#\#*:}; done
+MISSING = PATH=$$PATH:/usr/sbin; for tool in $(TOOLS); do command -v $${tool%%:*} >/dev/null || [ -e $${tool%%:*} ] || echo $${tool\#\#*:}; done
 
 tools:  ## Install the programs that make test needs, as root on Debian
 	@missing=$$($(MISSING)); \

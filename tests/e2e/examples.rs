@@ -36,7 +36,16 @@ async fn prints(world: &World, pod: &str, command: &[&str], input: &str, wanted:
 
 /// Examples whose programs would make large images. The API server only checks
 /// them here; `portpool local` runs them in `tests/it/local/programs.rs`.
-const WITHOUT_IMAGE: [&str; 4] = ["desktop", "postgresql", "teeworlds", "vsftpd"];
+const WITHOUT_IMAGE: [&str; 8] = [
+    "desktop",
+    "kernel",
+    "openttd",
+    "postgresql",
+    "recorder",
+    "sip",
+    "teeworlds",
+    "vsftpd",
+];
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs a cluster: make e2e"]

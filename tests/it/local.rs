@@ -19,6 +19,7 @@ const PORTPOOL: &str = env!("CARGO_BIN_EXE_portpool");
 const ASK: &str = "127.0.0.1:7700";
 
 mod daemons;
+mod media;
 mod programs;
 mod workload;
 
@@ -181,6 +182,24 @@ fn request_with(further: &[&str]) -> (String, String) {
     let endpoint = String::from_utf8(output.stdout).unwrap();
     let (host, port) = endpoint.trim().rsplit_once(':').unwrap();
     (host.to_owned(), port.to_owned())
+}
+
+/// The same for several ports in one session, in the order of `ports`.
+fn request_ports<const N: usize>(ports: &[&str]) -> [(String, String); N] {
+    let mut arguments = vec!["request", ASK, "--wait", "20"];
+    ports
+        .iter()
+        .for_each(|port| arguments.extend(["--port", port]));
+    let output = portpool(&arguments, "");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    let endpoints = text.lines().map(|line| {
+        let (_, endpoint) = line.split_once(' ').unwrap();
+        let (host, port) = endpoint.rsplit_once(':').unwrap();
+        (host.to_owned(), port.to_owned())
+    });
+    endpoints.collect::<Vec<_>>().try_into().unwrap()
 }
 
 /// Connects to the address that `portpool request` printed.

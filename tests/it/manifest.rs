@@ -62,11 +62,11 @@ fn every_example_is_valid() {
             found += 1;
         }
     }
-    assert_eq!(found, 9);
+    assert_eq!(found, 13);
 }
 
 /// The names of portpool's variables that `text` uses without a default: `$NAME`,
-/// `$(NAME)` or `${NAME}`, but not those inside of `${NAME:+…}`.
+/// `$(NAME)` or `${NAME}`, but not those of `${NAME:+…}` and `${NAME:?…}`.
 fn needed_variables(text: &str) -> BTreeSet<String> {
     let is_of_name = |letter: char| letter.is_ascii_uppercase() || "_0123456789".contains(letter);
     let (mut needed, mut rest) = (BTreeSet::new(), text);

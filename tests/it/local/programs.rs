@@ -6,7 +6,7 @@ use std::net::{TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use super::{ASK, Local, connect, example, portpool, request, request_with, write};
+use super::{ASK, Local, connect, example, portpool, request, request_ports, request_with, write};
 use crate::common::SOON;
 
 #[test]
@@ -268,5 +268,92 @@ fn the_vsftpd_example_keeps_the_files_of_each_client() {
         assert!(fs::read(&back).unwrap() == content(*client));
         fs::remove_file(back).unwrap();
     }
+    local.stop();
+}
+
+/// Runs code in the kernel whose five ports are the arguments after the code, with
+/// Debian's jupyter_client. Prints what the code prints while it reads "input", what
+/// became of the kernel when it was asked to interrupt it, and whether it is alive.
+const IN_KERNEL: &str = r#"
+import sys
+from jupyter_client import BlockingKernelClient
+code, host, *ports = sys.argv[1:]
+names = ["shell_port", "iopub_port", "stdin_port", "control_port", "hb_port"]
+client = BlockingKernelClient()
+client.load_connection_info({
+    "transport": "tcp", "ip": host, "key": "example", "signature_scheme": "hmac-sha256",
+    **dict(zip(names, map(int, ports), strict=True)),
+})
+client.start_channels()
+client.wait_for_ready(timeout=20)
+read = lambda message: client.input("input")
+answer = client.execute_interactive(code, allow_stdin=True, timeout=20, stdin_hook=read)
+print(answer["content"]["status"])
+client.control_channel.send(client.session.msg("interrupt_request"))
+print(client.get_control_msg(timeout=20)["msg_type"])
+print(client.is_alive())
+"#;
+
+#[test]
+fn the_kernel_example_gives_each_client_the_five_ports_of_one_kernel() {
+    let local = Local::start(&example("kernel.yaml"));
+    local.until("10 ports free");
+    let run = |ports: &[(String, String); 5], code: &str| {
+        let ports: Vec<&str> = ports.iter().map(|(_, port)| &port[..]).collect();
+        let arguments = [&["-c", IN_KERNEL, code, "127.0.0.1"], &ports[..]].concat();
+        String::from_utf8(output_of("/usr/bin/python3", &arguments)).unwrap()
+    };
+    // Both are in use at once; that of the second call is that of the first one.
+    let kernels: [[_; 5]; 2] = [request_ports(&["kernel:5"]), request_ports(&["kernel:5"])];
+    for (number, kernel) in kernels.iter().enumerate() {
+        let seen = run(kernel, &format!("number = {number}; print(input() * 2)"));
+        assert_eq!(seen, "inputinput\nok\ninterrupt_reply\nTrue\n");
+    }
+    for (number, kernel) in kernels.iter().enumerate() {
+        let seen = run(kernel, "print(number + 40)");
+        assert_eq!(
+            seen,
+            format!("{}\nok\ninterrupt_reply\nTrue\n", number + 40)
+        );
+    }
+    local.until("is replaced");
+    local.stop();
+}
+
+/// The name of the OpenTTD server that a client would see in its list.
+///
+/// Source: OpenTTD 13, `src/network/core/tcp_game.h` and `network_game_info.cpp`: a
+/// packet begins with its length, little-endian, and its type.
+fn game_name(endpoint: &(String, String)) -> String {
+    // "Is there a server?" over UDP, as on a local network.
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.set_read_timeout(Some(SOON)).unwrap();
+    socket
+        .connect(format!("{}:{}", endpoint.0, endpoint.1))
+        .unwrap();
+    socket.send(&[3, 0, 0]).unwrap();
+    let mut answer = [0; 3];
+    assert_eq!(socket.recv(&mut answer).unwrap(), 3);
+    assert_eq!(answer, [3, 0, 1]);
+    // "What does it play?" over TCP.
+    let mut stream = connect(endpoint);
+    stream.write_all(&[3, 0, 7]).unwrap();
+    let [low, high, kind] = read(&mut stream);
+    assert_eq!(kind, 6);
+    let mut info = vec![0; usize::from(u16::from_le_bytes([low, high])) - 3];
+    stream.read_exact(&mut info).unwrap();
+    // Two dates of four bytes, and eleven other bytes, are before the name.
+    let name = info[19..].split(|byte| *byte == 0).next().unwrap();
+    String::from_utf8(name.to_owned()).unwrap()
+}
+
+#[test]
+fn the_openttd_example_gives_each_client_a_game() {
+    let local = Local::start(&example("openttd.yaml"));
+    local.until("2 ports free");
+    let games = [request(), request()];
+    let mut names = games.each_ref().map(game_name);
+    names.sort();
+    assert_eq!(names, ["openttd-0", "openttd-1"]);
     local.stop();
 }
