@@ -8,7 +8,7 @@ use portpool::client::CommandError;
 use portpool::signals::Signals;
 use portpool::{agent, client, connection, echo, forward, local, manifest, operator, telemetry};
 use tokio::io::AsyncWriteExt;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 
 /// Gives a client its own port on its own server for a while.
 #[derive(Parser)]
@@ -71,14 +71,14 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_BAD_INPUT);
         }
     };
-    let (signals, runtime) =
-        match Signals::handle().and_then(|signals| Ok((signals, Runtime::new()?))) {
-            Ok(started) => started,
-            Err(error) => {
-                logs.say(&format!("error: failed to start: {error}"));
-                return ExitCode::FAILURE;
-            }
-        };
+    let started = Signals::handle().and_then(|signals| Ok((signals, runtime(&cli.command)?)));
+    let (signals, runtime) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            logs.say(&format!("error: failed to start: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
     let ended = runtime.block_on(async {
         tokio::select! {
             result = run(cli.command, is_supervised, &signals) => result,
@@ -96,6 +96,17 @@ fn main() -> ExitCode {
             exit_code(&error)
         }
     }
+}
+
+/// An agent has one thread: it does a little for each message, and many agents
+/// share a machine. More threads would wake one another for each message.
+fn runtime(command: &Command) -> std::io::Result<Runtime> {
+    let mut builder = if let Command::ProcessingServer(_) = command {
+        Builder::new_current_thread()
+    } else {
+        Builder::new_multi_thread()
+    };
+    builder.enable_all().build()
 }
 
 /// `is_supervised`: whether `portpool local` runs this process.
