@@ -22,7 +22,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-pub use self::ports::{Mapping, Offer, PortEntry, PortProtocol, ProxyProtocol, Replies};
+pub use self::ports::{
+    EntryAdmission, Mapping, Offer, PortEntry, PortProtocol, ProxyProtocol, Replies,
+};
 pub use self::recycle::Recycle;
 pub use self::sessions::{Admission, ClientBinding, Sessions};
 
@@ -121,6 +123,7 @@ pub const CONNECTION_ADMIN_PORT: u16 = 7701;
     validation = rules::ENOUGH_PORTS.to_schema(),
     validation = rules::TABLE_FITS.to_schema(),
     validation = rules::NO_OVERLAP.to_schema(),
+    validation = rules::COMPANIONS_OF_SESSIONS.to_schema(),
     validation = rules::IDENTITY_LEAVES_AGENT_PORTS.to_schema()
 )]
 pub struct ProcessingPoolSpec {
@@ -129,7 +132,7 @@ pub struct ProcessingPoolSpec {
     #[schemars(range(min = 0, max = MAX_REPLICAS))]
     pub replicas: i32,
 
-    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, other than in its offer or admission, the servers get new connection ports for it, and the sessions on the former ports end.
+    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, other than in its offer or admission, the servers get new connection ports for it, and the sessions on the former ports end. A change of admission to or from Companion ends the sessions and connections on the ports of the entry, which stay the same.
     #[schemars(length(min = 1, max = MAX_PORT_ENTRIES), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub ports: Vec<PortEntry>,
 

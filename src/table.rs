@@ -28,7 +28,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
 use crate::pool::{
-    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies, Sessions,
+    EntryAdmission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies,
+    Sessions,
 };
 
 /// The format that this code writes.
@@ -200,10 +201,11 @@ pub struct PortRange {
     /// When a connection port is offered.
     #[serde(default, skip_serializing_if = "is_default")]
     pub offer: Offer,
-    /// Whether a connection needs a session; absent where `sessions` of the table
-    /// says that.
+    /// Who may connect; absent where `sessions` of the table says that. A reader that
+    /// does not know a value keeps the table that it has: were it to ignore the value,
+    /// it would let the wrong clients in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub admission: Option<Admission>,
+    pub admission: Option<EntryAdmission>,
     /// Whether the server first receives the address of the client.
     #[serde(default, skip_serializing_if = "is_default")]
     pub proxy_protocol: ProxyProtocol,
@@ -237,6 +239,13 @@ impl PortRange {
     pub fn connection_ports(&self) -> impl Iterator<Item = ListenPort> + use<> {
         let first = self.connection_port.get();
         (0..self.count).filter_map(move |offset| ListenPort::new(first.checked_add(offset)?))
+    }
+
+    /// Whether its ports are companion ports: no request gets one, and clients with a
+    /// session on the server may connect.
+    #[must_use]
+    pub fn is_companion(&self) -> bool {
+        self.admission == Some(EntryAdmission::Companion)
     }
 
     /// The server port that `listen` leads to; `None` outside the run.
@@ -289,6 +298,12 @@ impl Row {
         self.ranges
             .iter()
             .find_map(|range| Some((range, range.target(listen)?)))
+    }
+
+    /// Whether it has companion ports.
+    #[must_use]
+    pub fn has_companions(&self) -> bool {
+        self.ranges.iter().any(PortRange::is_companion)
     }
 
     /// The address of the server port `target`, once the server's is known.

@@ -196,7 +196,7 @@ impl Book {
         self.ports.see(port, socket, now.monotonic);
     }
 
-    /// Takes a report of the connection server `from`: `Opened`, `Closed`,
+    /// Takes a report of the connection server `from`: `Opened`, `Joined`, `Closed`,
     /// `Release` or `Ended`. Other messages do nothing.
     pub fn report(&mut self, from: &ConnectionServerId, report: &ToAgent, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
@@ -207,6 +207,9 @@ impl Book {
                 } else {
                     notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
                 }
+            }
+            ToAgent::Joined { session_id, client } => {
+                self.joined(from, session_id, *client, &mut notices);
             }
             ToAgent::Closed {
                 session_id,

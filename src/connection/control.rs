@@ -154,11 +154,13 @@ impl Control {
     fn carry_out(&self, actions: Actions) {
         for action in actions {
             match action {
-                Action::Cut(ports, session) => {
-                    for port in ports.iter() {
-                        self.forwarder.cut(*port, session);
+                Action::Cut(ports, session, companions) => {
+                    let own = ports.iter().map(|port| (*port, session));
+                    for (port, key) in own.chain(companions) {
+                        self.forwarder.cut(port, key);
                     }
                 }
+                Action::CutCompanions(port, key) => self.forwarder.cut(port, key),
                 Action::Answer(port, id, decision) => self.forwarder.answer(port, id, decision),
             }
         }
@@ -202,7 +204,8 @@ impl Change<'_> {
             sessions.restore_table(former);
             return Err(error);
         }
-        sessions.forget_removed(&index);
+        let actions = sessions.forget_removed(former.as_deref(), &index);
+        self.control.carry_out(actions);
         Ok(())
     }
 

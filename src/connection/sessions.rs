@@ -24,6 +24,7 @@
 //! - `actions`: what it must do after a change;
 //! - `flows`: the connections of a session, and which of them claim it;
 //! - `amendments`: changes of sessions that agents are asked for;
+//! - `companions`: which clients may use companion ports, and their connections;
 //! - `queries`: what others ask about the live sessions;
 //! - `listing`, `events`: which session is where, and what happens to it, for
 //!   the admin port;
@@ -32,6 +33,7 @@
 
 mod actions;
 mod amendments;
+mod companions;
 pub mod events;
 mod flows;
 mod gate;
@@ -51,6 +53,7 @@ use tokio::sync::mpsc::UnboundedSender;
 pub use self::actions::{Action, Actions};
 use self::amendments::Amendments;
 pub use self::amendments::{AmendAnswer, AmendError};
+use self::companions::Companions;
 use self::events::{Change, Watchers};
 use self::flows::Flows;
 use self::gate::PendingLookup;
@@ -81,19 +84,24 @@ pub enum ReleaseError {
 /// may have. An agent takes no larger messages, and has little memory.
 const GREETING_METADATA_BYTES: usize = 8 * 1024 * 1024;
 
-/// The `sessions` for a greeting: once their metadata has reached its bound, the
-/// others are without. An agent that was restarted does not know theirs then.
+/// Most client addresses in a greeting, for the same reason: 3 MiB of text at most.
+const GREETING_CLIENTS: usize = 65_536;
+
+/// The `sessions` for a greeting: once their metadata or their clients have reached
+/// their bound, the others are without, but for their first client. An agent that was
+/// restarted does not know theirs then.
 fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Session> {
-    let mut left = GREETING_METADATA_BYTES;
-    let take = |session: Session| match left.checked_sub(session.metadata.bytes()) {
-        Some(less) => {
-            left = less;
-            session
+    let (mut bytes_left, mut clients_left) = (GREETING_METADATA_BYTES, GREETING_CLIENTS);
+    let take = |mut session: Session| {
+        match bytes_left.checked_sub(session.metadata.bytes()) {
+            Some(less) => bytes_left = less,
+            None => session.metadata = Metadata::default(),
         }
-        None => Session {
-            metadata: Metadata::default(),
-            ..session
-        },
+        match clients_left.checked_sub(session.clients.len()) {
+            Some(less) => clients_left = less,
+            None => session.clients.truncate(1),
+        }
+        session
     };
     sessions.map(take).collect()
 }
@@ -102,12 +110,13 @@ fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Session> {
 #[derive(Debug, Default)]
 pub struct Sessions {
     inner: RwLock<Inner>,
-    next_key: AtomicU64,
     amendments: Amendments,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
+    /// The highest key given so far.
+    last_key: AtomicU64,
     /// The table in force; `None` before the first.
     table: Option<Arc<PortIndex>>,
     outboxes: HashMap<Slot, Outbox>,
@@ -129,6 +138,9 @@ struct Inner {
     /// every connection server had the end.
     last_ended: HashMap<ListenPort, SessionId>,
     pending_lookups: HashMap<ListenPort, Vec<PendingLookup>>,
+    // Clients join and connect while the sessions are read. Locked before the flows
+    // of a session.
+    companions: Mutex<Companions>,
     watchers: Watchers,
 }
 
@@ -137,6 +149,8 @@ struct Live {
     key: SessionKey,
     slot: Slot,
     bound_client: Option<IpAddr>,
+    /// Whether its server has companion ports.
+    has_companions: bool,
     // A lock, not an atomic: Opened and Closed must be sent in the order in
     // which the count leaves and reaches zero.
     flows: Mutex<Flows>,
@@ -150,14 +164,9 @@ impl Live {
         self.session.ports.map(|it| it.port)
     }
 
-    /// The session with what is known here, for its agent or another process.
-    fn report(&self) -> Session {
-        let flows = self.flows.lock();
-        Session {
-            is_claimed: self.session.is_claimed || flows.is_claimed,
-            open_here: flows.open > 0,
-            ..self.session.clone()
-        }
+    /// Its first port, by which it is found.
+    fn first(&self) -> ListenPort {
+        self.session.ports.first.port
     }
 }
 
@@ -189,6 +198,74 @@ impl Inner {
         self.row(port).map(|row| row.slot)
     }
 
+    /// A key that is given to nothing else.
+    fn new_key(&self) -> SessionKey {
+        SessionKey(self.last_key.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// Whether the server in `slot` has companion ports.
+    fn has_companions(&self, slot: Slot) -> bool {
+        let row = self
+            .table
+            .as_ref()
+            .and_then(|table| table.table().row(slot));
+        row.is_some_and(Row::has_companions)
+    }
+
+    /// The session with what is known here, for its agent or another process.
+    fn report(&self, live: &Live) -> Session {
+        let mut session = live.session.clone();
+        if live.has_companions {
+            session.clients = self.companions.lock().clients_of(live.first()).to_vec();
+        }
+        let flows = live.flows.lock();
+        session.is_claimed |= flows.is_claimed;
+        session.open_here = flows.is_open();
+        session
+    }
+
+    /// Changes the flows of `live`. Its agent is sent when the session comes to be
+    /// in use here, and when it ceases to be.
+    fn change_flows(&self, live: &Live, change: impl FnOnce(&mut Flows)) {
+        let mut flows = live.flows.lock();
+        let was_open = flows.is_open();
+        change(&mut flows);
+        let session_id = || live.session.id.clone();
+        match (was_open, flows.is_open()) {
+            (false, true) => self.send(live.slot, ToAgent::Opened(session_id())),
+            (true, false) => {
+                let message = ToAgent::Closed {
+                    session_id: session_id(),
+                    is_claimed: flows.is_claimed,
+                };
+                self.send(live.slot, message);
+            }
+            _ => {}
+        }
+    }
+
+    /// Lets `client` use companion ports because of `live`. Returns whether that is
+    /// new.
+    fn join(&self, live: &Live, client: IpAddr) -> bool {
+        let mut companions = self.companions.lock();
+        let place = (live.slot, client);
+        let open = companions.add(place, live.first(), || self.new_key());
+        if let Some(open) = open {
+            self.change_flows(live, |flows| flows.open_companions(open));
+        }
+        open.is_some()
+    }
+
+    /// Lets the clients that the agent knows use companion ports because of the
+    /// session on `first`, if its server has such.
+    fn join_known(&self, first: ListenPort) {
+        if let Some(live) = self.live.get(&first).filter(|live| live.has_companions) {
+            for client in &live.session.clients {
+                self.join(live, client.to_canonical());
+            }
+        }
+    }
+
     fn send(&self, slot: Slot, message: ToAgent) {
         if let Some(outbox) = self.outboxes.get(&slot) {
             // A closed outbox is a stream that just broke; the next greeting has
@@ -217,6 +294,7 @@ impl Inner {
         self.tell(&live, Change::State);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
+        self.join_known(port);
     }
 
     /// Takes a session out of the gate, for the log's `cause`. `Ended` is sent to
@@ -235,11 +313,16 @@ impl Inner {
         {
             self.id_by_idempotency_key.remove(key);
         }
+        let companions = self.companions.get_mut();
+        let left = companions.remove(live.slot, port, live.key);
         let mut flows = live.flows.into_inner();
         // The cut itself, which is reported like a flow for each port: a client
         // that connected in time may still wait to be accepted, and must not count
         // as one of the next session.
-        flows.open += u32::try_from(ports.iter().count()).unwrap_or(u32::MAX);
+        flows.own += u32::try_from(ports.iter().count()).unwrap_or(u32::MAX);
+        // Those that go on belong to other sessions of their clients.
+        flows.own += left.reports;
+        flows.companions = 0;
         let ending = Ending {
             id: id.clone(),
             slot: live.slot,
@@ -248,7 +331,7 @@ impl Inner {
             span: live.span,
         };
         self.ending.insert(live.key, ending);
-        Some(Action::Cut(ports, live.key))
+        Some(Action::Cut(ports, live.key, left.cuts))
     }
 
     /// Notes that `id` is the session that ended last on its ports.
@@ -276,6 +359,36 @@ impl Inner {
         action.ok_or(ReleaseError::Unknown)
     }
 
+    /// Follows which servers have companion ports.
+    fn follow_companions(&mut self) {
+        let has = |live: &Live| self.has_companions(live.slot);
+        let changed = self
+            .live
+            .values()
+            .filter(|live| has(live) != live.has_companions);
+        let changed: Vec<ListenPort> = changed.map(Live::first).collect();
+        for first in changed {
+            if let Some(live) = self.live.get_mut(&first) {
+                // Who has joined stays so until the session ends.
+                live.has_companions = !live.has_companions;
+            }
+            self.join_known(first);
+        }
+    }
+
+    /// Has companion connections cut on the ports for which `is_over`.
+    fn cut_companions(&mut self, is_over: impl Fn(Slot, ListenPort) -> bool) -> Actions {
+        let cuts = self.companions.get_mut().cut_on(is_over);
+        let mut actions = Actions::default();
+        for ((port, key), sessions) in cuts {
+            for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+                self.change_flows(live, |flows| flows.open_companions(1));
+            }
+            actions.push(Action::CutCompanions(port, key));
+        }
+        actions
+    }
+
     fn is_ending(&self, id: &SessionId) -> bool {
         self.ending.values().any(|ending| ending.id == *id)
     }
@@ -293,9 +406,10 @@ impl Sessions {
         self.inner.write().table = former;
     }
 
-    /// Forgets what was kept for ports and slots that `table`, which is in
-    /// force, does not have.
-    pub fn forget_removed(&self, table: &PortIndex) {
+    /// Forgets what was kept for ports and slots that `table`, which is in force
+    /// after `former`, does not have. Companion connections are cut on ports that
+    /// lead elsewhere, or are for others now.
+    pub fn forget_removed(&self, former: Option<&PortIndex>, table: &PortIndex) -> Actions {
         let mut inner = self.inner.write();
         inner
             .last_ended
@@ -303,6 +417,16 @@ impl Sessions {
         inner
             .released
             .retain(|_, slot| table.table().row(*slot).is_some());
+        inner.follow_companions();
+        let target = |index: &PortIndex, slot, port| {
+            let (row, range) = index.find(port).filter(|(row, _)| row.slot == slot)?;
+            let is_companion = range.is_companion() && row.slot == slot;
+            is_companion.then(|| range.target(port)).flatten()
+        };
+        inner.cut_companions(|slot, port| {
+            let before = former.and_then(|former| target(former, slot, port));
+            target(table, slot, port).is_none_or(|now| before != Some(now))
+        })
     }
 
     /// An agent's stream is up: from now on its messages go to `outbox`, the
@@ -310,11 +434,8 @@ impl Sessions {
     pub fn attach(&self, slot: Slot, outbox: Outbox, greet: impl FnOnce(Vec<Session>) -> ToAgent) {
         self.forget_agent(slot);
         let mut inner = self.inner.write();
-        let known = inner
-            .live
-            .values()
-            .filter(|live| live.slot == slot)
-            .map(Live::report);
+        let of_slot = inner.live.values().filter(|live| live.slot == slot);
+        let known = of_slot.map(|live| inner.report(live));
         let _ = outbox.send(greet(within_budget(known)));
         // They may have been lost with the former stream.
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
@@ -397,6 +518,10 @@ impl Sessions {
                 } else if is.metadata != was.metadata || is.expires != was.expires {
                     inner.tell(live, Change::Amendment);
                 }
+                if live.has_companions {
+                    inner.change_flows(live, |flows| flows.follow(&live.session));
+                    inner.join_known(port);
+                }
             }
             return Actions::default();
         }
@@ -417,14 +542,20 @@ impl Sessions {
                 cut.extend(inner.end(&former, "SUPERSEDED"));
             }
         }
+        if inner.has_companions(slot) {
+            // It was a companion port before the table changed.
+            let is_its = |_, port| session.ports.iter().any(|it| it.port == port);
+            cut.extend(inner.cut_companions(is_its));
+        }
         let span = span();
         let server = inner.row(port).map_or("", |row| &row.server);
         span.selected(&session, server);
         let live = Live {
-            key: SessionKey(self.next_key.fetch_add(1, Ordering::Relaxed) + 1),
+            key: inner.new_key(),
             slot,
             bound_client: session.bound_client.map(|client| client.to_canonical()),
-            flows: Mutex::default(),
+            has_companions: inner.has_companions(slot),
+            flows: Mutex::new(Flows::of(&session)),
             session,
             span,
         };

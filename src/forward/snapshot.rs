@@ -174,10 +174,11 @@ pub(super) struct WorkerSnapshot {
 }
 
 impl ForwarderSnapshot {
-    /// The session of each live connection and flow.
-    pub fn sessions(&self) -> impl Iterator<Item = SessionKey> {
-        let connections = self.connections.iter().map(|connection| connection.session);
-        connections.chain(self.flows.iter().map(|flow| flow.session))
+    /// The port and the session of each live connection and flow.
+    pub fn sessions(&self) -> impl Iterator<Item = (ListenPort, SessionKey)> {
+        let connections = self.connections.iter();
+        let connections = connections.map(|connection| (connection.port, connection.session));
+        connections.chain(self.flows.iter().map(|flow| (flow.port, flow.session)))
     }
 
     pub(super) fn append(&mut self, mut other: Self) {

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use crate::pool::{Admission, Offer};
+use crate::pool::{EntryAdmission, Offer};
 use crate::session::{PortState, ServerState};
 use crate::sock_diag::{Protocol, SockDiag};
 use crate::table::{PortRange, Row};
@@ -112,10 +112,12 @@ impl Readiness {
     }
 }
 
-/// Whether a client cannot use the ports of `range` unless a workload listens. Those
-/// of an open entry belong to no session, and may open for a moment only.
+/// Whether a client cannot use the ports of `range` unless a workload listens. No
+/// request gets companion ports, those of an open entry belong to no session, and both
+/// may open for a moment only.
 fn needs_workload(range: &PortRange) -> bool {
-    range.offer != Offer::Always && range.admission != Some(Admission::Open)
+    let is_for_sessions = matches!(range.admission, None | Some(EntryAdmission::Session));
+    range.offer != Offer::Always && is_for_sessions
 }
 
 /// Whether the workload of `server` listens on no port of this name.
@@ -350,6 +352,19 @@ spec:
             let listened: (&[&str], &[&str]) = (&["0.0.0.0:7000"], &[]);
             let found = observe_in(&table, &mut readiness, &server, (start, 0), listened);
             assert_eq!(found.len(), count, "{field}: {found:?}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_said_of_companion_ports() {
+        let (start, server) = (Instant::now(), server(true, 0, 1));
+        let mut table = table_of("port: 7000");
+        for (admission, count) in [(None, 1), (Some(EntryAdmission::Companion), 0)] {
+            table.rows[0].ranges[0].admission = admission;
+            let mut readiness = Readiness::new(start);
+            let listened: (&[&str], &[&str]) = (&["0.0.0.0:7000"], &[]);
+            let found = observe_in(&table, &mut readiness, &server, (start, 0), listened);
+            assert_eq!(found.len(), count, "{admission:?}: {found:?}");
         }
     }
 

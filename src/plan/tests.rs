@@ -1,6 +1,6 @@
 use super::*;
 use crate::pool::{
-    Admission, ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
+    ConnectionPorts, EntryAdmission, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
     ProcessingPoolSpec, ProxyProtocol, Replies,
 };
 use crate::table::{PortRange, Slot};

@@ -10,7 +10,7 @@ use kube::ResourceExt;
 
 pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
-    Admission, ConnectionServer, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT,
+    ConnectionServer, EntryAdmission, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT,
     MAX_PORT, MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry, PortProtocol,
     ProcessingPool, ProxyProtocol, Recycle, Replies, Sessions, WEEK_SECONDS, rules,
 };
@@ -68,8 +68,8 @@ pub struct Entry {
     pub protocol: PortProtocol,
     /// When a connection port is offered.
     pub offer: Offer,
-    /// Whether a connection needs a session; `None` where the pool says that.
-    pub admission: Option<Admission>,
+    /// Who may connect; `None` where the pool says that.
+    pub admission: Option<EntryAdmission>,
     /// Whether the server receives the address of the client.
     pub proxy_protocol: ProxyProtocol,
     /// Which datagrams of the server reach a client.

@@ -14,6 +14,7 @@ use super::{Admission, MAX_COUNT, MAX_PORT, MAX_PORT_NAME_LENGTH, rules};
     validation = rules::PORT_AS_MAPPED.to_schema(),
     validation = rules::LAST_PORT_EXISTS.to_schema(),
     validation = rules::ANY_OF_SEVERAL.to_schema(),
+    validation = rules::COMPANION_IS_NOT_OFFERED.to_schema(),
     validation = rules::PROXY_PROTOCOL_OVER_TCP.to_schema(),
     validation = rules::REPLIES_OVER_UDP.to_schema(),
     validation = rules::AGENT_PORTS_FREE.to_schema()
@@ -31,7 +32,7 @@ pub struct PortEntry {
     #[schemars(range(min = 1, max = MAX_PORT))]
     pub port: Option<i32>,
 
-    /// Number of sessions that one processing server takes here at the same time, each on its own connection port, 1 to 10000. With mapping Offset, the workload listens on this many ports: port, port + 1, and so on. Default 1.
+    /// Number of connection ports of one processing server, each of which takes one session at a time, 1 to 10000. With mapping Offset, the workload listens on this many ports: port, port + 1, and so on. Default 1.
     #[serde(default = "default_count")]
     #[schemars(range(min = 1, max = MAX_COUNT))]
     pub count: i32,
@@ -48,10 +49,10 @@ pub struct PortEntry {
     #[serde(default)]
     pub offer: Offer,
 
-    /// Whether a connection to a port of this entry needs a session. Session: connections to a port without one are reset. Open: they are forwarded. Default: as in sessions.admission.
+    /// Who may connect to a port of this entry. Session: the client of the session that has the port; connections to a port without one are reset. Companion: client addresses with a live session on the same processing server, of which these connections become part; no request gets such a port, and offer does not apply. It is for ports that a program opens beside the one that its client asked for, as FTP and RTP do. Open: everyone; connections without a session are forwarded. Default: as in sessions.admission.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Admission")]
-    pub admission: Option<Admission>,
+    #[schemars(with = "EntryAdmission")]
+    pub admission: Option<EntryAdmission>,
 
     /// Which datagrams of the server reach a client. ServerPort: those from the server port that the client's datagrams go to. AnyPort: those from every port of the server's address; the client's next datagrams go to the port that has answered last. It is for protocols that answer from another port, as TFTP does, and needs a protocol with UDP. Default ServerPort.
     #[serde(default)]
@@ -90,6 +91,28 @@ pub enum Offer {
     WhenAnyListens,
     /// Whether or not the workload listens.
     Always,
+}
+
+/// Who may connect to a port of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum EntryAdmission {
+    /// The client of the session that has the port.
+    // Tables of format 1 have the former name.
+    #[serde(alias = "Reserved")]
+    Session,
+    /// Client addresses with a live session on the same processing server.
+    Companion,
+    /// Everyone.
+    Open,
+}
+
+impl From<Admission> for EntryAdmission {
+    fn from(admission: Admission) -> Self {
+        match admission {
+            Admission::Session => Self::Session,
+            Admission::Open => Self::Open,
+        }
+    }
 }
 
 /// The server ports whose datagrams a client of a UDP port gets.

@@ -14,8 +14,9 @@ use std::net::IpAddr;
 use kube::core::Rule;
 
 pub(super) use self::entries::{
-    AGENT_PORTS_FREE, ANY_OF_SEVERAL, IDENTITY_LEAVES_AGENT_PORTS, LAST_PORT_EXISTS, NO_OVERLAP,
-    PORT_AS_MAPPED, PROXY_PROTOCOL_OVER_TCP, REPLIES_OVER_UDP,
+    AGENT_PORTS_FREE, ANY_OF_SEVERAL, COMPANION_IS_NOT_OFFERED, COMPANIONS_OF_SESSIONS,
+    IDENTITY_LEAVES_AGENT_PORTS, LAST_PORT_EXISTS, NO_OVERLAP, PORT_AS_MAPPED,
+    PROXY_PROTOCOL_OVER_TCP, REPLIES_OVER_UDP,
 };
 use super::{
     CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer, MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH,
@@ -209,6 +210,7 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
             PORT_AS_MAPPED,
             LAST_PORT_EXISTS,
             ANY_OF_SEVERAL,
+            COMPANION_IS_NOT_OFFERED,
             PROXY_PROTOCOL_OVER_TCP,
             REPLIES_OVER_UDP,
             AGENT_PORTS_FREE,
@@ -219,7 +221,9 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
             ));
         }
     }
-    problems.extend(within("spec", (NO_OVERLAP.problems)(spec)));
+    for rule in [NO_OVERLAP, COMPANIONS_OF_SESSIONS] {
+        problems.extend(within("spec", (rule.problems)(spec)));
+    }
     let server = &spec.connection_server;
     let ports = (IN_ORDER.problems)(&server.connection_ports);
     problems.extend(within("spec.connectionServer.connectionPorts", ports));

@@ -72,13 +72,18 @@ pub(super) fn protocol(text: &str) -> Result<PortProtocol, FieldError> {
         .ok_or_else(|| FieldError::new("protocol", &text, "be TCP, UDP or TCPUDP"))
 }
 
-pub(super) fn bound_client(text: &str) -> Result<Option<IpAddr>, FieldError> {
-    if text.is_empty() {
-        return Ok(None);
-    }
+pub(super) fn address(field: &'static str, text: &str) -> Result<IpAddr, FieldError> {
     let address = text.parse();
-    let address = address.map_err(|_| FieldError::new("bound_client", &text, "be an IP address"));
-    address.map(Some)
+    address.map_err(|_| FieldError::new(field, &text, "be an IP address"))
+}
+
+/// The address that `text` is; `None` where it is empty.
+pub(super) fn optional_address(
+    field: &'static str,
+    text: &str,
+) -> Result<Option<IpAddr>, FieldError> {
+    let is_absent = text.is_empty();
+    (!is_absent).then(|| address(field, text)).transpose()
 }
 
 pub(super) fn timestamp(field: &'static str, unix_ms: u64) -> Result<Timestamp, FieldError> {

@@ -18,6 +18,10 @@ text_id! {
     ConnectionServerId
 }
 
+/// Most client addresses of a session that may use companion ports: as many players
+/// as share a game, and few enough to be sent with the session.
+pub const MAX_CLIENTS: usize = 64;
+
 /// A message from a connection server to an agent.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ToAgent {
@@ -29,6 +33,14 @@ pub enum ToAgent {
     Select(Select),
     /// The first connection on the session is open at the sender.
     Opened(SessionId),
+    /// A client of another address than those before has a connection on the session
+    /// at the sender, and may use companion ports.
+    Joined {
+        /// The session.
+        session_id: SessionId,
+        /// The client's address.
+        client: IpAddr,
+    },
     /// The last connection on the session has closed at the sender.
     Closed {
         /// The session.
@@ -93,6 +105,8 @@ pub struct Select {
     pub bound_client: Option<IpAddr>,
     /// What the client says to the workload.
     pub metadata: Metadata,
+    /// The requester's address, if it is known.
+    pub requester: Option<IpAddr>,
 }
 
 /// A message from an agent to a connection server.
@@ -243,6 +257,9 @@ pub struct Session {
     pub ports: OneOrMore<SessionPort>,
     /// The only address that may connect, if it is bound to one.
     pub bound_client: Option<IpAddr>,
+    /// The addresses that may use companion ports of its server, each once, at most
+    /// [`MAX_CLIENTS`]: those that requested it or have had a connection on it.
+    pub clients: Vec<IpAddr>,
     /// Where it is in its life.
     pub state: SessionState,
     /// While it is held: when the claim ends. To the millisecond.
@@ -272,6 +289,7 @@ impl Session {
             idempotency_key: None,
             ports: OneOrMore::one(SessionPort::example("main", port)),
             bound_client: None,
+            clients: Vec::new(),
             state: SessionState::Held,
             claim_deadline: Timestamp::UNIX_EPOCH,
             created: Timestamp::UNIX_EPOCH,

@@ -11,12 +11,14 @@
 mod from_agent;
 mod to_agent;
 
+use std::net::IpAddr;
+
 use super::field::{
-    FieldError, address_text, bound_client, connection_port, idempotency_key, metadata, protocol,
-    session_id, timestamp, unix_ms,
+    FieldError, address, address_text, connection_port, idempotency_key, metadata,
+    optional_address, protocol, session_id, timestamp, unix_ms,
 };
 use super::v1::{self, session};
-use super::{PROTOCOL_VERSION, Session};
+use super::{MAX_CLIENTS, PROTOCOL_VERSION, Session};
 use crate::session::{MAX_PORTS, OneOrMore, SessionPort, SessionState};
 
 /// Why a message is not one of the protocol.
@@ -81,7 +83,8 @@ impl TryFrom<v1::Session> for Session {
                 },
                 rest: further_ports(session.further_ports)?,
             },
-            bound_client: bound_client(&session.bound_client)?,
+            bound_client: optional_address("bound_client", &session.bound_client)?,
+            clients: clients(&session.clients)?,
             state,
             claim_deadline: timestamp("claim_deadline_ms", session.claim_deadline_ms)?,
             created: timestamp("created_ms", session.created_ms)?,
@@ -116,6 +119,15 @@ fn further_ports(ports: Vec<v1::SessionPort>) -> Result<Box<[SessionPort]>, Fiel
     ports.into_iter().map(port).collect()
 }
 
+fn clients(addresses: &[String]) -> Result<Vec<IpAddr>, FieldError> {
+    if addresses.len() > MAX_CLIENTS {
+        let rule = "have at most 64 elements";
+        return Err(FieldError::new("clients", &addresses.len(), rule));
+    }
+    let addresses = addresses.iter();
+    addresses.map(|text| address("clients", text)).collect()
+}
+
 impl From<SessionPort> for v1::SessionPort {
     fn from(port: SessionPort) -> Self {
         Self {
@@ -142,6 +154,7 @@ impl From<Session> for v1::Session {
             protocol: first.protocol.name().to_owned(),
             further_ports: rest.into_iter().map(Into::into).collect(),
             bound_client: address_text(session.bound_client),
+            clients: session.clients.iter().map(ToString::to_string).collect(),
             state: state.into(),
             claim_deadline_ms: unix_ms(session.claim_deadline),
             created_ms: unix_ms(session.created),
@@ -167,6 +180,7 @@ mod tests {
             port_name: "main".to_owned(),
             protocol: "TCP".to_owned(),
             bound_client: "192.0.2.1".to_owned(),
+            clients: vec!["192.0.2.1".to_owned(), "2001:db8::1".to_owned()],
             state: session::State::Busy.into(),
             claim_deadline_ms: 31_000,
             created_ms: 1_000,
@@ -193,6 +207,7 @@ mod tests {
         let bare = v1::Session {
             idempotency_key: String::new(),
             bound_client: String::new(),
+            clients: Vec::new(),
             lingering_since_ms: 0,
             further_ports: Vec::new(),
             metadata: Default::default(),
@@ -208,7 +223,7 @@ mod tests {
     #[test]
     fn a_value_that_does_not_parse_is_named() {
         type Spoil = fn(&mut v1::Session);
-        let cases: [(Spoil, &str); 9] = [
+        let cases: [(Spoil, &str); 11] = [
             (|session| session.session_id.clear(), "session_id \"\""),
             (
                 |session| session.session_id = "x".repeat(65),
@@ -230,6 +245,14 @@ mod tests {
             (
                 |session| session.bound_client = "anyone".to_owned(),
                 "bound_client \"anyone\"",
+            ),
+            (
+                |session| session.clients[1] = "anyone".to_owned(),
+                "clients \"anyone\"",
+            ),
+            (
+                |session| session.clients = vec!["192.0.2.1".to_owned(); 65],
+                "clients 65",
             ),
             (|session| session.state = 9, "state 9"),
             (

@@ -12,8 +12,8 @@ use kube_cel::Validator;
 use portpool::manifest;
 use portpool::plan::{Observed, environment, plan};
 use portpool::pool::{
-    ConnectionPorts, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool, ProcessingPoolSpec,
-    ProxyProtocol, Replies, rules,
+    ConnectionPorts, EntryAdmission, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
+    ProcessingPoolSpec, ProxyProtocol, Replies, rules,
 };
 use proptest::prelude::*;
 
@@ -240,6 +240,13 @@ fn wrong_manifests_are_located_and_explained() {
             "allowed: Session, Open",
         ),
         (
+            "spec:\n  ports",
+            "spec:\n  sessions: {admission: Companion}\n  ports",
+            5,
+            14,
+            "allowed: Session, Open",
+        ),
+        (
             "metadata: {name: small}",
             "metadata: {name: small",
             4,
@@ -347,7 +354,7 @@ fn small_pool() -> ProcessingPoolSpec {
 fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
     // A change that breaks a rule, where, and words of the API server's message.
-    let cases: [(Change, &str, &str); 16] = [
+    let cases: [(Change, &str, &str); 18] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
@@ -452,6 +459,23 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             "spec.ports[0].offer",
             "needs protocol TCPUDP",
         ),
+        (
+            |spec| {
+                spec.ports[0].admission = Some(EntryAdmission::Companion);
+                spec.ports[0].offer = Offer::Always;
+            },
+            "spec.ports[0].offer",
+            "does not apply with admission Companion",
+        ),
+        (
+            |spec| {
+                for entry in &mut spec.ports {
+                    entry.admission = Some(EntryAdmission::Companion);
+                }
+            },
+            "spec.ports",
+            "another admission than Companion",
+        ),
     ];
     let validator = Validator::new();
     assert_eq!(rules::check(&small_pool()), []);
@@ -536,6 +560,11 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         1 => Just(Offer::WhenAnyListens),
         1 => Just(Offer::Always)
     ];
+    let admission = prop_oneof![
+        3 => Just(None),
+        1 => Just(Some(EntryAdmission::Session)),
+        2 => Just(Some(EntryAdmission::Companion))
+    ];
     let without_port = prop_oneof![9 => Just(false), 1 => Just(true)];
     let replies = prop_oneof![2 => Just(Replies::ServerPort), 1 => Just(Replies::AnyPort)];
     let proxy_protocol = prop_oneof![4 => Just(ProxyProtocol::None), 1 => Just(ProxyProtocol::V2)];
@@ -544,17 +573,27 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
         count,
         protocol,
         mapping,
-        offer,
+        (offer, admission),
         proxy_protocol,
         replies,
         without_port,
     )
         .prop_map(
-            |(port, count, protocol, mapping, offer, proxy_protocol, replies, without_port)| {
+            |(
+                port,
+                count,
+                protocol,
+                mapping,
+                (offer, admission),
+                proxy_protocol,
+                replies,
+                without_port,
+            )| {
                 PortEntry {
                     protocol,
                     mapping,
                     offer,
+                    admission,
                     proxy_protocol,
                     replies,
                     port: (without_port != (mapping != Mapping::Identity)).then_some(port),

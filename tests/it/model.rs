@@ -4,7 +4,8 @@
 //!
 //! What must never happen: two sessions on one port, a session of two ports that
 //! has only one, a free port with a connection somewhere, a port that is lost, a
-//! session that is over and comes back.
+//! session that is over and comes back, a companion connection that outlives the
+//! sessions of its client.
 
 mod checks;
 mod clients;
@@ -22,7 +23,7 @@ use portpool::agent::book::{Book, Notice, Now, Selected, SocketId, Times, To};
 use portpool::connection::sessions::span::SessionSpan;
 use portpool::connection::sessions::{Action, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
-use portpool::pool::PortProtocol;
+use portpool::pool::{EntryAdmission, PortProtocol};
 use portpool::selection::{
     CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, FromAgent, GONE_AFTER,
     KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, ToAgent,
@@ -60,6 +61,9 @@ enum Event {
     Deliver(usize, usize),
     /// A client connects to a port of an agent through a connection server.
     Connect(usize, usize, u16),
+    /// A client connects to the companion port of an agent through a connection
+    /// server.
+    Companion(usize, usize),
     /// A client gets a session through a connection server that is attached,
     /// with all messages between the two, and connects to every port it can.
     Client(usize, usize),
@@ -124,7 +128,8 @@ struct Connection {
     server: usize,
     port: ListenPort,
     key: SessionKey,
-    session: SessionId,
+    /// `None` on a companion port.
+    session: Option<SessionId>,
 }
 
 /// A client that has connected while `session` was live.
@@ -176,6 +181,11 @@ fn port(agent: usize, offset: u16) -> ListenPort {
     ListenPort::new(20_000 + u16::try_from(agent).unwrap() * PORTS + offset % PORTS).unwrap()
 }
 
+/// The companion port of an agent.
+fn companion(agent: usize) -> ListenPort {
+    ListenPort::new(20_100 + u16::try_from(agent).unwrap()).unwrap()
+}
+
 /// Does the looks of `book` that are due: the workload listens on every port.
 fn look(book: &mut Book, now: Now) {
     while book.next_look().is_some_and(|next| next <= now.monotonic) {
@@ -192,7 +202,15 @@ impl World {
                 protocol: PortProtocol::TCP,
                 ..table::range(port(agent, 0).get(), 7000, PORTS)
             };
-            table::row(u32::try_from(agent).unwrap(), None, range)
+            let companion = PortRange {
+                name: "companion".to_owned(),
+                protocol: PortProtocol::TCP,
+                admission: Some(EntryAdmission::Companion),
+                ..table::range(companion(agent).get(), 8000, 1)
+            };
+            let mut row = table::row(u32::try_from(agent).unwrap(), None, range);
+            row.ranges.push(companion);
+            row
         };
         let table = table::table(Default::default(), (0..agents).map(row).collect());
         let mut world = Self {
@@ -291,6 +309,7 @@ impl World {
                         ports,
                         bound_client: None,
                         metadata: Metadata::default(),
+                        requester: None,
                     };
                     stream.to_agent.push_back(ToAgent::Select(select));
                 }
@@ -303,6 +322,9 @@ impl World {
             }
             Event::Connect(server, agent, offset) => {
                 self.accept(server % SERVERS, port(agent % agents, offset), None);
+            }
+            Event::Companion(server, agent) => {
+                self.accept(server % SERVERS, companion(agent % agents), None);
             }
             Event::Wait(server, agent, offset) => {
                 let (server, port) = (server % SERVERS, port(agent % agents, offset));

@@ -3,6 +3,7 @@
 
 mod admission;
 mod budget;
+mod companion;
 mod faults;
 mod late;
 mod near;

@@ -29,6 +29,9 @@ impl Book {
             known.iter().map(|session| (&session.id, session)).collect();
         let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
+            for client in listed.get(&id).into_iter().flat_map(|known| &known.clients) {
+                self.joined(from, &id, *client, &mut notices);
+            }
             match listed.get(&id) {
                 Some(session) if session.open_here => self.opened(from, &id, &mut notices),
                 Some(session) => {
@@ -105,6 +108,7 @@ impl Book {
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,
             metadata: known.metadata.clone(),
+            clients: known.clients.clone(),
             created: known.created,
             claim_deadline: known.claim_deadline,
             claim_until: self.no_sooner_than_recovered(now.monotonic + left_to_claim),

@@ -3,6 +3,7 @@
 //! send.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use super::ports::Occupancy;
@@ -38,6 +39,25 @@ impl Book {
             session.state = State::Busy;
             session.until = None;
         });
+    }
+
+    /// A client of `id` came from another address. The other connection servers
+    /// learn it, because the client may use companion ports there.
+    pub(super) fn joined(
+        &mut self,
+        from: &ConnectionServerId,
+        id: &SessionId,
+        client: IpAddr,
+        notices: &mut Vec<Notice>,
+    ) {
+        if live(&mut self.sessions, id).is_some_and(|session| session.join(client))
+            && let Some(session) = self.sessions.get(id)
+        {
+            notices.push(Notice {
+                to: To::AllBut(from.clone()),
+                message: FromAgent::Session(self.describe(id, session)),
+            });
+        }
     }
 
     pub(super) fn closed(
@@ -233,6 +253,7 @@ impl Book {
             idempotency_key: session.idempotency_key.clone(),
             ports,
             bound_client: session.bound_client,
+            clients: session.clients.clone(),
             state,
             claim_deadline: session.claim_deadline,
             created: session.created,

@@ -93,10 +93,14 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    /// Follows `row`. Returns the ports with a session that are not in it, or
-    /// lead elsewhere now. They stay until vacated.
+    /// Follows `row`, whose companion ports are no one's to select: they are left
+    /// out. Returns the ports with a session that are not in it, or lead elsewhere
+    /// now. They stay until vacated.
     pub(super) fn set_row(&mut self, row: Option<&Row>, now: Duration) -> Vec<ListenPort> {
         self.row = row.cloned();
+        if let Some(row) = &mut self.row {
+            row.ranges.retain(|range| !range.is_companion());
+        }
         let mut orphans = Vec::new();
         let known: Vec<ListenPort> = self.ports.keys().copied().collect();
         for port in known {
@@ -109,8 +113,9 @@ impl Ports {
                 orphans.push(port);
             }
         }
-        let listed: Vec<ListenPort> = row
-            .into_iter()
+        let listed: Vec<ListenPort> = self
+            .row
+            .iter()
             .flat_map(|row| &row.ranges)
             .flat_map(crate::table::PortRange::connection_ports)
             .collect();

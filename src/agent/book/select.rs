@@ -108,6 +108,11 @@ impl Book {
             idempotency_key: request.idempotency_key.clone(),
             bound_client: request.bound_client,
             metadata: request.metadata.clone(),
+            clients: request
+                .bound_client
+                .or(request.requester)
+                .into_iter()
+                .collect(),
             created: now.time,
             claim_deadline: now.time_in(self.times.claim),
             claim_until: now.monotonic + self.times.claim,

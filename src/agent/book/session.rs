@@ -8,7 +8,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::ports::Occupancy;
-use crate::selection::ConnectionServerId;
+use crate::selection::{ConnectionServerId, MAX_CLIENTS};
 use crate::session::{Metadata, OneOrMore};
 use crate::table::ListenPort;
 
@@ -49,6 +49,8 @@ pub(super) struct Session {
     pub(super) idempotency_key: Option<String>,
     pub(super) bound_client: Option<IpAddr>,
     pub(super) metadata: Metadata,
+    /// The addresses that may use companion ports, at most [`MAX_CLIENTS`].
+    pub(super) clients: Vec<IpAddr>,
     pub(super) created: Timestamp,
     pub(super) claim_deadline: Timestamp,
     /// The same moment on the other clock.
@@ -73,6 +75,18 @@ impl Session {
         } else {
             (State::Lingering, linger_until)
         }
+    }
+
+    /// Lets `client` use companion ports. Returns whether that is new. Beyond the
+    /// limit, and where only another address may connect, nothing changes.
+    pub(super) fn join(&mut self, client: IpAddr) -> bool {
+        let is_new = !self.clients.contains(&client)
+            && self.clients.len() < MAX_CLIENTS
+            && self.bound_client.is_none_or(|bound| bound == client);
+        if is_new {
+            self.clients.push(client);
+        }
+        is_new
     }
 
     pub(super) fn deadline(&self) -> Option<Duration> {

@@ -8,6 +8,7 @@ use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
 
 mod amending;
+mod companions;
 mod leaving;
 mod limits;
 mod looking;
@@ -110,6 +111,7 @@ fn request(id: &str, idempotency_key: Option<String>) -> Select {
         ports: OneOrMore::default(),
         bound_client: None,
         metadata: Metadata::default(),
+        requester: None,
     }
 }
 

@@ -156,7 +156,10 @@ impl Agent {
             }
             // The client gave the session back, on whichever stream that comes.
             ToAgent::Release(_) => self.change(|book, now| book.report(from, message, now)),
-            ToAgent::Opened(_) | ToAgent::Closed { .. } | ToAgent::Ended(_) => {
+            ToAgent::Opened(_)
+            | ToAgent::Joined { .. }
+            | ToAgent::Closed { .. }
+            | ToAgent::Ended(_) => {
                 let mut inner = self.inner.lock();
                 let now = self.now();
                 let counts = inner.is_current(from, outbox);

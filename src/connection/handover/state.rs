@@ -142,6 +142,7 @@ fn send_sessions(stream: &UnixStream, sessions: &SessionsSnapshot) -> Result<(),
         live: Vec::new(),
         released: released.collect(),
         last_ended: last_ended.collect(),
+        companions: sessions.companions.iter().map(Into::into).collect(),
     };
     wire::send(stream, Content::Sessions(ended), &[])?;
     for live in sessions.live.chunks(SESSIONS_OF_FRAME) {
@@ -253,6 +254,9 @@ pub(super) fn add(state: &mut State, content: Content, sockets: Vec<OwnedFd>) ->
             }
             for v1::Released { id, slot } in received.released {
                 sessions.released.insert(session_id(&id)?, Slot(slot));
+            }
+            for companion in received.companions {
+                sessions.companions.push(companion.try_into()?);
             }
             for v1::LastEnded { port, id } in received.last_ended {
                 sessions

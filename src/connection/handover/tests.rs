@@ -14,7 +14,7 @@ use super::state::{add, receive, send, send_server};
 use super::*;
 use crate::connection::agents::AgentsSnapshot;
 use crate::connection::control::ControlSnapshot;
-use crate::connection::sessions::snapshot::{SessionSnapshot, SessionsSnapshot};
+use crate::connection::sessions::snapshot::{CompanionSnapshot, SessionSnapshot, SessionsSnapshot};
 use crate::connection::sessions::span::Carried;
 use crate::forward::snapshot::{
     ClientSnapshot, ConnectionSnapshot, DirectionSnapshot, FlowSnapshot, ForwarderSnapshot,
@@ -240,6 +240,7 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
                 idempotency_key: None,
                 ports,
                 bound_client: client,
+                clients: client.into_iter().collect(),
                 state: SessionState::Busy,
                 claim_deadline: jiff::Timestamp::UNIX_EPOCH,
                 created: jiff::Timestamp::UNIX_EPOCH,
@@ -263,15 +264,22 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
     );
     let released = btree_map(session_id(), any::<u32>().prop_map(Slot), 0..5);
     let last_ended = btree_map(port(), session_id(), 0..5);
-    let lists = (vec(live, 0..20), released, last_ended);
-    (any::<u64>(), lists).prop_map(
-        |(last_key, (live, released, last_ended))| SessionsSnapshot {
+    let companion = (any::<u64>(), any::<u32>(), any::<IpAddr>());
+    let companion = companion.prop_map(|(key, slot, client)| CompanionSnapshot {
+        key: SessionKey(key),
+        slot: Slot(slot),
+        client,
+    });
+    let lists = (vec(live, 0..20), vec(companion, 0..5), released, last_ended);
+    (any::<u64>(), lists).prop_map(|(last_key, (live, companions, released, last_ended))| {
+        SessionsSnapshot {
             last_key,
             live,
+            companions,
             released,
             last_ended,
-        },
-    )
+        }
+    })
 }
 
 type Predecessor = thread::JoinHandle<(Result<(), Error>, State)>;

@@ -208,6 +208,8 @@ pub struct Sessions {
     pub released: ::prost::alloc::vec::Vec<Released>,
     #[prost(message, repeated, tag = "3")]
     pub last_ended: ::prost::alloc::vec::Vec<LastEnded>,
+    #[prost(message, repeated, tag = "4")]
+    pub companions: ::prost::alloc::vec::Vec<Companion>,
 }
 /// A live session.
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -250,4 +252,17 @@ pub struct LastEnded {
     pub port: u32,
     #[prost(string, tag = "2")]
     pub id: ::prost::alloc::string::String,
+}
+/// A client with connections or flows on companion ports. A process that does not
+/// know it closes them.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Companion {
+    /// The key that they name.
+    #[prost(uint64, tag = "1")]
+    pub key: u64,
+    #[prost(uint32, tag = "2")]
+    pub slot: u32,
+    /// The client's IP address.
+    #[prost(string, tag = "3")]
+    pub client: ::prost::alloc::string::String,
 }

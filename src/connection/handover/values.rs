@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::error::Error;
 use super::v1;
+use crate::connection::sessions::snapshot::CompanionSnapshot;
 use crate::connection::sessions::snapshot::SessionSnapshot;
 use crate::connection::sessions::span::Carried;
 use crate::forward::snapshot::{
@@ -225,6 +226,28 @@ impl TryFrom<(v1::Client, Option<OwnedFd>)> for ClientSnapshot {
             port,
             socket,
             address,
+        })
+    }
+}
+
+impl From<&CompanionSnapshot> for v1::Companion {
+    fn from(companion: &CompanionSnapshot) -> Self {
+        Self {
+            key: companion.key.0,
+            slot: companion.slot.0,
+            client: companion.client.to_string(),
+        }
+    }
+}
+
+impl TryFrom<v1::Companion> for CompanionSnapshot {
+    type Error = Error;
+
+    fn try_from(companion: v1::Companion) -> Result<Self, Error> {
+        Ok(Self {
+            key: SessionKey(companion.key),
+            slot: Slot(companion.slot),
+            client: parse(&companion.client)?,
         })
     }
 }

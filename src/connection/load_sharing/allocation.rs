@@ -369,6 +369,7 @@ fn wanted_of_any(
         idempotency_key: request.idempotency_key,
         bound_client: is_bound.then_some(client),
         metadata: request.metadata,
+        requester: Some(client),
     })
 }
 
@@ -380,6 +381,7 @@ fn select(ask: AskId, wanted: Wanted) -> Select {
         ports: wanted.ports,
         bound_client: wanted.bound_client,
         metadata: wanted.metadata,
+        requester: wanted.requester,
     }
 }
 

@@ -17,8 +17,12 @@ pub(super) fn check(blocks: &OneOrMore<Block>, table: &Table) -> Result<(), Refu
     if table.rows.is_empty() || table.rows.iter().any(|row| could_hold(row, blocks)) {
         return Ok(());
     }
-    let ranges = || table.rows.iter().flat_map(|row| &row.ranges);
+    let ranges = || table.rows.iter().flat_map(offered);
     for (index, block) in blocks.iter().enumerate() {
+        let field = match blocks.as_single() {
+            Some(_) => String::new(),
+            None => format!("ports[{index}]: "),
+        };
         let usable = || ranges().filter(|range| admits(block, range));
         if usable().next().is_none() {
             let mut entries: Vec<String> = ranges()
@@ -26,12 +30,14 @@ pub(super) fn check(blocks: &OneOrMore<Block>, table: &Table) -> Result<(), Refu
                 .collect();
             entries.sort();
             entries.dedup();
-            return Err(Refusal::UnknownPort {
-                field: match blocks.as_single() {
-                    Some(_) => String::new(),
-                    None => format!("ports[{index}]: "),
+            let entries = entries.join(", ");
+            return Err(match companion(block, table) {
+                Some(name) => Refusal::CompanionPort {
+                    field,
+                    name,
+                    entries,
                 },
-                entries: entries.join(", "),
+                None => Refusal::UnknownPort { field, entries },
             });
         }
         if !usable().any(|range| fits(block, range)) {
@@ -55,6 +61,19 @@ pub(super) fn check(blocks: &OneOrMore<Block>, table: &Table) -> Result<(), Refu
     )))
 }
 
+/// The ranges of `row` that requests get ports of.
+fn offered(row: &Row) -> impl Iterator<Item = &PortRange> {
+    row.ranges.iter().filter(|range| !range.is_companion())
+}
+
+/// The name of the companion entry that `block` asks for, if it names one.
+fn companion(block: &Block, table: &Table) -> Option<String> {
+    let name = block.filter.port_name.as_ref()?;
+    let mut ranges = table.rows.iter().flat_map(|row| &row.ranges);
+    let is_companion = ranges.any(|range| range.is_companion() && range.name == *name);
+    is_companion.then(|| name.clone())
+}
+
 fn admits(block: &Block, range: &PortRange) -> bool {
     block.filter.admits(&range.name, range.protocol)
 }
@@ -75,16 +94,16 @@ fn fits(block: &Block, range: &PortRange) -> bool {
 /// ports than they have.
 fn could_hold(row: &Row, blocks: &OneOrMore<Block>) -> bool {
     let fits_somewhere = |block: &Block| {
-        let mut ranges = row.ranges.iter();
+        let mut ranges = offered(row);
         ranges.any(|range| admits(block, range) && fits(block, range))
     };
     let can_be_met = |demand: &Block| {
         let is_within = |block: &&Block| {
-            let mut ranges = row.ranges.iter();
+            let mut ranges = offered(row);
             ranges.all(|range| !admits(block, range) || admits(demand, range))
         };
         let wanted: u32 = blocks.iter().filter(is_within).map(Block::ports).sum();
-        let ranges = row.ranges.iter().filter(|range| admits(demand, range));
+        let ranges = offered(row).filter(|range| admits(demand, range));
         wanted <= ranges.map(|range| u32::from(range.count)).sum()
     };
     blocks.iter().all(fits_somewhere) && blocks.iter().all(can_be_met)

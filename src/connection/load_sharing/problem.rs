@@ -155,6 +155,7 @@ impl Refused {
                     Refusal::QueueFull => (Code::SERVICE_UNAVAILABLE, "Queue full"),
                     Refusal::ShuttingDown => (Code::SERVICE_UNAVAILABLE, "Shutting down"),
                     Refusal::UnknownPort { .. } => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),
+                    Refusal::CompanionPort { .. } => (Code::UNPROCESSABLE_ENTITY, "Companion port"),
                     Refusal::InvalidPorts(_) => (Code::UNPROCESSABLE_ENTITY, "Invalid field"),
                     Refusal::UnknownServer => (Code::UNPROCESSABLE_ENTITY, "Unknown server"),
                     Refusal::UnknownSession => (Code::UNPROCESSABLE_ENTITY, "Unknown session"),

@@ -74,6 +74,18 @@ pub enum Refusal {
         /// The pool's entries.
         entries: String,
     },
+    /// The request names an entry of companion ports.
+    #[error(
+        "{field}{name:?} is an entry of companion ports, which no request gets: clients with a session on the same server connect to them without asking; ask for one of {entries}"
+    )]
+    CompanionPort {
+        /// The element of `ports` with a colon; empty for a request without `ports`.
+        field: String,
+        /// The entry that the request names.
+        name: String,
+        /// The pool's entries that requests get ports of.
+        entries: String,
+    },
     /// A field that asks for ports is wrong, or asks for more than there can be.
     #[error("{0}")]
     InvalidPorts(String),
@@ -153,6 +165,7 @@ impl Refusal {
             Self::NotSelected => "not-selected",
             Self::QueueFull => "queue-full",
             Self::UnknownPort { .. } => "unknown-port",
+            Self::CompanionPort { .. } => "companion-port",
             Self::UnknownServer => "unknown-server",
             Self::UnknownSession => "unknown-session",
             Self::InvalidPorts(_) => "invalid-field",

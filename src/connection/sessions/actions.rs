@@ -9,8 +9,16 @@ use crate::table::ListenPort;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Cut the session's connections and refuse the clients that wait on its
-    /// ports, then report the cut itself as a closed flow of each port.
-    Cut(OneOrMore<ListenPort>, SessionKey),
+    /// ports, then report the cut itself as a closed flow of each port. Do the
+    /// same with the companion connections of clients that have no other session.
+    Cut(
+        OneOrMore<ListenPort>,
+        SessionKey,
+        Vec<(ListenPort, SessionKey)>,
+    ),
+    /// Cut companion connections on a port that is no companion port any more, and
+    /// report the cut as a closed flow.
+    CutCompanions(ListenPort, SessionKey),
     /// Decide on a pending client.
     Answer(ListenPort, PendingId, Decision),
 }

@@ -7,10 +7,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
+use tracing::debug;
+
+use super::flows::Flows;
 use super::{Action, Actions, Inner, NO_SESSION, Sessions};
 use crate::connection::sessions::span::SessionSpan;
 use crate::forward::{Decision, Gate, PENDING_DEADLINE, PendingId, SessionKey, Traffic, Transport};
-use crate::pool::Admission;
+use crate::pool::EntryAdmission;
 use crate::selection::{Session, ToAgent};
 use crate::session::SessionId;
 use crate::table::{ListenPort, Slot};
@@ -26,34 +29,75 @@ pub(super) struct PendingLookup {
 impl Inner {
     fn admit(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(live) = self.on(port) else {
-            return self.admit_without_session(port);
+            return self.admit_without_session(port, client);
         };
         if live.bound_client.is_some_and(|bound| bound != client) {
             return Decision::Refuse;
         }
-        let mut flows = live.flows.lock();
-        flows.open();
-        if flows.open == 1 {
-            self.send(live.slot, ToAgent::Opened(live.session.id.clone()));
+        if live.has_companions && self.join(live, client) {
+            let session_id = live.session.id.clone();
+            self.send(live.slot, ToAgent::Joined { session_id, client });
         }
+        self.change_flows(live, Flows::open);
         Decision::Admit(live.key)
     }
 
     /// The decision on a client of a port without a session that is known here. No
     /// one could say more about a port that has left the table, and is closed in a
     /// moment.
-    fn admit_without_session(&self, port: ListenPort) -> Decision {
+    fn admit_without_session(&self, port: ListenPort, client: IpAddr) -> Decision {
         let Some(table) = &self.table else {
             return Decision::Ask;
         };
-        let Some((_, range)) = table.find(port) else {
+        let Some((row, range)) = table.find(port) else {
             return Decision::Refuse;
         };
-        let admission = range.admission.unwrap_or(table.table().sessions.admission);
-        match admission {
-            Admission::Open => Decision::Admit(NO_SESSION),
-            Admission::Session => Decision::Ask,
+        let of_all = || table.table().sessions.admission.into();
+        match range.admission.unwrap_or_else(of_all) {
+            EntryAdmission::Open => Decision::Admit(NO_SESSION),
+            EntryAdmission::Session => Decision::Ask,
+            EntryAdmission::Companion => self.admit_companion(row.slot, port, client),
         }
+    }
+
+    /// The decision on a client of a companion port. One without a session may have
+    /// one that is not known here yet.
+    fn admit_companion(&self, slot: Slot, port: ListenPort, client: IpAddr) -> Decision {
+        let mut companions = self.companions.lock();
+        let Some((key, sessions)) = companions.admit((slot, client), port) else {
+            return Decision::Ask;
+        };
+        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+            self.change_flows(live, |flows| flows.open_companions(1));
+        }
+        Decision::Admit(key)
+    }
+
+    /// A companion connection comes from another process. Returns whether it belongs
+    /// to a live session.
+    pub(super) fn restore_companion(&self, port: ListenPort, key: SessionKey) -> bool {
+        let mut companions = self.companions.lock();
+        let Some(sessions) = companions.restore(port, key) else {
+            return false;
+        };
+        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+            // What its session has carried counts it already.
+            live.flows.lock().companions += 1;
+        }
+        true
+    }
+
+    /// A flow under `key` has ended. Returns whether it was a companion connection of
+    /// live sessions.
+    fn close_companion(&self, port: ListenPort, key: SessionKey, traffic: Traffic) -> bool {
+        let mut companions = self.companions.lock();
+        let Some(sessions) = companions.close(port, key) else {
+            return false;
+        };
+        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+            self.change_flows(live, |flows| flows.close_companion(traffic));
+        }
+        true
     }
 
     /// Asks the agent for the session on `port`. The port is the request's id, as
@@ -109,7 +153,10 @@ impl Sessions {
                 continue;
             }
             let decision = match inner.admit(port, client) {
-                Decision::Ask => Decision::Refuse,
+                Decision::Ask => {
+                    debug!(%port, %client, "client has no session and is refused");
+                    Decision::Refuse
+                }
                 decision => decision,
             };
             actions.push(Action::Answer(port, id, decision));
@@ -150,24 +197,24 @@ impl Gate for Sessions {
         {
             let inner = self.inner.read();
             if let Some(live) = inner.on(port).filter(|live| live.key == session) {
-                let mut flows = live.flows.lock();
-                if flows.close(traffic) {
-                    let message = ToAgent::Closed {
-                        session_id: live.session.id.clone(),
-                        is_claimed: flows.is_claimed,
-                    };
-                    inner.send(live.slot, message);
-                }
+                inner.change_flows(live, |flows| flows.close(traffic));
+                return;
+            }
+            if inner.close_companion(port, session, traffic) {
                 return;
             }
         }
         let mut inner = self.inner.write();
+        let cut_by = inner.companions.get_mut().cut_by(session);
+        let session = cut_by.unwrap_or(session);
         let Some(ending) = inner.ending.get_mut(&session) else {
             return;
         };
-        if ending.flows.close(traffic)
+        ending.flows.close(traffic);
+        if ending.flows.own == 0
             && let Some(ended) = inner.ending.remove(&session)
         {
+            inner.companions.get_mut().forget_cuts(session);
             ended.span.ended(ended.cause, &ended.flows.carried);
             inner.send(ended.slot, ToAgent::Ended(ended.id));
         }

@@ -62,7 +62,8 @@ pub struct SessionInfo {
     #[serde(skip_serializing_if = "Metadata::is_empty")]
     #[schema(value_type = BTreeMap<String, String>)]
     pub metadata: Metadata,
-    /// Connections and UDP flows that are open through this connection server.
+    /// Connections and UDP flows that are open through this connection server, those
+    /// of its clients to companion ports included.
     pub connections: u32,
 }
 
@@ -148,7 +149,7 @@ impl Inner {
             requester: live.span.client(),
             bound_client: live.bound_client,
             metadata: session.metadata.clone(),
-            connections: live.flows.lock().open,
+            connections: live.flows.lock().count(),
         }
     }
 }

@@ -63,7 +63,7 @@ impl Sessions {
         inner
             .live
             .values()
-            .filter(|live| live.flows.lock().open > 0)
+            .filter(|live| live.flows.lock().is_open())
             .count()
     }
 }

@@ -34,6 +34,17 @@ pub struct SessionSnapshot {
     pub age: Duration,
 }
 
+/// A client with companion connections, for another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompanionSnapshot {
+    /// The key that its companion connections name.
+    pub key: SessionKey,
+    /// The slot of their processing server.
+    pub slot: Slot,
+    /// The client's address.
+    pub client: IpAddr,
+}
+
 /// All that a connection server knows of sessions.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SessionsSnapshot {
@@ -41,6 +52,8 @@ pub struct SessionsSnapshot {
     pub last_key: u64,
     /// Live sessions.
     pub live: Vec<SessionSnapshot>,
+    /// Clients with companion connections.
+    pub companions: Vec<CompanionSnapshot>,
     /// The ids of sessions that clients have given back, with their slots: the
     /// agents have not confirmed their end yet.
     pub released: BTreeMap<SessionId, Slot>,
@@ -60,14 +73,20 @@ impl Sessions {
         let live = inner.live.values().map(|live| SessionSnapshot {
             slot: live.slot,
             key: live.key,
-            session: live.report(),
+            session: inner.report(live),
             carried: live.flows.lock().carried,
             client: live.span.client(),
             age: live.span.age(),
         });
+        let live = live.collect();
+        let companions = inner.companions.lock();
+        let companions = companions
+            .keys()
+            .map(|(key, (slot, client))| CompanionSnapshot { key, slot, client });
         SessionsSnapshot {
-            last_key: self.next_key.load(Ordering::Relaxed),
-            live: live.collect(),
+            last_key: inner.last_key.load(Ordering::Relaxed),
+            live,
+            companions: companions.collect(),
             released: inner
                 .released
                 .iter()
@@ -81,25 +100,32 @@ impl Sessions {
         }
     }
 
-    /// Goes on with what a predecessor knew. `flows` names the session of each
-    /// connection and flow that comes along: which sessions are open is counted
-    /// from them, so that the two cannot differ.
+    /// Goes on with what a predecessor knew. `flows` names the port and the session
+    /// of each connection and flow that comes along: which sessions are open is
+    /// counted from them, so that the two cannot differ.
     ///
     /// Returns the keys of flows that belong to no session and must be closed.
     pub fn import(
         &self,
         snapshot: SessionsSnapshot,
         table: &Arc<PortIndex>,
-        flows: impl Iterator<Item = SessionKey>,
+        flows: impl Iterator<Item = (ListenPort, SessionKey)>,
     ) -> HashSet<SessionKey> {
         self.set_table(table.clone());
         let mut open: HashMap<SessionKey, u32> = HashMap::new();
-        for key in flows {
-            *open.entry(key).or_default() += 1;
+        let mut companions = Vec::new();
+        let companion_keys: HashSet<SessionKey> =
+            snapshot.companions.iter().map(|it| it.key).collect();
+        for (port, key) in flows {
+            if companion_keys.contains(&key) {
+                companions.push((port, key));
+            } else {
+                *open.entry(key).or_default() += 1;
+            }
         }
         open.remove(&NO_SESSION);
-        self.next_key.store(snapshot.last_key, Ordering::Relaxed);
         let mut inner = self.inner.write();
+        inner.last_key = snapshot.last_key.into();
         for SessionSnapshot {
             slot,
             key,
@@ -114,10 +140,12 @@ impl Sessions {
                 .row(session.ports.first.port)
                 .map_or("", |row| &row.server);
             span.selected(&session, server);
+            let has_companions = inner.has_companions(slot);
             inner.insert(Live {
                 key,
                 slot,
                 bound_client: session.bound_client.map(|client| client.to_canonical()),
+                has_companions,
                 flows: Mutex::new(Flows::imported(
                     open.remove(&key).unwrap_or(0),
                     &session,
@@ -127,9 +155,19 @@ impl Sessions {
                 span,
             });
         }
+        for CompanionSnapshot { key, slot, client } in snapshot.companions {
+            let companions = inner.companions.get_mut();
+            companions.restore_key(key, (slot, client));
+        }
+        let mut orphans: HashSet<SessionKey> = open.into_keys().collect();
+        for (port, key) in companions {
+            if !inner.restore_companion(port, key) {
+                orphans.insert(key);
+            }
+        }
         // The greetings repeat the releases, which may not have arrived.
         inner.released = snapshot.released.into_iter().collect();
         inner.last_ended = snapshot.last_ended.into_iter().collect();
-        open.into_keys().collect()
+        orphans
     }
 }

@@ -5,13 +5,14 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use super::*;
 use crate::forward::{Decision, Gate, PendingId, Traffic, Transport};
 use crate::pool::{
-    Admission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies,
-    Sessions as Settings,
+    Admission, EntryAdmission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle,
+    Replies, Sessions as Settings,
 };
 use crate::session::MAX_METADATA_BYTES;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 mod admission;
+mod companions;
 mod release;
 mod several;
 
@@ -110,11 +111,12 @@ fn learn_new(sessions: &Sessions, session: Session) {
 /// The data plane carries out the only action, a cut.
 fn cut(sessions: &Sessions, actions: Actions) {
     let actions: Vec<_> = actions.into_iter().collect();
-    let [Action::Cut(ports, key)] = &actions[..] else {
+    let [Action::Cut(ports, key, companions)] = &actions[..] else {
         panic!("not one cut but {actions:?}");
     };
-    for port in ports.iter() {
-        sessions.closed(*port, *key, Traffic::default());
+    let own = ports.iter().map(|port| (*port, *key));
+    for (port, key) in own.chain(companions.iter().copied()) {
+        sessions.closed(port, key, Traffic::default());
     }
 }
 
@@ -168,7 +170,7 @@ fn an_ended_session_is_acknowledged_when_its_last_connection_is_closed() {
     assert_eq!(next(&mut sent), opened("a"));
     assert_eq!(
         sessions.end(Slot(0), &id_of("a"), EndCause::Finished),
-        [Action::Cut(OneOrMore::one(port(PORT)), key)]
+        [Action::Cut(OneOrMore::one(port(PORT)), key, Vec::new())]
     );
     assert!(sessions.is_cutting(Slot(0)));
     assert_eq!(
@@ -213,7 +215,7 @@ fn a_successor_on_the_port_ends_the_former() {
     };
     assert_eq!(
         learn(&sessions, Slot(0), Session::example("b", PORT)),
-        [Action::Cut(OneOrMore::one(port(PORT)), former)]
+        [Action::Cut(OneOrMore::one(port(PORT)), former, Vec::new())]
     );
     let Decision::Admit(key) = admit(&sessions, PORT, 1) else {
         panic!("not admitted")
@@ -233,7 +235,7 @@ fn a_session_goes_on_while_its_agent_is_out_of_reach_but_not_for_ever() {
     assert_eq!(sessions.release(&id_of("a")), Err(ReleaseError::OutOfReach));
     assert_eq!(
         sessions.forget_server(Slot(0)),
-        [Action::Cut(OneOrMore::one(port(PORT)), key)]
+        [Action::Cut(OneOrMore::one(port(PORT)), key, Vec::new())]
     );
     assert_eq!(admit(&sessions, PORT, 1), Decision::Ask);
 }
@@ -280,7 +282,7 @@ fn a_removed_server_loses_its_sessions_only() {
     };
     assert_eq!(
         sessions.forget_server(Slot(0)),
-        [Action::Cut(OneOrMore::one(port(PORT)), key)]
+        [Action::Cut(OneOrMore::one(port(PORT)), key, Vec::new())]
     );
     assert!(sessions.get(&id_of("a")).is_none());
     assert!(sessions.get(&id_of("b")).is_some());
@@ -339,7 +341,7 @@ fn what_connects_and_leaves_claims_nothing() {
 
 /// An agent takes no larger greetings.
 #[test]
-fn a_greeting_has_metadata_up_to_its_bound_and_every_session() {
+fn a_greeting_has_metadata_and_clients_up_to_their_bounds_and_every_session() {
     let largest = Metadata::new([("k", "v".repeat(MAX_METADATA_BYTES - 1))]).unwrap();
     let sessions = (0..3_000).map(|index| Session {
         metadata: largest.clone(),
@@ -348,4 +350,12 @@ fn a_greeting_has_metadata_up_to_its_bound_and_every_session() {
     let greeting = within_budget(sessions);
     let with = greeting.iter().filter(|it| !it.metadata.is_empty()).count();
     assert_eq!((greeting.len(), with), (3_000, 2_048));
+    let sessions = (0..2_000).map(|index| Session {
+        clients: (1..=64).map(|last| client(last).ip()).collect(),
+        ..Session::example(&format!("session-{index}"), 20_000)
+    });
+    let greeting = within_budget(sessions);
+    let with = greeting.iter().filter(|it| it.clients.len() == 64).count();
+    let first = greeting.iter().filter(|it| it.clients.len() == 1).count();
+    assert_eq!((with, first), (1_024, 976));
 }

@@ -295,12 +295,12 @@ fn a_changed_offer_admission_or_replies_keep_ports_and_servers() {
     world.settle(&ValidPool::new(&resource).unwrap());
     let before = world.clone();
     resource.spec.ports[0].offer = Offer::Always;
-    resource.spec.ports[0].admission = Some(Admission::Open);
+    resource.spec.ports[0].admission = Some(EntryAdmission::Open);
     resource.spec.ports[0].replies = Replies::AnyPort;
     world.settle(&ValidPool::new(&resource).unwrap());
     let expected = PortRange {
         offer: Offer::Always,
-        admission: Some(Admission::Open),
+        admission: Some(EntryAdmission::Open),
         replies: Replies::AnyPort,
         ..before.ports(Slot(1))[0].clone()
     };

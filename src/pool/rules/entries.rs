@@ -4,8 +4,8 @@ use std::ops::RangeInclusive;
 
 use super::{FieldProblem, FieldRule, broken};
 use crate::pool::{
-    AGENT_PORTS, ConnectionPorts, MAX_PORT, Mapping, Offer, PortEntry, PortProtocol,
-    ProcessingPoolSpec, ProxyProtocol, Replies,
+    AGENT_PORTS, ConnectionPorts, EntryAdmission, MAX_PORT, Mapping, Offer, PortEntry,
+    PortProtocol, ProcessingPoolSpec, ProxyProtocol, Replies,
 };
 
 pub(in crate::pool) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule {
@@ -57,6 +57,22 @@ pub(in crate::pool) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule 
             }
         }
         problems
+    },
+};
+
+pub(in crate::pool) const COMPANIONS_OF_SESSIONS: FieldRule<ProcessingPoolSpec> = FieldRule {
+    cel: || {
+        "size(self.ports) == 0 || self.ports.exists(entry, !has(entry.admission) || entry.admission != 'Companion')".to_owned()
+    },
+    message: || {
+        "one entry of ports at least must have another admission than Companion: requests get no companion ports, so no client could have a session".to_owned()
+    },
+    problems: |spec| {
+        let is_companion = |entry: &PortEntry| entry.admission == Some(EntryAdmission::Companion);
+        let is_broken = !spec.ports.is_empty() && spec.ports.iter().all(is_companion);
+        broken(is_broken, "ports", || {
+            "has only entries with admission Companion, which no request gets, so no client could have a session: add an entry for the port that clients ask for, or remove admission from one".to_owned()
+        })
     },
 };
 
@@ -137,6 +153,26 @@ pub(in crate::pool) const ANY_OF_SEVERAL: FieldRule<PortEntry> = FieldRule {
             format!(
                 "WhenAnyListens needs protocol TCPUDP; this is {}: set protocol: TCPUDP, or remove offer",
                 entry.protocol.name()
+            )
+        })
+    },
+};
+
+pub(in crate::pool) const COMPANION_IS_NOT_OFFERED: FieldRule<PortEntry> = FieldRule {
+    cel: || {
+        "self.offer == 'WhenListening' || !has(self.admission) || self.admission != 'Companion'"
+            .to_owned()
+    },
+    message: || {
+        "offer does not apply with admission Companion, because requests get no companion ports: remove offer".to_owned()
+    },
+    problems: |entry| {
+        let is_broken = entry.offer != Offer::WhenListening
+            && entry.admission == Some(EntryAdmission::Companion);
+        broken(is_broken, "offer", || {
+            format!(
+                "does not apply with admission Companion, because requests get no companion ports; this is {:?}: remove offer",
+                entry.offer
             )
         })
     },

@@ -5,8 +5,8 @@ use std::num::NonZeroU8;
 use super::{MessageError, RequestKind};
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
 use crate::selection::field::{
-    FieldError, address_text, bound_client, connection_port, idempotency_key, metadata, optional,
-    protocol, session_id, timestamp, unix_ms,
+    FieldError, address, address_text, connection_port, idempotency_key, metadata, optional,
+    optional_address, protocol, session_id, timestamp, unix_ms,
 };
 use crate::selection::v1::{self, to_agent};
 use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Session, ToAgent};
@@ -36,6 +36,10 @@ impl TryFrom<v1::ToAgent> for ToAgent {
                 })?)
             }
             Message::Opened(v1::Opened { session_id: id }) => Self::Opened(session_id(&id)?),
+            Message::Joined(joined) => Self::Joined {
+                session_id: session_id(&joined.session_id)?,
+                client: address("client", &joined.client)?,
+            },
             Message::Closed(closed) => Self::Closed {
                 session_id: session_id(&closed.session_id)?,
                 is_claimed: !closed.unclaimed,
@@ -77,6 +81,10 @@ impl From<ToAgent> for v1::ToAgent {
             ToAgent::Select(select) => Message::Select(select.into()),
             ToAgent::Opened(id) => Message::Opened(v1::Opened {
                 session_id: session_id(id),
+            }),
+            ToAgent::Joined { session_id, client } => Message::Joined(v1::Joined {
+                session_id: session_id.to_string(),
+                client: client.to_string(),
             }),
             ToAgent::Closed {
                 session_id,
@@ -217,8 +225,9 @@ impl TryFrom<v1::Select> for Select {
             session_id: session_id(&select.session_id)?,
             idempotency_key: idempotency_key(select.idempotency_key)?,
             ports,
-            bound_client: bound_client(&select.bound_client)?,
             metadata: metadata(select.metadata)?,
+            bound_client: optional_address("bound_client", &select.bound_client)?,
+            requester: optional_address("requester", &select.requester)?,
         })
     }
 }
@@ -285,6 +294,7 @@ impl From<Select> for v1::Select {
             ports,
             bound_client: address_text(select.bound_client),
             metadata: select.metadata.into(),
+            requester: address_text(select.requester),
         }
     }
 }

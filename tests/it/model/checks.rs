@@ -14,6 +14,13 @@ impl World {
                 u32::from(PORTS),
                 "a port is lost or counted twice: {counts:?}"
             );
+            let is_recovering = self.now.monotonic < self.recovered_at[agent];
+            let companions = self.connections.iter();
+            let mut companions = companions.filter(|open| open.port == companion(agent));
+            assert!(
+                is_recovering || book.session_count() > 0 || companions.next().is_none(),
+                "a companion connection outlives the last session of {agent}"
+            );
             for offset in 0..PORTS {
                 let port = port(agent, offset);
                 let closing = self.closing.iter().map(|(_, connection)| connection);
@@ -22,11 +29,11 @@ impl World {
                     .iter()
                     .chain(closing)
                     .filter(|connection| connection.port == port);
-                let mut sessions: Vec<&SessionId> =
-                    here.map(|connection| &connection.session).collect();
+                let mut sessions: Vec<&SessionId> = here
+                    .filter_map(|connection| connection.session.as_ref())
+                    .collect();
                 sessions.dedup();
                 assert!(sessions.len() <= 1, "two sessions on {port}: {sessions:?}");
-                let is_recovering = self.now.monotonic < self.recovered_at[agent];
                 let live = book.look_up(port);
                 for further in live.iter().flat_map(|live| &live.ports.rest) {
                     let there = book.look_up(further.port);

@@ -14,12 +14,16 @@ impl World {
 
     pub(super) fn admitted(&mut self, server: usize, port: ListenPort, key: SessionKey) {
         let sessions = &self.servers[server].sessions;
-        let session = sessions.session_on(port).expect("admitted for a session");
+        let session = sessions.session_on(port);
+        let is_companion = (0..self.agents.len()).any(|agent| companion(agent) == port);
+        assert_eq!(session.is_none(), is_companion, "admitted for a session");
         let name = self.servers[server].name.clone();
-        assert!(
-            !self.over.contains(&(name, session.clone())),
-            "{session} is over and admits"
-        );
+        if let Some(session) = &session {
+            assert!(
+                !self.over.contains(&(name, session.clone())),
+                "{session} is over and admits"
+            );
+        }
         self.connections.push(Connection {
             server,
             port,
@@ -96,7 +100,7 @@ impl World {
         let sessions = Sessions::default();
         let flows = self.connections.iter();
         let flows = flows.filter(|connection| connection.server == server);
-        let keys = flows.map(|connection| connection.key);
+        let keys = flows.map(|connection| (connection.port, connection.key));
         let orphans = sessions.import(former.sessions.export(), &table, keys);
         assert!(orphans.is_empty(), "connections without a session");
         former.sessions = sessions;
@@ -131,10 +135,13 @@ impl World {
     pub(super) fn carry_out(&mut self, server: usize, actions: impl IntoIterator<Item = Action>) {
         for action in actions {
             match action {
-                Action::Cut(ports, key) => {
-                    let cuts = ports.iter().map(|port| (server, *port, key));
-                    self.cuts.extend(cuts);
+                Action::Cut(ports, key, companions) => {
+                    let own = ports.iter().map(|port| (*port, key));
+                    let cuts = own.chain(companions);
+                    self.cuts
+                        .extend(cuts.map(|(port, key)| (server, port, key)));
                 }
+                Action::CutCompanions(port, key) => self.cuts.push((server, port, key)),
                 Action::Answer(port, id, Decision::Admit(key)) => {
                     self.admitted(server, port, key);
                     match self.pending.remove(&id) {

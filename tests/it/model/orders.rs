@@ -47,6 +47,17 @@ fn every_short_order_of_events_keeps_the_rules() {
         Event::Break(0, 0, Noticing::Agent),
         Event::Connect(0, 0, 0),
     ];
+    let companion_in_use = [
+        Event::Client(0, 0),
+        Event::Pass(0),
+        Event::Companion(0, 0),
+        Event::Companion(1, 0),
+    ];
+    let companion_first = [
+        Event::Select(0, 0),
+        Event::Client(1, 0),
+        Event::Companion(0, 0),
+    ];
     let mut played = 0;
     fn explore(order: &mut Vec<Event>, depth: usize, events: &[Event], played: &mut u32) {
         if depth == 0 {
@@ -66,6 +77,13 @@ fn every_short_order_of_events_keeps_the_rules() {
     }
     explore(&mut both_in_use.to_vec(), 3, &events, &mut played);
     assert_eq!(played, 3 * 16u32.pow(4) + 16u32.pow(3));
+    let with_companions: Vec<Event> = events
+        .into_iter()
+        .chain([Event::Companion(0, 0), Event::Companion(1, 0)])
+        .collect();
+    for begin in [&companion_in_use[..], &companion_first] {
+        explore(&mut begin.to_vec(), 3, &with_companions, &mut played);
+    }
 }
 
 /// A client releases a session whose agent has restarted and does not know it
@@ -151,6 +169,7 @@ fn event() -> impl Strategy<Value = Event> {
         6 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Connect(s, a, o)),
         4 => pair().prop_map(|(s, a)| Event::Deliver(s, a)),
         3 => pair().prop_map(|(s, a)| Event::Client(s, a)),
+        3 => pair().prop_map(|(s, a)| Event::Companion(s, a)),
         3 => Just(Event::Close),
         2 => Just(Event::Cut),
         2 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Wait(s, a, o)),

@@ -63,7 +63,8 @@ fn cases() -> Vec<Case> {
         case("ports[].protocol", json!("TCPUDP")),
         case("ports[].mapping", json!("Shared")),
         case("ports[].offer", json!("Always")).unsatisfiable(json!("WhenAnyListens"), "TCPUDP"),
-        case("ports[].admission", json!("Open")),
+        case("ports[].admission", json!("Open"))
+            .unsatisfiable(json!("Companion"), "no client could have a session"),
         case("ports[].proxyProtocol", json!("V2")),
         case("ports[].replies", json!("AnyPort"))
             .unsatisfiable(json!("AnyPort"), "needs protocol UDP or TCPUDP")

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Instant;
 
-use portpool::pool::Admission;
+use portpool::pool::EntryAdmission;
 
 use crate::common::{COUNT, Pool, SOON, echo, is_cut};
 
@@ -24,7 +24,7 @@ fn answers(pool: &Pool, port: u16) -> bool {
 #[tokio::test]
 async fn an_open_entry_forwards_without_a_session_and_others_do_not() {
     let mut pool = Pool::running(2, |table| {
-        table.rows[1].ranges[0].admission = Some(Admission::Open);
+        table.rows[1].ranges[0].admission = Some(EntryAdmission::Open);
     })
     .await;
     let (first, second) = (20_000, 20_000 + COUNT);
@@ -32,7 +32,7 @@ async fn an_open_entry_forwards_without_a_session_and_others_do_not() {
     let mut kept = connect(&pool, second);
     echo(&mut kept, "no session, no question");
     // The entries of a running pool change.
-    pool.table.rows[0].ranges[0].admission = Some(Admission::Open);
+    pool.table.rows[0].ranges[0].admission = Some(EntryAdmission::Open);
     pool.table.rows[1].ranges[0].admission = None;
     pool.table.generation += 1;
     pool.publish();

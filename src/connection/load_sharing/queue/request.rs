@@ -37,6 +37,8 @@ pub struct Wanted {
     pub bound_client: Option<IpAddr>,
     /// What the client says to the workload.
     pub metadata: Metadata,
+    /// The requester's address. One request may come from several.
+    pub requester: Option<IpAddr>,
 }
 
 impl Wanted {

@@ -78,8 +78,8 @@ fn a_client_of_a_removed_port_is_refused_at_once() {
 fn an_entry_may_be_open_or_not_whatever_the_others_are() {
     use Admission::{Open, Session};
     for (all, entry, is_open) in [
-        (Session, Some(Open), true),
-        (Open, Some(Session), false),
+        (Session, Some(EntryAdmission::Open), true),
+        (Open, Some(EntryAdmission::Session), false),
         (Open, None, true),
         (Session, None, false),
     ] {

@@ -88,7 +88,7 @@ fn an_agent_that_counts_an_ended_session_as_live_is_corrected() {
                 let mut table = table(Admission::Session);
                 let rows = std::mem::take(&mut table.rows);
                 sessions.set_table(index(table.clone()));
-                sessions.forget_removed(&index(table.clone()));
+                assert_eq!(sessions.forget_removed(None, &index(table.clone())), []);
                 sessions.set_table(index(Table { rows, ..table }));
             },
             false,

@@ -27,7 +27,7 @@ fn a_session_of_several_ports_is_open_while_any_of_them_is_and_ends_whole() {
     assert_eq!(sessions.session_on(port(PORT + 1)), Some(id_of("a")));
     let actions = sessions.end(Slot(0), &id_of("a"), EndCause::Finished);
     let ports = several("a").ports.map(|it| it.port);
-    assert_eq!(actions, [Action::Cut(ports, key)]);
+    assert_eq!(actions, [Action::Cut(ports, key, Vec::new())]);
     for number in [PORT, PORT + 1, PORT + 5] {
         assert_eq!(admit(&sessions, number, 1), Decision::Ask);
         assert_eq!(next(&mut sent), None, "not cut on every port yet");

@@ -1,0 +1,209 @@
+//! Who may use companion ports: the addresses of clients with live sessions, and
+//! their connections to companion ports.
+//!
+//! A companion connection belongs to a client address on a processing server, not
+//! to one session: of two clients behind one address, no one can say whose it is. So
+//! it counts for all live sessions of the address there, and is cut when the last
+//! of them ends.
+//!
+//! ```text
+//! session made, client joins ─add→ client (slot, address) ─admit→ key of its connections
+//! session ends ─────────────remove→ has it other sessions? if not, its connections are cut
+//! ```
+//!
+//! Only sessions of servers with companion ports are here: others cost nothing.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use crate::forward::SessionKey;
+use crate::selection::MAX_CLIENTS;
+use crate::table::{ListenPort, Slot};
+
+/// A client address on the processing server of a slot.
+pub(super) type Place = (Slot, IpAddr);
+
+/// The clients of sessions whose servers have companion ports.
+#[derive(Debug, Default)]
+pub(super) struct Companions {
+    clients: HashMap<Place, Client>,
+    /// The clients that have companion connections.
+    by_key: HashMap<SessionKey, Place>,
+    /// The client addresses of each session, by its first port.
+    by_session: HashMap<ListenPort, Vec<IpAddr>>,
+    /// Keys of companion connections that are being cut, with the session whose end
+    /// cuts them.
+    cutting: HashMap<SessionKey, SessionKey>,
+}
+
+/// A client address with live sessions on one server.
+#[derive(Debug)]
+struct Client {
+    /// What its companion connections are admitted under.
+    key: SessionKey,
+    /// Its live sessions, by their first ports.
+    sessions: Vec<ListenPort>,
+    /// Its open companion connections and flows by port.
+    open: HashMap<ListenPort, u32>,
+}
+
+impl Client {
+    fn open_count(&self) -> u32 {
+        self.open.values().sum()
+    }
+}
+
+/// Companion connections that must be cut on a port.
+pub(super) type Cut = (ListenPort, SessionKey);
+
+/// What a session that ends leaves of its clients' companion connections.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// The connections that end with it.
+    pub(super) cuts: Vec<Cut>,
+    /// How many reports follow: of each of those connections, and of each cut.
+    pub(super) reports: u32,
+}
+
+impl Companions {
+    /// Counts the session on `first` among those of `client`, unless it has as many
+    /// clients as it may. A client that is new here gets the key that `key` makes.
+    /// Returns the number of companion connections that the session has from now on,
+    /// if this is new.
+    pub(super) fn add(
+        &mut self,
+        (slot, client): Place,
+        first: ListenPort,
+        key: impl FnOnce() -> SessionKey,
+    ) -> Option<u32> {
+        let clients = self.by_session.entry(first).or_default();
+        if clients.contains(&client) || clients.len() >= MAX_CLIENTS {
+            return None;
+        }
+        clients.push(client);
+        let place = self.clients.entry((slot, client));
+        let known = place.or_insert_with(|| Client {
+            key: key(),
+            sessions: Vec::new(),
+            open: HashMap::new(),
+        });
+        known.sessions.push(first);
+        Some(known.open_count())
+    }
+
+    /// Takes out the session on `first`, whose key is `session` and which ends.
+    pub(super) fn remove(&mut self, slot: Slot, first: ListenPort, session: SessionKey) -> Left {
+        let mut left = Left::default();
+        for address in self.by_session.remove(&first).unwrap_or_default() {
+            let Some(client) = self.clients.get_mut(&(slot, address)) else {
+                continue;
+            };
+            client.sessions.retain(|other| *other != first);
+            if !client.sessions.is_empty() {
+                continue;
+            }
+            let Some(client) = self.clients.remove(&(slot, address)) else {
+                continue;
+            };
+            self.by_key.remove(&client.key);
+            if client.open.is_empty() {
+                continue;
+            }
+            self.cutting.insert(client.key, session);
+            let ports = u32::try_from(client.open.len()).unwrap_or(u32::MAX);
+            left.reports += client.open_count() + ports;
+            let ports = client.open.into_keys();
+            left.cuts.extend(ports.map(|port| (port, client.key)));
+        }
+        left
+    }
+
+    /// The addresses that may use companion ports because of the session on `first`.
+    pub(super) fn clients_of(&self, first: ListenPort) -> &[IpAddr] {
+        self.by_session.get(&first).map_or(&[], Vec::as_slice)
+    }
+
+    /// Admits a client to the companion port `port`, if it has a live session.
+    pub(super) fn admit(
+        &mut self,
+        place: Place,
+        port: ListenPort,
+    ) -> Option<(SessionKey, &[ListenPort])> {
+        let client = self.clients.get_mut(&place)?;
+        *client.open.entry(port).or_default() += 1;
+        self.by_key.insert(client.key, place);
+        Some((client.key, &client.sessions))
+    }
+
+    /// A connection admitted under `key` on `port` has ended. Returns the sessions
+    /// that it counted for; `None` when it is no companion connection of a live
+    /// session.
+    pub(super) fn close(&mut self, port: ListenPort, key: SessionKey) -> Option<&[ListenPort]> {
+        let place = self.by_key.get(&key)?;
+        let client = self.clients.get_mut(place)?;
+        if let Some(open) = client.open.get_mut(&port) {
+            *open -= 1;
+            if *open == 0 {
+                client.open.remove(&port);
+            }
+        }
+        if client.open.is_empty() {
+            self.by_key.remove(&key);
+        }
+        Some(&client.sessions)
+    }
+
+    /// Has the connections cut that are on a port for which `is_over`, although
+    /// their clients' sessions go on: the table has changed. The cuts count as
+    /// connections until they are reported. Returns them with the sessions that each
+    /// counts for.
+    pub(super) fn cut_on(
+        &mut self,
+        is_over: impl Fn(Slot, ListenPort) -> bool,
+    ) -> Vec<(Cut, Vec<ListenPort>)> {
+        let mut cuts = Vec::new();
+        for place in self.by_key.values() {
+            let Some(client) = self.clients.get_mut(place) else {
+                continue;
+            };
+            for (port, open) in &mut client.open {
+                if is_over(place.0, *port) {
+                    *open += 1;
+                    cuts.push(((*port, client.key), client.sessions.clone()));
+                }
+            }
+        }
+        cuts
+    }
+
+    /// The session whose end cuts the connections admitted under `key`.
+    pub(super) fn cut_by(&self, key: SessionKey) -> Option<SessionKey> {
+        self.cutting.get(&key).copied()
+    }
+
+    /// All connections that the end of `session` cuts are closed.
+    pub(super) fn forget_cuts(&mut self, session: SessionKey) {
+        self.cutting.retain(|_, by| *by != session);
+    }
+
+    /// The clients with companion connections.
+    pub(super) fn keys(&self) -> impl Iterator<Item = (SessionKey, Place)> {
+        self.by_key.iter().map(|(key, place)| (*key, *place))
+    }
+
+    /// Has a client keep the key that it had in another process.
+    pub(super) fn restore_key(&mut self, key: SessionKey, place: Place) {
+        if let Some(client) = self.clients.get_mut(&place) {
+            client.key = key;
+            self.by_key.insert(key, place);
+        }
+    }
+
+    /// A companion connection under `key` comes from another process. Returns the
+    /// sessions that it counts for; `None` when it belongs to none.
+    pub(super) fn restore(&mut self, port: ListenPort, key: SessionKey) -> Option<&[ListenPort]> {
+        let place = *self.by_key.get(&key)?;
+        let (_, sessions) = self.admit(place, port)?;
+        Some(sessions)
+    }
+}

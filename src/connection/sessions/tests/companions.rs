@@ -1,0 +1,272 @@
+//! Companion ports: who may use them, and what their connections belong to.
+
+use super::*;
+use crate::session::SessionState;
+
+/// The companion ports of slot 0.
+const DATA: u16 = 20_500;
+
+/// A table whose slot 0 has companion ports.
+fn with_companions() -> Table {
+    let mut table = table(Admission::Session);
+    let companions = PortRange {
+        name: "data".to_owned(),
+        connection_port: port(DATA),
+        count: 2,
+        admission: Some(EntryAdmission::Companion),
+        ..table.rows[0].ranges[0].clone()
+    };
+    table.rows[0].ranges.push(companions);
+    table
+}
+
+/// Sessions of that table with slot 0 attached, and the messages to its agent.
+fn started() -> (Sessions, Outbox, UnboundedReceiver<ToAgent>) {
+    let (sessions, outbox, sent) = attached();
+    sessions.set_table(index(with_companions()));
+    (sessions, outbox, sent)
+}
+
+/// The session `id` on `number`, requested from the client `last`.
+fn requested(id: &str, number: u16, last: u8) -> Session {
+    Session {
+        clients: vec![client(last).ip()],
+        ..Session::example(id, number)
+    }
+}
+
+fn admitted(sessions: &Sessions, number: u16, last: u8) -> SessionKey {
+    match admit(sessions, number, last) {
+        Decision::Admit(key) => key,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn close(sessions: &Sessions, number: u16, key: SessionKey) {
+    let traffic = Traffic {
+        upstream_bytes: 1,
+        downstream_bytes: 1,
+    };
+    sessions.closed(port(number), key, traffic);
+}
+
+fn joined(id: &str, last: u8) -> Option<ToAgent> {
+    Some(ToAgent::Joined {
+        session_id: id_of(id),
+        client: client(last).ip(),
+    })
+}
+
+fn connections(sessions: &Sessions) -> Vec<u32> {
+    let page = sessions.list(&Default::default(), 10);
+    page.items.iter().map(|it| it.connections).collect()
+}
+
+/// The only action, a cut of these companion connections among others.
+fn companions_cut(actions: &Actions) -> Vec<(ListenPort, SessionKey)> {
+    let actions: Vec<Action> = actions.clone().into_iter().collect();
+    let [Action::Cut(_, _, companions)] = &actions[..] else {
+        panic!("{actions:?}");
+    };
+    companions.clone()
+}
+
+#[test]
+fn only_clients_with_a_live_session_on_the_server_are_admitted() {
+    let (sessions, _outbox, mut sent) = started();
+    assert_eq!(admit(&sessions, DATA, 1), Decision::Ask, "no session");
+    learn_new(&sessions, requested("a", PORT, 1));
+    admitted(&sessions, DATA, 1);
+    assert_eq!(admit(&sessions, DATA, 2), Decision::Ask, "another client");
+    // A client that connects to the session joins it.
+    admitted(&sessions, PORT, 2);
+    assert_eq!(next(&mut sent), joined("a", 2));
+    assert_eq!(next(&mut sent), opened("a"));
+    admitted(&sessions, PORT, 2);
+    admitted(&sessions, DATA, 2);
+    assert_eq!(next(&mut sent), None, "it has joined already");
+    // A session of another server gives no right to these ports.
+    let elsewhere = requested("b", PORT + 10, 3);
+    assert_eq!(learn(&sessions, Slot(1), elsewhere), []);
+    assert_eq!(admit(&sessions, DATA, 3), Decision::Ask);
+}
+
+#[test]
+fn a_client_that_another_connection_server_knows_is_found_by_its_agents_answer() {
+    let (sessions, _outbox, mut sent) = started();
+    assert_eq!(admit(&sessions, DATA, 1), Decision::Ask);
+    sessions.ask(PendingId(1), port(DATA), Transport::Tcp, client(1));
+    sessions.ask(PendingId(2), port(DATA), Transport::Tcp, client(2));
+    let request_id = u64::from(DATA);
+    let lookup = ToAgent::Lookup {
+        request_id,
+        port: port(DATA),
+    };
+    assert_eq!(next(&mut sent), Some(lookup));
+    assert_eq!(next(&mut sent), None, "one lookup for both");
+    // What the agent knows comes before its answer.
+    learn_new(&sessions, requested("a", PORT, 1));
+    let answers: Vec<Action> = sessions
+        .looked_up(Slot(0), request_id, None)
+        .into_iter()
+        .collect();
+    assert!(
+        matches!(
+            answers[..],
+            [
+                Action::Answer(_, PendingId(1), Decision::Admit(_)),
+                Action::Answer(_, PendingId(2), Decision::Refuse)
+            ]
+        ),
+        "{answers:?}"
+    );
+}
+
+#[test]
+fn companion_connections_are_cut_before_the_end_is_acknowledged() {
+    let (sessions, _outbox, mut sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let key = admitted(&sessions, DATA, 1);
+    assert_eq!(admitted(&sessions, DATA + 1, 1), key);
+    assert_eq!(admitted(&sessions, DATA + 1, 1), key);
+    close(&sessions, DATA + 1, key);
+    close(&sessions, DATA + 1, key);
+    let actions = sessions.end(Slot(0), &id_of("a"), EndCause::MaxDuration);
+    assert_eq!(companions_cut(&actions), [(port(DATA), key)]);
+    assert_eq!(admit(&sessions, DATA, 1), Decision::Ask);
+    cut(&sessions, actions);
+    assert_eq!(next(&mut sent), None, "the connection is still open");
+    close(&sessions, DATA, key);
+    assert_eq!(next(&mut sent), ended("a"));
+    assert!(!sessions.is_any_ending());
+}
+
+#[test]
+fn companion_connections_keep_a_session_but_do_not_claim_it() {
+    let (sessions, _outbox, mut sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let companion = admitted(&sessions, DATA, 1);
+    assert_eq!(next(&mut sent), None, "its client has yet to come");
+    assert_eq!(sessions.open_count(), 0);
+    let own = admitted(&sessions, PORT, 1);
+    assert_eq!(next(&mut sent), opened("a"));
+    assert_eq!(connections(&sessions), [2]);
+    sessions.closed(port(PORT), own, Traffic::default());
+    assert_eq!(next(&mut sent), None, "the companion is open");
+    assert_eq!(sessions.open_count(), 1);
+    close(&sessions, DATA, companion);
+    assert_eq!(next(&mut sent), closed("a"), "nothing has claimed it");
+    assert_eq!(connections(&sessions), [0]);
+}
+
+#[test]
+fn a_session_that_has_begun_elsewhere_is_kept_by_companion_connections_here() {
+    let (sessions, _outbox, mut sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let key = admitted(&sessions, DATA, 1);
+    let busy = Session {
+        state: SessionState::Busy,
+        ..requested("a", PORT, 1)
+    };
+    assert_eq!(learn(&sessions, Slot(0), busy), []);
+    assert_eq!(next(&mut sent), opened("a"));
+    close(&sessions, DATA, key);
+    assert_eq!(next(&mut sent), closed("a"));
+}
+
+#[test]
+fn of_two_sessions_of_one_address_the_last_one_takes_the_companions_along() {
+    let (sessions, _outbox, mut sent) = started();
+    for (id, number) in [("a", PORT), ("b", PORT + 1)] {
+        learn_new(&sessions, requested(id, number, 1));
+        admitted(&sessions, number, 1);
+        assert_eq!(next(&mut sent), opened(id));
+    }
+    let key = admitted(&sessions, DATA, 1);
+    assert_eq!(connections(&sessions), [2, 2], "it counts for both");
+    let actions = sessions.end(Slot(0), &id_of("a"), EndCause::Finished);
+    assert_eq!(companions_cut(&actions), [], "it may be b's");
+    assert_eq!(admitted(&sessions, DATA, 1), key);
+    let third = requested("c", PORT + 2, 1);
+    learn_new(&sessions, third);
+    assert_eq!(connections(&sessions), [3, 2]);
+    release(&sessions, "c");
+    let actions = sessions.forget_server(Slot(0));
+    assert_eq!(companions_cut(&actions), [(port(DATA), key)]);
+}
+
+#[test]
+fn a_session_has_as_many_clients_as_it_may_and_no_more() {
+    let (sessions, _outbox, mut sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let most = u8::try_from(crate::selection::MAX_CLIENTS).unwrap();
+    for last in 1..=most + 1 {
+        admitted(&sessions, PORT, last);
+    }
+    admitted(&sessions, DATA, most);
+    assert_eq!(admit(&sessions, DATA, most + 1), Decision::Ask);
+    let reports = std::iter::from_fn(|| next(&mut sent));
+    let joins = reports.filter(|sent| matches!(sent, ToAgent::Joined { .. }));
+    assert_eq!(
+        joins.count(),
+        usize::from(most) - 1,
+        "the first one is known"
+    );
+}
+
+#[test]
+fn connections_are_cut_on_a_port_that_is_no_companion_port_any_more() {
+    let (sessions, _outbox, _sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let key = admitted(&sessions, DATA, 1);
+    let (former, mut changed) = (with_companions(), with_companions());
+    assert_eq!(
+        sessions.forget_removed(Some(&index(former.clone())), &index(changed.clone())),
+        [],
+        "nothing has changed"
+    );
+    changed.rows[0].ranges[1].admission = None;
+    let changed = index(changed);
+    sessions.set_table(changed.clone());
+    let actions = sessions.forget_removed(Some(&index(former)), &changed);
+    assert_eq!(actions, [Action::CutCompanions(port(DATA), key)]);
+    close(&sessions, DATA, key);
+    close(&sessions, DATA, key);
+    assert_eq!(connections(&sessions), [0]);
+}
+
+#[test]
+fn a_row_that_gets_companion_ports_gives_them_to_its_live_sessions() {
+    let (sessions, _outbox, mut sent) = attached();
+    learn_new(&sessions, requested("a", PORT, 1));
+    admitted(&sessions, PORT, 2);
+    assert_eq!(next(&mut sent), opened("a"), "no one joins without need");
+    let changed = index(with_companions());
+    let former = sessions.set_table(changed.clone());
+    assert_eq!(sessions.forget_removed(former.as_deref(), &changed), []);
+    admitted(&sessions, DATA, 1);
+}
+
+#[test]
+fn a_successor_goes_on_with_companion_connections() {
+    let (former, _outbox, _sent) = started();
+    learn_new(&former, requested("a", PORT, 1));
+    let own = admitted(&former, PORT, 2);
+    let (first, second) = (admitted(&former, DATA, 1), admitted(&former, DATA, 2));
+    let open = [
+        (PORT, own),
+        (DATA, first),
+        (DATA, second),
+        (DATA, SessionKey(99)),
+    ];
+    let open = open.map(|(number, key)| (port(number), key));
+    let sessions = Sessions::default();
+    let table = index(with_companions());
+    let orphans = sessions.import(former.export(), &table, open.into_iter());
+    assert_eq!(orphans, [SessionKey(99)].into());
+    assert_eq!(admitted(&sessions, DATA, 2), second, "the key is the same");
+    assert_eq!(connections(&sessions), [4]);
+    let actions = sessions.end(Slot(0), &id_of("a"), EndCause::Finished);
+    let cut = companions_cut(&actions);
+    assert!(cut.contains(&(port(DATA), first)) && cut.contains(&(port(DATA), second)));
+}
