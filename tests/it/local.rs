@@ -168,12 +168,7 @@ fn example(name: &str) -> PathBuf {
 
 /// `portpool request`, with time for the pool to come up.
 fn request() -> (String, String) {
-    request_with(&[])
-}
-
-fn request_with(further: &[&str]) -> (String, String) {
-    let arguments = [&["request", ASK, "--wait", "20"], further].concat();
-    let output = portpool(&arguments, "");
+    let output = portpool(&["request", ASK, "--wait", "20"], "");
     assert!(
         output.status.success(),
         "{}",

@@ -6,7 +6,7 @@ use std::net::{TcpStream, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use super::{ASK, Local, connect, example, portpool, request, request_ports, request_with, write};
+use super::{ASK, Local, connect, example, portpool, request, request_ports, write};
 use crate::common::SOON;
 
 #[test]
@@ -243,8 +243,7 @@ fn the_vsftpd_example_keeps_the_files_of_each_client() {
     local.until("2 ports free");
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
-    let control = ["--port-name", "control"];
-    let clients = [(1, request_with(&control)), (2, request_with(&control))];
+    let clients = [(1, request()), (2, request())];
     let content = |client: u8| vec![client; 3_000_001];
     for (client, (host, port)) in &clients {
         let url = format!("ftp://{host}:{port}/files/");
