@@ -129,7 +129,7 @@ pub struct Book {
     row_not_ready: bool,
     /// Whether the server is being stopped.
     stopping: bool,
-    /// When a server that is being stopped ends what is still held.
+    /// From when on a server that is being stopped ends what is held.
     held_until: Option<Duration>,
     recycling: Recycling,
     /// Whether the workload takes new sessions, as it says itself.
@@ -250,7 +250,6 @@ impl Book {
             self.over = BTreeSet::new();
         }
         if is_due(self.held_until) {
-            self.held_until = None;
             notices.extend(self.end_those(now, |session| session.state == State::Held));
         }
         for stopped in self.connection_servers.take_closed(now.monotonic) {
@@ -284,8 +283,9 @@ impl Book {
         let session = self.deadlines.first().map(|(at, _)| *at);
         let gone = self.connection_servers.next_deadline();
         let all = gone.into_iter().chain(session);
+        let is_any_held = || self.sessions.values().any(|it| it.state == State::Held);
         all.chain(self.recovering_until)
-            .chain(self.held_until)
+            .chain(self.held_until.filter(|_| is_any_held()))
             .min()
     }
 

@@ -26,8 +26,9 @@ impl Reconcile<'_> {
         let (stores, memory) = (&self.context.stores, &self.context.memory);
         let uid = self.owner.uid;
         stores.ready().await;
+        let live = ask(&Pods::of(stores, self.owner)).await;
+        // As they are after that wait, so that the listing hardly finds newer ones.
         let pods = Pods::of(stores, self.owner);
-        let live = ask(&pods).await;
         let mut observation = Observation::new(
             stores,
             self.owner,

@@ -15,11 +15,12 @@ use crate::table::{ListenPort, PortRange, Row, RowState};
 pub(super) fn lay_out(rows: &mut Vec<Row>, pool: &ValidPool) {
     let mut even = rows.clone();
     give_ports(&mut even, pool, First::EvenOfEven);
-    if even.len() == rows.len() {
-        *rows = even;
-    } else {
+    if even.len() < rows.len() {
         // The gaps before even ports can be what is missing.
         give_ports(rows, pool, First::Lowest);
+    }
+    if even.len() >= rows.len() {
+        *rows = even;
     }
 }
 
@@ -141,12 +142,12 @@ struct FreeRun {
 
 impl FreeRun {
     /// The part of this run that begins with an even port.
-    fn skip_odd(self) -> Self {
+    fn skip_odd(self) -> Option<Self> {
         let skipped = self.first % 2;
-        Self {
-            first: self.first + skipped,
-            length: self.length - skipped,
-        }
+        Some(Self {
+            first: self.first.checked_add(skipped)?,
+            length: self.length.checked_sub(skipped)?,
+        })
     }
 }
 
@@ -190,7 +191,7 @@ impl Used {
         let runs = self.free_runs(allowed);
         let suffices = |run: &FreeRun| run.length >= entry.count;
         let is_even = first == First::EvenOfEven && entry.count.is_multiple_of(2);
-        let even = runs.iter().copied().map(FreeRun::skip_odd);
+        let even = runs.iter().copied().filter_map(FreeRun::skip_odd);
         let whole = even.filter(|_| is_even).find(suffices);
         let whole = whole.or_else(|| runs.iter().copied().find(suffices));
         let runs = match whole {

@@ -35,7 +35,7 @@ async fn prints(world: &World, pod: &str, command: &[&str], input: &str, wanted:
 }
 
 /// Examples whose programs would make large images. The API server only checks
-/// them here; `portpool local` runs them in `tests/it/local/programs.rs`.
+/// them here; `portpool local` runs them in `tests/it/local`.
 const WITHOUT_IMAGE: [&str; 8] = [
     "desktop",
     "kernel",

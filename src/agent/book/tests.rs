@@ -358,6 +358,13 @@ fn a_stopping_server_keeps_only_sessions_whose_clients_come_soon() {
     assert_eq!(messages, [&drained]);
     book.report(&server("a"), &ended("held"), at(2));
     assert_eq!(book.session_count(), 3);
+    // A client that came and left without a byte is not waited for again.
+    book.report(&server("a"), &probed("coming"), at(3));
+    assert!(book.next_deadline() <= Some(Duration::from_secs(3)));
+    book.tick(at(3));
+    book.report(&server("a"), &ended("coming"), at(3));
+    assert_eq!(book.session_count(), 2);
+    assert!(book.next_deadline() > Some(Duration::from_secs(3)));
 }
 
 /// Sessions, requests and connection servers end in every way, again and again.

@@ -105,6 +105,20 @@ fn an_even_number_of_ports_begins_with_an_even_one_where_there_is_room() {
     }
 }
 
+#[test]
+fn the_last_port_of_all_is_given_too() {
+    for count in [1, 2] {
+        let mut resource = resource(2 / count, vec![entry("main", 7000, count)], 0);
+        resource.spec.connection_server.connection_ports.first = 65_534;
+        resource.spec.connection_server.connection_ports.last = 65_535;
+        let pool = ValidPool::new(&resource).unwrap();
+        let mut world = World::default();
+        world.settle(&pool);
+        let ranges: Vec<_> = (0..2).flat_map(|slot| world.ports(Slot(slot))).collect();
+        assert_eq!(ranges.iter().map(|range| range.count).sum::<u16>(), 2);
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Change {
     Scale(i32),
@@ -251,18 +265,18 @@ fn a_server_that_was_told_other_ports_is_replaced() {
 fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why() {
     let mut world = World::default();
     let single = |replicas| {
-        let resource = resource(replicas, vec![entry("main", 7000, 1)], 20_005);
+        let resource = resource(replicas, vec![entry("main", 7000, 1)], 20_007);
         ValidPool::new(&resource).unwrap()
     };
-    world.settle(&single(3));
+    world.settle(&single(4));
     world.servers.get_mut(&Slot(0)).unwrap().deletion_cost = 2;
-    world.servers.get_mut(&Slot(2)).unwrap().deletion_cost = 1;
+    world.servers.get_mut(&Slot(3)).unwrap().deletion_cost = 1;
     world.settle(&single(2));
-    assert_eq!(world.ports(Slot(2))[0].connection_port.get(), 20_002);
-    // 20001 and 20003 to 20005 are free.
-    let pool = identity_pool(2, 2, 20_005);
+    assert_eq!(world.ports(Slot(3))[0].connection_port.get(), 20_003);
+    // 20001, 20002 and 20004 to 20007 are free.
+    let pool = identity_pool(2, 3, 20_007);
     world.settle(&pool);
-    assert_eq!(world.ports(Slot(0))[1].connection_port.get(), 20_003);
+    assert_eq!(world.ports(Slot(0))[1].connection_port.get(), 20_004);
     assert_eq!(world.states(), [(0, RowState::Active)]);
     let servers: Vec<ObservedServer> = world.servers.values().cloned().collect();
     let input = status::StatusInput {
@@ -283,7 +297,7 @@ fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why()
             .contains("widen connectionServer.connectionPorts")
     );
     // A server alone may take all.
-    world.settle(&identity_pool(1, 5, 20_005));
+    world.settle(&identity_pool(1, 7, 20_007));
     assert_eq!(world.ports(Slot(0))[1].connection_port.get(), 20_001);
 }
 
