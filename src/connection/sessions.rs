@@ -203,15 +203,6 @@ impl Inner {
         SessionKey(self.last_key.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// Whether the server in `slot` has companion ports.
-    fn has_companions(&self, slot: Slot) -> bool {
-        let row = self
-            .table
-            .as_ref()
-            .and_then(|table| table.table().row(slot));
-        row.is_some_and(Row::has_companions)
-    }
-
     /// The session with what is known here, for its agent or another process.
     fn report(&self, live: &Live) -> Session {
         let mut session = live.session.clone();
@@ -241,28 +232,6 @@ impl Inner {
                 self.send(live.slot, message);
             }
             _ => {}
-        }
-    }
-
-    /// Lets `client` use companion ports because of `live`. Returns whether that is
-    /// new.
-    fn join(&self, live: &Live, client: IpAddr) -> bool {
-        let mut companions = self.companions.lock();
-        let place = (live.slot, client);
-        let open = companions.add(place, live.first(), || self.new_key());
-        if let Some(open) = open {
-            self.change_flows(live, |flows| flows.open_companions(open));
-        }
-        open.is_some()
-    }
-
-    /// Lets the clients that the agent knows use companion ports because of the
-    /// session on `first`, if its server has such.
-    fn join_known(&self, first: ListenPort) {
-        if let Some(live) = self.live.get(&first).filter(|live| live.has_companions) {
-            for client in &live.session.clients {
-                self.join(live, client.to_canonical());
-            }
         }
     }
 
@@ -357,36 +326,6 @@ impl Inner {
         self.note_end(id);
         let action = self.end(id, EndCause::Released.name());
         action.ok_or(ReleaseError::Unknown)
-    }
-
-    /// Follows which servers have companion ports.
-    fn follow_companions(&mut self) {
-        let has = |live: &Live| self.has_companions(live.slot);
-        let changed = self
-            .live
-            .values()
-            .filter(|live| has(live) != live.has_companions);
-        let changed: Vec<ListenPort> = changed.map(Live::first).collect();
-        for first in changed {
-            if let Some(live) = self.live.get_mut(&first) {
-                // Who has joined stays so until the session ends.
-                live.has_companions = !live.has_companions;
-            }
-            self.join_known(first);
-        }
-    }
-
-    /// Has companion connections cut on the ports for which `is_over`.
-    fn cut_companions(&mut self, is_over: impl Fn(Slot, ListenPort) -> bool) -> Actions {
-        let cuts = self.companions.get_mut().cut_on(is_over);
-        let mut actions = Actions::default();
-        for ((port, key), sessions) in cuts {
-            for live in sessions.iter().filter_map(|first| self.live.get(first)) {
-                self.change_flows(live, |flows| flows.open_companions(1));
-            }
-            actions.push(Action::CutCompanions(port, key));
-        }
-        actions
     }
 
     fn is_ending(&self, id: &SessionId) -> bool {

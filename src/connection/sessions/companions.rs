@@ -12,13 +12,16 @@
 //! ```
 //!
 //! Only sessions of servers with companion ports are here: others cost nothing.
+//! [`Companions`] keeps who is where; the rest has the sessions and their agents
+//! follow.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use crate::forward::SessionKey;
+use super::{Action, Actions, Inner, Live};
+use crate::forward::{Decision, SessionKey, Traffic};
 use crate::selection::MAX_CLIENTS;
-use crate::table::{ListenPort, Slot};
+use crate::table::{ListenPort, Row, Slot};
 
 /// A client address on the processing server of a slot.
 pub(super) type Place = (Slot, IpAddr);
@@ -205,5 +208,113 @@ impl Companions {
         let place = *self.by_key.get(&key)?;
         let (_, sessions) = self.admit(place, port)?;
         Some(sessions)
+    }
+}
+
+impl Inner {
+    /// Whether the server in `slot` has companion ports.
+    pub(super) fn has_companions(&self, slot: Slot) -> bool {
+        let row = self
+            .table
+            .as_ref()
+            .and_then(|table| table.table().row(slot));
+        row.is_some_and(Row::has_companions)
+    }
+
+    /// Lets `client` use companion ports because of `live`. Returns whether that is
+    /// new.
+    pub(super) fn join(&self, live: &Live, client: IpAddr) -> bool {
+        let mut companions = self.companions.lock();
+        let place = (live.slot, client);
+        let open = companions.add(place, live.first(), || self.new_key());
+        if let Some(open) = open {
+            self.change_flows(live, |flows| flows.open_companions(open));
+        }
+        open.is_some()
+    }
+
+    /// Lets the clients that the agent knows use companion ports because of the
+    /// session on `first`, if its server has such.
+    pub(super) fn join_known(&self, first: ListenPort) {
+        if let Some(live) = self.live.get(&first).filter(|live| live.has_companions) {
+            for client in &live.session.clients {
+                self.join(live, client.to_canonical());
+            }
+        }
+    }
+
+    /// Follows which servers have companion ports.
+    pub(super) fn follow_companions(&mut self) {
+        let has = |live: &Live| self.has_companions(live.slot);
+        let changed = self
+            .live
+            .values()
+            .filter(|live| has(live) != live.has_companions);
+        let changed: Vec<ListenPort> = changed.map(Live::first).collect();
+        for first in changed {
+            if let Some(live) = self.live.get_mut(&first) {
+                // Who has joined stays so until the session ends.
+                live.has_companions = !live.has_companions;
+            }
+            self.join_known(first);
+        }
+    }
+
+    /// Has companion connections cut on the ports for which `is_over`.
+    pub(super) fn cut_companions(&mut self, is_over: impl Fn(Slot, ListenPort) -> bool) -> Actions {
+        let cuts = self.companions.get_mut().cut_on(is_over);
+        let mut actions = Actions::default();
+        for ((port, key), sessions) in cuts {
+            for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+                self.change_flows(live, |flows| flows.open_companions(1));
+            }
+            actions.push(Action::CutCompanions(port, key));
+        }
+        actions
+    }
+
+    /// The decision on a client of a companion port. One without a session may have
+    /// one that is not known here yet.
+    pub(super) fn admit_companion(&self, slot: Slot, port: ListenPort, client: IpAddr) -> Decision {
+        let mut companions = self.companions.lock();
+        let Some((key, sessions)) = companions.admit((slot, client), port) else {
+            return Decision::Ask;
+        };
+        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+            self.change_flows(live, |flows| flows.open_companions(1));
+        }
+        Decision::Admit(key)
+    }
+
+    /// A companion connection comes from another process. Returns whether it belongs
+    /// to a live session.
+    pub(super) fn restore_companion(&self, port: ListenPort, key: SessionKey) -> bool {
+        let mut companions = self.companions.lock();
+        let Some(sessions) = companions.restore(port, key) else {
+            return false;
+        };
+        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+            // What its session has carried counts it already.
+            live.flows.lock().companions += 1;
+        }
+        true
+    }
+
+    /// A flow under `key` has ended. Returns whether it was a companion connection of
+    /// live sessions.
+    pub(super) fn close_companion(
+        &self,
+        port: ListenPort,
+        key: SessionKey,
+        traffic: Traffic,
+    ) -> bool {
+        let mut companions = self.companions.lock();
+        let Some(sessions) = companions.close(port, key) else {
+            return false;
+        };
+        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
+            self.change_flows(live, |flows| flows.close_companion(traffic));
+        }
+        true
     }
 }

@@ -60,46 +60,6 @@ impl Inner {
         }
     }
 
-    /// The decision on a client of a companion port. One without a session may have
-    /// one that is not known here yet.
-    fn admit_companion(&self, slot: Slot, port: ListenPort, client: IpAddr) -> Decision {
-        let mut companions = self.companions.lock();
-        let Some((key, sessions)) = companions.admit((slot, client), port) else {
-            return Decision::Ask;
-        };
-        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
-            self.change_flows(live, |flows| flows.open_companions(1));
-        }
-        Decision::Admit(key)
-    }
-
-    /// A companion connection comes from another process. Returns whether it belongs
-    /// to a live session.
-    pub(super) fn restore_companion(&self, port: ListenPort, key: SessionKey) -> bool {
-        let mut companions = self.companions.lock();
-        let Some(sessions) = companions.restore(port, key) else {
-            return false;
-        };
-        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
-            // What its session has carried counts it already.
-            live.flows.lock().companions += 1;
-        }
-        true
-    }
-
-    /// A flow under `key` has ended. Returns whether it was a companion connection of
-    /// live sessions.
-    fn close_companion(&self, port: ListenPort, key: SessionKey, traffic: Traffic) -> bool {
-        let mut companions = self.companions.lock();
-        let Some(sessions) = companions.close(port, key) else {
-            return false;
-        };
-        for live in sessions.iter().filter_map(|first| self.live.get(first)) {
-            self.change_flows(live, |flows| flows.close_companion(traffic));
-        }
-        true
-    }
-
     /// Asks the agent for the session on `port`. The port is the request's id, as
     /// there is one unanswered lookup per port.
     fn look_up(&self, slot: Slot, port: ListenPort) {
