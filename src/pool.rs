@@ -227,7 +227,7 @@ pub struct ProcessingPoolStatus {
     /// One sentence that says what the pool waits for, or that it is complete.
     pub message: String,
 
-    /// Conditions of the pool. Ready: the pool is as its spec says. Progressing: the controller is changing something. Degraded: something needs the attention of the user. ConnectionServerAvailable: requests are answered.
+    /// Conditions of the pool. Ready: the pool is as its spec says. Progressing: the controller is changing something. Degraded: something needs the attention of the user. ConnectionServerAvailable: requests are answered. ClientAddressesKept, where companion ports or clientBinding Requester need it: connection servers see the addresses of clients.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }

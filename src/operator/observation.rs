@@ -58,6 +58,8 @@ pub(super) struct Observation {
     pub(super) live: Option<PoolState>,
     /// The address that requests go to, once known.
     pub(super) address: Option<String>,
+    /// A Service that gives clients the addresses of nodes, if there is one.
+    pub(super) hiding_service: Option<String>,
     /// What keeps pods from running.
     pub(super) blockers: Vec<Blocker>,
     /// The time until the next server is too old, if one will be.
@@ -149,6 +151,7 @@ impl Observation {
                 .map(|object| observe_deployment(&object))
                 .unwrap_or_default(),
             address: address(stores, namespace, pool, pods),
+            hiding_service: hiding_service(stores, namespace, &pool.name),
             live,
             blockers,
             next_too_old,
@@ -313,6 +316,16 @@ fn table(stores: &Stores, owner: Owner<'_>) -> ObservedTable {
         resource_version: object.resource_version(),
         text,
     }
+}
+
+/// The first Service of the pool that gives clients the addresses of nodes.
+///
+/// Source: Kubernetes documentation, Service, "Traffic policies".
+fn hiding_service(stores: &Stores, namespace: &str, pool: &str) -> Option<String> {
+    let services = stores.of_pool("Service", namespace, pool).into_iter();
+    let is_hiding =
+        |service: &Arc<DynamicObject>| service.data["spec"]["externalTrafficPolicy"] == "Cluster";
+    services.filter(is_hiding).map(|it| it.name_any()).min()
 }
 
 /// The address that requests go to, once known.

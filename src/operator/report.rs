@@ -89,6 +89,7 @@ impl Reconcile<'_> {
                 free_ports: live.free_ports,
             }),
             address: observation.address.clone(),
+            hiding_service: observation.hiding_service.as_deref(),
             blockers: &blockers,
         };
         let next = status(&input, self.resource.status.as_ref(), Timestamp::now());
@@ -113,6 +114,7 @@ pub(super) async fn report_invalid(
         deployment: ObservedDeployment::default(),
         live: None,
         address: former.and_then(|status| status.address.clone()),
+        hiding_service: None,
         blockers,
     };
     let mut next = status(&input, former, Timestamp::now());

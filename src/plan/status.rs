@@ -3,6 +3,8 @@
 //! Conditions follow the Kubernetes API conventions: each has the generation
 //! that it is about, and its time changes only with its status.
 
+mod client_addresses;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -75,6 +77,9 @@ pub struct StatusInput<'a> {
     pub live: Option<LiveNumbers>,
     /// The address that requests go to, once known.
     pub address: Option<String>,
+    /// A Service of the pool whose clients come with the addresses of nodes, if there
+    /// is one.
+    pub hiding_service: Option<&'a str>,
     /// What is in the way of the pool, the most important first.
     pub blockers: &'a [Blocker],
 }
@@ -132,8 +137,8 @@ fn ready(servers: &[ObservedServer]) -> usize {
     servers.iter().filter(|server| server.is_ready).count()
 }
 
-/// The four conditions. The message of the first one, Ready, sums the pool up.
-fn statements(input: &StatusInput<'_>) -> [Statement; 4] {
+/// The conditions. The message of the first one, Ready, sums the pool up.
+fn statements(input: &StatusInput<'_>) -> Vec<Statement> {
     let blocker = input.blockers.first();
     let missing = missing(input);
     let is_missing = missing.is_some();
@@ -160,7 +165,7 @@ fn statements(input: &StatusInput<'_>) -> [Statement; 4] {
         reason,
         message,
     };
-    [
+    let mut statements = vec![
         statement("Ready", blocker.is_none() && !is_missing, summary.clone()),
         statement("Progressing", blocker.is_none() && is_missing, summary),
         statement("Degraded", blocker.is_some(), degraded),
@@ -169,7 +174,11 @@ fn statements(input: &StatusInput<'_>) -> [Statement; 4] {
             input.deployment.available > 0,
             available,
         ),
-    ]
+    ];
+    let pool = input.pool;
+    statements
+        .extend(pool.and_then(|pool| client_addresses::statement(pool, input.hiding_service)));
+    statements
 }
 
 /// The condition that makes `statement`. It keeps its time while its status is

@@ -5,6 +5,7 @@ use crate::pool::{
 };
 use crate::table::{PortRange, Slot};
 
+mod client_addresses;
 mod lost_table;
 mod ports;
 mod servers;

@@ -288,6 +288,7 @@ fn a_server_without_adjacent_ports_gets_others_or_none_and_the_status_says_why()
         deployment: status::ObservedDeployment::default(),
         live: None,
         address: None,
+        hiding_service: None,
         blockers: &[],
     };
     let status = status::status(&input, None, Timestamp::UNIX_EPOCH);
