@@ -331,6 +331,11 @@ impl World {
         took
     }
 
+    /// The node's own address, which pods reach.
+    pub async fn node_address(&self) -> String {
+        node_address(&self.client).await
+    }
+
     /// A client of the pool's load-sharing port, which is a node port.
     pub fn asker(&self) -> portpool::client::Client {
         portpool::client::Client::new(&format!("{}:{LOAD_SHARING_PORT}", self.address)).unwrap()

@@ -270,36 +270,14 @@ fn the_vsftpd_example_keeps_the_files_of_each_client() {
     local.stop();
 }
 
-/// Runs code in the kernel whose five ports are the arguments after the code, with
-/// Debian's jupyter_client. Prints what the code prints while it reads "input", what
-/// became of the kernel when it was asked to interrupt it, and whether it is alive.
-const IN_KERNEL: &str = r#"
-import sys
-from jupyter_client import BlockingKernelClient
-code, host, *ports = sys.argv[1:]
-names = ["shell_port", "iopub_port", "stdin_port", "control_port", "hb_port"]
-client = BlockingKernelClient()
-client.load_connection_info({
-    "transport": "tcp", "ip": host, "key": "example", "signature_scheme": "hmac-sha256",
-    **dict(zip(names, map(int, ports), strict=True)),
-})
-client.start_channels()
-client.wait_for_ready(timeout=20)
-read = lambda message: client.input("input")
-answer = client.execute_interactive(code, allow_stdin=True, timeout=20, stdin_hook=read)
-print(answer["content"]["status"])
-client.control_channel.send(client.session.msg("interrupt_request"))
-print(client.get_control_msg(timeout=20)["msg_type"])
-print(client.is_alive())
-"#;
-
 #[test]
 fn the_kernel_example_gives_each_client_the_five_ports_of_one_kernel() {
     let local = Local::start(&example("kernel.yaml"));
     local.until("10 ports free");
     let run = |ports: &[(String, String); 5], code: &str| {
+        let script = include_str!("../../clients/kernel.py");
         let ports: Vec<&str> = ports.iter().map(|(_, port)| &port[..]).collect();
-        let arguments = [&["-c", IN_KERNEL, code, "127.0.0.1"], &ports[..]].concat();
+        let arguments = [&["-c", script, code, "127.0.0.1"], &ports[..]].concat();
         String::from_utf8(output_of("/usr/bin/python3", &arguments)).unwrap()
     };
     // Both are in use at once; that of the second call is that of the first one.
