@@ -269,6 +269,22 @@ async fn a_wrong_amendment_is_refused_with_the_reason() {
         (
             is,
             MERGE_PATCH,
+            r#"{"expires":"1970-01-01T00:00:00Z"}"#,
+            422,
+            "expires-passed",
+            "must be a time to come",
+        ),
+        (
+            is,
+            MERGE_PATCH,
+            r#"{"expires":"0001-01-01T00:00:00Z"}"#,
+            422,
+            "expires-passed",
+            "must be a time to come",
+        ),
+        (
+            is,
+            MERGE_PATCH,
             r#"{"expires":"9020-01-01T00:00:00Z"}"#,
             422,
             "expires-too-far",

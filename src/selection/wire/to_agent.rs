@@ -112,7 +112,8 @@ impl From<ToAgent> for v1::ToAgent {
                 session_id: session_id.to_string(),
                 metadata: amendment.metadata.map(Into::into),
                 expires: amendment.expires.map(|expires| v1::Expiry {
-                    at_ms: expires.map_or(0, unix_ms),
+                    // 0 means that there is no end: one up to 1970 has passed.
+                    at_ms: expires.map_or(0, |at| unix_ms(at).max(1)),
                 }),
             }),
             ToAgent::Goodbye => Message::Goodbye(v1::Goodbye {}),
@@ -369,6 +370,31 @@ mod tests {
         };
         let error = amendment(large).unwrap_err();
         assert_eq!((error.field, error.value.as_str()), ("metadata", "5000"));
+    }
+
+    /// 0 on the wire would remove the end.
+    #[test]
+    fn an_end_that_passed_long_ago_stays_an_end() {
+        for passed in [
+            "0001-01-01T00:00:00Z",
+            "1969-12-31T23:59:59.999Z",
+            "1970-01-01T00:00:00Z",
+        ] {
+            let message = ToAgent::Amend {
+                request_id: 7,
+                session_id: SessionId::new("s").unwrap(),
+                amendment: Amendment {
+                    expires: Some(Some(passed.parse().unwrap())),
+                    metadata: None,
+                },
+            };
+            let read = ToAgent::try_from(v1::ToAgent::from(message));
+            let Ok(ToAgent::Amend { amendment, .. }) = read else {
+                panic!("{read:?}");
+            };
+            let read = amendment.expires.unwrap().expect(passed);
+            assert_eq!(read.as_millisecond(), 1, "{passed}");
+        }
     }
 
     #[test]
