@@ -16,7 +16,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 pub use self::amendment::{Amendment, MAX_EXPIRY_SECONDS};
-pub use self::metadata::{MAX_METADATA_BYTES, Metadata, MetadataError, MetadataPatch};
+pub use self::metadata::{
+    MAX_METADATA_BYTES, MAX_METADATA_KEYS, Metadata, MetadataError, MetadataPatch,
+};
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
 pub use self::problem::Problem;
 use crate::pool::{ClientBinding, Policy, PortProtocol};
@@ -151,10 +153,10 @@ pub struct SessionRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub client_binding: Option<ClientBinding>,
     /// Strings for the workload, which sees them at its agent's local API: at most
-    /// 4096 bytes in all keys and values. Under one idempotency key, those of the
-    /// request that made the session count.
+    /// 64 keys, and 4096 bytes in all keys and values. Under one idempotency key,
+    /// those of the request that made the session count.
     #[serde(skip_serializing_if = "Metadata::is_empty")]
-    #[schema(value_type = BTreeMap<String, String>)]
+    #[schema(schema_with = metadata::schema)]
     pub metadata: Metadata,
     /// Seconds to wait when nothing is free, in order among those who could use
     /// the same ports: 0 to 300, default 0. A client that hangs up leaves the

@@ -61,7 +61,7 @@ pub struct AskOptions {
     #[arg(long)]
     pub bind_to_me: bool,
 
-    /// A string for the workload; once for each key, 4096 bytes altogether
+    /// A string for the workload; once for each of up to 64 keys, 4096 bytes altogether
     #[arg(long, value_name = "KEY=VALUE", value_parser = parse_metadata)]
     pub metadata: Vec<(String, String)>,
 

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 
 use crate::pool::PortProtocol;
-use crate::session::{MAX_KEY_CHARACTERS, Metadata, SessionId};
+use crate::session::{MAX_KEY_CHARACTERS, Metadata, MetadataError, SessionId};
 use crate::table::ListenPort;
 
 /// Most characters of a bad value that an error shows.
@@ -63,8 +63,12 @@ pub(super) fn idempotency_key(text: String) -> Result<Option<String>, FieldError
 }
 
 pub(super) fn metadata(entries: BTreeMap<String, String>) -> Result<Metadata, FieldError> {
-    let rule = "have at most 4096 bytes in all keys and values";
-    Metadata::try_from(entries).map_err(|error| FieldError::new("metadata", &error.bytes, rule))
+    Metadata::try_from(entries).map_err(too_large)
+}
+
+pub(super) fn too_large(error: MetadataError) -> FieldError {
+    let rule = "have at most 64 keys, and 4096 bytes in all keys and values";
+    FieldError::new("metadata", &error, rule)
 }
 
 pub(super) fn protocol(text: &str) -> Result<PortProtocol, FieldError> {

@@ -7,8 +7,8 @@ use http::StatusCode;
 use jiff::Timestamp;
 
 use crate::session::{
-    Amendment, Block, MAX_EXPIRY_SECONDS, MAX_METADATA_BYTES, Metadata, OneOrMore, PortState,
-    SessionId, SessionPort, SessionState, text_id,
+    Amendment, Block, MAX_EXPIRY_SECONDS, MAX_METADATA_BYTES, MAX_METADATA_KEYS, Metadata,
+    OneOrMore, PortState, SessionId, SessionPort, SessionState, text_id,
 };
 use crate::table::ListenPort;
 
@@ -168,7 +168,7 @@ pub enum AmendRefusal {
     UnknownSession,
     /// The metadata would be too large.
     #[error(
-        "metadata: after the change, all keys and values would have more than {MAX_METADATA_BYTES} bytes together; remove keys with null"
+        "metadata: after the change, there would be more than {MAX_METADATA_KEYS} keys, or all keys and values would have more than {MAX_METADATA_BYTES} bytes together; remove keys with null"
     )]
     MetadataTooLarge,
     /// The end would have passed.

@@ -124,8 +124,8 @@ pub struct Select {
     /// whose Welcome has several_ports gets it: another one would select one port.
     #[prost(message, repeated, tag = "7")]
     pub ports: ::prost::alloc::vec::Vec<PortBlock>,
-    /// Strings for the workload, at most 4096 bytes in all keys and values. An older
-    /// agent does not know them.
+    /// Strings for the workload, at most 64 keys, and 4096 bytes in all keys and
+    /// values. An older agent does not know them.
     #[prost(btree_map = "string, string", tag = "8")]
     pub metadata: ::prost::alloc::collections::BTreeMap<
         ::prost::alloc::string::String,
@@ -215,7 +215,7 @@ pub struct Amend {
     #[prost(message, optional, tag = "4")]
     pub expires: ::core::option::Option<Expiry>,
 }
-/// At most 4096 bytes in all keys and values.
+/// At most 64 keys, and 4096 bytes in all keys and values.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MetadataPatch {
     /// Removes all keys; the others are empty then.
@@ -613,7 +613,8 @@ pub mod amended {
         Done = 1,
         /// No live session has the id.
         UnknownSession = 2,
-        /// The metadata would have more than 4096 bytes in all keys and values.
+        /// The metadata would have more than 64 keys, or more than 4096 bytes in all
+        /// keys and values.
         MetadataTooLarge = 3,
         /// The end would have passed.
         ExpiresPassed = 4,

@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn a_value_that_does_not_parse_is_named() {
         type Spoil = fn(&mut v1::Session);
-        let cases: [(Spoil, &str); 11] = [
+        let cases: [(Spoil, &str); 12] = [
             (|session| session.session_id.clear(), "session_id \"\""),
             (
                 |session| session.session_id = "x".repeat(65),
@@ -259,7 +259,14 @@ mod tests {
                 |session| {
                     session.metadata.insert("k".repeat(5_000), String::new());
                 },
-                "metadata 5009",
+                "metadata Bytes(5009)",
+            ),
+            (
+                |session| {
+                    let keys = (0..64).map(|key| (key.to_string(), String::new()));
+                    session.metadata.extend(keys);
+                },
+                "metadata Keys(65)",
             ),
         ];
         for (spoil, expected) in cases {

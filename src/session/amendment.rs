@@ -24,9 +24,10 @@ pub struct Amendment {
     #[schema(value_type = Option<String>, format = DateTime)]
     pub expires: Option<Option<Timestamp>>,
     /// Strings for the workload to set by key, or null to remove one; null removes all.
-    /// What is left has at most 4096 bytes in all keys and values.
+    /// At most 64 keys; what is left has at most 64 keys, and 4096 bytes in all keys and
+    /// values.
     #[serde(deserialize_with = "metadata", skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<BTreeMap<String, Option<String>>>)]
+    #[schema(schema_with = super::metadata::patch_schema)]
     pub metadata: Option<MetadataPatch>,
 }
 

@@ -7,28 +7,47 @@ use std::sync::Arc;
 
 use serde::de::{Error, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
-use serde_json::Value;
+use serde_json::{Value, json};
+use utoipa::openapi::schema::{Object, ObjectBuilder, SchemaType, Type};
 
 /// Most bytes of all keys and values together: enough for names, a seed and a
 /// token; more belongs on the connection.
 pub const MAX_METADATA_BYTES: usize = 4096;
 
+/// Most keys. Each takes memory of its own, some hundred bytes, however short it is.
+pub const MAX_METADATA_KEYS: usize = 64;
+
 /// Most characters of a key that an error shows.
 const SHOWN_CHARACTERS: usize = 40;
 
-/// Strings by key, at most [`MAX_METADATA_BYTES`] in all keys and values. Cheap to
-/// clone, and without allocation when empty.
+/// Strings by key: at most [`MAX_METADATA_KEYS`], and [`MAX_METADATA_BYTES`] in all keys
+/// and values. Cheap to clone, and without allocation when empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Metadata(Option<Arc<BTreeMap<String, String>>>);
 
-/// The keys and values have more bytes than they may.
+/// There is more than there may be; each has the number that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "metadata: all keys and values must have at most {MAX_METADATA_BYTES} bytes together; these have {bytes}"
-)]
-pub struct MetadataError {
-    /// The number of their bytes.
-    pub bytes: usize,
+pub enum MetadataError {
+    /// More keys than [`MAX_METADATA_KEYS`].
+    #[error("metadata: there must be at most {MAX_METADATA_KEYS} keys; these are {0}")]
+    Keys(usize),
+    /// More bytes than [`MAX_METADATA_BYTES`] in all keys and values.
+    #[error(
+        "metadata: all keys and values must have at most {MAX_METADATA_BYTES} bytes together; these have {0}"
+    )]
+    Bytes(usize),
+}
+
+impl MetadataError {
+    fn check(keys: usize, bytes: usize) -> Result<(), Self> {
+        if keys > MAX_METADATA_KEYS {
+            return Err(Self::Keys(keys));
+        }
+        if bytes > MAX_METADATA_BYTES {
+            return Err(Self::Bytes(bytes));
+        }
+        Ok(())
+    }
 }
 
 impl Metadata {
@@ -66,6 +85,12 @@ impl Metadata {
         entries.map(|(key, value)| (key.as_str(), value.as_str()))
     }
 
+    /// The number of keys.
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.0.as_ref().map_or(0, |entries| entries.len())
+    }
+
     /// The number of bytes in all keys and values.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -80,8 +105,9 @@ impl Metadata {
 pub enum MetadataPatch {
     /// All keys are removed.
     Clear,
-    /// Keys are set to these values, or removed (`None`); at most
-    /// [`MAX_METADATA_BYTES`] in all keys and values. The other keys stay.
+    /// Keys are set to these values, or removed (`None`): at most
+    /// [`MAX_METADATA_KEYS`], and [`MAX_METADATA_BYTES`] in all keys and values. The
+    /// other keys stay.
     Merge(BTreeMap<String, Option<String>>),
 }
 
@@ -94,10 +120,8 @@ impl MetadataPatch {
         let length = |(key, value): (&String, &Option<String>)| {
             key.len() + value.as_ref().map_or(0, String::len)
         };
-        match entries.iter().map(length).sum() {
-            0..=MAX_METADATA_BYTES => Ok(Self::Merge(entries)),
-            bytes => Err(MetadataError { bytes }),
-        }
+        MetadataError::check(entries.len(), entries.iter().map(length).sum())?;
+        Ok(Self::Merge(entries))
     }
 }
 
@@ -129,10 +153,8 @@ impl TryFrom<BTreeMap<String, String>> for Metadata {
             return Ok(Self::default());
         }
         let metadata = Self(Some(Arc::new(entries)));
-        match metadata.bytes() {
-            0..=MAX_METADATA_BYTES => Ok(metadata),
-            bytes => Err(MetadataError { bytes }),
-        }
+        MetadataError::check(metadata.keys(), metadata.bytes())?;
+        Ok(metadata)
     }
 }
 
@@ -174,6 +196,32 @@ impl Serialize for MetadataPatch {
             Self::Merge(entries) => entries.serialize(serializer),
         }
     }
+}
+
+/// The OpenAPI schema of metadata in a request. Derived ones do not bound the keys.
+pub(super) fn schema() -> Object {
+    let text = "Strings for the workload, which sees them at its agent's local API: at most\n64 keys, and 4096 bytes in all keys and values. Under one idempotency key,\nthose of the request that made the session count.";
+    object(Type::String.into(), text)
+        .default(Some(json!({})))
+        .build()
+}
+
+/// The OpenAPI schema of a patch.
+pub(super) fn patch_schema() -> Object {
+    let text = "Strings for the workload to set by key, or null to remove one; null removes all.\nAt most 64 keys; what is left has at most 64 keys, and 4096 bytes in all keys and\nvalues.";
+    let or_null = |of| SchemaType::from_iter([of, Type::Null]);
+    object(or_null(Type::String), text)
+        .schema_type(or_null(Type::Object))
+        .build()
+}
+
+/// An object with values of the type `of`.
+fn object(of: SchemaType, description: &str) -> ObjectBuilder {
+    ObjectBuilder::new()
+        .schema_type(Type::Object)
+        .description(Some(description))
+        .max_properties(Some(MAX_METADATA_KEYS))
+        .additional_properties(Some(ObjectBuilder::new().schema_type(of)))
 }
 
 /// Reads an object of strings and nulls. Its errors name the field, which those of
@@ -239,8 +287,29 @@ mod tests {
         let value = "\u{e9}".repeat(2_047);
         assert!(Metadata::new([("ab", value.as_str())]).is_ok());
         let error = Metadata::new([("a", ""), ("ab", value.as_str())]).unwrap_err();
-        assert_eq!(error, MetadataError { bytes: 4_097 });
+        assert_eq!(error, MetadataError::Bytes(4_097));
         assert!(error.to_string().contains("at most 4096 bytes"), "{error}");
+    }
+
+    /// Many short keys take far more memory than their bytes.
+    #[test]
+    fn the_bound_counts_keys_too() {
+        let keys = |count: usize| (0..count).map(|key| (format!("{key:02}"), String::new()));
+        let full = Metadata::new(keys(64)).unwrap();
+        assert_eq!((full.keys(), full.bytes()), (64, 128));
+        let error = Metadata::new(keys(65)).unwrap_err();
+        assert_eq!(error, MetadataError::Keys(65));
+        assert!(
+            error.to_string().contains("at most 64 keys; these are 65"),
+            "{error}"
+        );
+        let removal =
+            |count| MetadataPatch::merge(keys(count).map(|(key, _)| (key, None)).collect());
+        assert_eq!(removal(65), Err(MetadataError::Keys(65)));
+        assert_eq!(full.amended(&removal(64).unwrap()), Ok(Metadata::default()));
+        let one_more = [("more".to_owned(), Some(String::new()))];
+        let one_more = MetadataPatch::merge(one_more.into()).unwrap();
+        assert_eq!(full.amended(&one_more), Err(MetadataError::Keys(65)));
     }
 
     #[test]
@@ -266,7 +335,7 @@ mod tests {
         assert_eq!(cleared, Ok(Metadata::default()));
         // It fits by itself, and not with what is there.
         let large = format!(r#"{{"k":"{}"}}"#, "v".repeat(4_095));
-        assert_eq!(amended(&large), Err(MetadataError { bytes: 4_114 }));
+        assert_eq!(amended(&large), Err(MetadataError::Bytes(4_114)));
         let larger = format!(r#"{{"k":"{}"}}"#, "v".repeat(4_096));
         assert!(serde_json::from_str::<MetadataPatch>(&larger).is_err());
     }

@@ -39,6 +39,8 @@ async fn requests_that_are_wrong_get_problem_details() {
     let json = "application/json";
     let long = format!(r#"{{"idempotencyKey":"{}"}}"#, "k".repeat(129));
     let much = format!(r#"{{"metadata":{{"k":"{}"}}}}"#, "v".repeat(4096));
+    let keys: Vec<String> = (0..65).map(|key| format!(r#""{key}":"""#)).collect();
+    let many = format!(r#"{{"metadata":{{{}}}}}"#, keys.join(","));
     let huge = format!(r#"{{"idempotencyKey":"{}"}}"#, "k".repeat(100_000));
     let cases = [
         (json, "{", 400, "malformed"),
@@ -85,6 +87,12 @@ async fn requests_that_are_wrong_get_problem_details() {
             &much,
             422,
             "metadata: all keys and values must have at most 4096 bytes together; these have 4097",
+        ),
+        (
+            json,
+            &many,
+            422,
+            "metadata: there must be at most 64 keys; these are 65",
         ),
         (
             json,

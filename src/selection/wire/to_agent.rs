@@ -6,7 +6,7 @@ use super::{MessageError, RequestKind};
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
 use crate::selection::field::{
     FieldError, address, address_text, connection_port, idempotency_key, metadata, optional,
-    optional_address, protocol, session_id, timestamp, unix_ms,
+    optional_address, protocol, session_id, timestamp, too_large, unix_ms,
 };
 use crate::selection::v1::{self, to_agent};
 use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Session, ToAgent};
@@ -146,8 +146,7 @@ fn metadata_patch(patch: v1::MetadataPatch) -> Result<MetadataPatch, FieldError>
     let set = patch.set.into_iter().map(|(key, value)| (key, Some(value)));
     let removed = patch.remove.into_iter().map(|key| (key, None));
     let merged = MetadataPatch::merge(set.chain(removed).collect());
-    let rule = "have at most 4096 bytes in all keys and values";
-    merged.map_err(|error| FieldError::new("metadata", &error.bytes, rule))
+    merged.map_err(too_large)
 }
 
 impl From<MetadataPatch> for v1::MetadataPatch {
@@ -359,17 +358,22 @@ mod tests {
             let read = ToAgent::try_from(v1::ToAgent::from(message.clone()));
             assert_eq!(read, Ok(message));
         }
-        let large = v1::Amend {
-            request_id: 7,
-            session_id: "s".to_owned(),
-            metadata: Some(v1::MetadataPatch {
-                remove: vec!["k".repeat(5_000)],
-                ..v1::MetadataPatch::default()
-            }),
-            ..v1::Amend::default()
-        };
-        let error = amendment(large).unwrap_err();
-        assert_eq!((error.field, error.value.as_str()), ("metadata", "5000"));
+        for (remove, value) in [
+            (vec!["k".repeat(5_000)], "Bytes(5000)"),
+            ((0..65).map(|key| key.to_string()).collect(), "Keys(65)"),
+        ] {
+            let large = v1::Amend {
+                request_id: 7,
+                session_id: "s".to_owned(),
+                metadata: Some(v1::MetadataPatch {
+                    remove,
+                    ..v1::MetadataPatch::default()
+                }),
+                ..v1::Amend::default()
+            };
+            let error = amendment(large).unwrap_err();
+            assert_eq!((error.field, error.value.as_str()), ("metadata", value));
+        }
     }
 
     /// 0 on the wire would remove the end.
