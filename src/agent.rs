@@ -35,7 +35,7 @@ use self::metrics::Metrics;
 use self::server::Agent;
 use self::sockets::ListenScope;
 use crate::selection::v1::selection_server::SelectionServer;
-use crate::selection::{GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT};
+use crate::selection::{GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, MAX_MESSAGE_BYTES};
 use crate::table::{Slot, Table};
 use crate::{admin, follow};
 
@@ -45,10 +45,6 @@ const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// How long connection servers have to acknowledge sessions that the drain
 /// deadline ended.
 const END_GRACE: Duration = Duration::from_secs(1);
-
-/// Longest message of a connection server, a greeting: up to 8 MiB of metadata, and
-/// some 300 bytes for each of up to 65535 sessions.
-const MAX_MESSAGE_BYTES: usize = 32 * 1024 * 1024;
 
 /// Runs the agent of one processing server: selects connection ports for the
 /// workload beside it.

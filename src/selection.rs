@@ -28,6 +28,35 @@ pub use self::message::{
 };
 pub use self::wire::{MessageError, RequestKind};
 
+/// Longest message to an agent, in bytes: a greeting.
+pub const MAX_MESSAGE_BYTES: usize = 64 * 1024 * 1024;
+
+/// Most bytes of metadata in a greeting, as it is encoded: that of some 2000 sessions
+/// with the most that one may have. An agent has little memory.
+pub const GREETING_METADATA_BYTES: usize = 8 * 1024 * 1024;
+
+/// Most client addresses in a greeting, besides the first one of each session.
+pub const GREETING_CLIENTS: usize = 65_536;
+
+/// Most bytes of a client address in a greeting.
+const CLIENT_BYTES: usize = 42;
+
+/// Most bytes of a session in a greeting for each of its ports, with one client and no
+/// metadata: the idempotency key takes up to 512, the id 64.
+const SESSION_BYTES: usize = 768;
+
+/// Most bytes of a table in a greeting: as many as a ConfigMap has.
+const TABLE_BYTES: usize = 1024 * 1024;
+
+// A connection server has sessions on at most 65535 ports.
+const _: () = assert!(
+    GREETING_METADATA_BYTES
+        + GREETING_CLIENTS * CLIENT_BYTES
+        + SESSION_BYTES * u16::MAX as usize
+        + TABLE_BYTES
+        < MAX_MESSAGE_BYTES
+);
+
 /// Version spoken by this code.
 pub const PROTOCOL_VERSION: u32 = 1;
 

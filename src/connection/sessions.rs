@@ -23,6 +23,7 @@
 //! - `gate`: what the data plane asks and reports;
 //! - `actions`: what it must do after a change;
 //! - `flows`: the connections of a session, and which of them claim it;
+//! - `greeting`: what an agent that attaches is told of them;
 //! - `amendments`: changes of sessions that agents are asked for;
 //! - `companions`: which clients may use companion ports, and their connections;
 //! - `queries`: what others ask about the live sessions;
@@ -37,6 +38,7 @@ mod companions;
 pub mod events;
 mod flows;
 mod gate;
+mod greeting;
 pub mod listing;
 mod queries;
 pub mod snapshot;
@@ -61,7 +63,7 @@ pub use self::queries::KnownSession;
 use self::span::SessionSpan;
 use crate::forward::SessionKey;
 use crate::selection::{EndCause, Session, ToAgent};
-use crate::session::{Metadata, OneOrMore, SessionId, SessionPort};
+use crate::session::{OneOrMore, SessionId, SessionPort};
 use crate::table::{ListenPort, PortIndex, Row, Slot};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
@@ -78,32 +80,6 @@ pub enum ReleaseError {
     Unknown,
     /// The session's agent is not attached.
     OutOfReach,
-}
-
-/// Most bytes of metadata in a greeting: that of 2048 sessions with the most that one
-/// may have. An agent takes no larger messages, and has little memory.
-const GREETING_METADATA_BYTES: usize = 8 * 1024 * 1024;
-
-/// Most client addresses in a greeting, for the same reason: 3 MiB of text at most.
-const GREETING_CLIENTS: usize = 65_536;
-
-/// The `sessions` for a greeting: once their metadata or their clients have reached
-/// their bound, the others are without, but for their first client. An agent that was
-/// restarted does not know theirs then.
-fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Session> {
-    let (mut bytes_left, mut clients_left) = (GREETING_METADATA_BYTES, GREETING_CLIENTS);
-    let take = |mut session: Session| {
-        match bytes_left.checked_sub(session.metadata.bytes()) {
-            Some(less) => bytes_left = less,
-            None => session.metadata = Metadata::default(),
-        }
-        match clients_left.checked_sub(session.clients.len()) {
-            Some(less) => clients_left = less,
-            None => session.clients.truncate(1),
-        }
-        session
-    };
-    sessions.map(take).collect()
 }
 
 /// The sessions of all processing servers that are known here.
@@ -375,7 +351,7 @@ impl Sessions {
         let mut inner = self.inner.write();
         let of_slot = inner.live.values().filter(|live| live.slot == slot);
         let known = of_slot.map(|live| inner.report(live));
-        let _ = outbox.send(greet(within_budget(known)));
+        let _ = outbox.send(greet(greeting::within_budget(known)));
         // They may have been lost with the former stream.
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
             let _ = outbox.send(ToAgent::Release(id.clone()));

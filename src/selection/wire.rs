@@ -170,7 +170,12 @@ impl From<Session> for v1::Session {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message;
+
     use super::*;
+    use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
+    use crate::selection::{CLIENT_BYTES, SESSION_BYTES};
+    use crate::session::MAX_KEY_CHARACTERS;
 
     fn session() -> v1::Session {
         v1::Session {
@@ -218,6 +223,44 @@ mod tests {
         assert_eq!((&read.idempotency_key, read.bound_client), (&None, None));
         assert_eq!(read.lingering_since, None);
         assert_eq!(v1::Session::from(read), bare);
+    }
+
+    /// A greeting would be too long otherwise.
+    #[test]
+    fn a_session_takes_no_more_bytes_than_its_bound() {
+        let most = u64::from(u32::MAX) << 16;
+        let address = "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff";
+        let mut largest = v1::Session {
+            session_id: "s".repeat(64),
+            idempotency_key: "\u{10ffff}".repeat(MAX_KEY_CHARACTERS),
+            connection_port: 65_535,
+            port_name: "n".repeat(MAX_PORT_NAME_LENGTH),
+            protocol: PortProtocol::TCPUDP.name().to_owned(),
+            bound_client: address.to_owned(),
+            clients: vec![address.to_owned()],
+            claim_deadline_ms: most,
+            created_ms: most,
+            lingering_since_ms: most,
+            further_ports: Vec::new(),
+            metadata: Default::default(),
+            expires_ms: most,
+            ..session()
+        };
+        // Its tag and its length come before it.
+        let bytes = |session: &v1::Session| 4 + session.encoded_len();
+        assert!(bytes(&largest) <= SESSION_BYTES, "{}", bytes(&largest));
+        let with_one = largest.encoded_len();
+        largest.clients.push(address.to_owned());
+        assert!(largest.encoded_len() - with_one <= CLIENT_BYTES);
+        largest.further_ports = vec![
+            v1::SessionPort {
+                connection_port: 65_535,
+                port_name: "n".repeat(MAX_PORT_NAME_LENGTH),
+                protocol: PortProtocol::TCPUDP.name().to_owned(),
+            };
+            usize::from(MAX_PORTS) - 1
+        ];
+        assert!(bytes(&largest) <= SESSION_BYTES * usize::from(MAX_PORTS));
     }
 
     #[test]

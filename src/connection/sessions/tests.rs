@@ -8,7 +8,6 @@ use crate::pool::{
     Admission, EntryAdmission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle,
     Replies, Sessions as Settings,
 };
-use crate::session::MAX_METADATA_BYTES;
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 mod admission;
@@ -337,25 +336,4 @@ fn what_connects_and_leaves_claims_nothing() {
     }
     let watched = claims(carried(0, 20), super::flows::CLAIMING_TIME);
     assert_eq!(watched, [true; 3], "a client that stays");
-}
-
-/// An agent takes no larger greetings.
-#[test]
-fn a_greeting_has_metadata_and_clients_up_to_their_bounds_and_every_session() {
-    let largest = Metadata::new([("k", "v".repeat(MAX_METADATA_BYTES - 1))]).unwrap();
-    let sessions = (0..3_000).map(|index| Session {
-        metadata: largest.clone(),
-        ..Session::example(&format!("session-{index}"), 20_000)
-    });
-    let greeting = within_budget(sessions);
-    let with = greeting.iter().filter(|it| !it.metadata.is_empty()).count();
-    assert_eq!((greeting.len(), with), (3_000, 2_048));
-    let sessions = (0..2_000).map(|index| Session {
-        clients: (1..=64).map(|last| client(last).ip()).collect(),
-        ..Session::example(&format!("session-{index}"), 20_000)
-    });
-    let greeting = within_budget(sessions);
-    let with = greeting.iter().filter(|it| it.clients.len() == 64).count();
-    let first = greeting.iter().filter(|it| it.clients.len() == 1).count();
-    assert_eq!((with, first), (1_024, 976));
 }
