@@ -265,17 +265,18 @@ impl Worker {
         }
     }
 
-    /// Cuts a session. Clients that reach its port from now on came after it.
+    /// Cuts a session on one of its ports. Clients that reach it from now on came
+    /// after the session.
     fn cut(&mut self, port: ListenPort, session: SessionKey) {
         self.refuse_waiting(port);
         let io = &mut self.io;
-        for Member { transport, key } in io.sessions.take(session) {
+        for Member { transport, key } in io.sessions.take((port, session)) {
             match transport {
                 Transport::Tcp => self.streams.cut(key, io),
                 Transport::Udp => self.datagrams.cut(key, io),
             }
         }
-        self.streams.cut_final_flushes(session, io);
+        self.streams.cut_final_flushes(port, session, io);
         io.gate.closed(port, session, Traffic::default());
     }
 

@@ -282,11 +282,11 @@ impl FinalFlushes {
         }
     }
 
-    /// Ends the final flushes of a session that is cut.
-    pub(super) fn cut(&mut self, session: SessionKey, io: &mut Io) {
-        let of_session =
-            |(key, flush): (Key, &FinalFlush)| (flush.session == session).then_some(key);
-        let cut: Vec<Key> = self.flushes.iter().filter_map(of_session).collect();
+    /// Ends the final flushes on `port` of a session that is cut.
+    pub(super) fn cut(&mut self, port: ListenPort, session: SessionKey, io: &mut Io) {
+        let is_cut = |flush: &FinalFlush| (flush.port, flush.session) == (port, session);
+        let flushes = self.flushes.iter().filter(|(_, flush)| is_cut(flush));
+        let cut: Vec<Key> = flushes.map(|(key, _)| key).collect();
         for key in cut {
             count(&io.counters.cut);
             self.end(key, false, io);

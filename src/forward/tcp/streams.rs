@@ -188,10 +188,10 @@ impl Streams {
 
     /// Takes in a connection, and moves its first bytes.
     fn add(&mut self, connection: Connection, io: &mut Io) {
-        let session = connection.session;
+        let of = (connection.port, connection.session);
         let key = self.connections.insert(connection);
         self.liveness.add(key);
-        io.sessions.add(session, Transport::Tcp, key);
+        io.sessions.add(of, Transport::Tcp, key);
         io.schedule();
         let Some(connection) = self.connections.get_mut(key) else {
             return;
@@ -299,7 +299,7 @@ impl Streams {
             return;
         };
         let (port, session, traffic) = (connection.port, connection.session, connection.carried());
-        io.sessions.remove(session, Transport::Tcp, key);
+        io.sessions.remove((port, session), Transport::Tcp, key);
         match end {
             End::FinalFlush => self.final_flushes.start(connection, io),
             End::Close => {
@@ -324,9 +324,14 @@ impl Streams {
         self.end(key, End::Close, io);
     }
 
-    /// Ends the final flushes of a session that is cut.
-    pub(in crate::forward) fn cut_final_flushes(&mut self, session: SessionKey, io: &mut Io) {
-        self.final_flushes.cut(session, io);
+    /// Ends the final flushes on `port` of a session that is cut.
+    pub(in crate::forward) fn cut_final_flushes(
+        &mut self,
+        port: ListenPort,
+        session: SessionKey,
+        io: &mut Io,
+    ) {
+        self.final_flushes.cut(port, session, io);
     }
 
     pub(in crate::forward) fn tick(&mut self, io: &mut Io) {

@@ -63,7 +63,7 @@ impl Flows {
     pub(super) fn add(&mut self, flow: Flow, ports: &mut Ports, io: &mut Io) -> Option<Key> {
         let (number, addresses, session) = (flow.port, flow.addresses, flow.session);
         let key = self.flows.insert(flow);
-        io.sessions.add(session, Transport::Udp, key);
+        io.sessions.add((number, session), Transport::Udp, key);
         let source = EventSource::Flow.of_key(key);
         let flow = self.flows.get_mut(key);
         let is_watched =
@@ -104,7 +104,7 @@ impl Flows {
         if traffic.downstream_bytes == 0 {
             count(&io.counters.unanswered);
         }
-        io.sessions.remove(session, Transport::Udp, key);
+        io.sessions.remove((number, session), Transport::Udp, key);
         // Closed before it is reported: a free port has no flow.
         drop(flow);
         io.report(number, session, traffic);

@@ -1,7 +1,7 @@
 //! The gate: who waits for its decision, and what a cut ends.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -50,6 +50,21 @@ fn cutting_a_session_resets_its_connections_only() {
     assert!(was_reset(&mut cut));
     other.write_all(b"x").unwrap();
     server.read_exact(&mut [0]).unwrap();
+}
+
+#[test]
+fn a_cut_on_one_port_leaves_the_same_session_on_others() {
+    let bench = Bench::new(Decision::Admit(SESSION));
+    let (mut cut, _server) = bench.pair();
+    let listener = TcpListener::bind((bench.server, 7001)).unwrap();
+    let mut other = TcpStream::connect((bench.listen, bench.first + 1)).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    bench.cut();
+    assert!(was_reset(&mut cut));
+    until(|| bench.gate.closed.lock().unwrap().len() == 2);
+    other.write_all(b"x").unwrap();
+    server.read_exact(&mut [0]).unwrap();
+    assert_eq!(bench.forwarder.counters().cut, 1);
 }
 
 #[test]
