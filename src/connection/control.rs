@@ -160,7 +160,9 @@ impl Control {
                         self.forwarder.cut(port, key);
                     }
                 }
-                Action::CutCompanions(port, key) => self.forwarder.cut(port, key),
+                Action::CutCompanions(port, key) | Action::CutOpen(port, key) => {
+                    self.forwarder.cut(port, key);
+                }
                 Action::Answer(port, id, decision) => self.forwarder.answer(port, id, decision),
             }
         }

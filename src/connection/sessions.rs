@@ -152,6 +152,8 @@ struct Ending {
     id: SessionId,
     slot: Slot,
     flows: Flows,
+    /// The keys of companion connections that are cut with it.
+    companion_keys: Vec<SessionKey>,
     cause: &'static str,
     span: SessionSpan,
 }
@@ -272,6 +274,7 @@ impl Inner {
             id: id.clone(),
             slot: live.slot,
             flows,
+            companion_keys: left.cuts.iter().map(|(_, key)| *key).collect(),
             cause,
             span: live.span,
         };
@@ -333,15 +336,7 @@ impl Sessions {
             .released
             .retain(|_, slot| table.table().row(*slot).is_some());
         inner.follow_companions();
-        let target = |index: &PortIndex, slot, port| {
-            let (row, range) = index.find(port).filter(|(row, _)| row.slot == slot)?;
-            let is_companion = range.is_companion() && row.slot == slot;
-            is_companion.then(|| range.target(port)).flatten()
-        };
-        inner.cut_companions(|slot, port| {
-            let before = former.and_then(|former| target(former, slot, port));
-            target(table, slot, port).is_none_or(|now| before != Some(now))
-        })
+        inner.cut_after_change(former, table)
     }
 
     /// An agent's stream is up: from now on its messages go to `outbox`, the
@@ -457,10 +452,11 @@ impl Sessions {
                 cut.extend(inner.end(&former, "SUPERSEDED"));
             }
         }
-        if inner.has_companions(slot) {
-            // It was a companion port before the table changed.
-            let is_its = |_, port| session.ports.iter().any(|it| it.port == port);
-            cut.extend(inner.cut_companions(is_its));
+        // Where the table of the agent is newer than ours, a port of the session may
+        // be a companion port here.
+        let is_its = |port| session.ports.iter().any(|it| it.port == port);
+        if session.ports.iter().any(|it| inner.is_companion(it.port)) {
+            cut.extend(inner.cut_companions(|of, port| of == slot && is_its(port)));
         }
         let span = span();
         let server = inner.row(port).map_or("", |row| &row.server);

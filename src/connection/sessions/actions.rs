@@ -19,6 +19,9 @@ pub enum Action {
     /// Cut companion connections on a port that is no companion port any more, and
     /// report the cut as a closed flow.
     CutCompanions(ListenPort, SessionKey),
+    /// Cut the connections without a session on a port that was open for everyone
+    /// and is a companion port now.
+    CutOpen(ListenPort, SessionKey),
     /// Decide on a pending client.
     Answer(ListenPort, PendingId, Decision),
 }

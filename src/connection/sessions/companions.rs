@@ -18,10 +18,10 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::{Action, Actions, Inner, Live};
+use super::{Action, Actions, Inner, Live, NO_SESSION};
 use crate::forward::{Decision, SessionKey, Traffic};
 use crate::selection::MAX_CLIENTS;
-use crate::table::{ListenPort, Row, Slot};
+use crate::table::{ListenPort, PortIndex, PortRange, Row, Slot};
 
 /// A client address on the processing server of a slot.
 pub(super) type Place = (Slot, IpAddr);
@@ -184,9 +184,11 @@ impl Companions {
         self.cutting.get(&key).copied()
     }
 
-    /// All connections that the end of `session` cuts are closed.
-    pub(super) fn forget_cuts(&mut self, session: SessionKey) {
-        self.cutting.retain(|_, by| *by != session);
+    /// All connections that were cut under `keys` are closed.
+    pub(super) fn forget_cuts(&mut self, keys: &[SessionKey]) {
+        for key in keys {
+            self.cutting.remove(key);
+        }
     }
 
     /// The clients with companion connections.
@@ -258,6 +260,48 @@ impl Inner {
             }
             self.join_known(first);
         }
+    }
+
+    /// Whether `port` is a companion port.
+    pub(super) fn is_companion(&self, port: ListenPort) -> bool {
+        let found = self.table.as_ref().and_then(|table| table.find(port));
+        found.is_some_and(|(_, range)| range.is_companion())
+    }
+
+    /// Has connections cut on ports to which `table`, which is in force after
+    /// `former`, gives another use: companion connections where a port leads
+    /// elsewhere or is for others now, and connections without a session where it has
+    /// become a companion port.
+    pub(super) fn cut_after_change(
+        &mut self,
+        former: Option<&PortIndex>,
+        table: &PortIndex,
+    ) -> Actions {
+        let target = |index: &PortIndex, slot, port| {
+            let (_, range) = index.find(port).filter(|(row, _)| row.slot == slot)?;
+            range.is_companion().then(|| range.target(port)).flatten()
+        };
+        let mut actions = self.cut_companions(|slot, port| {
+            let before = former.and_then(|former| target(former, slot, port));
+            target(table, slot, port).is_none_or(|now| before != Some(now))
+        });
+        let Some(former) = former else {
+            return actions;
+        };
+        // Whatever it was at last: it may have been open for everyone before that.
+        let has_become = |slot, port| {
+            let before = former.find(port).filter(|(row, _)| row.slot == slot);
+            before.is_some_and(|(_, range)| !range.is_companion())
+        };
+        for row in &table.table().rows {
+            let ranges = row.ranges.iter().filter(|range| range.is_companion());
+            for port in ranges.flat_map(PortRange::connection_ports) {
+                if has_become(row.slot, port) {
+                    actions.push(Action::CutOpen(port, NO_SESSION));
+                }
+            }
+        }
+        actions
     }
 
     /// Has companion connections cut on the ports for which `is_over`.

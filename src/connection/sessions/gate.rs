@@ -174,7 +174,10 @@ impl Gate for Sessions {
         if ending.flows.own == 0
             && let Some(ended) = inner.ending.remove(&session)
         {
-            inner.companions.get_mut().forget_cuts(session);
+            inner
+                .companions
+                .get_mut()
+                .forget_cuts(&ended.companion_keys);
             ended.span.ended(ended.cause, &ended.flows.carried);
             inner.send(ended.slot, ToAgent::Ended(ended.id));
         }

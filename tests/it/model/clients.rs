@@ -75,7 +75,8 @@ impl World {
         }
         self.pending
             .retain(|_, pending| pending.server != server || pending.port != port);
-        let is_cut = |open: &Connection| open.server == server && open.key == key;
+        let is_cut =
+            |open: &Connection| open.server == server && (open.port, open.key) == (port, key);
         while let Some(cut) = self.connections.iter().position(is_cut) {
             let connection = self.connections.remove(cut);
             self.closed(&connection);
@@ -141,7 +142,9 @@ impl World {
                     self.cuts
                         .extend(cuts.map(|(port, key)| (server, port, key)));
                 }
-                Action::CutCompanions(port, key) => self.cuts.push((server, port, key)),
+                Action::CutCompanions(port, key) | Action::CutOpen(port, key) => {
+                    self.cuts.push((server, port, key));
+                }
                 Action::Answer(port, id, Decision::Admit(key)) => {
                     self.admitted(server, port, key);
                     match self.pending.remove(&id) {

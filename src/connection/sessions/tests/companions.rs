@@ -142,6 +142,25 @@ fn companion_connections_are_cut_before_the_end_is_acknowledged() {
 }
 
 #[test]
+fn of_two_sessions_that_end_each_waits_for_its_own_companion_connections() {
+    let (sessions, _outbox, mut sent) = started();
+    let [(first, cut_first), (second, cut_second)] = [1, 2].map(|last| {
+        let id = format!("of-{last}");
+        learn_new(&sessions, requested(&id, PORT + u16::from(last), last));
+        let key = admitted(&sessions, DATA, last);
+        let actions = sessions.end(Slot(0), &id_of(&id), EndCause::Finished);
+        assert_eq!(companions_cut(&actions), [(port(DATA), key)]);
+        (key, actions)
+    });
+    for (actions, key, id) in [(cut_first, first, "of-1"), (cut_second, second, "of-2")] {
+        cut(&sessions, actions);
+        assert_eq!(next(&mut sent), None, "its connection is still open");
+        close(&sessions, DATA, key);
+        assert_eq!(next(&mut sent), ended(id));
+    }
+}
+
+#[test]
 fn companion_connections_keep_a_session_but_do_not_claim_it() {
     let (sessions, _outbox, mut sent) = started();
     learn_new(&sessions, requested("a", PORT, 1));
@@ -233,6 +252,44 @@ fn connections_are_cut_on_a_port_that_is_no_companion_port_any_more() {
     close(&sessions, DATA, key);
     close(&sessions, DATA, key);
     assert_eq!(connections(&sessions), [0]);
+}
+
+#[test]
+fn strangers_are_cut_on_a_port_that_becomes_a_companion_port() {
+    for before in [Some(EntryAdmission::Open), None] {
+        let (sessions, _outbox, _sent) = attached();
+        let mut former = with_companions();
+        former.rows[0].ranges[1].admission = before;
+        sessions.set_table(index(former.clone()));
+        // One of these is let in while everyone may come, and may stay after that.
+        if before.is_some() {
+            assert_eq!(admit(&sessions, DATA, 9), Decision::Admit(NO_SESSION));
+        }
+        let changed = index(with_companions());
+        sessions.set_table(changed.clone());
+        assert_eq!(
+            sessions.forget_removed(Some(&index(former)), &changed),
+            [DATA, DATA + 1].map(|number| Action::CutOpen(port(number), NO_SESSION))
+        );
+        close(&sessions, DATA, NO_SESSION);
+        assert_eq!(admit(&sessions, DATA, 9), Decision::Ask);
+        assert_eq!(
+            sessions.forget_removed(Some(&changed), &changed),
+            [],
+            "it was one before"
+        );
+    }
+}
+
+#[test]
+fn a_session_on_what_is_a_companion_port_here_cuts_companions_on_its_ports_only() {
+    let (sessions, _outbox, _sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let key = admitted(&sessions, DATA, 1);
+    assert_eq!(admitted(&sessions, DATA + 1, 1), key);
+    learn_new(&sessions, requested("b", PORT + 1, 2));
+    let actions = learn(&sessions, Slot(0), requested("c", DATA, 3));
+    assert_eq!(actions, [Action::CutCompanions(port(DATA), key)]);
 }
 
 #[test]
