@@ -141,9 +141,8 @@ impl LinkTask {
         let allocation = &self.agents.allocation;
         allocation.attach(slot, outbox.clone(), knows_several_ports);
         change.welcomed(slot, knows_several_ports);
-        if welcome.knows_amendments {
-            self.agents.sessions.knows_amendments(slot);
-        }
+        let sessions = &self.agents.sessions;
+        sessions.amends(slot, welcome.knows_amendments);
         drop(change);
         self.serve(incoming, &outbox).await
     }

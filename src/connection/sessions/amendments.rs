@@ -1,7 +1,7 @@
 //! Amendments under way: administrators ask, the session's agent decides and reports
 //! the session, and its answer comes back here.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -35,7 +35,8 @@ pub enum AmendError {
 #[derive(Debug, Default)]
 pub(super) struct Amendments {
     asked: Arc<Mutex<Asked>>,
-    capable: Mutex<HashSet<Slot>>,
+    /// Whether it amends, for each agent that has welcomed us.
+    capable: Mutex<HashMap<Slot, bool>>,
 }
 
 #[derive(Debug, Default)]
@@ -72,9 +73,10 @@ impl Drop for AmendAnswer {
 }
 
 impl Sessions {
-    /// The agent of `slot`, which has just attached, answers amendments.
-    pub fn knows_amendments(&self, slot: Slot) {
-        self.amendments.capable.lock().insert(slot);
+    /// The agent of `slot` has answered the greeting, and `is_capable` of amendments or
+    /// too old for them.
+    pub fn amends(&self, slot: Slot, is_capable: bool) {
+        self.amendments.capable.lock().insert(slot, is_capable);
     }
 
     /// Asks the agent of the live session `id` to change it.
@@ -88,8 +90,11 @@ impl Sessions {
         if !inner.outboxes.contains_key(&slot) {
             return Err(AmendError::OutOfReach);
         }
-        if !self.amendments.capable.lock().contains(&slot) {
-            return Err(AmendError::TooOld);
+        match self.amendments.capable.lock().get(&slot) {
+            // What it knows is in its answer to the greeting.
+            None => return Err(AmendError::OutOfReach),
+            Some(false) => return Err(AmendError::TooOld),
+            Some(true) => {}
         }
         let mut asked = self.amendments.asked.lock();
         if asked.answers.len() >= UNDER_WAY_MAX {

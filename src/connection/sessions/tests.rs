@@ -11,6 +11,7 @@ use crate::pool::{
 use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Table, TargetPort};
 
 mod admission;
+mod amending;
 mod companions;
 mod release;
 mod several;
