@@ -8,6 +8,7 @@
 //! `selection`.
 
 mod amendment;
+pub mod body;
 mod metadata;
 mod ports;
 mod problem;

@@ -19,11 +19,11 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
-use axum::extract::rejection::{JsonRejection, PathRejection};
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection};
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::http::uri::Authority;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
@@ -46,6 +46,7 @@ use super::server::Agent;
 use super::workload_view::{Readiness, ServerView, SessionList, WorkloadEvent, WorkloadSession};
 use crate::admin::events::Watchers;
 use crate::selection::AmendRefusal;
+use crate::session::body::BodyError;
 use crate::session::{Amendment, Problem, SessionId};
 
 /// Most bytes of a request's body: metadata of 4 KiB with room for escapes, six bytes
@@ -276,17 +277,17 @@ async fn get_session(
     )),
     responses(
         (status = 200, description = "The session after the change", body = WorkloadSession),
-        (status = "4XX", description = "The body is not as described, or no live session has this id; `type` says which: `body`, `no-session`, `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "The body is not as described, or no live session has this id; `type` says which: `no-session`, `not-json`, `malformed`, `invalid-field`, `body` (too large), `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
     )
 )]
 async fn amend_session(
     State(api): State<Arc<Api>>,
     id: Result<Path<String>, PathRejection>,
-    body: Result<Json<Map<String, Value>>, JsonRejection>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<WorkloadSession>, Refused> {
     let id = session_id(id)?;
-    let Json(object) = body?;
-    let amendment = serde_json::from_value(Value::Object(object)).map_err(Refused::Amendment)?;
+    let amendment = Amendment::parse(&headers, &body?)?;
     let session = api.agent.amend(&id, &amendment)?;
     Ok(Json(WorkloadSession::from(&session)))
 }
@@ -350,8 +351,10 @@ enum Refused {
     Body(#[from] JsonRejection),
     #[error("the body must be {{\"ready\": true}} or {{\"ready\": false}}: {0}")]
     Field(#[from] serde_json::Error),
-    #[error("{0}")]
-    Amendment(serde_json::Error),
+    #[error(transparent)]
+    NotRead(#[from] BytesRejection),
+    #[error(transparent)]
+    Amendment(#[from] BodyError),
     #[error(transparent)]
     NotAmended(#[from] AmendRefusal),
     #[error("the agent has no table with this server yet; ask again in a second")]
@@ -377,7 +380,8 @@ impl IntoResponse for Refused {
         let (status, name, title) = match &self {
             Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
             Self::Field(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
-            Self::Amendment(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
+            Self::NotRead(rejection) => (rejection.status(), "body", "Wrong body"),
+            Self::Amendment(error) => error.problem(),
             Self::NotAmended(refusal) => refusal.problem(),
             Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
             Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),

@@ -17,7 +17,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::load_sharing::api::{Api, media_type, parse_object, read_body};
+use super::load_sharing::api::{Api, read_body};
 use super::load_sharing::problem::Refused;
 use super::sessions::events::SessionEvent;
 use super::sessions::listing::{PAGE_MAX, SessionInfo, SessionPage, SessionQuery};
@@ -145,12 +145,7 @@ async fn amend_session(
     let id = session_id(id)?;
     let (head, body) = request.into_parts();
     let body = read_body(body).await?;
-    let is_patch = ["application/merge-patch+json", "application/json"]
-        .contains(&media_type(&head.headers).as_str());
-    if !is_patch {
-        return Err(Refused::NotMergePatch);
-    }
-    let amendment: Amendment = parse_object(&body)?;
+    let amendment = Amendment::parse(&head.headers, &body)?;
     inspection.api.control.amend(&id, amendment).await?;
     inspection.session(&id).map(Json)
 }

@@ -2,10 +2,12 @@
 //! merge patches (RFC 7396). Administrators and workloads make them; the agent
 //! decides.
 
+use axum::http::HeaderMap;
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
+use super::body::{BodyError, media_type, parse_object};
 use super::metadata::MetadataPatch;
 use crate::pool::MONTH_SECONDS;
 
@@ -31,6 +33,21 @@ pub struct Amendment {
     pub metadata: Option<MetadataPatch>,
 }
 
+impl Amendment {
+    /// Parses the `body` of a request with these `headers`.
+    ///
+    /// # Errors
+    /// [`BodyError`].
+    pub fn parse(headers: &HeaderMap, body: &[u8]) -> Result<Self, BodyError> {
+        match media_type(headers).as_str() {
+            "application/merge-patch+json" | "application/json" => parse_object(body),
+            _ => Err(BodyError::MediaType(
+                "application/merge-patch+json, or application/json",
+            )),
+        }
+    }
+}
+
 fn expires<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Option<Timestamp>>, D::Error> {
     let rule = "expires: must be null, or a time like 2030-01-31T12:00:00Z (RFC 3339)";
     let invalid = || serde::de::Error::custom(rule);
@@ -42,4 +59,57 @@ fn expires<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Option<Timestam
 fn metadata<'de, D: Deserializer<'de>>(value: D) -> Result<Option<MetadataPatch>, D::Error> {
     let patch = Option::<MetadataPatch>::deserialize(value)?;
     Ok(Some(patch.unwrap_or(MetadataPatch::Clear)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_that_is_no_amendment_is_refused_with_the_reason() {
+        let patch = "application/merge-patch+json";
+        let parsed = |content_type: &str, body: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert("content-type", content_type.parse().unwrap());
+            Amendment::parse(&headers, body.as_bytes())
+        };
+        for content_type in [patch, "application/json", "Application/JSON; charset=utf-8"] {
+            let amendment = parsed(content_type, r#"{"expires":null}"#).unwrap();
+            assert_eq!(amendment.expires, Some(None), "{content_type}");
+        }
+        for (content_type, body, name, words) in [
+            ("text/plain", "{}", "not-json", "application/json"),
+            (patch, "", "malformed", "EOF"),
+            (patch, "{", "malformed", "EOF"),
+            (
+                patch,
+                " [null,null]",
+                "invalid-field",
+                "must be a JSON object",
+            ),
+            (patch, "null", "invalid-field", "invalid type: null"),
+            (
+                patch,
+                r#"{"port":1}"#,
+                "invalid-field",
+                "unknown field `port`",
+            ),
+            (
+                patch,
+                r#"{"expires":null,"expires":null}"#,
+                "invalid-field",
+                "duplicate field `expires`",
+            ),
+            (
+                patch,
+                r#"{"metadata":{"a":"1","a":"2"}}"#,
+                "invalid-field",
+                r#"metadata: the key "a" occurs twice"#,
+            ),
+        ] {
+            let error = parsed(content_type, body).unwrap_err();
+            assert_eq!(error.problem().1, name, "{body}");
+            assert!(error.to_string().contains(words), "{body}: {error}");
+        }
+    }
 }

@@ -17,7 +17,6 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 use utoipa::OpenApi;
 use utoipa::openapi::RefOr;
@@ -32,6 +31,7 @@ use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
 use crate::pool::MAX_PORT_NAME_LENGTH;
 use crate::selection;
+use crate::session::body::{BodyError, media_type, parse_object};
 use crate::session::{
     MAX_ID_BYTES, MAX_KEY_CHARACTERS, MAX_SERVER_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem,
     ServerState, Session, SessionId, SessionRequest, SessionState,
@@ -319,7 +319,7 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
         return Ok(SessionRequest::default());
     }
     if media_type(headers) != "application/json" {
-        return Err(Refused::NotJson);
+        return Err(BodyError::MediaType("application/json").into());
     }
     let request: SessionRequest = parse_object(&body)?;
     check(&request).map_err(Refused::InvalidField)?;
@@ -344,30 +344,6 @@ pub(in crate::connection) async fn read_body(body: Body) -> Result<Bytes, Refuse
             }
         })?;
     Ok(body.to_bytes())
-}
-
-/// The media type of a body without its parameters, in lower case.
-pub(in crate::connection) fn media_type(headers: &HeaderMap) -> String {
-    let content_type = headers.get(header::CONTENT_TYPE);
-    let content_type = content_type.and_then(|value| value.to_str().ok());
-    let media_type = content_type.and_then(|value| value.split(';').next());
-    media_type.unwrap_or_default().trim().to_ascii_lowercase()
-}
-
-/// Parses a body that must be a JSON object.
-pub(in crate::connection) fn parse_object<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refused> {
-    // serde would also take the fields from a list, in their order.
-    if body.trim_ascii_start().starts_with(b"[") {
-        let message = "the body must be a JSON object".to_owned();
-        return Err(Refused::InvalidField(message));
-    }
-    serde_json::from_slice(body).map_err(|error| {
-        if error.is_data() {
-            Refused::InvalidField(error.to_string())
-        } else {
-            Refused::Malformed(error)
-        }
-    })
 }
 
 fn check(request: &SessionRequest) -> Result<(), String> {

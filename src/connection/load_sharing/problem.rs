@@ -9,6 +9,7 @@ use super::refusal::Refusal;
 use crate::connection::sessions::{AmendError, ReleaseError};
 use crate::selection::AmendRefusal;
 use crate::session::Problem;
+use crate::session::body::BodyError;
 
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
@@ -22,15 +23,9 @@ pub enum Refused {
     /// The body broke off.
     #[error("the body broke off")]
     BrokenOff,
-    /// The body is of another media type.
-    #[error("send the body with content-type: application/json")]
-    NotJson,
-    /// The body of a change is of another media type.
-    #[error("send the body with content-type: application/merge-patch+json, or application/json")]
-    NotMergePatch,
-    /// The body is not JSON.
-    #[error("{0}")]
-    Malformed(serde_json::Error),
+    /// The body is not the object that it must be.
+    #[error(transparent)]
+    Body(#[from] BodyError),
     /// A field is wrong.
     #[error("{0}")]
     InvalidField(String),
@@ -106,12 +101,7 @@ impl Refused {
             Self::TooLarge(_) => (Code::PAYLOAD_TOO_LARGE, "too-large", "Body too large"),
             Self::TooSlow(_) => (Code::REQUEST_TIMEOUT, "too-slow", "Body too slow"),
             Self::BrokenOff => (Code::BAD_REQUEST, "malformed", "Malformed body"),
-            Self::NotJson | Self::NotMergePatch => (
-                Code::UNSUPPORTED_MEDIA_TYPE,
-                "not-json",
-                "Unsupported media type",
-            ),
-            Self::Malformed(_) => (Code::BAD_REQUEST, "malformed", "Malformed JSON"),
+            Self::Body(error) => error.problem(),
             Self::InvalidField(_) => (Code::UNPROCESSABLE_ENTITY, "invalid-field", "Invalid field"),
             Self::NoHost => (Code::BAD_REQUEST, "no-host", "Host missing"),
             Self::NoSession => (Code::NOT_FOUND, "no-session", "No such session"),

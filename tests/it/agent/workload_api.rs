@@ -156,9 +156,22 @@ async fn a_workload_amends_a_session_and_sees_what_others_change() {
     let none = "/v1/sessions/none";
     for (path, body, status, kind, words) in [
         (none, "{}", 404, "no-session", "no live session"),
-        (&path, "{", 400, "body", "JSON"),
-        (&path, "[]", 422, "body", "map"),
-        (&path, r#"{"port":1}"#, 422, "body", "unknown field `port`"),
+        (&path, "{", 400, "malformed", "EOF"),
+        (&path, "[]", 422, "invalid-field", "must be a JSON object"),
+        (
+            &path,
+            r#"{"expires":null,"expires":null}"#,
+            422,
+            "invalid-field",
+            "duplicate field `expires`",
+        ),
+        (
+            &path,
+            r#"{"port":1}"#,
+            422,
+            "invalid-field",
+            "unknown field `port`",
+        ),
         (
             &path,
             r#"{"expires":"1999-01-01T00:00:00Z"}"#,
