@@ -6,11 +6,13 @@
 //! - `sockets`: looking at the workload's sockets;
 //! - `server`: the server side of the selection protocol;
 //! - `workload_api`: the local API for the workload; `workload_view`: what it shows;
+//!   `pace`: how often the workload may change something;
 //! - `metrics`: what is counted; `gauges`: the states of ports.
 
 pub mod book;
 mod gauges;
 pub mod metrics;
+mod pace;
 pub mod server;
 pub mod sockets;
 pub mod workload_api;

@@ -36,8 +36,8 @@ use crate::session::{Block, OneOrMore};
 use crate::table::{Slot, Table};
 
 /// The messages to one stream. Unbounded, because every message answers a
-/// request, reports a session or follows a change of ports or readiness, and all
-/// of them are bounded where they begin.
+/// request, reports a session or follows a change of ports, readiness or a session,
+/// and all of them are bounded where they begin.
 type Outbox = mpsc::UnboundedSender<FromAgent>;
 
 /// Events that are kept for a workload that reads slowly; it loses the oldest.

@@ -34,7 +34,7 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Map, Value};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 use tracing::{debug, warn};
@@ -42,6 +42,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::pace::Pace;
 use super::server::Agent;
 use super::workload_view::{Readiness, ServerView, SessionList, WorkloadEvent, WorkloadSession};
 use crate::admin::events::Watchers;
@@ -66,11 +67,6 @@ const HEAD_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a request may take until its answer begins.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Shortest time between two changes of readiness. Each is sent to
-/// every connection server, and one that reads slowly must not make the agent
-/// remember many.
-const READINESS_PAUSE: Duration = Duration::from_millis(20);
-
 /// Pause after a failed accept, so that a lack of descriptors does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -89,8 +85,8 @@ struct Document;
 struct Api {
     agent: Agent,
     watchers: Watchers,
-    /// Who changes the readiness.
-    readiness: Mutex<()>,
+    /// When the workload may change what connection servers know.
+    pace: Pace,
 }
 
 /// The OpenAPI document, as served at `/openapi.json`.
@@ -115,7 +111,7 @@ pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationTo
     let api = Api {
         agent,
         watchers: Watchers::new(WATCHERS_MAX, stopping.clone()),
-        readiness: Mutex::new(()),
+        pace: Pace::new(),
     };
     let (router, _) = documented().split_for_parts();
     let router = router
@@ -218,10 +214,8 @@ async fn set_readiness(
     // An object only: derived code would take an array of the values as well.
     let Json(object) = body?;
     let Readiness { ready } = serde_json::from_value(Value::Object(object))?;
-    let turn = api.readiness.lock().await;
+    api.pace.take_turn().await;
     api.agent.set_ready(ready);
-    tokio::time::sleep(READINESS_PAUSE).await;
-    drop(turn);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -288,6 +282,7 @@ async fn amend_session(
 ) -> Result<Json<WorkloadSession>, Refused> {
     let id = session_id(id)?;
     let amendment = Amendment::parse(&headers, &body?)?;
+    api.pace.take_turn().await;
     let session = api.agent.amend(&id, &amendment)?;
     Ok(Json(WorkloadSession::from(&session)))
 }
