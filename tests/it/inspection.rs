@@ -162,9 +162,10 @@ async fn a_live_session_is_amended_and_ends_when_that_says() {
         (None, None)
     );
 
-    let at_once = jiff::Timestamp::now() + Duration::from_millis(300);
+    let at_once = jiff::Timestamp::now() + Duration::from_secs(2);
     let patch = json!({ "expires": at_once }).to_string();
-    amend(&pool, 0, &session.id, MERGE_PATCH, &patch);
+    let (status, amended) = amend(&pool, 0, &session.id, MERGE_PATCH, &patch);
+    assert_eq!(status, 200, "{amended}");
     echo(&mut client, "still here");
     assert!(is_cut(&mut client));
     assert!(jiff::Timestamp::now() >= at_once);
