@@ -10,6 +10,7 @@
 mod amendment;
 pub mod body;
 mod metadata;
+pub mod page;
 mod ports;
 mod problem;
 

@@ -20,8 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection};
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
@@ -44,7 +44,9 @@ use utoipa_axum::routes;
 
 use super::pace::Pace;
 use super::server::Agent;
-use super::workload_view::{Readiness, ServerView, SessionList, WorkloadEvent, WorkloadSession};
+use super::workload_view::{
+    PAGE_MAX, Readiness, ServerView, SessionList, SessionListQuery, WorkloadEvent, WorkloadSession,
+};
 use crate::admin::events::Watchers;
 use crate::selection::AmendRefusal;
 use crate::session::body::BodyError;
@@ -232,13 +234,24 @@ async fn drain(State(api): State<Arc<Api>>) -> StatusCode {
     StatusCode::NO_CONTENT
 }
 
-/// The live sessions.
-#[utoipa::path(get, path = "/v1/sessions", responses((status = 200, description = "The sessions", body = SessionList)))]
-async fn list_sessions(State(api): State<Arc<Api>>) -> Json<SessionList> {
-    let sessions = api.agent.sessions();
-    Json(SessionList {
-        items: sessions.iter().map(WorkloadSession::from).collect(),
-    })
+/// The live sessions, a page at a time.
+#[utoipa::path(
+    get,
+    path = "/v1/sessions",
+    params(SessionListQuery),
+    responses(
+        (status = 200, description = "A page of sessions", body = SessionList),
+        (status = 422, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn list_sessions(
+    State(api): State<Arc<Api>>,
+    query: Result<Query<SessionListQuery>, QueryRejection>,
+) -> Result<Json<SessionList>, Refused> {
+    let Query(query) = query.map_err(|error| Refused::Parameter(error.body_text()))?;
+    let page = SessionList::new(api.agent.sessions(), &query);
+    let wrong = || Refused::Parameter(format!("limit must be 1 to {PAGE_MAX}"));
+    page.map(Json).ok_or_else(wrong)
 }
 
 /// A live session.
@@ -346,6 +359,8 @@ enum Refused {
     Body(#[from] JsonRejection),
     #[error("the body must be {{\"ready\": true}} or {{\"ready\": false}}: {0}")]
     Field(#[from] serde_json::Error),
+    #[error("{0}")]
+    Parameter(String),
     #[error(transparent)]
     NotRead(#[from] BytesRejection),
     #[error(transparent)]
@@ -375,6 +390,11 @@ impl IntoResponse for Refused {
         let (status, name, title) = match &self {
             Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
             Self::Field(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
+            Self::Parameter(_) => (
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "invalid-field",
+                "Invalid field",
+            ),
             Self::NotRead(rejection) => (rejection.status(), "body", "Wrong body"),
             Self::Amendment(error) => error.problem(),
             Self::NotAmended(refusal) => refusal.problem(),

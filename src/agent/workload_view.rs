@@ -2,10 +2,11 @@
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use crate::pool::{Mapping, PortProtocol};
 use crate::selection::{EndCause, FromAgent, Session};
+use crate::session::page::{first_page, page_length};
 use crate::session::{ConnectionPort, Metadata, SessionState};
 use crate::table::{PortRange, Slot};
 
@@ -129,11 +130,45 @@ fn in_milliseconds(time: Timestamp) -> Timestamp {
     Timestamp::from_millisecond(time.as_millisecond()).unwrap_or(time)
 }
 
-/// The live sessions of the server.
+/// Most sessions of a page, and those of one whose request names no number. With the
+/// most metadata, each byte of it escaped, they take 3 MiB: an agent has little memory.
+pub const PAGE_MAX: usize = 100;
+
+/// Which of the sessions are listed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields, default)]
+#[into_params(parameter_in = Query)]
+pub struct SessionListQuery {
+    /// Most sessions of the page: 1 to 100, default 100.
+    #[param(minimum = 1, maximum = 100)]
+    pub limit: Option<usize>,
+    /// Only sessions after this one: `next` of the page before.
+    pub after: Option<String>,
+}
+
+/// A page of the live sessions of the server, in the order of their ids.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, ToSchema)]
 pub struct SessionList {
-    /// In the order of their ids; no more than the server has ports.
+    /// The sessions.
     pub items: Vec<WorkloadSession>,
+    /// What `after` is for the next page; absent on the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
+}
+
+impl SessionList {
+    /// The page of `sessions` that `query` asks for; `None` if its limit is out of
+    /// bounds.
+    pub(in crate::agent) fn new(sessions: Vec<Session>, query: &SessionListQuery) -> Option<Self> {
+        let length = page_length(query.limit, PAGE_MAX, PAGE_MAX)?;
+        let after = query.after.as_deref().unwrap_or_default();
+        let found = sessions.into_iter().filter(|it| it.id.as_str() > after);
+        let (page, next) = first_page(found.collect(), length, |it| it.id.as_str());
+        Some(Self {
+            items: page.iter().map(WorkloadSession::from).collect(),
+            next,
+        })
+    }
 }
 
 /// A change of a session.

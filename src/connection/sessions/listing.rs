@@ -8,6 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Inner, Live, Sessions};
 use crate::pool::PortProtocol;
+use crate::session::page::{first_page, page_length};
 use crate::session::{ConnectionPort, Metadata, SessionId, SessionState};
 use crate::table::Slot;
 
@@ -99,8 +100,7 @@ impl SessionQuery {
     /// The number of sessions of a page; `None` if it is out of bounds.
     #[must_use]
     pub fn page_length(&self) -> Option<usize> {
-        let limit = self.limit.unwrap_or(PAGE_DEFAULT);
-        (1..=PAGE_MAX).contains(&limit).then_some(limit)
+        page_length(self.limit, PAGE_DEFAULT, PAGE_MAX)
     }
 
     fn admits(&self, session: &Live, server: Option<&str>) -> bool {
@@ -167,20 +167,15 @@ impl Sessions {
     #[must_use]
     pub fn list(&self, query: &SessionQuery, length: usize) -> SessionPage {
         let inner = self.inner.read();
-        let mut found: Vec<&Live> = inner
+        let found: Vec<&Live> = inner
             .live
             .values()
             .filter(|live| query.admits(live, inner.server(live.slot)))
             .collect();
-        found.sort_unstable_by(|one, other| one.session.id.cmp(&other.session.id));
-        let page = &found[..found.len().min(length)];
-        let has_more = page.len() < found.len();
+        let (page, next) = first_page(found, length, |live| live.session.id.as_str());
         SessionPage {
-            items: page.iter().map(|live| inner.info(live)).collect(),
-            next: page
-                .last()
-                .filter(|_| has_more)
-                .map(|live| live.session.id.to_string()),
+            items: page.into_iter().map(|live| inner.info(live)).collect(),
+            next,
         }
     }
 }

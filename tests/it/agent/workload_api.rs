@@ -73,6 +73,39 @@ async fn a_workload_learns_its_place_and_its_sessions() {
     assert_eq!(others, json!({ "items": [] }));
 }
 
+#[tokio::test]
+async fn a_workload_lists_its_sessions_a_page_at_a_time() {
+    let pool = Pool::running(1, |_| {}).await;
+    let mut expected = Vec::new();
+    for _ in 0..3 {
+        expected.push(pool.request().await.unwrap().id);
+    }
+    expected.sort_unstable();
+    let (mut found, mut path) = (Vec::new(), "/v1/sessions?limit=2".to_owned());
+    loop {
+        let (status, page) = call(&pool, 0, "GET", &path, "");
+        assert_eq!(status, 200, "{page}");
+        let items = page["items"].as_array().unwrap().iter();
+        found.extend(items.map(|item| item["id"].as_str().unwrap().to_owned()));
+        match page["next"].as_str() {
+            Some(next) => path = format!("/v1/sessions?limit=2&after={next}"),
+            None => break,
+        }
+    }
+    assert_eq!(found, expected);
+    for (query, named) in [
+        ("limit=0", "limit must be 1 to 100"),
+        ("limit=101", "limit must be 1 to 100"),
+        ("limit=many", "limit"),
+        ("before=1", "before"),
+    ] {
+        let (status, problem) = call(&pool, 0, "GET", &format!("/v1/sessions?{query}"), "");
+        assert_eq!(status, 422, "{query}: {problem}");
+        let detail = problem["detail"].as_str().unwrap();
+        assert!(detail.contains(named), "{query}: {detail}");
+    }
+}
+
 /// Also after a restart of its agent, which learns it from the connection server.
 #[tokio::test]
 async fn a_workload_sees_what_the_client_of_a_session_says() {
