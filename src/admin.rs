@@ -1,8 +1,10 @@
 //! The admin port of every role: liveness, readiness, metrics, and the table
 //! in use. It is not the load-sharing port, so that it can stay private.
-//! `events` has streams of events, which the local API of agents has, too.
+//! `events` has streams of events, and `web_pages` refuses those, both for the local API
+//! of agents, too.
 
 pub mod events;
+pub mod web_pages;
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

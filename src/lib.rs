@@ -134,7 +134,7 @@
 //! follow       → table, cluster                  a file or ConfigMap as a watch of the last valid table
 //! cluster      kube's client, and how watches retry
 //! selection    → pool, table, session            the protocol between connection servers and agents
-//! admin        → table                           /livez, /readyz, /metrics, streams of events
+//! admin        → table, session                  /livez, /readyz, /metrics, streams of events
 //! session      → pool, table                     the types of the load-sharing API
 //! table        → pool                            the port-relationship table; no tokio
 //! pool         the ProcessingPool resource; no tokio

@@ -48,6 +48,7 @@ use super::workload_view::{
     PAGE_MAX, Readiness, ServerView, SessionList, SessionListQuery, WorkloadEvent, WorkloadSession,
 };
 use crate::admin::events::Watchers;
+use crate::admin::web_pages;
 use crate::selection::AmendRefusal;
 use crate::session::body::BodyError;
 use crate::session::{Amendment, Problem, SessionId};
@@ -165,15 +166,16 @@ async fn attend(stream: TcpStream, router: Router, place: Option<OwnedSemaphoreP
     drop(place);
 }
 
-/// Refuses what a browser sends for a web page.
+/// Refuses what a browser sends for a web page, also for one that has this machine's
+/// address under its own name.
 async fn refuse_web_pages(request: Request, next: Next) -> Response {
     let headers = request.headers();
     let host = headers.get(header::HOST).map(HeaderValue::to_str);
     let is_local = host.is_none_or(|host| host.is_ok_and(is_loopback));
-    if headers.contains_key(header::ORIGIN) || !is_local {
-        return Refused::WebPage.into_response();
+    if !is_local {
+        return web_pages::refusal();
     }
-    next.run(request).await
+    web_pages::refuse(request, next).await
 }
 
 /// Whether `host`, with or without a port, is this machine.
@@ -373,10 +375,6 @@ enum Refused {
     NoSession,
     #[error("send the request within {} s", ANSWER_DEADLINE.as_secs())]
     TooSlow,
-    #[error(
-        "programs of the pod ask here, web pages do not: ask without Origin, at the address in PORTPOOL_API"
-    )]
-    WebPage,
     #[error("{WATCHERS_MAX} clients watch events already: end one, or ask again")]
     TooManyWatchers,
     #[error("see /openapi.json for the paths and methods")]
@@ -401,7 +399,6 @@ impl IntoResponse for Refused {
             Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
             Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),
             Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "too-slow", "Request too slow"),
-            Self::WebPage => (StatusCode::FORBIDDEN, "web-page", "Not for web pages"),
             Self::TooManyWatchers => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "too-many-watchers",

@@ -10,6 +10,7 @@ use axum::body::Body;
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::Request;
+use axum::middleware;
 use axum::response::sse::{Event, Sse};
 use futures::Stream;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,7 @@ use super::sessions::events::SessionEvent;
 use super::sessions::listing::{PAGE_MAX, SessionInfo, SessionPage, SessionQuery};
 use crate::admin::Pages;
 use crate::admin::events::Watchers;
+use crate::admin::web_pages;
 use crate::session::{Amendment, PoolState, Problem, SessionId};
 
 /// Most clients that watch events at a time.
@@ -33,7 +35,7 @@ const WATCHERS_MAX: usize = 32;
 #[openapi(
     info(
         title = "portpool connection server, admin port",
-        description = "Which session is where, as one connection server knows it. Every connection server of a pool knows all live sessions; connections are those through the one that is asked."
+        description = "Which session is where, as one connection server knows it. Every connection server of a pool knows all live sessions; connections are those through the one that is asked. Web pages are refused: a request with the field Origin gets 403 (`web-page`)."
     ),
     components(schemas(SessionEvent))
 )]
@@ -54,7 +56,9 @@ pub fn pages(api: Arc<Api>, stopping: CancellationToken) -> Pages {
     };
     let (router, _) = documented().split_for_parts();
     Pages {
-        router: router.with_state(Arc::new(inspection)),
+        router: router
+            .route_layer(middleware::from_fn(web_pages::refuse))
+            .with_state(Arc::new(inspection)),
         paths: "/v1/pool\n/v1/sessions\n/v1/events\n/openapi.json\n",
     }
 }
@@ -126,14 +130,16 @@ async fn get_session(
     )),
     responses(
         (status = 200, description = "The session after the change", body = SessionInfo),
-        (status = 400, description = "Not JSON", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "Unknown, or over", body = Problem, content_type = "application/problem+json"),
-        (status = 408, description = "The body did not arrive in time", body = Problem, content_type = "application/problem+json"),
+        (status = 400, description = "Not JSON, or broken off (`malformed`)", body = Problem, content_type = "application/problem+json"),
+        (status = 403, description = "The request is of a web page (`web-page`)", body = Problem, content_type = "application/problem+json"),
+        (status = 404, description = "Unknown, or over; the change was made if the session ended right after it", body = Problem, content_type = "application/problem+json"),
+        (status = 408, description = "The body did not arrive in time (`too-slow`)", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The agent of the session's processing server is too old (`agent-too-old`)", body = Problem, content_type = "application/problem+json"),
-        (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
-        (status = 415, description = "The body is neither application/merge-patch+json nor application/json", body = Problem, content_type = "application/problem+json"),
+        (status = 413, description = "The body is too large (`too-large`)", body = Problem, content_type = "application/problem+json"),
+        (status = 415, description = "The body is neither application/merge-patch+json nor application/json (`not-json`)", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "A field is wrong; `type` says how: `invalid-field`, `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "The session's processing server is out of reach (`server-out-of-reach`), or too many sessions are being changed (`too-many-amendments`)", body = Problem, content_type = "application/problem+json",
+        (status = 502, description = "The session's processing server did not understand the change, or refused it for an unknown reason (`not-amended`)", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "The session's processing server is out of reach or has not answered in time (`server-out-of-reach`), after which the change may have been made; or too many sessions are being changed (`too-many-amendments`)", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
