@@ -23,8 +23,8 @@ use std::time::Duration;
 
 pub use self::field::FieldError;
 pub use self::message::{
-    AmendRefusal, ConnectionServerId, Counts, EndCause, FromAgent, Hello, MAX_CLIENTS,
-    RefusalCause, Select, Session, ToAgent, Welcome,
+    ConnectionServerId, Counts, EndCause, FromAgent, Hello, MAX_CLIENTS, RefusalCause, Select,
+    Session, ToAgent, Welcome,
 };
 pub use self::wire::{MessageError, RequestKind};
 

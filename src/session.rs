@@ -17,7 +17,7 @@ mod problem;
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
-pub use self::amendment::{Amendment, MAX_EXPIRY_SECONDS};
+pub use self::amendment::{AmendRefusal, Amendment, MAX_EXPIRY_SECONDS};
 pub use self::metadata::{
     MAX_METADATA_BYTES, MAX_METADATA_KEYS, Metadata, MetadataError, MetadataPatch,
 };

@@ -49,9 +49,8 @@ use super::workload_view::{
 };
 use crate::admin::events::Watchers;
 use crate::admin::web_pages;
-use crate::selection::AmendRefusal;
 use crate::session::body::BodyError;
-use crate::session::{Amendment, Problem, SessionId};
+use crate::session::{AmendRefusal, Amendment, Problem, SessionId};
 
 /// Most bytes of a request's body: metadata of 4 KiB with room for escapes, six bytes
 /// for each.

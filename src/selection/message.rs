@@ -3,12 +3,11 @@
 
 use std::net::IpAddr;
 
-use http::StatusCode;
 use jiff::Timestamp;
 
 use crate::session::{
-    Amendment, Block, MAX_EXPIRY_SECONDS, MAX_METADATA_BYTES, MAX_METADATA_KEYS, Metadata,
-    OneOrMore, PortState, SessionId, SessionPort, SessionState, text_id,
+    AmendRefusal, Amendment, Block, Metadata, OneOrMore, PortState, SessionId, SessionPort,
+    SessionState, text_id,
 };
 use crate::table::ListenPort;
 
@@ -155,60 +154,6 @@ pub enum FromAgent {
         /// Whether it is done, or why it is not.
         outcome: Result<(), AmendRefusal>,
     },
-}
-
-/// Why a live session is not changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
-pub enum AmendRefusal {
-    /// A cause that this version does not know.
-    #[error("the session's processing server refused for a reason that is unknown here")]
-    Unspecified,
-    /// No live session has the id.
-    #[error("no live session has this id; it may be over")]
-    UnknownSession,
-    /// The metadata would be too large.
-    #[error(
-        "metadata: after the change, there would be more than {MAX_METADATA_KEYS} keys, or all keys and values would have more than {MAX_METADATA_BYTES} bytes together; remove keys with null"
-    )]
-    MetadataTooLarge,
-    /// The end would have passed.
-    #[error("expires: must be a time to come; DELETE ends a session at once")]
-    ExpiresPassed,
-    /// The end would be too far ahead.
-    #[error("expires: must be at most {} days ahead", MAX_EXPIRY_SECONDS / 86_400)]
-    ExpiresTooFar,
-    /// A field is not as `selection.proto` says.
-    #[error("the session's processing server did not understand the change")]
-    MalformedAmend,
-}
-
-impl AmendRefusal {
-    /// Status, static name and title of the problem that a requester is answered.
-    #[must_use]
-    pub fn problem(self) -> (StatusCode, &'static str, &'static str) {
-        use StatusCode as Code;
-        match self {
-            Self::UnknownSession => (Code::NOT_FOUND, "no-session", "No such session"),
-            Self::MetadataTooLarge => (
-                Code::UNPROCESSABLE_ENTITY,
-                "metadata-too-large",
-                "Metadata too large",
-            ),
-            Self::ExpiresPassed => (
-                Code::UNPROCESSABLE_ENTITY,
-                "expires-passed",
-                "End has passed",
-            ),
-            Self::ExpiresTooFar => (
-                Code::UNPROCESSABLE_ENTITY,
-                "expires-too-far",
-                "End too far ahead",
-            ),
-            Self::Unspecified | Self::MalformedAmend => {
-                (Code::BAD_GATEWAY, "not-amended", "Not amended")
-            }
-        }
-    }
 }
 
 /// The first message of an agent.

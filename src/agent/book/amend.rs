@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use super::{Book, Now};
-use crate::selection::{self, AmendRefusal};
-use crate::session::{Amendment, MAX_EXPIRY_SECONDS, SessionId};
+use crate::selection;
+use crate::session::{AmendRefusal, Amendment, MAX_EXPIRY_SECONDS, SessionId};
 
 /// How far ahead the end of a session may be.
 const MAX_EXPIRY: Duration = Duration::from_secs(MAX_EXPIRY_SECONDS.unsigned_abs() as u64);

@@ -2,8 +2,8 @@ use super::*;
 use jiff::Timestamp;
 
 use crate::pool::{Mapping, Offer, PortProtocol, ProxyProtocol, Replies};
-use crate::selection::{AmendRefusal, RefusalCause, Select};
-use crate::session::{Block, Metadata, OneOrMore, PortFilter, SessionState};
+use crate::selection::{RefusalCause, Select};
+use crate::session::{AmendRefusal, Block, Metadata, OneOrMore, PortFilter, SessionState};
 use crate::sock_diag::Protocol;
 use crate::table::{PortRange, Slot, TargetPort};
 

@@ -17,9 +17,10 @@ use crate::follow::Rejected;
 use crate::selection::v1;
 use crate::selection::v1::selection_server::Selection;
 use crate::selection::{
-    AmendRefusal, ConnectionServerId, FromAgent, Hello, MessageError, RefusalCause, RequestKind,
-    Select, ToAgent, Welcome,
+    ConnectionServerId, FromAgent, Hello, MessageError, RefusalCause, RequestKind, Select, ToAgent,
+    Welcome,
 };
+use crate::session::AmendRefusal;
 use crate::table::Table;
 
 /// How long a stream may take to greet.

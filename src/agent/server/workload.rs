@@ -8,8 +8,8 @@ use tracing::info;
 use super::{Agent, Inner, send};
 use crate::agent::book::{Amended, To};
 use crate::agent::workload_view::{EntryView, ServerView, WorkloadEvent};
-use crate::selection::{AmendRefusal, FromAgent, Session};
-use crate::session::{Amendment, SessionId};
+use crate::selection::{FromAgent, Session};
+use crate::session::{AmendRefusal, Amendment, SessionId};
 
 impl Agent {
     /// The server as the workload sees it; `None` without a row.

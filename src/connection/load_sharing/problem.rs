@@ -7,9 +7,8 @@ use axum::response::{IntoResponse, Response};
 
 use super::refusal::Refusal;
 use crate::connection::sessions::{AmendError, ReleaseError};
-use crate::selection::AmendRefusal;
-use crate::session::Problem;
 use crate::session::body::BodyError;
+use crate::session::{AmendRefusal, Problem};
 
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]

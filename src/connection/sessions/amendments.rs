@@ -8,8 +8,8 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::Sessions;
-use crate::selection::{AmendRefusal, ToAgent};
-use crate::session::{Amendment, SessionId};
+use crate::selection::ToAgent;
+use crate::session::{AmendRefusal, Amendment, SessionId};
 use crate::table::Slot;
 
 /// Most amendments under way. Each takes a round trip to an agent, so that more stand

@@ -4,9 +4,9 @@ use super::MessageError;
 use crate::selection::field::{FieldError, protocol, session_id};
 use crate::selection::v1::{self, amended, end, from_agent, refused};
 use crate::selection::{
-    AmendRefusal, Counts, EndCause, FromAgent, PROTOCOL_VERSION, RefusalCause, Session, Welcome,
+    Counts, EndCause, FromAgent, PROTOCOL_VERSION, RefusalCause, Session, Welcome,
 };
-use crate::session::PortState;
+use crate::session::{AmendRefusal, PortState};
 
 impl TryFrom<v1::FromAgent> for FromAgent {
     type Error = MessageError;
