@@ -209,7 +209,7 @@ impl Book {
                 }
             }
             ToAgent::Joined { session_id, client } => {
-                self.joined(from, session_id, *client, &mut notices);
+                self.joined(from, session_id, &[*client], &mut notices);
             }
             ToAgent::Closed {
                 session_id,

@@ -29,8 +29,8 @@ impl Book {
             known.iter().map(|session| (&session.id, session)).collect();
         let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
         for id in ids {
-            for client in listed.get(&id).into_iter().flat_map(|known| &known.clients) {
-                self.joined(from, &id, *client, &mut notices);
+            if let Some(known) = listed.get(&id) {
+                self.joined(from, &id, &known.clients, &mut notices);
             }
             match listed.get(&id) {
                 Some(session) if session.open_here => self.opened(from, &id, &mut notices),

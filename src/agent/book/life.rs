@@ -41,18 +41,20 @@ impl Book {
         });
     }
 
-    /// A client of `id` came from another address. The other connection servers
-    /// learn it, because the client may use companion ports there.
+    /// Clients of `id` came from these addresses. The other connection servers learn
+    /// those that are new, because they may use companion ports there.
     pub(super) fn joined(
         &mut self,
         from: &ConnectionServerId,
         id: &SessionId,
-        client: IpAddr,
+        clients: &[IpAddr],
         notices: &mut Vec<Notice>,
     ) {
-        if live(&mut self.sessions, id).is_some_and(|session| session.join(client))
-            && let Some(session) = self.sessions.get(id)
-        {
+        let is_new = live(&mut self.sessions, id).is_some_and(|session| {
+            let new = clients.iter().filter(|client| session.join(**client));
+            new.count() > 0
+        });
+        if is_new && let Some(session) = self.sessions.get(id) {
             notices.push(Notice {
                 to: To::AllBut(from.clone()),
                 message: FromAgent::Session(self.describe(id, session)),

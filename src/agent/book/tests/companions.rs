@@ -129,9 +129,9 @@ fn a_restarted_agent_knows_the_clients_of_every_connection_server() {
         at(0),
     );
     book.attach(&server("a"), "", &[known(&[1, 2])], at(1));
-    let notices = book.attach(&server("b"), "", &[known(&[2, 3])], at(2));
+    let notices = book.attach(&server("b"), "", &[known(&[2, 3, 4])], at(2));
     let live = book.look_up(port(20_000)).unwrap();
-    assert_eq!(live.clients, [1, 2, 3].map(client));
+    assert_eq!(live.clients, [1, 2, 3, 4].map(client));
     let told = notices.iter().filter(|it| it.to == To::AllBut(server("b")));
-    assert_eq!(told.count(), 1, "the third one is new to others");
+    assert_eq!(told.count(), 1, "one notice of both that are new to others");
 }
