@@ -206,7 +206,7 @@ pub struct ProcessingPoolStatus {
     /// Label selector of the pods of the processing servers, for the scale subresource.
     pub selector: String,
 
-    /// Number of connection ports in the port-relationship table.
+    /// Number of connection ports in the port-relationship table, companion ports included.
     pub ports: i32,
 
     /// Generation of the port-relationship table. It only grows.

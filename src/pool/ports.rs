@@ -32,7 +32,7 @@ pub struct PortEntry {
     #[schemars(range(min = 1, max = MAX_PORT))]
     pub port: Option<i32>,
 
-    /// Number of connection ports of one processing server, each of which takes one session at a time, 1 to 10000. With mapping Offset, the workload listens on this many ports: port, port + 1, and so on. Default 1.
+    /// Number of connection ports of one processing server, each of which takes one session at a time unless they are for companions, 1 to 10000. With mapping Offset, the workload listens on this many ports: port, port + 1, and so on. Default 1.
     #[serde(default = "default_count")]
     #[schemars(range(min = 1, max = MAX_COUNT))]
     pub count: i32,
