@@ -280,6 +280,14 @@ impl Forwarder {
             .send_to_owner(port, Command::Cut(port, session));
     }
 
+    /// Like [`Forwarder::cut`], for a session that is only `client`'s (canonical) on
+    /// `port`: of those that wait for a decision only this client is refused, and no
+    /// one else loses anything.
+    pub fn cut_client(&self, port: ListenPort, session: SessionKey, client: IpAddr) {
+        self.threads
+            .send_to_owner(port, Command::CutClient(port, session, client));
+    }
+
     /// The counts of what was forwarded and refused so far.
     #[must_use]
     pub fn counters(&self) -> CounterTotals {

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use super::sessions::snapshot::SessionsSnapshot;
 use super::sessions::span::SessionSpan;
-use super::sessions::{Action, Actions, AmendError, Outbox, ReleaseError, Sessions};
+use super::sessions::{Action, Actions, AmendError, CompanionCut, Outbox, ReleaseError, Sessions};
 use crate::forward::snapshot::ForwarderSnapshot;
 use crate::forward::{ApplyError, Forwarder, SessionKey};
 use crate::selection::{EndCause, Session, ToAgent};
@@ -151,18 +151,23 @@ impl Control {
         self.forwarder.resume(snapshot);
     }
 
+    fn cut_companions(&self, cut: CompanionCut) {
+        self.forwarder.cut_client(cut.port, cut.key, cut.client);
+    }
+
     fn carry_out(&self, actions: Actions) {
         for action in actions {
             match action {
                 Action::Cut(ports, session, companions) => {
-                    let own = ports.iter().map(|port| (*port, session));
-                    for (port, key) in own.chain(companions) {
-                        self.forwarder.cut(port, key);
+                    for port in ports.iter() {
+                        self.forwarder.cut(*port, session);
+                    }
+                    for cut in companions {
+                        self.cut_companions(cut);
                     }
                 }
-                Action::CutCompanions(port, key) | Action::CutOpen(port, key) => {
-                    self.forwarder.cut(port, key);
-                }
+                Action::CutCompanions(cut) => self.cut_companions(cut),
+                Action::CutOpen(port, key) => self.forwarder.cut(port, key),
                 Action::Answer(port, id, decision) => self.forwarder.answer(port, id, decision),
             }
         }

@@ -52,7 +52,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedSender;
 
-pub use self::actions::{Action, Actions};
+pub use self::actions::{Action, Actions, CompanionCut};
 use self::amendments::Amendments;
 pub use self::amendments::{AmendAnswer, AmendError};
 use self::companions::Companions;
@@ -274,7 +274,7 @@ impl Inner {
             id: id.clone(),
             slot: live.slot,
             flows,
-            companion_keys: left.cuts.iter().map(|(_, key)| *key).collect(),
+            companion_keys: left.cuts.iter().map(|cut| cut.key).collect(),
             cause,
             span: live.span,
         };
@@ -428,10 +428,9 @@ impl Sessions {
                 } else if is.metadata != was.metadata || is.expires != was.expires {
                     inner.tell(live, Change::Amendment);
                 }
-                if live.has_companions {
-                    inner.change_flows(live, |flows| flows.follow(&live.session));
-                    inner.join_known(port);
-                }
+                // Also without companion ports, which the server may get later.
+                inner.change_flows(live, |flows| flows.follow(&live.session));
+                inner.join_known(port);
             }
             return Actions::default();
         }

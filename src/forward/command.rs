@@ -1,6 +1,7 @@
 //! What control asks of a data thread.
 
 use std::io;
+use std::net::IpAddr;
 use std::sync::mpsc;
 
 use super::gate::{Decision, PendingId, SessionKey, Transport};
@@ -17,6 +18,7 @@ pub(super) enum Command {
     Close(ListenPort, Transport),
     Answer(ListenPort, PendingId, Decision),
     Cut(ListenPort, SessionKey),
+    CutClient(ListenPort, SessionKey, IpAddr),
     /// Reports that all commands before are done, and a port that could not be
     /// watched.
     Settle(mpsc::Sender<Option<Unwatched>>),

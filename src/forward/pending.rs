@@ -2,7 +2,7 @@
 //! of these the pending ones, whose session the gate has been asked for.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -55,6 +55,15 @@ impl Client {
             Self::Tcp(client) => client.port,
             Self::Udp(client) => client.port,
         }
+    }
+
+    /// Its address, canonical.
+    fn address(&self) -> IpAddr {
+        let address = match self {
+            Self::Tcp(client) => client.address,
+            Self::Udp(client) => client.addresses.client,
+        };
+        address.ip().to_canonical()
     }
 
     /// Resets a TCP client. A UDP client gets no answer.
@@ -144,6 +153,15 @@ impl PendingClients {
     /// Refuses the clients that wait at `port`.
     pub(super) fn refuse_at(&mut self, port: ListenPort, io: &Io) {
         for client in self.take_if(|pending| pending.client.port() == port) {
+            count(&io.counters.no_session);
+            client.refuse();
+        }
+    }
+
+    /// Refuses `client`, whose address is canonical, where it waits at `port`.
+    pub(super) fn refuse_client_at(&mut self, port: ListenPort, client: IpAddr, io: &Io) {
+        let is_it = |of: &Client| of.port() == port && of.address() == client;
+        for client in self.take_if(|pending| is_it(&pending.client)) {
             count(&io.counters.no_session);
             client.refuse();
         }

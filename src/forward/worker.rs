@@ -210,7 +210,16 @@ impl Worker {
                     self.datagrams.drain_port(port, &mut self.io);
                 }
                 Command::Answer(port, id, decision) => self.answer(port, id, decision),
-                Command::Cut(port, session) => self.cut(port, session),
+                Command::Cut(port, session) => {
+                    self.refuse_waiting(port);
+                    self.cut(port, session);
+                }
+                // One that has yet to be accepted is decided on then. One that waits
+                // may have been admitted under this session, and the answer be late.
+                Command::CutClient(port, session, client) => {
+                    self.pending.refuse_client_at(port, client, &self.io);
+                    self.cut(port, session);
+                }
                 Command::Settle(done) => {
                     // Control may have given up.
                     let _ = done.send(self.unwatched.take());
@@ -268,7 +277,6 @@ impl Worker {
     /// Cuts a session on one of its ports. Clients that reach it from now on came
     /// after the session.
     fn cut(&mut self, port: ListenPort, session: SessionKey) {
-        self.refuse_waiting(port);
         let io = &mut self.io;
         for Member { transport, key } in io.sessions.take((port, session)) {
             match transport {

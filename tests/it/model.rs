@@ -21,7 +21,7 @@ use std::time::Duration;
 use crate::common::table;
 use portpool::agent::book::{Book, Notice, Now, Selected, SocketId, Times, To};
 use portpool::connection::sessions::span::SessionSpan;
-use portpool::connection::sessions::{Action, Outbox, Sessions};
+use portpool::connection::sessions::{Action, CompanionCut, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use portpool::pool::{EntryAdmission, PortProtocol};
 use portpool::selection::{

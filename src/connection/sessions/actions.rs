@@ -1,6 +1,8 @@
 //! What the data plane must do after a change of the sessions, outside their
 //! lock. `control` carries it out.
 
+use std::net::IpAddr;
+
 use crate::forward::{Decision, PendingId, SessionKey};
 use crate::session::OneOrMore;
 use crate::table::ListenPort;
@@ -9,21 +11,29 @@ use crate::table::ListenPort;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Cut the session's connections and refuse the clients that wait on its
-    /// ports, then report the cut itself as a closed flow of each port. Do the
-    /// same with the companion connections of clients that have no other session.
-    Cut(
-        OneOrMore<ListenPort>,
-        SessionKey,
-        Vec<(ListenPort, SessionKey)>,
-    ),
-    /// Cut companion connections on a port that is no companion port any more, and
-    /// report the cut as a closed flow.
-    CutCompanions(ListenPort, SessionKey),
+    /// ports, then report the cut itself as a closed flow of each port. Cut the
+    /// companion connections of clients that have no other session, too.
+    Cut(OneOrMore<ListenPort>, SessionKey, Vec<CompanionCut>),
+    /// Cut companion connections on a port that is no companion port any more.
+    CutCompanions(CompanionCut),
     /// Cut the connections without a session on a port that was open for everyone
     /// and is a companion port now.
     CutOpen(ListenPort, SessionKey),
     /// Decide on a pending client.
     Answer(ListenPort, PendingId, Decision),
+}
+
+/// A cut of a client's companion connections on a port. Only this client is refused
+/// if it waits there: others wait for their own sessions. The cut is reported as a
+/// closed flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CompanionCut {
+    /// The companion port.
+    pub port: ListenPort,
+    /// What the connections were admitted under.
+    pub key: SessionKey,
+    /// The client's address.
+    pub client: IpAddr,
 }
 
 /// Everything that the data plane must do after one change, in order.

@@ -18,7 +18,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-use super::{Action, Actions, Inner, Live, NO_SESSION};
+use super::{Action, Actions, CompanionCut, Inner, Live, NO_SESSION};
 use crate::forward::{Decision, SessionKey, Traffic};
 use crate::selection::MAX_CLIENTS;
 use crate::table::{ListenPort, PortIndex, PortRange, Row, Slot};
@@ -56,14 +56,11 @@ impl Client {
     }
 }
 
-/// Companion connections that must be cut on a port.
-pub(super) type Cut = (ListenPort, SessionKey);
-
 /// What a session that ends leaves of its clients' companion connections.
 #[derive(Debug, Default)]
 pub(super) struct Left {
     /// The connections that end with it.
-    pub(super) cuts: Vec<Cut>,
+    pub(super) cuts: Vec<CompanionCut>,
     /// How many reports follow: of each of those connections, and of each cut.
     pub(super) reports: u32,
 }
@@ -116,7 +113,11 @@ impl Companions {
             let ports = u32::try_from(client.open.len()).unwrap_or(u32::MAX);
             left.reports += client.open_count() + ports;
             let ports = client.open.into_keys();
-            left.cuts.extend(ports.map(|port| (port, client.key)));
+            left.cuts.extend(ports.map(|port| CompanionCut {
+                port,
+                key: client.key,
+                client: address,
+            }));
         }
         left
     }
@@ -163,7 +164,7 @@ impl Companions {
     pub(super) fn cut_on(
         &mut self,
         is_over: impl Fn(Slot, ListenPort) -> bool,
-    ) -> Vec<(Cut, Vec<ListenPort>)> {
+    ) -> Vec<(CompanionCut, Vec<ListenPort>)> {
         let mut cuts = Vec::new();
         for place in self.by_key.values() {
             let Some(client) = self.clients.get_mut(place) else {
@@ -172,7 +173,12 @@ impl Companions {
             for (port, open) in &mut client.open {
                 if is_over(place.0, *port) {
                     *open += 1;
-                    cuts.push(((*port, client.key), client.sessions.clone()));
+                    let cut = CompanionCut {
+                        port: *port,
+                        key: client.key,
+                        client: place.1,
+                    };
+                    cuts.push((cut, client.sessions.clone()));
                 }
             }
         }
@@ -308,11 +314,11 @@ impl Inner {
     pub(super) fn cut_companions(&mut self, is_over: impl Fn(Slot, ListenPort) -> bool) -> Actions {
         let cuts = self.companions.get_mut().cut_on(is_over);
         let mut actions = Actions::default();
-        for ((port, key), sessions) in cuts {
+        for (cut, sessions) in cuts {
             for live in sessions.iter().filter_map(|first| self.live.get(first)) {
                 self.change_flows(live, |flows| flows.open_companions(1));
             }
-            actions.push(Action::CutCompanions(port, key));
+            actions.push(Action::CutCompanions(cut));
         }
         actions
     }

@@ -115,7 +115,7 @@ fn cut(sessions: &Sessions, actions: Actions) {
         panic!("not one cut but {actions:?}");
     };
     let own = ports.iter().map(|port| (*port, *key));
-    for (port, key) in own.chain(companions.iter().copied()) {
+    for (port, key) in own.chain(companions.iter().map(|cut| (cut.port, cut.key))) {
         sessions.closed(port, key, Traffic::default());
     }
 }

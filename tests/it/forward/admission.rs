@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::bench::{Bench, SESSION, pattern, until, was_reset};
 use super::udp::udp_client;
 use portpool::forward::{Decision, SessionKey};
+use portpool::table::ListenPort;
 
 #[test]
 fn a_pending_client_is_served_refused_or_given_up() {
@@ -65,6 +66,32 @@ fn a_cut_on_one_port_leaves_the_same_session_on_others() {
     other.write_all(b"x").unwrap();
     server.read_exact(&mut [0]).unwrap();
     assert_eq!(bench.forwarder.counters().cut, 1);
+}
+
+#[test]
+fn a_cut_of_one_client_refuses_no_other_that_waits() {
+    let bench = Bench::new(Decision::Ask);
+    let listener = bench.serve();
+    let mut clients = [bench.connect(), bench.connect_from(3)];
+    until(|| bench.gate.asked.lock().unwrap().len() == 2);
+    let address = clients[0].local_addr().unwrap().ip();
+    assert_ne!(address, clients[1].local_addr().unwrap().ip());
+    let port = ListenPort::new(bench.first).unwrap();
+    bench.gate.admitted.fetch_add(1, Ordering::Relaxed);
+    bench.forwarder.cut_client(port, SESSION, address);
+    assert!(was_reset(&mut clients[0]));
+    bench.all_closed();
+    // The answers to both are on their way.
+    for (id, port) in bench.gate.asked.lock().unwrap().clone() {
+        bench.gate.admitted.fetch_add(1, Ordering::Relaxed);
+        let decision = Decision::Admit(SessionKey(8));
+        bench.forwarder.answer(port, id, decision);
+    }
+    let (mut server, _) = listener.accept().unwrap();
+    clients[1].write_all(b"x").unwrap();
+    server.read_exact(&mut [0]).unwrap();
+    drop((server, clients));
+    bench.all_closed();
 }
 
 #[test]

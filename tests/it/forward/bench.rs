@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use socket2::{Domain, Socket, Type};
+
 use crate::common::network::{address, network};
 use crate::common::table;
 use portpool::forward::{
@@ -138,6 +140,23 @@ impl Bench {
                 Err(error) => assert!(Instant::now() < deadline, "{error}"),
             }
         }
+    }
+
+    /// A client with the address `last` of the bench's network.
+    pub fn connect_from(&self, last: u8) -> TcpStream {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let IpAddr::V4(listen) = self.listen else {
+            panic!("no other address of IPv6");
+        };
+        let [a, b, c, _] = listen.octets();
+        socket
+            .bind(&SocketAddr::from(([a, b, c, last], 0)).into())
+            .unwrap();
+        let to = SocketAddr::new(self.listen, self.first);
+        socket.connect(&to.into()).unwrap();
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        stream
     }
 
     /// A client and its server's end.

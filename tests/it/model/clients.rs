@@ -137,12 +137,15 @@ impl World {
         for action in actions {
             match action {
                 Action::Cut(ports, key, companions) => {
+                    // All clients have one address: a cut of its companion connections
+                    // refuses all who wait, like one of a session.
                     let own = ports.iter().map(|port| (*port, key));
-                    let cuts = own.chain(companions);
+                    let cuts = own.chain(companions.iter().map(|cut| (cut.port, cut.key)));
                     self.cuts
                         .extend(cuts.map(|(port, key)| (server, port, key)));
                 }
-                Action::CutCompanions(port, key) | Action::CutOpen(port, key) => {
+                Action::CutCompanions(CompanionCut { port, key, .. })
+                | Action::CutOpen(port, key) => {
                     self.cuts.push((server, port, key));
                 }
                 Action::Answer(port, id, Decision::Admit(key)) => {

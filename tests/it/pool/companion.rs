@@ -124,7 +124,8 @@ async fn companion_connections_come_and_go_with_the_session() {
 async fn a_session_that_no_one_comes_for_ends_with_its_companion_connections() {
     let pool = Pool::running(1, |table| {
         with_companions(table);
-        table.sessions.claim_seconds = 1;
+        // One that is loaded makes a connection within it.
+        table.sessions.claim_seconds = 3;
     })
     .await;
     let client = client(&pool, 0);

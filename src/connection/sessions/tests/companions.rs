@@ -62,13 +62,22 @@ fn connections(sessions: &Sessions) -> Vec<u32> {
     page.items.iter().map(|it| it.connections).collect()
 }
 
+/// A cut of companion connections of the client `last` on the first port.
+fn cut_of(key: SessionKey, last: u8) -> Action {
+    Action::CutCompanions(CompanionCut {
+        port: port(DATA),
+        key,
+        client: client(last).ip(),
+    })
+}
+
 /// The only action, a cut of these companion connections among others.
 fn companions_cut(actions: &Actions) -> Vec<(ListenPort, SessionKey)> {
     let actions: Vec<Action> = actions.clone().into_iter().collect();
     let [Action::Cut(_, _, companions)] = &actions[..] else {
         panic!("{actions:?}");
     };
-    companions.clone()
+    companions.iter().map(|cut| (cut.port, cut.key)).collect()
 }
 
 #[test]
@@ -248,7 +257,7 @@ fn connections_are_cut_on_a_port_that_is_no_companion_port_any_more() {
     let changed = index(changed);
     sessions.set_table(changed.clone());
     let actions = sessions.forget_removed(Some(&index(former)), &changed);
-    assert_eq!(actions, [Action::CutCompanions(port(DATA), key)]);
+    assert_eq!(actions, [cut_of(key, 1)]);
     close(&sessions, DATA, key);
     close(&sessions, DATA, key);
     assert_eq!(connections(&sessions), [0]);
@@ -289,7 +298,7 @@ fn a_session_on_what_is_a_companion_port_here_cuts_companions_on_its_ports_only(
     assert_eq!(admitted(&sessions, DATA + 1, 1), key);
     learn_new(&sessions, requested("b", PORT + 1, 2));
     let actions = learn(&sessions, Slot(0), requested("c", DATA, 3));
-    assert_eq!(actions, [Action::CutCompanions(port(DATA), key)]);
+    assert_eq!(actions, [cut_of(key, 1)]);
 }
 
 #[test]
@@ -302,6 +311,24 @@ fn a_row_that_gets_companion_ports_gives_them_to_its_live_sessions() {
     let former = sessions.set_table(changed.clone());
     assert_eq!(sessions.forget_removed(former.as_deref(), &changed), []);
     admitted(&sessions, DATA, 1);
+}
+
+#[test]
+fn a_session_that_had_begun_before_its_row_got_companion_ports_is_kept_by_them() {
+    let (sessions, _outbox, mut sent) = attached();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let busy = Session {
+        state: SessionState::Busy,
+        ..requested("a", PORT, 1)
+    };
+    assert_eq!(learn(&sessions, Slot(0), busy), []);
+    let changed = index(with_companions());
+    let former = sessions.set_table(changed.clone());
+    assert_eq!(sessions.forget_removed(former.as_deref(), &changed), []);
+    let key = admitted(&sessions, DATA, 1);
+    assert_eq!(next(&mut sent), opened("a"));
+    close(&sessions, DATA, key);
+    assert_eq!(next(&mut sent), closed("a"));
 }
 
 #[test]
