@@ -23,14 +23,14 @@
 //! - `gate`: what the data plane asks and reports;
 //! - `actions`: what it must do after a change;
 //! - `flows`: the connections of a session, and which of them claim it;
-//! - `greeting`: what an agent that attaches is told of them;
+//! - `reports`: what agents report; `greeting`: what one that attaches is told;
 //! - `amendments`: changes of sessions that agents are asked for;
 //! - `companions`: which clients may use companion ports, and their connections;
 //! - `queries`: what others ask about the live sessions;
 //! - `listing`, `events`: which session is where, and what happens to it, for
 //!   the admin port;
 //! - `snapshot`: to a successor and from a predecessor; `span`: logs;
-//! - this file: the live sessions, and what agents and clients change.
+//! - this file: the live sessions, and what the table and clients change.
 
 mod actions;
 mod amendments;
@@ -41,6 +41,7 @@ mod gate;
 mod greeting;
 pub mod listing;
 mod queries;
+mod reports;
 pub mod snapshot;
 pub mod span;
 
@@ -63,7 +64,7 @@ pub use self::queries::KnownSession;
 use self::span::SessionSpan;
 use crate::forward::SessionKey;
 use crate::selection::{EndCause, Session, ToAgent};
-use crate::session::{OneOrMore, SessionId, SessionPort};
+use crate::session::{OneOrMore, SessionId};
 use crate::table::{ListenPort, PortIndex, Row, Slot};
 
 /// Where messages to one agent go. Unbounded: every message stands for a
@@ -339,49 +340,6 @@ impl Sessions {
         inner.cut_after_change(former, table)
     }
 
-    /// An agent's stream is up: from now on its messages go to `outbox`, the
-    /// greeting first. `greet` makes it from the sessions known on this server.
-    pub fn attach(&self, slot: Slot, outbox: Outbox, greet: impl FnOnce(Vec<Session>) -> ToAgent) {
-        self.forget_agent(slot);
-        let mut inner = self.inner.write();
-        let of_slot = inner.live.values().filter(|live| live.slot == slot);
-        let known = of_slot.map(|live| inner.report(live));
-        let _ = outbox.send(greet(greeting::within_budget(known)));
-        // They may have been lost with the former stream.
-        for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
-            let _ = outbox.send(ToAgent::Release(id.clone()));
-        }
-        inner.outboxes.insert(slot, outbox);
-    }
-
-    /// An agent's stream has ended: it is sent nothing more. Does nothing when a
-    /// newer stream than `outbox` is up.
-    pub fn detach(&self, slot: Slot, outbox: &Outbox) {
-        let mut inner = self.inner.write();
-        if inner
-            .outboxes
-            .get(&slot)
-            .is_some_and(|current| current.same_channel(outbox))
-        {
-            inner.outboxes.remove(&slot);
-        }
-    }
-
-    /// Forgets every session of `slot` and has its connections cut: the server
-    /// was removed, or out of reach for too long.
-    pub fn forget_server(&self, slot: Slot) -> Actions {
-        let mut inner = self.inner.write();
-        let ids: Vec<SessionId> = inner
-            .live
-            .values()
-            .filter(|live| live.slot == slot)
-            .map(|live| live.session.id.clone())
-            .collect();
-        ids.iter()
-            .filter_map(|id| inner.end(id, "SERVER_GONE"))
-            .collect()
-    }
-
     /// Whether connections of ended sessions of `slot` are still being cut: a
     /// greeting would not list them.
     #[must_use]
@@ -398,92 +356,6 @@ impl Sessions {
     pub fn is_any_ending(&self) -> bool {
         let inner = self.inner.read();
         !inner.ending.is_empty() || !inner.released.is_empty()
-    }
-
-    /// An agent reports a session, new or changed. A new one is logged under
-    /// the span that `span` gives.
-    pub fn learn(
-        &self,
-        slot: Slot,
-        session: Session,
-        span: impl FnOnce() -> SessionSpan,
-    ) -> Actions {
-        let port = session.ports.first.port;
-        let mut inner = self.inner.write();
-        // Another server cannot speak for these ports.
-        let is_its = |it: &SessionPort| inner.slot(it.port) == Some(slot);
-        if !session.ports.iter().all(is_its) {
-            return Actions::default();
-        }
-        let known = inner.live.get(&port);
-        if known.is_some_and(|live| live.session.id == session.id) {
-            if let Some(live) = inner.live.get_mut(&port) {
-                let known = std::mem::replace(&mut live.session, session);
-                // A session keeps its ports.
-                live.session.ports.clone_from(&known.ports);
-                let live = &inner.live[&port];
-                let (is, was) = (&live.session, &known);
-                if is.state != was.state {
-                    inner.tell(live, Change::State);
-                } else if is.metadata != was.metadata || is.expires != was.expires {
-                    inner.tell(live, Change::Amendment);
-                }
-                // Also without companion ports, which the server may get later.
-                inner.change_flows(live, |flows| flows.follow(&live.session));
-                inner.join_known(port);
-            }
-            return Actions::default();
-        }
-        let id = &session.id;
-        if inner.is_ending(id) || inner.released.contains_key(id) {
-            return Actions::default();
-        }
-        if inner.last_ended.get(&port) == Some(id) {
-            // Another connection server brought it back; the agent reports its
-            // end to that one now.
-            inner.send(slot, ToAgent::Release(id.clone()));
-            return Actions::default();
-        }
-        // A successor on a port means that we missed the end of the former.
-        let mut cut = Vec::new();
-        for port in session.ports.iter() {
-            if let Some(former) = inner.on(port.port).map(|live| live.session.id.clone()) {
-                cut.extend(inner.end(&former, "SUPERSEDED"));
-            }
-        }
-        // Where the table of the agent is newer than ours, a port of the session may
-        // be a companion port here.
-        let is_its = |port| session.ports.iter().any(|it| it.port == port);
-        if session.ports.iter().any(|it| inner.is_companion(it.port)) {
-            cut.extend(inner.cut_companions(|of, port| of == slot && is_its(port)));
-        }
-        let span = span();
-        let server = inner.row(port).map_or("", |row| &row.server);
-        span.selected(&session, server);
-        let live = Live {
-            key: inner.new_key(),
-            slot,
-            bound_client: session.bound_client.map(|client| client.to_canonical()),
-            has_companions: inner.has_companions(slot),
-            flows: Mutex::new(Flows::of(&session)),
-            session,
-            span,
-        };
-        inner.insert(live);
-        cut.into_iter().collect()
-    }
-
-    /// An agent ends a session. `Ended` is sent to it when no connection is
-    /// left.
-    pub fn end(&self, slot: Slot, id: &SessionId, cause: EndCause) -> Actions {
-        let mut inner = self.inner.write();
-        inner.released.remove(id);
-        inner.note_end(id);
-        let action = inner.end(id, cause.name());
-        if action.is_none() && !inner.is_ending(id) {
-            inner.send(slot, ToAgent::Ended(id.clone()));
-        }
-        action.into_iter().collect()
     }
 
     /// The client gives a session back.

@@ -1,6 +1,7 @@
 //! Sessions of several ports.
 
 use super::*;
+use crate::session::SessionPort;
 
 /// A session on `PORT` and on two further ports.
 fn several(id: &str) -> Session {
