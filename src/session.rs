@@ -84,6 +84,15 @@ text_id! {
     SessionId
 }
 
+/// As in the path of a request.
+impl<'de> Deserialize<'de> for SessionId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let wrong = || serde::de::Error::custom("an id has 1 to 64 bytes");
+        Self::new(&text).ok_or_else(wrong)
+    }
+}
+
 /// Which ports a request can use: those that it could be given on any
 /// processing server.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]

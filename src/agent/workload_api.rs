@@ -267,9 +267,9 @@ async fn list_sessions(
 )]
 async fn get_session(
     State(api): State<Arc<Api>>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
 ) -> Result<Json<WorkloadSession>, Refused> {
-    let id = session_id(id)?;
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
     let session = api.agent.session(&id).ok_or(Refused::NoSession)?;
     Ok(Json(WorkloadSession::from(&session)))
 }
@@ -290,11 +290,11 @@ async fn get_session(
 )]
 async fn amend_session(
     State(api): State<Arc<Api>>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
     headers: HeaderMap,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Json<WorkloadSession>, Refused> {
-    let id = session_id(id)?;
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
     let amendment = Amendment::parse(&headers, &body?)?;
     api.pace.take_turn().await;
     let session = api.agent.amend(&id, &amendment)?;
@@ -313,9 +313,10 @@ async fn amend_session(
 )]
 async fn end_session(
     State(api): State<Arc<Api>>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
 ) -> Result<StatusCode, Refused> {
-    let is_ended = api.agent.end(&session_id(id)?);
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    let is_ended = api.agent.end(&id);
     is_ended
         .then_some(StatusCode::NO_CONTENT)
         .ok_or(Refused::NoSession)
@@ -345,12 +346,6 @@ async fn watch_events(
 #[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "OpenAPI")))]
 async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
     Json(openapi())
-}
-
-/// The id in a path; one that no session can have is that of none.
-fn session_id(path: Result<Path<String>, PathRejection>) -> Result<SessionId, Refused> {
-    let Path(id) = path.map_err(|_| Refused::NoSession)?;
-    SessionId::new(&id).ok_or(Refused::NoSession)
 }
 
 /// Why a request is refused.

@@ -112,9 +112,10 @@ async fn list_sessions(
 )]
 async fn get_session(
     State(inspection): State<Arc<Inspection>>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
 ) -> Result<Json<SessionInfo>, Refused> {
-    inspection.session(&session_id(id)?).map(Json)
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    inspection.session(&id).map(Json)
 }
 
 /// Changes a live session's metadata, or when it ends, by a JSON merge patch (RFC
@@ -145,21 +146,15 @@ async fn get_session(
 )]
 async fn amend_session(
     State(inspection): State<Arc<Inspection>>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
     request: Request<Body>,
 ) -> Result<Json<SessionInfo>, Refused> {
-    let id = session_id(id)?;
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
     let (head, body) = request.into_parts();
     let body = read_body(body).await?;
     let amendment = Amendment::parse(&head.headers, &body)?;
     inspection.api.control.amend(&id, amendment).await?;
     inspection.session(&id).map(Json)
-}
-
-/// The id in a path; one that no session can have is that of none.
-fn session_id(path: Result<Path<String>, PathRejection>) -> Result<SessionId, Refused> {
-    let Path(id) = path.map_err(|_| Refused::NoSession)?;
-    SessionId::new(&id).ok_or(Refused::NoSession)
 }
 
 impl Inspection {

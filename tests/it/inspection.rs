@@ -204,6 +204,7 @@ async fn a_wrong_amendment_is_refused_with_the_reason() {
     let no_session = (404, "no-session", "no live session");
     refused("none", MERGE_PATCH, "{}", no_session);
     refused("%ff", MERGE_PATCH, "{}", no_session);
+    refused(&"x".repeat(65), MERGE_PATCH, "{}", no_session);
     refused(is, "text/plain", "{}", (415, "not-json", MERGE_PATCH));
     // What a browser adds for a web page.
     let page = format!("{MERGE_PATCH}\r\norigin: http://example.org");

@@ -185,11 +185,10 @@ async fn create_session(
 async fn get_session(
     State(api): State<Arc<Api>>,
     Extension(ends): Extension<Ends>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
     request: Request<Body>,
 ) -> Result<Json<Session>, Refused> {
     let Path(id) = id.map_err(|_| Refused::NoSession)?;
-    let id = SessionId::new(&id).ok_or(Refused::NoSession)?;
     let known = api.sessions.get(&id).ok_or(Refused::NoSession)?;
     let address = reached_by(request.uri(), request.headers(), ends.local.ip());
     Ok(Json(api.describe(known.slot, &known.session, &address)))
@@ -208,10 +207,9 @@ async fn get_session(
 )]
 async fn delete_session(
     State(api): State<Arc<Api>>,
-    id: Result<Path<String>, PathRejection>,
+    id: Result<Path<SessionId>, PathRejection>,
 ) -> Result<StatusCode, Refused> {
     let Path(id) = id.map_err(|_| Refused::NoSession)?;
-    let id = SessionId::new(&id).ok_or(Refused::NoSession)?;
     api.control.release(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
