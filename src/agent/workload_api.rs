@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::rejection::{BytesRejection, JsonRejection, PathRejection, QueryRejection};
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::uri::Authority;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -32,7 +32,6 @@ use futures::Stream;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde_json::{Map, Value};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -49,7 +48,7 @@ use super::workload_view::{
 };
 use crate::admin::events::Watchers;
 use crate::admin::web_pages;
-use crate::session::body::BodyError;
+use crate::session::body::{BodyError, parse_json_object};
 use crate::session::{AmendRefusal, Amendment, Problem, SessionId};
 
 /// Most bytes of a request's body: metadata of 4 KiB with room for escapes, six bytes
@@ -207,16 +206,15 @@ async fn get_server(State(api): State<Arc<Api>>) -> Result<Json<ServerView>, Ref
     request_body = Readiness,
     responses(
         (status = 204, description = "Noted; connection servers learn of it"),
-        (status = "4XX", description = "The body is not as described", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "The body is not as described; `type` says how: `not-json`, `malformed`, `invalid-field`, `body` (too large)", body = Problem, content_type = "application/problem+json"),
     )
 )]
 async fn set_readiness(
     State(api): State<Arc<Api>>,
-    body: Result<Json<Map<String, Value>>, JsonRejection>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
 ) -> Result<StatusCode, Refused> {
-    // An object only: derived code would take an array of the values as well.
-    let Json(object) = body?;
-    let Readiness { ready } = serde_json::from_value(Value::Object(object))?;
+    let Readiness { ready } = parse_json_object(&headers, &body?).map_err(Refused::Readiness)?;
     api.pace.take_turn().await;
     api.agent.set_ready(ready);
     Ok(StatusCode::NO_CONTENT)
@@ -351,10 +349,8 @@ async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
 /// Why a request is refused.
 #[derive(Debug, thiserror::Error)]
 enum Refused {
-    #[error("{0}")]
-    Body(#[from] JsonRejection),
     #[error("the body must be {{\"ready\": true}} or {{\"ready\": false}}: {0}")]
-    Field(#[from] serde_json::Error),
+    Readiness(BodyError),
     #[error("{0}")]
     Parameter(String),
     #[error(transparent)]
@@ -380,15 +376,13 @@ enum Refused {
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         let (status, name, title) = match &self {
-            Self::Body(rejection) => (rejection.status(), "body", "Wrong body"),
-            Self::Field(_) => (StatusCode::UNPROCESSABLE_ENTITY, "body", "Wrong body"),
             Self::Parameter(_) => (
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "invalid-field",
                 "Invalid field",
             ),
             Self::NotRead(rejection) => (rejection.status(), "body", "Wrong body"),
-            Self::Amendment(error) => error.problem(),
+            Self::Readiness(error) | Self::Amendment(error) => error.problem(),
             Self::NotAmended(refusal) => refusal.problem(),
             Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
             Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),

@@ -48,6 +48,20 @@ pub fn media_type(headers: &HeaderMap) -> String {
     media_type.unwrap_or_default().trim().to_ascii_lowercase()
 }
 
+/// Parses a body that must be a JSON object, sent as such.
+///
+/// # Errors
+/// [`BodyError`].
+pub fn parse_json_object<T: DeserializeOwned>(
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<T, BodyError> {
+    if media_type(headers) != "application/json" {
+        return Err(BodyError::MediaType("application/json"));
+    }
+    parse_object(body)
+}
+
 /// Parses a body that must be a JSON object.
 ///
 /// # Errors

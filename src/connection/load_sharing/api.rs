@@ -31,7 +31,7 @@ use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
 use crate::pool::MAX_PORT_NAME_LENGTH;
 use crate::selection;
-use crate::session::body::{BodyError, media_type, parse_object};
+use crate::session::body::parse_json_object;
 use crate::session::{
     MAX_ID_BYTES, MAX_KEY_CHARACTERS, MAX_SERVER_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem,
     ServerState, Session, SessionId, SessionRequest, SessionState,
@@ -316,10 +316,7 @@ async fn read_request(headers: &HeaderMap, body: Body) -> Result<SessionRequest,
     if body.is_empty() {
         return Ok(SessionRequest::default());
     }
-    if media_type(headers) != "application/json" {
-        return Err(BodyError::MediaType("application/json").into());
-    }
-    let request: SessionRequest = parse_object(&body)?;
+    let request: SessionRequest = parse_json_object(headers, &body)?;
     check(&request).map_err(Refused::InvalidField)?;
     Ok(request)
 }

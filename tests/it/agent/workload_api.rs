@@ -310,20 +310,64 @@ async fn a_workload_watches_its_sessions() {
 async fn what_a_workload_says_wrongly_is_refused_with_the_reason() {
     let pool = Pool::running(1, |_| {}).await;
     let long = format!(r#"{{"ready": true, "x": "{}"}}"#, "x".repeat(40_000));
-    for (method, path, body, status, named) in [
-        ("PUT", "/v1/readiness", "{", 400, "JSON"),
-        ("PUT", "/v1/readiness", "{}", 422, "ready"),
-        ("PUT", "/v1/readiness", r#"{"ready":1}"#, 422, "ready"),
-        ("PUT", "/v1/readiness", r#"{"ready":true,"a":1}"#, 422, "a"),
-        ("PUT", "/v1/readiness", "[false]", 422, "map"),
-        ("PUT", "/v1/readiness", &long, 413, "length limit"),
-        ("GET", "/v1/nothing", "", 404, "/openapi.json"),
-        ("PATCH", "/v1/server", "", 405, "/openapi.json"),
-        ("DELETE", "/v1/sessions/none", "", 404, "no live session"),
+    for (method, path, body, status, kind, named) in [
+        ("PUT", "/v1/readiness", "{", 400, "malformed", "EOF"),
+        ("PUT", "/v1/readiness", "{}", 422, "invalid-field", "ready"),
+        (
+            "PUT",
+            "/v1/readiness",
+            r#"{"ready":1}"#,
+            422,
+            "invalid-field",
+            r#"must be {"ready": true}"#,
+        ),
+        (
+            "PUT",
+            "/v1/readiness",
+            r#"{"ready":true,"a":1}"#,
+            422,
+            "invalid-field",
+            "unknown field `a`",
+        ),
+        (
+            "PUT",
+            "/v1/readiness",
+            r#"{"ready":false,"ready":false}"#,
+            422,
+            "invalid-field",
+            "duplicate field `ready`",
+        ),
+        (
+            "PUT",
+            "/v1/readiness",
+            "[false]",
+            422,
+            "invalid-field",
+            "JSON object",
+        ),
+        ("PUT", "/v1/readiness", &long, 413, "body", "length limit"),
+        ("GET", "/v1/nothing", "", 404, "not-found", "/openapi.json"),
+        (
+            "PATCH",
+            "/v1/server",
+            "",
+            405,
+            "method-not-allowed",
+            "/openapi.json",
+        ),
+        (
+            "DELETE",
+            "/v1/sessions/none",
+            "",
+            404,
+            "no-session",
+            "no live session",
+        ),
     ] {
         let (found, problem) = call(&pool, 0, method, path, body);
         assert_eq!(found, status, "{method} {path}: {problem}");
         assert_eq!(problem["status"], status);
+        assert_eq!(problem["type"], format!("urn:portpool:problem:{kind}"));
         let detail = problem["detail"].as_str().unwrap();
         assert!(detail.contains(named), "{detail}");
     }
