@@ -353,12 +353,14 @@ fn small_pool() -> ProcessingPoolSpec {
 #[test]
 fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
-    // A change that breaks a rule, where, and words of the API server's message.
-    let cases: [(Change, &str, &str); 18] = [
+    // A change that breaks a rule, where, and words of the API server's message and of
+    // ours, which also has the remedy.
+    let cases: [(Change, &str, &str, &str); 18] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
             "widen the range",
+            "widen connectionPorts, or lower replicas",
         ),
         (
             |spec| {
@@ -367,21 +369,25 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports",
             "fits into a ConfigMap",
+            "lower replicas or merge entries",
         ),
         (
             |spec| spec.ports[1].port = Some(7001),
             "spec.ports[1].port",
             "overlap",
+            "move one of them",
         ),
         (
             |spec| spec.connection_server.load_sharing_port = 20_000,
             "spec.connectionServer.loadSharingPort",
             "outside connectionPorts",
+            "outside connectionPorts, 20000 to",
         ),
         (
             |spec| spec.connection_server.load_sharing_port = 7701,
             "spec.connectionServer.loadSharingPort",
             "7701",
+            "must not include 7701",
         ),
         (
             |spec| {
@@ -392,16 +398,19 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.connectionServer.connectionPorts",
             "7701",
+            "must not include 7701",
         ),
         (
             |spec| spec.connection_server.connection_ports.last = 9,
             "spec.connectionServer.connectionPorts.first",
             "must not be above last",
+            "above last (9); this is",
         ),
         (
             |spec| spec.ports[0].port = Some(65_535),
             "spec.ports[0].count",
             "must not exceed 65535",
+            "above 65535: lower one of them",
         ),
         (
             |spec| {
@@ -410,6 +419,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports[0].proxyProtocol",
             "needs protocol TCP",
+            "set protocol: TCP, or remove proxyProtocol",
         ),
         (
             |spec| {
@@ -418,21 +428,25 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports[0].replies",
             "needs protocol UDP or TCPUDP",
+            "set protocol: UDP, or remove replies",
         ),
         (
             |spec| spec.ports[0].port = Some(7069),
             "spec.ports[0].port",
             "belong to portpool's agent",
+            "move the workload's ports",
         ),
         (
             |spec| spec.ports[0].port = None,
             "spec.ports[0].port",
             "port is required",
+            "give the first port that the workload listens on",
         ),
         (
             |spec| spec.ports[1].mapping = Mapping::Identity,
             "spec.ports[1].port",
             "must be absent with mapping Identity",
+            "remove it, or choose another mapping",
         ),
         (
             |spec| {
@@ -441,6 +455,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports[1].mapping",
             "overlap",
+            "an entry may have any of connectionPorts",
         ),
         (
             |spec| {
@@ -453,11 +468,13 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.connectionServer.connectionPorts",
             "must not include 7070 to 7073",
+            "choose another range",
         ),
         (
             |spec| spec.ports[0].offer = Offer::WhenAnyListens,
             "spec.ports[0].offer",
             "needs protocol TCPUDP",
+            "set protocol: TCPUDP, or remove offer",
         ),
         (
             |spec| {
@@ -466,6 +483,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports[0].offer",
             "does not apply with admission Companion",
+            "remove offer",
         ),
         (
             |spec| {
@@ -475,12 +493,13 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             },
             "spec.ports",
             "another admission than Companion",
+            "add an entry for the port that clients ask for",
         ),
     ];
     let validator = Validator::new();
     assert_eq!(rules::check(&small_pool()), []);
     assert_eq!(broken_cel_rules(&validator, &small_pool()), [""; 0]);
-    for (change, path, words) in cases {
+    for (change, path, words, ours) in cases {
         let mut spec = small_pool();
         change(&mut spec);
         let (here, cel) = (rules::check(&spec), broken_cel_rules(&validator, &spec));
@@ -488,6 +507,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             panic!("{path}: {here:?}");
         };
         assert_eq!(problem.path, path);
+        assert!(problem.message.contains(ours), "{problem:?}");
         assert!(cel.iter().any(|message| message.contains(words)), "{cel:?}");
     }
 }
