@@ -85,9 +85,9 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub state_file: Option<PathBuf>,
 
-    /// Seconds that sessions may go on after SIGTERM; those that no client has claimed end at once
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub drain_seconds: u64,
+    /// Seconds that sessions may go on after SIGTERM; those that no client has claimed end at once. Default: as the table says, else 30
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_seconds: Option<u64>,
 }
 
 /// A loopback address with its port.
@@ -140,7 +140,7 @@ pub enum Error {
 }
 
 /// Runs the agent until `shutdown`, then drains: nothing new is selected, sessions
-/// that no client has claimed end, and the others go on for up to `drain_seconds`.
+/// that no client has claimed end, and the others go on for up to `drain_seconds` or the table's.
 ///
 /// # Errors
 /// [`Error`] when it could not start.
@@ -214,7 +214,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     info!(%address, slot = %options.slot, "agent ready");
     tokio::select! {
         served = serving => served?,
-        () = async { shutdown.await; drain(&agent, Duration::from_secs(options.drain_seconds)).await } => {}
+        () = async { shutdown.await; drain(&agent, options.drain_seconds).await } => {}
     }
     stopping.cancel();
     tasks.close();
@@ -268,21 +268,29 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
     }
 }
 
-/// Lets sessions go on for up to `drain`, then ends them. Nothing renews that time:
-/// it counts from the signal.
-async fn drain(agent: &Agent, drain: Duration) {
+/// Lets sessions go on for `seconds`, or as the table says, then ends them. That time
+/// counts from the signal; another table may make it longer or shorter.
+async fn drain(agent: &Agent, seconds: Option<u64>) {
+    let limit = || {
+        let asked = seconds.map(Duration::from_secs);
+        let told = || agent.table().map(|table| table.drain_limit());
+        asked.or_else(told).unwrap_or_default()
+    };
     agent.stop();
     info!(
         sessions = agent.session_count(),
-        seconds = drain.as_secs(),
+        seconds = limit().as_secs(),
         "draining: live sessions may go on; a second signal cuts them at once"
     );
-    let empty = async |deadline: Instant| {
-        while agent.session_count() > 0 && Instant::now() < deadline {
-            sleep(DRAIN_CHECK).await;
-        }
-    };
-    empty(Instant::now() + drain).await;
+    empty(agent, limit).await;
     agent.end_all();
-    empty(Instant::now() + END_GRACE).await;
+    empty(agent, || END_GRACE).await;
+}
+
+/// Waits until the agent has no session, for as long as `limit` says from now on.
+async fn empty(agent: &Agent, limit: impl Fn() -> Duration) {
+    let started = Instant::now();
+    while agent.session_count() > 0 && started.elapsed() < limit() {
+        sleep(DRAIN_CHECK).await;
+    }
 }

@@ -92,9 +92,9 @@ pub struct Options {
     #[command(flatten)]
     pub limits: forward::Limits,
 
-    /// Seconds that live sessions may go on after SIGTERM
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub drain_seconds: u64,
+    /// Seconds that live sessions may go on after SIGTERM. Default: as the table says, else 30
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_seconds: Option<u64>,
 
     /// Take over from the connection server that listens on this Unix socket, without cutting anything; then
     /// listen there for the next one. SIGUSR2 starts that: this program again, as it is on disk then
@@ -162,7 +162,7 @@ pub enum Error {
 }
 
 /// Runs a connection server until `shutdown`, then drains: nothing new is
-/// allocated, live sessions go on for up to `drain_seconds`. Ends early when a
+/// allocated, live sessions go on for up to `drain_seconds` or the table's. Ends early when a
 /// successor has taken over. With `is_supervised`, `portpool local` runs this
 /// process and starts its successors; without it, SIGUSR2 does.
 ///
@@ -230,9 +230,8 @@ pub async fn run(
         }
     }
     if !server.has_retired() {
-        server
-            .stop(Duration::from_secs(options.drain_seconds))
-            .await;
+        let asked = options.drain_seconds.map(Duration::from_secs);
+        server.stop(asked).await;
         return Ok(());
     }
     if let Some(socket) = socket {

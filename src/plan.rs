@@ -406,6 +406,7 @@ fn next_table(pool: &ValidPool, uid: &str, previous: &Previous<'_>, rows: Vec<Ro
         load_sharing: pool.load_sharing.clone(),
         sessions: pool.sessions.clone(),
         recycle: pool.recycle,
+        drain_seconds: u32::try_from(pool.drain_limit.as_secs()).ok(),
         rows,
     };
     if previous.table != Some(&table) || !previous.is_published {

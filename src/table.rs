@@ -21,6 +21,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::num::{NonZeroU16, ParseIntError};
 use std::str::FromStr;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -38,6 +39,10 @@ pub const FORMAT_VERSION: u32 = 2;
 /// The oldest format that this code reads. Format 1 has `shared` in place of
 /// `mapping`.
 const OLDEST_FORMAT_VERSION: u32 = 1;
+
+/// The drain limit of a table that has none: the grace period that Kubernetes gives
+/// a pod by default.
+const UNTOLD_DRAIN_SECONDS: u32 = 30;
 
 /// Key of the table in its ConfigMap.
 pub const TABLE_KEY: &str = "table.json";
@@ -134,6 +139,11 @@ pub struct Table {
     /// When servers are replaced.
     #[serde(default, skip_serializing_if = "Recycle::is_never")]
     pub recycle: Recycle,
+    /// How many seconds live sessions may go on at most once their server, or the
+    /// connection server, stops. Readers follow it while they run and while they stop.
+    /// Absent in tables of older writers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain_seconds: Option<u32>,
     /// One row per slot, sorted by slot, each slot once.
     pub rows: Vec<Row>,
 }
@@ -327,6 +337,14 @@ impl Table {
             sessions: self.sessions.clone(),
             ..*self
         }
+    }
+
+    /// How long live sessions may go on once their server, or the connection server,
+    /// stops.
+    #[must_use]
+    pub fn drain_limit(&self) -> Duration {
+        let seconds = self.drain_seconds.unwrap_or(UNTOLD_DRAIN_SECONDS);
+        Duration::from_secs(seconds.into())
     }
 
     /// The row of `slot`.

@@ -226,9 +226,12 @@ impl Link {
 
     fn update(&self, slot: Slot, table: &Arc<Table>) {
         self.row.send_if_modified(|current| {
-            let changed = current.row(slot) != table.row(slot)
-                || current.sessions != table.sessions
-                || current.load_sharing != table.load_sharing;
+            // The generation alone is nothing to an agent.
+            let former = Table {
+                generation: table.generation,
+                ..current.slice(slot)
+            };
+            let changed = former != table.slice(slot);
             if changed {
                 *current = table.clone();
             }

@@ -269,18 +269,20 @@ impl Server {
         self.tasks.spawn(admin::serve(listener, state, stopping));
     }
 
-    /// Lets live sessions go on for up to `drain`, then closes everything. Nothing
-    /// renews that time: it counts from the signal.
-    pub(super) async fn stop(self, drain: Duration) {
+    /// Lets live sessions go on for up to `asked`, or as the table says, then closes
+    /// everything. That time counts from the signal; another table may make it longer
+    /// or shorter.
+    pub(super) async fn stop(self, asked: Option<Duration>) {
+        let limit = || asked.unwrap_or_else(|| self.table.borrow().drain_limit());
+        let started = Instant::now();
         self.draining.cancel();
         self.parts.allocation.close();
         info!(
             sessions = self.parts.sessions.open_count(),
-            seconds = drain.as_secs(),
+            seconds = limit().as_secs(),
             "draining: live sessions may go on; a second signal cuts them at once"
         );
-        let deadline = Instant::now() + drain;
-        while self.parts.sessions.open_count() > 0 && Instant::now() < deadline {
+        while self.parts.sessions.open_count() > 0 && started.elapsed() < limit() {
             tokio::time::sleep(DRAIN_CHECK).await;
         }
         info!(

@@ -20,6 +20,7 @@ fn table(generation: u64, uid: &str) -> Table {
         load_sharing: LoadSharing::default(),
         sessions: Sessions::default(),
         recycle: Recycle::default(),
+        drain_seconds: None,
         rows: Vec::new(),
     }
 }

@@ -41,6 +41,7 @@ pub(super) fn table(rows: Vec<Row>) -> Table {
         load_sharing: LoadSharing::default(),
         sessions: Sessions::default(),
         recycle: Recycle::default(),
+        drain_seconds: None,
         rows,
     }
 }

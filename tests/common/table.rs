@@ -26,6 +26,7 @@ pub fn table(sessions: Sessions, rows: Vec<Row>) -> Table {
         load_sharing: LoadSharing::default(),
         sessions,
         recycle: Recycle::default(),
+        drain_seconds: None,
         rows,
     }
 }

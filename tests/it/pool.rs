@@ -4,6 +4,7 @@
 mod admission;
 mod budget;
 mod companion;
+mod drain;
 mod faults;
 mod late;
 mod near;

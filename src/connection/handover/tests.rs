@@ -52,6 +52,7 @@ fn state(snapshot: ForwarderSnapshot, sessions: SessionsSnapshot) -> State {
             load_sharing: LoadSharing::default(),
             sessions: Settings::default(),
             recycle: Recycle::default(),
+            drain_seconds: None,
             rows: Vec::new(),
         }),
         load_sharing: descriptor(),

@@ -54,6 +54,7 @@ fn table(admission: Admission) -> Table {
             ..Settings::default()
         },
         recycle: Recycle::default(),
+        drain_seconds: None,
         rows: vec![row(0), row(1)],
     }
 }

@@ -6,15 +6,21 @@ use super::{
     CONNECTION_SERVER, Owner, Settings, TABLE_FOLDER, connection_server_name, field_env, labels,
     metadata, probe, pull_secrets, restricted, selector, table_name,
 };
-use crate::pool::{CONNECTION_ADMIN_PORT, Exposure};
+use crate::pool::{CONNECTION_ADMIN_PORT, Exposure, WEEK_SECONDS};
 use crate::table::TABLE_KEY;
 
+/// The longest drain that a pool may have. The process itself ends after the drain of
+/// the table, which may change while it runs; a grace period of a pod may not. A grace
+/// period that followed the pool would replace every connection server, and cut its
+/// sessions, to let other sessions go on for longer.
+const LONGEST_DRAIN_SECONDS: u32 = WEEK_SECONDS.unsigned_abs();
+
 /// Time beyond the drain in which requests are answered and the process exits.
-const STOP_SECONDS: u64 = 5;
+const STOP_SECONDS: u32 = 5;
 
 /// How long a connection server that must stop still serves as before: nodes and
 /// load balancers learn a little later that they must send nothing more to it.
-const FAREWELL_SECONDS: u64 = 5;
+const FAREWELL_SECONDS: u32 = 5;
 
 /// The ServiceAccount, the Role and the RoleBinding.
 pub(super) fn access(owner: Owner<'_>) -> Vec<Value> {
@@ -55,7 +61,6 @@ pub(super) fn deployment(owner: Owner<'_>, settings: &Settings) -> Value {
     let on_host = pool.exposure == Exposure::HostNetwork;
     // Two connection servers on the network of one host cannot have the same ports.
     let (most_more, most_less) = if on_host { (0, 1) } else { (1, 0) };
-    let drain = pool.drain_limit.as_secs();
     let selector = selector(&pool.name, CONNECTION_SERVER);
     let dns_policy = if on_host {
         "ClusterFirstWithHostNet"
@@ -67,7 +72,7 @@ pub(super) fn deployment(owner: Owner<'_>, settings: &Settings) -> Value {
         "automountServiceAccountToken": true,
         "enableServiceLinks": false,
         "dnsPolicy": dns_policy,
-        "terminationGracePeriodSeconds": FAREWELL_SECONDS + drain + STOP_SECONDS,
+        "terminationGracePeriodSeconds": FAREWELL_SECONDS + LONGEST_DRAIN_SECONDS + STOP_SECONDS,
         "securityContext": { "runAsNonRoot": true, "seccompProfile": { "type": "RuntimeDefault" } },
         "topologySpreadConstraints": [{
             "maxSkew": 1,
@@ -116,7 +121,6 @@ fn container(owner: Owner<'_>, settings: &Settings) -> Value {
         ),
         format!("--load-sharing-port={}", pool.load_sharing_port),
         format!("--admin=[::]:{CONNECTION_ADMIN_PORT}"),
-        format!("--drain-seconds={}", pool.drain_limit.as_secs()),
     ];
     let mut env = Vec::new();
     // Clients outside use the address that they sent the request to. Clients inside

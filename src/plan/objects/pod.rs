@@ -107,7 +107,7 @@ fn for_slot(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
         secrets.extend(more);
     }
     // The agent is the first, so that it runs before any other container.
-    list(&mut spec, "initContainers").insert(0, agent(owner, settings, slot));
+    list(&mut spec, "initContainers").insert(0, agent(settings, slot));
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -123,8 +123,7 @@ fn for_slot(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
 }
 
 /// The container of the agent: it has no token and no privilege, and restarts alone.
-fn agent(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
-    let drain = owner.pool.drain_limit.as_secs();
+fn agent(settings: &Settings, slot: Slot) -> Value {
     json!({
         "name": AGENT,
         "image": settings.image,
@@ -137,7 +136,6 @@ fn agent(owner: Owner<'_>, settings: &Settings, slot: Slot) -> Value {
             format!("--admin=[::]:{AGENT_ADMIN_PORT}"),
             format!("--api={LOOPBACK}:{AGENT_API_PORT}"),
             "--state-file=/run/portpool/agent",
-            format!("--drain-seconds={drain}"),
         ],
         "env": [field_env("POD_IP", "status.podIP")],
         "ports": [

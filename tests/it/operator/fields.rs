@@ -7,9 +7,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use std::fmt::Write;
+use std::path::Path;
+
+use crate::common::agree;
 use crate::common::cluster::{KINDS, Space, quick, until};
 use futures::StreamExt;
 use kube::api::{ListParams, Patch, PatchParams};
+use portpool::pool::ProxyProtocol;
+use portpool::table::PortRange;
 use serde_json::{Map, Value, json};
 
 /// Values of a field, beside the invalid ones that its schema gives.
@@ -248,12 +254,16 @@ async fn every_field_refuses_or_reports_a_wrong_value_and_recovers() {
         async move {
             let pool = format!("field-{index}");
             refused(space, &pool, case.path, schema).await;
-            changed_and_back(space, &pool, &case, is_required).await;
+            let replaced = changed_and_back(space, &pool, &case, is_required).await;
+            (case.path, replaced)
         }
     };
-    futures::stream::iter(cases.into_iter().enumerate())
-        .for_each_concurrent(4, run)
+    let replaced = futures::stream::iter(cases.into_iter().enumerate())
+        .map(run)
+        .buffered(4)
+        .collect::<Vec<_>>()
         .await;
+    agree_with_docs(&replaced);
     // Fields that only group others.
     for (path, schema) in fields.iter().filter(|(_, schema)| !is_value(schema)) {
         refused(&space, "groups", path, schema).await;
@@ -289,8 +299,92 @@ async fn refused(space: &Space, pool: &str, path: &str, schema: &Value) {
     assert_eq!(world(space, pool).await, before, "{path}");
 }
 
+/// What a change of a pool can replace.
+#[derive(PartialEq)]
+struct Replaceable {
+    /// The template of the connection servers' pods.
+    connection_servers: Value,
+    /// The uids of the processing servers' pods, by name.
+    processing_servers: BTreeMap<String, String>,
+    /// The connection ports of each slot, and where they lead.
+    connection_ports: BTreeMap<String, Vec<PortRange>>,
+}
+
+impl Replaceable {
+    async fn of(space: &Space, pool: &str) -> Self {
+        let deployments = space.objects("apps", "Deployment", "deployments");
+        let name = format!("{pool}-connection-server");
+        let mut deployment = deployments.get(&name).await.unwrap();
+        let rows = space.table(pool).await.unwrap().rows.into_iter();
+        Self {
+            connection_servers: deployment.data["spec"]["template"].take(),
+            processing_servers: space.servers(pool).await,
+            connection_ports: rows.map(|row| (row.server, row.ranges)).collect(),
+        }
+    }
+
+    /// What is no longer there `after` a change, in words.
+    fn replaced(&self, after: &Self) -> Vec<&'static str> {
+        let is_same_server = |(name, uid): (&String, &String)| {
+            let now = after.processing_servers.get(name);
+            now.is_none_or(|now| now == uid)
+        };
+        let are_same_ports = |(name, ranges): (&String, &Vec<PortRange>)| {
+            // A session ends when one of these changes.
+            let ports = |ranges: &[PortRange]| -> BTreeSet<_> {
+                let ports = ranges.iter().flat_map(|range| {
+                    let kind = (range.name.clone(), range.protocol.name());
+                    let sends_address = range.proxy_protocol == ProxyProtocol::V2;
+                    let ports = range.connection_ports();
+                    ports.map(move |port| (port, range.target(port), kind.clone(), sends_address))
+                });
+                ports.collect()
+            };
+            let now = after.connection_ports.get(name);
+            now.is_none_or(|now| ports(now).is_superset(&ports(ranges)))
+        };
+        let mut replaced = Vec::new();
+        if self.connection_servers != after.connection_servers {
+            replaced.push("connection servers");
+        }
+        if !self.processing_servers.iter().all(is_same_server) {
+            replaced.push("processing servers");
+        }
+        if !self.connection_ports.iter().all(are_same_ports) {
+            replaced.push("connection ports");
+        }
+        replaced
+    }
+}
+
+/// Compares the table in the documentation with what was seen to be replaced.
+fn agree_with_docs(replaced: &[(&str, Option<Vec<&str>>)]) {
+    const PATH: &str = "docs/operations.md";
+    let mut table = String::from("| field | what a change replaces |\n|---|---|\n");
+    for (path, replaced) in replaced {
+        let words = match replaced.as_deref() {
+            None => "cannot be changed".to_owned(),
+            Some([]) => "nothing".to_owned(),
+            Some(replaced) => replaced.join(", "),
+        };
+        writeln!(table, "| `{path}` | {words} |").unwrap();
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PATH);
+    let page = std::fs::read_to_string(path).unwrap();
+    let (before, rest) = page.split_once("<!-- replaces -->\n").unwrap();
+    let (_, after) = rest.split_once("<!-- /replaces -->\n").unwrap();
+    let page = format!("{before}<!-- replaces -->\n{table}<!-- /replaces -->\n{after}");
+    agree(PATH, &page);
+}
+
 /// Changes the pool's field, removes it, makes it unsatisfiable and puts it back.
-async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: bool) {
+/// Returns what the change has replaced; `None` where it was refused.
+async fn changed_and_back(
+    space: &Space,
+    pool: &str,
+    case: &Case,
+    is_required: bool,
+) -> Option<Vec<&'static str>> {
     let path = case.path;
     let back = async || {
         space.make_ready(pool, base()).await;
@@ -304,6 +398,8 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
         unchanged = world(space, pool).await;
     }
     set(&mut changed, path, case.changed.clone());
+    let former = Replaceable::of(space, pool).await;
+    let mut replaced = None;
     let answer = space.apply(pool, changed).await;
     if path == "connectionServer.exposure" {
         let error = answer.unwrap_err().to_string();
@@ -311,6 +407,7 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
     } else {
         answer.unwrap();
         space.ready(pool).await;
+        replaced = Some(former.replaced(&Replaceable::of(space, pool).await));
         // The end of the range has an effect only when the range is full, and node
         // ports only with a load balancer.
         let is_idle = path.ends_with("connectionPorts.last") || path.ends_with("NodePorts");
@@ -333,10 +430,8 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
         // would take all of it.
         (false, "drainSeconds") => {
             answer.unwrap();
-            let deployment = format!("Deployment {pool}-connection-server");
             until("the default is in force", async || {
-                let deployment = world(space, pool).await[&deployment].to_string();
-                deployment.contains("--drain-seconds=600")
+                space.table(pool).await.unwrap().drain_seconds == Some(600)
             })
             .await;
         }
@@ -367,6 +462,7 @@ async fn changed_and_back(space: &Space, pool: &str, case: &Case, is_required: b
         }
         assert_eq!(back().await, after, "{path}: corrected");
     }
+    replaced
 }
 
 #[tokio::test]

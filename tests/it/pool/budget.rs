@@ -97,7 +97,7 @@ fn run_agents(pool: &Pool) -> (PathBuf, oneshot::Sender<()>, std::thread::JoinHa
                 admin: SocketAddr::new(address, 7071),
                 api: None,
                 state_file: None,
-                drain_seconds: 0,
+                drain_seconds: Some(0),
             }
         })
         .collect();
