@@ -18,6 +18,10 @@
 //! controller: watches pools, plans, writes the table into a ConfigMap ───────┘
 //! ```
 //!
+//! The data plane has its own threads. The rest of a connection server, and the
+//! controller, are tasks of a runtime with a thread per processor. An agent has one
+//! thread, because a machine may have many.
+//!
 //! A processing server is a pod of the Kubernetes cluster. `portpool local` does
 //! the controller's work on one machine: processes instead of pods, and a file
 //! instead of the ConfigMap. Who decides what:
@@ -87,7 +91,11 @@
 //!   leads where.
 //! - **generation**: the table's version. It only grows, and readers refuse
 //!   an older one.
-//! - **session**: one client's right to one connection port for a while.
+//! - **entry**: a group of ports of the pool with one name and the same settings.
+//! - **session**: one client's right to one connection port, or several on one
+//!   server, for a while.
+//! - **companion port**: a port without sessions of its own, open to clients that have
+//!   a session on the same server.
 //! - **free** is a connection port that the next request may get; **held** one
 //!   whose client has not connected yet; **busy** one with open connections;
 //!   **lingering** one whose client may come back; **not listening** one whose
@@ -96,29 +104,29 @@
 //!   claim deadline. One that does not reach the workload, or that carries nothing
 //!   from the client and is soon gone, does not count.
 //! - **book**: the agent's record of its ports and sessions.
+//! - **trial**: the time after a session in which a port must show that its socket
+//!   does not go with the session, before it is free again.
+//! - **spent**: a server that has had its sessions (`recycle`) gets no new ones, and is
+//!   replaced when it is empty.
 //! - **host identity**: the address that a connection server listens on, with
 //!   its host and boot. No two processes have the same at a time, so a new
 //!   process that shows it proves that the former one is dead.
 //! - **gate**: what the data plane asks whether a client may use a port. Its
 //!   answer is a **decision**.
 //! - **pending**: a client whose decision waits for the agent's answer.
-//! - **flow**: the datagrams of one client on one UDP port.
-//! - **coalescing**: reading a busy sender once a millisecond, so that one
-//!   system call moves more.
-//! - **final flush**: delivering to one peer what the other one, now lost, had
-//!   sent.
+//! - **flow**: what the data plane forwards between one client and one port: a TCP
+//!   connection, or the datagrams from one of the client's addresses.
 //! - **drain**: to take nothing new while what is there goes on, up to a
 //!   deadline.
 //! - **hand-over**: a new process takes the connections of the old one: the
 //!   old one exports a **snapshot**, the new one imports it.
-//! - **reconcile**: to observe, validate, plan, apply and report.
 //!
 //! # The modules
 //!
 //! A module uses those behind its arrow, and no other of this crate;
 //! `src/main.rs` picks the role. `tests/it/layering.rs` reads this drawing and
 //! fails when the code differs, either way. A pure module decides from values
-//! alone: no socket, clock, lock or await. "no tokio" means no async code.
+//! alone: no socket, file, clock, lock or await. "no tokio" means no async code.
 //!
 //! ```text
 //! operator     → pool, table, session, plan, cluster, client, admin  a role: the controller
@@ -148,7 +156,7 @@
 //! connection::load_sharing::queue      pure
 //! connection::load_sharing::refusal    pure
 //! connection::load_sharing::servers    pure
-//! connection::handover::values         pure
+//! connection::handover::values         pure, with descriptors as values
 //! local::container                     pure
 //! local::ignored                       pure
 //! ```

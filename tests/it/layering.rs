@@ -10,8 +10,9 @@
 //! ```
 //!
 //! An arrow means "uses". Two spaces or more begin the remark. A module whose
-//! remark says `pure` or `no tokio` does not use tokio; such a line may also
-//! name a module deeper inside, as in `agent::book`. The heading
+//! remark says `pure` uses no socket, file, clock, lock or await, and one whose remark
+//! says `no tokio` does not use tokio; such a line may also name a module deeper
+//! inside, as in `agent::book`. The heading
 //! `# The modules of` with a module's name in backticks draws that module's
 //! inside from any other file.
 //!
@@ -23,6 +24,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use regex::Regex;
+
+/// What a module with a remark does not contain: by name, or as a call that reads the
+/// clock.
+const FORBIDDEN: [(&str, &str); 2] = [
+    ("no tokio", r"\btokio\b"),
+    (
+        "pure",
+        r"\btokio\b|\.await\b|\b(?:Instant|SystemTime|Timestamp|Zoned)::now\b|\b(?:Mutex|RwLock)\b|\bstd::fs\b|\b(?:Tcp|Udp|Unix)(?:Stream|Listener|Socket|Datagram)\b",
+    ),
+];
 
 /// A module by the names that lead to it, `["agent", "book"]`; the crate's root
 /// has none.
@@ -189,15 +200,16 @@ impl Sources {
                     found.push(format!("in `{name}`, {child} is not drawn"));
                 }
             }
-            for pure in &drawing.pure {
-                let inside = |module: &&Module| module.starts_with(pure);
+            for (remarked, forbidden) in &drawing.without {
+                let inside = |module: &&Module| module.starts_with(remarked);
                 let mut files = self.texts.keys().filter(inside).peekable();
                 if files.peek().is_none() {
-                    found.push(format!("`{}` does not exist", pure.join("::")));
+                    found.push(format!("`{}` does not exist", remarked.join("::")));
                 }
+                let forbidden = Regex::new(forbidden).unwrap();
                 for module in files {
-                    if self.texts[module].contains("tokio") {
-                        found.push(format!("{} uses tokio", module.join("::")));
+                    if let Some(used) = forbidden.find(&self.texts[module]) {
+                        found.push(format!("{} uses {}", module.join("::"), used.as_str()));
                     }
                 }
             }
@@ -328,7 +340,8 @@ struct Drawing {
     parent: Module,
     names: BTreeSet<String>,
     arrows: Vec<(String, String)>,
-    pure: Vec<Module>,
+    /// Modules, and what their files do not contain.
+    without: Vec<(Module, &'static str)>,
 }
 
 /// The drawings in `head`, which heads the file of module `at`.
@@ -357,11 +370,14 @@ fn drawings(at: &Module, head: &str) -> Vec<Drawing> {
             let parts = parts.unwrap_or_else(|| panic!("not a line of a drawing: {text}"));
             let drawing = found.last_mut().unwrap();
             let remark = parts.get(3).map_or("", |remark| remark.as_str());
-            let is_pure = remark.contains("pure") || remark.contains("no tokio");
+            let mut forbidden = FORBIDDEN.iter();
+            let forbidden = forbidden.find(|(word, _)| remark.contains(word));
             for name in parts[1].split(", ") {
                 let path = [drawing.parent.clone(), module(name)].concat();
                 drawing.names.insert(name.to_owned());
-                drawing.pure.extend(is_pure.then_some(path));
+                drawing
+                    .without
+                    .extend(forbidden.map(|(_, forbidden)| (path, *forbidden)));
                 for used in parts
                     .get(2)
                     .iter()
@@ -491,6 +507,11 @@ fn an_arrow_that_is_not_drawn_or_not_used_is_found() {
         violations(used, "", "use tokio::time;"),
         ["two::deep uses tokio"]
     );
+    assert!(violations(used, "", "fn f() { Instant::now(); }").is_empty());
+    let one = |code: &str| violations(&format!("{used}\n{code}"), "", "");
+    assert_eq!(one("fn f() { Instant::now(); }"), ["one uses Instant::now"]);
+    assert_eq!(one("use std::net::TcpStream;"), ["one uses TcpStream"]);
+    assert_eq!(one("async fn f() { g().await }"), ["one uses .await"]);
     assert_eq!(
         sample(&[
             ("", DRAWN),
