@@ -28,11 +28,14 @@ pub struct AdminState {
     pub registry: Arc<Registry>,
     /// Readiness of the role, or the reason why it is not ready.
     pub ready: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
-    /// Port-relationship table in use.
-    pub table: Box<dyn Fn() -> Option<Arc<Table>> + Send + Sync>,
+    /// Port-relationship table in use; `None` in a role that has none.
+    pub table: Option<TableInUse>,
     /// What only this role has.
     pub pages: Pages,
 }
+
+/// Gives the table that a role uses, as soon as it has one.
+pub type TableInUse = Arc<dyn Fn() -> Option<Arc<Table>> + Send + Sync>;
 
 /// Pages of one role, beside those of every role.
 #[derive(Default)]
@@ -96,16 +99,23 @@ pub async fn serve(
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) {
     let Pages { router, paths } = std::mem::take(&mut state.pages);
-    let index =
-        async move || format!("portpool\n\n/livez\n/readyz\n/metrics\n/v1/port-table\n{paths}");
-    let router = Router::new()
+    let table = state.table.take();
+    let table_path = if table.is_some() {
+        "/v1/port-table\n"
+    } else {
+        ""
+    };
+    let index = async move || format!("portpool\n\n/livez\n/readyz\n/metrics\n{table_path}{paths}");
+    let mut router = Router::new()
         .route("/", get(index))
         .route("/livez", get(async || "ok\n"))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .route("/v1/port-table", get(port_table))
         .with_state(Arc::new(state))
         .merge(router);
+    if let Some(table) = table {
+        router = router.route("/v1/port-table", get(async move || port_table(table())));
+    }
     // Open requests are cut at shutdown: their clients poll and ask again.
     tokio::select! {
         served = axum::serve(listener, router) => {
@@ -133,8 +143,8 @@ async fn metrics(State(state): State<Arc<AdminState>>) -> Response {
     ([(header::CONTENT_TYPE, content_type)], text).into_response()
 }
 
-async fn port_table(State(state): State<Arc<AdminState>>) -> Response {
-    match (state.table)() {
+fn port_table(table: Option<Arc<Table>>) -> Response {
+    match table {
         Some(table) => axum::Json(table.as_ref().clone()).into_response(),
         None => (StatusCode::NOT_FOUND, "no table yet\n").into_response(),
     }

@@ -263,7 +263,7 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
             }
             _ => Ok(()),
         }),
-        table: Box::new(move || table.table()),
+        table: Some(Arc::new(move || table.table())),
         pages: admin::Pages::default(),
     }
 }

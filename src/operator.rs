@@ -21,7 +21,7 @@
 //! - `stores`: what the watches keep; `observation`: what it means for a pool;
 //! - `requests`: one function for each kind of request to the API server;
 //! - `memory`: what saves work;
-//! - `lease`: one of several controllers leads;
+//! - `lease`: one of several controllers leads; `metrics`: what is counted;
 //! - this file: options and wiring.
 
 mod apply;
@@ -306,7 +306,7 @@ async fn serve_admin(
         registry: Arc::new(registry),
         // A controller that waits for the lease is ready to take over.
         ready: Box::new(|| Ok(())),
-        table: Box::new(|| None),
+        table: None,
         pages: admin::Pages::default(),
     };
     tokio::spawn(admin::serve(

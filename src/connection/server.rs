@@ -262,7 +262,7 @@ impl Server {
                     Err("no processing server is attached yet".to_owned())
                 }
             }),
-            table: Box::new(move || Some(table.borrow().clone())),
+            table: Some(Arc::new(move || Some(table.borrow().clone()))),
             pages: inspection::pages(api, self.stopping.clone()),
         };
         let stopping = self.stopping.clone().cancelled_owned();
