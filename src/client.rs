@@ -93,7 +93,7 @@ pub enum ClientError {
         message: String,
     },
     /// No answer in time.
-    #[error("no answer from {0} in time")]
+    #[error("no answer from {0} in time; is a pool running there?")]
     TimedOut(String),
     /// Something answered that is not portpool.
     #[error(
@@ -106,7 +106,9 @@ pub enum ClientError {
         status: StatusCode,
     },
     /// The connection port cannot be reached.
-    #[error("failed to connect to {address}: {source}")]
+    #[error(
+        "failed to connect to {address}: {source}; is the port reachable from here, and does the workload listen?"
+    )]
     Connect {
         /// Address of the connection port.
         address: String,

@@ -44,7 +44,7 @@ impl Addresses {
                 });
             }
         }
-        let message = format!("{NETWORKS} pools run here already");
+        let message = format!("{NETWORKS} pools run here already; stop one of them");
         Err(io::Error::other(message))
     }
 

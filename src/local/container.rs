@@ -44,7 +44,7 @@ pub struct Pod {
     pub namespace: String,
     /// Address of the server.
     pub address: IpAddr,
-    /// What the workload is told about its place: names and values.
+    /// What the workload learns about its place: names and values.
     pub variables: Vec<(String, String)>,
 }
 

@@ -44,6 +44,8 @@ pub(super) struct Running {
     events: Events,
     /// The last line about sessions.
     summary: String,
+    /// Why the table could not be written the last time, if it could not.
+    write_failure: Option<String>,
     /// The fields of the manifest that were reported as ignored.
     ignored: Vec<String>,
 }
@@ -71,6 +73,7 @@ impl Running {
             client: Client::new(&load_sharing.to_string()).expect("the address is well-formed"),
             events: Events::new(!options.no_live),
             summary: String::new(),
+            write_failure: None,
             ignored: ignored(manifest.fields()),
             options,
         }
@@ -163,10 +166,17 @@ impl Running {
             ..Observed::nothing(UID)
         };
         let next = plan(&self.pool, &observed, Timestamp::now());
-        if let Err(error) = self.apply(next) {
-            self.events
-                .say(format!("failed to write the table: {error}; trying again"));
+        // It is tried several times a second, so a failure is said once.
+        let failure = self.apply(next).err().map(|error| error.to_string());
+        if let Some(error) = &failure
+            && failure != self.write_failure
+        {
+            let file = self.table_file.display();
+            self.events.say(format!(
+                "failed to write the table {file}: {error}; trying again"
+            ));
         }
+        self.write_failure = failure;
     }
 
     /// Applies a changed manifest. A wrong one changes nothing.
