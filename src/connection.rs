@@ -76,7 +76,7 @@ pub struct Options {
     #[arg(long, value_name = "PORT", default_value_t = 7700)]
     pub load_sharing_port: u16,
 
-    /// Where /livez, /readyz, /metrics and /v1/port-table are served
+    /// Where /livez, /readyz, /metrics, /v1/port-table, /v1/sessions and /v1/events are served
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:7701")]
     pub admin: SocketAddr,
 

@@ -11,7 +11,7 @@
 //! - `validate`: a spec becomes a pool that can be planned;
 //! - `previous`: which table the next one continues, also when it is lost;
 //! - `ports`: which connection ports a slot gets;
-//! - `environment`: what a workload is told about its place;
+//! - `environment`: what a workload learns about its place;
 //! - `objects`: the Kubernetes objects of a pool; `status`: the status of its
 //!   resource;
 //! - this file: which slots there are.

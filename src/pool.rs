@@ -1,6 +1,6 @@
 //! The `ProcessingPool` custom resource: its fields, bounds and defaults.
 //!
-//! - `ports`, `sessions`: parts of the spec;
+//! - `ports`, `sessions`, `recycle`: parts of the spec;
 //! - `rules`: rules about several fields, for the API server and for this
 //!   program;
 //! - this file: the rest of the spec, the status, and the bounds. It has no logic.
@@ -69,7 +69,8 @@ pub const HOUR_SECONDS: i32 = 3_600;
 pub const MONTH_SECONDS: i32 = 2_592_000;
 
 /// TCP ports of a processing server that belong to its agent. No port entry may
-/// include one. The last two are not used yet.
+/// include one: 7070 for connection servers, 7071 for the administrator, 7072 for the
+/// workload; 7073 is not used yet.
 pub const AGENT_PORTS: RangeInclusive<u16> = 7070..=7073;
 
 /// Most sessions after which a processing server can be replaced.

@@ -2,7 +2,8 @@
 //! filter that its request put on ports; and the types of the load-sharing API,
 //! which the connection server and the client module share. `ports` has the
 //! ports of a request and of a session, `metadata` what the client says to the
-//! workload, `amendment` what may change in a live session.
+//! workload, `amendment` what may change in a live session; `body` parses requests,
+//! `page` cuts lists, `problem` is how a request is refused.
 //!
 //! The messages about sessions between connection servers and agents are in
 //! `selection`.

@@ -9,7 +9,7 @@
 //!                                      sockets
 //! ```
 //!
-//! `workload` has what the workload beside the agent is told and may decide.
+//! `workload` has what the workload beside the agent sees and may decide.
 //!
 //! A look never waits, so it happens under the lock: no session ends between a
 //! look and the moment when the book has its result.
@@ -188,8 +188,8 @@ impl Agent {
 
 impl Inner {
     /// Does a look that is due, sends new counts, and then the messages that the
-    /// book has returned: who hears that a session is over knows already that its
-    /// port returns.
+    /// book has returned: a connection server that receives the end of a session knows
+    /// already that its port returns.
     fn conclude(&mut self, notices: Vec<Notice>, now: Now) {
         if now.monotonic >= self.look_not_before {
             let due = self.book.take_due_looks(now);

@@ -125,7 +125,7 @@ impl From<&Session> for WorkloadSession {
     }
 }
 
-/// As exact as connection servers, and so clients, are told.
+/// As exact as connection servers, and so clients, receive it.
 fn in_milliseconds(time: Timestamp) -> Timestamp {
     Timestamp::from_millisecond(time.as_millisecond()).unwrap_or(time)
 }

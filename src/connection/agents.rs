@@ -4,7 +4,8 @@
 //!
 //! One task per processing server (`link`) keeps one stream up and passes what
 //! arrives on to the sessions and to load sharing, which decide. Both send to
-//! the agent through the stream's outbox.
+//! the agent through the stream's outbox. `host_identity` says who this connection
+//! server is to them.
 //!
 //! ```text
 //! allocation ─Select→ outbox ─stream→ agent

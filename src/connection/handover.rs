@@ -27,7 +27,7 @@
 //! - `socket`: where successors ask;
 //! - `state`: a [`State`] as frames; `values`: what is in them, pure; `v1`: the
 //!   messages, generated from `handover.proto`; `wire`: how a frame is sent;
-//! - `successor`: upgrades by signal;
+//! - `successor`: a hand-over that a signal asks for; `error`: why one failed;
 //! - this file: the two sides, and who has the state when.
 
 mod error;

@@ -12,6 +12,7 @@
 //! - `allocation`: carries out what the queue decides;
 //! - `queue`: pure: the rules by which requests get ports, wait and leave;
 //! - `servers`, `policy`: pure: which server a request is sent to;
+//! - `possible`: pure: what no server of the pool can ever give;
 //! - `refusal`: why a request gets no session.
 
 pub mod allocation;

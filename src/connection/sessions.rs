@@ -23,7 +23,7 @@
 //! - `gate`: what the data plane asks and reports;
 //! - `actions`: what it must do after a change;
 //! - `flows`: the connections of a session, and which of them claim it;
-//! - `reports`: what agents report; `greeting`: what one that attaches is told;
+//! - `reports`: what agents report; `greeting`: what one that attaches receives;
 //! - `amendments`: changes of sessions that agents are asked for;
 //! - `companions`: which clients may use companion ports, and their connections;
 //! - `queries`: what others ask about the live sessions;

@@ -70,7 +70,7 @@ impl Checker<'_> {
             }
             return;
         }
-        if !self.has_type(value, &schema, path) {
+        if !self.check_type(value, &schema, path) {
             return;
         }
         match value {
@@ -84,7 +84,7 @@ impl Checker<'_> {
         }
     }
 
-    fn has_type(&mut self, value: &Value, schema: &Value, path: &str) -> bool {
+    fn check_type(&mut self, value: &Value, schema: &Value, path: &str) -> bool {
         if schema.get("x-kubernetes-int-or-string") == Some(&Value::Bool(true)) {
             return true;
         }

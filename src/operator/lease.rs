@@ -282,10 +282,10 @@ async fn try_to_take(contest: &Contest, seen: &mut Option<Seen>) -> kube::Result
         },
     };
     let is_free = is_free(seen.insert(present), now());
-    match is_free {
-        true => Ok(contest.take(&lease).await?.resource_version()),
-        false => Ok(None),
+    if !is_free {
+        return Ok(None);
     }
+    Ok(contest.take(&lease).await?.resource_version())
 }
 
 impl Held {

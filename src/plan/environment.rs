@@ -1,4 +1,4 @@
-//! What a workload is told about its place, as environment variables of its
+//! What a workload learns about its place, as environment variables of its
 //! containers. A program that does not ask for them works as before.
 //!
 //! | variable | value |

@@ -1,7 +1,8 @@
 //! The status of a pool's resource: counts, conditions, and one plain sentence.
 //!
 //! Conditions follow the Kubernetes API conventions: each has the generation
-//! that it is about, and its time changes only with its status.
+//! that it is about, and its time changes only with its status. `client_addresses`
+//! decides whether the pool sees the addresses of its clients.
 
 mod client_addresses;
 

@@ -268,7 +268,7 @@ pub enum RefusalCause {
     Malformed,
     /// The key belongs to a live session that a different request made.
     KeyReused,
-    /// The server's row says that its workload is not ready.
+    /// The server's row, or the workload itself, says that it is not ready.
     NotReady,
 }
 
@@ -283,9 +283,10 @@ pub enum EndCause {
     Released,
     /// The last connection closed and the linger time passed.
     Finished,
-    /// It reached the longest time that the pool allows.
+    /// It reached the longest time that the pool or an amendment allows.
     MaxDuration,
-    /// The server was removed, or its drain deadline passed.
+    /// Its server or its port was removed, the server stopped, or its drain deadline
+    /// passed.
     Drained,
     /// The connection server that made it is gone.
     OwnerGone,

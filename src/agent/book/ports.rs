@@ -21,6 +21,9 @@
 //! then on each socket must prove itself. `trial` decides that. The entry's offer
 //! says which sockets a port needs: all, any, or none; ports that need none are not
 //! looked at.
+//!
+//! - `group`: the ports of one entry; `trial`: which sockets have proven themselves;
+//!   `block`: adjacent ports for a request of several.
 
 mod block;
 mod group;

@@ -85,11 +85,11 @@ impl ClientStream {
         let first_probe = async {
             tokio::select! {
                 () = sleep(FIRST_PROBE), if is_probed => {}
-                () = may_wait.0.notified() => match is_probed {
-                    true => sleep(FIRST_PROBE_OF_WAITING).await,
-                    // A port that is free is selected by then.
-                    false => sleep(FIRST_PROBE).await,
-                },
+                () = may_wait.0.notified() => {
+                    // Without probes, a port that is free is selected by then.
+                    let first = if is_probed { FIRST_PROBE_OF_WAITING } else { FIRST_PROBE };
+                    sleep(first).await;
+                }
             }
         };
         tokio::select! {

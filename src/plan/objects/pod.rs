@@ -1,5 +1,5 @@
 //! The pod of a processing server: the template with the agent as a native sidecar,
-//! and what the workload is told about its place (`environment`).
+//! and what the workload learns about its place (`environment`).
 
 use std::net::{IpAddr, Ipv4Addr};
 

@@ -202,7 +202,7 @@ const UDP: &[Property] = &[
     property(
         "silence for as long as one likes",
         "no",
-        "A client that sends nothing for `sessions.udpIdleTimeoutSeconds` counts as gone, whatever it is sent ([reference](reference.md#sessions)).",
+        "A client that sends nothing for `sessions.udpIdleTimeoutSeconds` counts as gone, whatever it is sent, unless its session has a TCP connection ([reference](reference.md#sessions)).",
         "what_a_server_sends_does_not_keep_the_flow_of_a_silent_client",
     ),
 ];
