@@ -223,6 +223,8 @@ pub struct Session {
     pub expires: Option<Timestamp>,
     /// Whether `expires` is from an amendment, not from the pool's longest duration.
     pub has_own_expiry: bool,
+    /// When it was amended last, if it was. To the millisecond.
+    pub amended: Option<Timestamp>,
 }
 
 #[cfg(test)]
@@ -244,6 +246,7 @@ impl Session {
             metadata: Metadata::default(),
             expires: None,
             has_own_expiry: false,
+            amended: None,
         }
     }
 }

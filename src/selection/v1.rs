@@ -447,6 +447,12 @@ pub struct Session {
     /// that requested it or have had a connection on it.
     #[prost(string, repeated, tag = "17")]
     pub clients: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Milliseconds since the Unix epoch, above that of the session's amendment before;
+    /// 0 if it was never amended. An agent that was restarted takes metadata and
+    /// expires_ms from the connection server with the highest one. A greeting that
+    /// leaves out the metadata leaves out this as well.
+    #[prost(uint64, tag = "18")]
+    pub amended_ms: u64,
 }
 /// Nested message and enum types in `Session`.
 pub mod session {

@@ -100,6 +100,10 @@ impl TryFrom<v1::Session> for Session {
                 expires => Some(timestamp("expires_ms", expires)?),
             },
             has_own_expiry: session.own_expiry,
+            amended: match session.amended_ms {
+                0 => None,
+                amended => Some(timestamp("amended_ms", amended)?),
+            },
         })
     }
 }
@@ -164,6 +168,7 @@ impl From<Session> for v1::Session {
             metadata: session.metadata.into(),
             expires_ms: session.expires.map_or(0, unix_ms),
             own_expiry: session.has_own_expiry,
+            amended_ms: session.amended.map_or(0, unix_ms),
         }
     }
 }
@@ -200,6 +205,7 @@ mod tests {
             metadata: [("map".to_owned(), "harbor".to_owned())].into(),
             expires_ms: 61_000,
             own_expiry: true,
+            amended_ms: 3_000,
         }
     }
 
@@ -217,6 +223,7 @@ mod tests {
             further_ports: Vec::new(),
             metadata: Default::default(),
             expires_ms: 0,
+            amended_ms: 0,
             ..session()
         };
         let read = Session::try_from(bare.clone()).unwrap();
@@ -244,6 +251,7 @@ mod tests {
             further_ports: Vec::new(),
             metadata: Default::default(),
             expires_ms: most,
+            amended_ms: most,
             ..session()
         };
         // Its tag and its length come before it.

@@ -5,7 +5,7 @@
 //! What must never happen: two sessions on one port, a session of two ports that
 //! has only one, a free port with a connection somewhere, a port that is lost, a
 //! session that is over and comes back, a companion connection that outlives the
-//! sessions of its client.
+//! sessions of its client, an amendment that is undone.
 
 mod checks;
 mod clients;
@@ -75,6 +75,8 @@ enum Event {
     Close,
     /// A data plane carries out the oldest cut.
     Cut,
+    /// The session on a port is amended, after a millisecond.
+    Amend(usize, u16),
     /// The client gives the session on a port back.
     Release(usize, usize, u16),
     /// A stream breaks, what is under way is lost, and these notice at once.
@@ -174,6 +176,10 @@ struct World {
     recovered_at: Vec<Duration>,
     /// Sessions that each agent has ended since it was started.
     ended: Vec<HashSet<SessionId>>,
+    /// The number of amendments so far, and the latest one of each session that a
+    /// connection server knew.
+    amendments: u32,
+    latest: HashMap<(ConnectionServerId, String), u32>,
     names: usize,
 }
 
@@ -226,6 +232,8 @@ impl World {
             over: HashSet::new(),
             recovered_at: vec![Duration::ZERO; agents],
             ended: vec![HashSet::new(); agents],
+            amendments: 0,
+            latest: HashMap::new(),
             names: 0,
             table,
         };
@@ -359,6 +367,7 @@ impl World {
                     self.cut(server, port, key);
                 }
             }
+            Event::Amend(agent, offset) => self.amend(agent % agents, offset),
             Event::Release(server, agent, offset) => {
                 let sessions = &self.servers[server % SERVERS].sessions;
                 let id = sessions.session_on(port(agent % agents, offset));
@@ -415,6 +424,7 @@ impl World {
             Event::HandOver(server) => self.hand_over(server % SERVERS),
         }
         self.collect();
+        self.check_amendments();
     }
 
     /// Lets time pass. What is due meanwhile happens in order, and messages on a

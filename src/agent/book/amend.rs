@@ -2,12 +2,17 @@
 
 use std::time::Duration;
 
-use super::{Book, Now};
-use crate::selection;
+use super::session::Session;
+use super::times::time_after;
+use super::{Book, Notice, Now, To};
+use crate::selection::{self, ConnectionServerId, FromAgent};
 use crate::session::{AmendRefusal, Amendment, MAX_EXPIRY_SECONDS, SessionId};
 
 /// How far ahead the end of a session may be.
 const MAX_EXPIRY: Duration = Duration::from_secs(MAX_EXPIRY_SECONDS.unsigned_abs() as u64);
+
+/// The precision of times in messages.
+const A_MILLISECOND: Duration = Duration::from_millis(1);
 
 /// A session that was to be changed.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,21 +49,56 @@ impl Book {
                 return Err(AmendRefusal::ExpiresTooFar);
             }
         }
-        let former = self.describe(id, known);
+        let is_changed = metadata != known.metadata
+            || amendment
+                .expires
+                .is_some_and(|expires| expires != known.expires || !known.has_own_expiry);
+        let amended = if is_changed {
+            // Later than the one before, whatever the clock says.
+            let later = known.amended.map(|at| time_after(at, A_MILLISECOND));
+            later.max(Some(now.time))
+        } else {
+            known.amended
+        };
         let mut notices = Vec::new();
         self.update(id, &mut notices, |session| {
             session.metadata = metadata;
+            session.amended = amended;
             if let Some(expires) = amendment.expires {
-                session.expires = expires;
-                session.at_most = expires.map(|at| now.monotonic + now.until(at));
-                session.has_own_expiry = true;
+                session.set_expiry(expires, now);
             }
         });
         debug_assert!(notices.is_empty(), "its state stays");
-        let session = self.describe(id, &self.sessions[id]);
         Ok(Amended {
-            is_changed: session != former,
-            session,
+            is_changed,
+            session: self.describe(id, &self.sessions[id]),
         })
+    }
+
+    /// Takes over the last amendment of a session as `from` reports it, if it is later
+    /// than the one known here: the agent was restarted, and connection servers that
+    /// missed it have greeted before. The others learn it.
+    pub(super) fn catch_up(
+        &mut self,
+        from: &ConnectionServerId,
+        known: &selection::Session,
+        now: Now,
+        notices: &mut Vec<Notice>,
+    ) {
+        let is_later = |session: &Session| session.is_live() && known.amended > session.amended;
+        if !self.sessions.get(&known.id).is_some_and(is_later) {
+            return;
+        }
+        self.update(&known.id, notices, |session| {
+            session.metadata = known.metadata.clone();
+            session.amended = known.amended;
+            if known.has_own_expiry {
+                session.set_expiry(known.expires, now);
+            }
+        });
+        notices.push(Notice {
+            to: To::AllBut(from.clone()),
+            message: FromAgent::Session(self.describe(&known.id, &self.sessions[&known.id])),
+        });
     }
 }

@@ -31,6 +31,7 @@ impl Book {
         for id in ids {
             if let Some(known) = listed.get(&id) {
                 self.joined(from, &id, &known.clients, &mut notices);
+                self.catch_up(from, known, now, &mut notices);
             }
             match listed.get(&id) {
                 Some(session) if session.open_here => self.opened(from, &id, &mut notices),
@@ -116,6 +117,7 @@ impl Book {
             at_most: expires.map(|at| now.monotonic + now.until(at)),
             expires,
             has_own_expiry: known.has_own_expiry,
+            amended: known.amended,
         };
         if known.open_here {
             session.open.insert(owner.clone());

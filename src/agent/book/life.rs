@@ -268,6 +268,7 @@ impl Book {
             metadata: session.metadata.clone(),
             expires: session.expires,
             has_own_expiry: session.has_own_expiry,
+            amended: session.amended,
         }
     }
 }

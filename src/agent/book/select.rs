@@ -120,6 +120,7 @@ impl Book {
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
             expires: self.times.max_duration.map(|most| now.time_in(most)),
             has_own_expiry: false,
+            amended: None,
         };
         self.next_number += 1;
         let described = self.describe(&id, &session);

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+use super::Now;
 use super::ports::Occupancy;
 use crate::selection::{ConnectionServerId, MAX_CLIENTS};
 use crate::session::{Metadata, OneOrMore};
@@ -63,6 +64,8 @@ pub(super) struct Session {
     pub(super) expires: Option<Timestamp>,
     /// Whether an amendment has set it.
     pub(super) has_own_expiry: bool,
+    /// When it was amended last; each time is later than the one before.
+    pub(super) amended: Option<Timestamp>,
 }
 
 impl Session {
@@ -87,6 +90,13 @@ impl Session {
             self.clients.push(client);
         }
         is_new
+    }
+
+    /// Has the session end at `expires`, or at no set time.
+    pub(super) fn set_expiry(&mut self, expires: Option<Timestamp>, now: Now) {
+        self.expires = expires;
+        self.at_most = expires.map(|at| now.monotonic + now.until(at));
+        self.has_own_expiry = true;
     }
 
     pub(super) fn deadline(&self) -> Option<Duration> {

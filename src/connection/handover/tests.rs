@@ -251,6 +251,8 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
                 metadata,
                 expires: (key % 2 == 0).then(|| jiff::Timestamp::new(1_900_000_000, 0).unwrap()),
                 has_own_expiry: key % 3 == 0,
+                amended: (key % 3 == 0)
+                    .then_some(jiff::Timestamp::UNIX_EPOCH + jiff::SignedDuration::from_secs(5)),
             },
             carried: Carried {
                 connections: key / 2,

@@ -22,7 +22,8 @@ pub(super) fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Sess
     let take = |mut session: Session| {
         match bytes_left.checked_sub(encoded_bytes(&session.metadata)) {
             Some(less) => bytes_left = less,
-            None => session.metadata = Metadata::default(),
+            // What is not whole must not replace what another one knows.
+            None => (session.metadata, session.amended) = (Metadata::default(), None),
         }
         match clients_left.checked_sub(session.clients.len()) {
             Some(less) => clients_left = less,
@@ -49,6 +50,7 @@ mod tests {
     fn session(index: usize, metadata: &Metadata) -> Session {
         Session {
             metadata: metadata.clone(),
+            amended: Some(jiff::Timestamp::UNIX_EPOCH),
             ..Session::example(&format!("session-{index}"), 20_000)
         }
     }
@@ -62,9 +64,13 @@ mod tests {
             .map(|index| session(index, &largest))
             .chain([session(3_000, &small)]);
         let greeting = within_budget(all);
-        let is_with = |it: &&Session| !it.metadata.is_empty();
+        let is_with = |it: &&Session| !it.metadata.is_empty() && it.amended.is_some();
         let with = greeting.iter().filter(is_with).count();
         assert_eq!((greeting.len(), with), (3_001, 2_044));
+        assert_eq!(
+            greeting.iter().filter(|it| it.amended.is_some()).count(),
+            with
+        );
         assert_eq!(greeting[3_000].metadata, small, "it fits in what is left");
     }
 

@@ -2,7 +2,29 @@
 
 use super::*;
 
+/// The key of metadata that says which amendment was the last.
+pub(super) const LATEST: &str = "latest";
+
 impl World {
+    /// Asserts that no connection server has come to know an older amendment of a
+    /// session than before.
+    pub(super) fn check_amendments(&mut self) {
+        if self.amendments == 0 {
+            return;
+        }
+        for server in &self.servers {
+            for session in server.sessions.list(&Default::default(), 1000).items {
+                let Some(latest) = session.metadata.get(LATEST) else {
+                    continue;
+                };
+                let latest = latest.parse().unwrap();
+                let of = (server.name.clone(), session.id);
+                let before = self.latest.insert(of, latest);
+                assert!(before <= Some(latest), "{before:?} became {latest}");
+            }
+        }
+    }
+
     /// Asserts what must hold at every moment.
     pub(super) fn check(&self) {
         for (agent, book) in self.agents.iter().enumerate() {

@@ -1,8 +1,35 @@
 //! Clients, their connections, and what a data plane would do with them.
 
+use super::checks::LATEST;
 use super::*;
+use portpool::session::{Amendment, MetadataPatch};
+
+const A_MILLISECOND: Duration = Duration::from_millis(1);
 
 impl World {
+    /// Amends the session on a port, if there is one: its metadata says which amendment
+    /// was the last.
+    pub(super) fn amend(&mut self, agent: usize, offset: u16) {
+        self.now.monotonic += A_MILLISECOND;
+        self.now.time += A_MILLISECOND;
+        let book = &mut self.agents[agent];
+        let Some(session) = book.look_up(port(agent, offset)) else {
+            return;
+        };
+        self.amendments += 1;
+        let says = (LATEST.to_owned(), Some(self.amendments.to_string()));
+        let amendment = Amendment {
+            metadata: Some(MetadataPatch::Merge([says].into())),
+            expires: None,
+        };
+        let amended = book.amend(&session.id, &amendment, self.now).unwrap();
+        let notice = Notice {
+            to: To::All,
+            message: FromAgent::Session(amended.session),
+        };
+        self.send(agent, vec![notice]);
+    }
+
     pub(super) fn client(&mut self, server: usize, agent: usize) {
         self.happen(Event::Attach(server, agent));
         self.happen(Event::Select(server, agent));

@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::checks::LATEST;
 use super::*;
 
 /// One agent with two ports, two connection servers, a session on its way, in
@@ -153,6 +154,35 @@ fn an_end_that_one_connection_server_missed_outlives_the_agent() {
     }
 }
 
+/// An agent dies before one connection server has received an amendment, and that one
+/// attaches first, or last, to the restarted agent.
+#[test]
+fn an_amendment_that_one_connection_server_missed_outlives_the_agent() {
+    for (first, second) in [(0, 1), (1, 0)] {
+        let mut world = World::new(1);
+        for event in [
+            Event::Client(0, 0),
+            Event::Pass(0),
+            Event::Amend(0, 0),
+            Event::FromAgent(1, 0),
+            Event::RestartAgent(0, true),
+            Event::Attach(first, 0),
+            Event::Attach(second, 0),
+            Event::Pass(0),
+        ] {
+            world.happen(event);
+            world.check();
+        }
+        let live = world.agents[0].look_up(port(0, 0)).unwrap();
+        assert_eq!(live.metadata.get(LATEST), Some("1"));
+        for server in &world.servers {
+            let known = server.sessions.list(&Default::default(), 10).items;
+            assert_eq!(known[0].metadata.get(LATEST), Some("1"));
+        }
+        world.end();
+    }
+}
+
 fn event() -> impl Strategy<Value = Event> {
     let (server, agent, offset) = (0..SERVERS, 0..2usize, 0..PORTS);
     let pair = || (0..SERVERS, 0..2usize);
@@ -174,6 +204,7 @@ fn event() -> impl Strategy<Value = Event> {
         2 => Just(Event::Cut),
         2 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Wait(s, a, o)),
         2 => Just(Event::Accept),
+        2 => (agent.clone(), offset.clone()).prop_map(|(a, o)| Event::Amend(a, o)),
         1 => (server.clone(), agent.clone(), offset).prop_map(|(s, a, o)| Event::Release(s, a, o)),
         1 => (server.clone(), agent.clone(), noticing).prop_map(|(s, a, n)| Event::Break(s, a, n)),
         2 => pair().prop_map(|(s, a)| Event::Attach(s, a)),

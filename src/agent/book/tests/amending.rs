@@ -129,3 +129,51 @@ fn a_restarted_agent_keeps_the_end_of_an_amended_session() {
         assert_eq!(restarted.next_deadline(), seconds);
     }
 }
+
+/// Two connection servers greet a restarted agent; one missed the last amendment.
+#[test]
+fn a_restarted_agent_takes_the_latest_amendment_whoever_greets_first() {
+    for late_is_first in [false, true] {
+        let mut book = with_session();
+        let first = Amendment {
+            expires: until(Some(200)).expires,
+            ..saying("a", Some("1"))
+        };
+        let second = Amendment {
+            expires: until(Some(50)).expires,
+            ..saying("a", Some("2"))
+        };
+        // The clock stands still.
+        let [missed, mut latest] = [first, second].map(|amendment| {
+            let amended = book.amend(&session("s"), &amendment, at(2)).unwrap();
+            amended.session
+        });
+        assert!(latest.amended > missed.amended);
+        latest.open_here = true;
+        let mut restarted = Book::new(TIMES, Some(at(20).monotonic));
+        let row = row(vec![range("main", 20_000, 7000, 1)]);
+        restarted.set_row(Some(&row), TIMES, at(5));
+        let mut greetings = [("a", missed), ("b", latest.clone())];
+        if late_is_first {
+            greetings.reverse();
+        }
+        for (from, known) in &greetings {
+            let notices = restarted.attach(&server(from), "", std::slice::from_ref(known), at(5));
+            let told = notices.iter().any(|it| {
+                let latest =
+                    matches!(&it.message, FromAgent::Session(of) if of.metadata == latest.metadata);
+                it.to == To::AllBut(server(from)) && latest
+            });
+            // The others learn what is new.
+            assert!(told || *from == "a");
+        }
+        let live = restarted.live_session(&session("s")).unwrap();
+        assert_eq!(
+            (live.metadata.get("a"), live.expires, live.amended),
+            (Some("2"), Some(at(50).time), latest.amended)
+        );
+        assert_eq!(restarted.next_deadline(), Some(at(20).monotonic));
+        restarted.tick(at(20));
+        assert_eq!(restarted.next_deadline(), Some(at(50).monotonic));
+    }
+}
