@@ -18,7 +18,8 @@ text_id! {
 }
 
 /// Most client addresses of a session that may use companion ports: as many players
-/// as share a game, and few enough to be sent with the session.
+/// as share a game, and few enough to be sent with the session. An agent keeps the
+/// first; a connection server lets others replace those that are idle there.
 pub const MAX_CLIENTS: usize = 64;
 
 /// A message from a connection server to an agent.

@@ -11,6 +11,10 @@
 //! session ends ─────────────remove→ has it other sessions? if not, its connections are cut
 //! ```
 //!
+//! A session has at most [`MAX_CLIENTS`] addresses. Where there would be more, one that
+//! connects here replaces one that is idle here ([`replaceable`]); other connection
+//! servers and the agent keep what they have.
+//!
 //! Only sessions of servers with companion ports are here: others cost nothing.
 //! [`Companions`] keeps who is where; the rest has the sessions and their agents
 //! follow.
@@ -65,22 +69,51 @@ pub(super) struct Left {
     pub(super) reports: u32,
 }
 
+/// Which of the `clients` of a session, in the order in which they came, another one
+/// may replace: the first that has no companion connections open, so that false sources
+/// of datagrams cannot keep the places that they have taken. The requester is the
+/// first of all and keeps its place.
+pub(super) fn replaceable(
+    clients: &[IpAddr],
+    is_in_use: impl Fn(&IpAddr) -> bool,
+) -> Option<usize> {
+    let others = clients.iter().enumerate().skip(1);
+    let mut idle = others.filter(|(_, client)| !is_in_use(client));
+    idle.next().map(|(index, _)| index)
+}
+
 impl Companions {
-    /// Counts the session on `first` among those of `client`, unless it has as many
-    /// clients as it may. A client that is new here gets the key that `key` makes.
-    /// Returns the number of companion connections that the session has from now on,
-    /// if this is new.
+    /// Counts the session on `first` among those of `client`. A client that is new here
+    /// gets the key that `key` makes. If the session has as many clients as it may, one
+    /// that comes here may replace another one, and one that is known from elsewhere is
+    /// left out. Returns the number of companion connections that the session has from
+    /// now on, if this is new.
     pub(super) fn add(
         &mut self,
         (slot, client): Place,
         first: ListenPort,
+        comes_here: bool,
         key: impl FnOnce() -> SessionKey,
     ) -> Option<u32> {
-        let clients = self.by_session.entry(first).or_default();
-        if clients.contains(&client) || clients.len() >= MAX_CLIENTS {
+        let of_session = self.by_session.entry(first).or_default();
+        if of_session.contains(&client) {
             return None;
         }
-        clients.push(client);
+        if of_session.len() >= MAX_CLIENTS {
+            let is_in_use = |other: &IpAddr| {
+                let known = self.clients.get(&(slot, *other));
+                known.is_some_and(|known| !known.open.is_empty())
+            };
+            let index = replaceable(of_session, is_in_use).filter(|_| comes_here)?;
+            let place = (slot, of_session.remove(index));
+            if let Some(replaced) = self.clients.get_mut(&place) {
+                replaced.sessions.retain(|other| *other != first);
+                if replaced.sessions.is_empty() {
+                    self.clients.remove(&place);
+                }
+            }
+        }
+        of_session.push(client);
         let place = self.clients.entry((slot, client));
         let known = place.or_insert_with(|| Client {
             key: key(),
@@ -229,12 +262,12 @@ impl Inner {
         row.is_some_and(Row::has_companions)
     }
 
-    /// Lets `client` use companion ports because of `live`. Returns whether that is
-    /// new.
-    pub(super) fn join(&self, live: &Live, client: IpAddr) -> bool {
+    /// Lets `client` use companion ports because of `live`; it `comes_here`, or another
+    /// connection server knows it. Returns whether that is new.
+    pub(super) fn join(&self, live: &Live, client: IpAddr, comes_here: bool) -> bool {
         let mut companions = self.companions.lock();
         let place = (live.slot, client);
-        let open = companions.add(place, live.first(), || self.new_key());
+        let open = companions.add(place, live.first(), comes_here, || self.new_key());
         if let Some(open) = open {
             self.change_flows(live, |flows| flows.open_companions(open));
         }
@@ -246,7 +279,7 @@ impl Inner {
     pub(super) fn join_known(&self, first: ListenPort) {
         if let Some(live) = self.live.get(&first).filter(|live| live.has_companions) {
             for client in &live.session.clients {
-                self.join(live, client.to_canonical());
+                self.join(live, client.to_canonical(), false);
             }
         }
     }

@@ -34,7 +34,7 @@ impl Inner {
         if live.bound_client.is_some_and(|bound| bound != client) {
             return Decision::Refuse;
         }
-        if live.has_companions && self.join(live, client) {
+        if live.has_companions && self.join(live, client, true) {
             let session_id = live.session.id.clone();
             self.send(live.slot, ToAgent::Joined { session_id, client });
         }

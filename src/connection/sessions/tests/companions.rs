@@ -1,6 +1,9 @@
 //! Companion ports: who may use them, and what their connections belong to.
 
+use std::net::IpAddr;
+
 use super::*;
+use crate::connection::sessions::companions::replaceable;
 use crate::session::SessionState;
 
 /// The companion ports of slot 0.
@@ -224,22 +227,65 @@ fn of_two_sessions_of_one_address_the_last_one_takes_the_companions_along() {
 }
 
 #[test]
-fn a_session_has_as_many_clients_as_it_may_and_no_more() {
-    let (sessions, _outbox, mut sent) = started();
-    learn_new(&sessions, requested("a", PORT, 1));
+fn the_first_other_client_without_companion_connections_is_replaceable() {
+    let clients = [1, 2, 3].map(|last| client(last).ip());
+    for (in_use, expected) in [
+        (&[][..], Some(1)),
+        (&[1], Some(1)),
+        (&[2], Some(2)),
+        (&[3], Some(1)),
+        (&[2, 3], None),
+    ] {
+        let is_in_use = |address: &IpAddr| in_use.iter().any(|last| client(*last).ip() == *address);
+        assert_eq!(replaceable(&clients, is_in_use), expected, "{in_use:?}");
+    }
+    for requester_only in [&clients[..1], &[]] {
+        assert_eq!(replaceable(requester_only, |_| false), None);
+    }
+}
+
+#[test]
+fn who_comes_replaces_the_oldest_idle_client_of_a_session_that_has_as_many_as_it_may() {
+    let (sessions, _outbox, _sent) = started();
     let most = u8::try_from(crate::selection::MAX_CLIENTS).unwrap();
-    for last in 1..=most + 1 {
+    let reported = |last: u8| Session {
+        clients: (1..=last).map(|last| client(last).ip()).collect(),
+        ..Session::example("a", PORT)
+    };
+    learn_new(&sessions, reported(most));
+    let second = admitted(&sessions, DATA, 2);
+    // The requester and one with a companion connection stay.
+    admitted(&sessions, PORT, 100);
+    admitted(&sessions, DATA, 100);
+    for (last, is_in) in [(1, true), (2, true), (3, false), (4, true), (most, true)] {
+        let decision = admit(&sessions, DATA, last);
+        let expected = if is_in { "Admit" } else { "Ask" };
+        assert!(format!("{decision:?}").starts_with(expected), "{last}");
+    }
+    // What the agent reports replaces no one.
+    assert_eq!(learn(&sessions, Slot(0), reported(most)), []);
+    assert_eq!(admit(&sessions, DATA, 3), Decision::Ask);
+    admitted(&sessions, DATA, 100);
+    // Three of the second client are open, counting those above.
+    assert_eq!(admitted(&sessions, DATA, 2), second);
+    assert_eq!(connections(&sessions), [9]);
+}
+
+#[test]
+fn a_client_that_is_replaced_keeps_its_rights_by_another_session() {
+    let (sessions, _outbox, _sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    learn_new(&sessions, requested("b", PORT + 1, 2));
+    let most = u8::try_from(crate::selection::MAX_CLIENTS).unwrap();
+    for last in 2..=most + 1 {
         admitted(&sessions, PORT, last);
     }
-    admitted(&sessions, DATA, most);
-    assert_eq!(admit(&sessions, DATA, most + 1), Decision::Ask);
-    let reports = std::iter::from_fn(|| next(&mut sent));
-    let joins = reports.filter(|sent| matches!(sent, ToAgent::Joined { .. }));
-    assert_eq!(
-        joins.count(),
-        usize::from(most) - 1,
-        "the first one is known"
-    );
+    let key = admitted(&sessions, DATA, 2);
+    let connections = connections(&sessions);
+    assert_eq!(connections, [u32::from(most), 1], "it is b's only");
+    let actions = sessions.end(Slot(0), &id_of("b"), EndCause::Finished);
+    assert_eq!(companions_cut(&actions), [(port(DATA), key)]);
+    assert_eq!(admit(&sessions, DATA, 2), Decision::Ask);
 }
 
 #[test]
