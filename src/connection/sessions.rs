@@ -116,7 +116,10 @@ struct Inner {
     last_ended: HashMap<ListenPort, SessionId>,
     pending_lookups: HashMap<ListenPort, Vec<PendingLookup>>,
     // Clients join and connect while the sessions are read. Locked before the flows
-    // of a session.
+    // of a session. One lock for all servers: a connection or flow takes it when it
+    // begins and when it ends, for a few look-ups, and not for what it carries. Two
+    // threads with connections of two servers slow each other down hardly less without it,
+    // as they share the lock of the sessions.
     companions: Mutex<Companions>,
     watchers: Watchers,
 }
