@@ -2,7 +2,7 @@
 //! life, whole through crashes and hand-overs.
 
 use std::collections::{HashMap, HashSet};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use portpool::client::{Client, ClientError};
@@ -102,6 +102,36 @@ async fn a_session_of_several_ports_is_on_one_server_and_lives_as_one() {
     assert!(is_cut(&mut last));
     pool.until(|state| state.free_ports == 2 * u32::from(COUNT) && state.sessions == 0)
         .await;
+}
+
+/// As RTP and RTCP do, where the server reports to the client, too.
+#[tokio::test]
+async fn datagrams_come_back_from_each_port_of_a_pair() {
+    let pool = Pool::running(1, call_ports).await;
+    let request = SessionRequest {
+        ports: Some(vec![ports("media", 2)]),
+        ..SessionRequest::default()
+    };
+    let session = pool.client().request(request).await.unwrap();
+    let sockets = session.ports.iter().map(|port| {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        let at = session.at(port);
+        socket.connect((at.address.as_str(), at.port)).unwrap();
+        socket
+    });
+    let sockets: Vec<UdpSocket> = sockets.collect();
+    for round in 0..3_u8 {
+        // Both are on their way before an answer is read.
+        for (of, socket) in (0_u8..).zip(&sockets) {
+            socket.send(&[of, round]).unwrap();
+        }
+        for (of, socket) in (0_u8..).zip(&sockets) {
+            let mut answer = [0; 16];
+            let length = socket.recv(&mut answer).unwrap();
+            assert_eq!(answer[..length], [of, round]);
+        }
+    }
 }
 
 #[tokio::test]
