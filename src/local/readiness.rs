@@ -1,7 +1,7 @@
 //! Whether a processing server is ready, and why not: which of its ports its
 //! workload does not listen on, and what it listens on instead.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -10,17 +10,17 @@ use crate::session::{PortState, ServerState};
 use crate::sock_diag::{Protocol, SockDiag};
 use crate::table::{PortRange, Row};
 
-/// How long a server may be without ports before that is reported: a program
-/// that serves one client is started again between two.
+/// How long a server or one of its entries may be without ports before that is
+/// reported: a program that serves one client is started again between two.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Most ports of an entry that are looked at.
 const MAX_PORTS: usize = 16;
 
-/// Whether the server could be given to a client, now or when a session ends: the
-/// workload listens on one of its ports.
+/// Whether the server could be given to a client, now or when a session ends: its
+/// workload takes sessions and listens on one of its ports.
 pub(super) fn is_ready(server: &ServerState) -> bool {
-    server.attached && server.ports.iter().any(is_offered)
+    server.attached && !server.not_ready && server.ports.iter().any(is_offered)
 }
 
 /// Where the workload of a server should listen.
@@ -41,8 +41,18 @@ pub(super) struct Readiness {
     was_ready: bool,
     /// When the server was last ready, or else when it started.
     last_ready: Instant,
-    /// Port entries about which something was reported.
-    reported: BTreeSet<String>,
+    started: Instant,
+    /// The port entries that a client cannot have without the workload.
+    entries: BTreeMap<String, Entry>,
+}
+
+/// What was seen of the ports of one name.
+#[derive(Debug)]
+struct Entry {
+    /// When one of them was last offered, or else when the server started.
+    last_offered: Instant,
+    /// Whether it was reported that none is offered.
+    is_reported: bool,
 }
 
 impl Readiness {
@@ -50,7 +60,8 @@ impl Readiness {
         Self {
             was_ready: false,
             last_ready: now,
-            reported: BTreeSet::new(),
+            started: now,
+            entries: BTreeMap::new(),
         }
     }
 
@@ -63,52 +74,79 @@ impl Readiness {
         listener: Listener<'_>,
         now: Instant,
     ) -> Vec<String> {
-        if !server.attached {
+        // A server that takes no more sessions is replaced, which is reported then.
+        if !server.attached || server.spent || server.draining {
             return Vec::new();
         }
-        let (name, address) = (&server.server, place.address);
         let mut events = Vec::new();
-        if is_ready(server) {
-            self.last_ready = now;
-            if !std::mem::replace(&mut self.was_ready, true) {
-                events.push(format!("{name} is ready at {address}"));
-            }
-        }
-        let is_late = now.duration_since(self.last_ready) >= PATIENCE;
-        if is_late && std::mem::replace(&mut self.was_ready, false) {
-            events.push(format!(
-                "{name} is no longer ready: its workload listens on no port"
-            ));
-        }
-        let is_new = |range: &&PortRange| !self.reported.contains(&range.name);
-        let needed = place
-            .row
-            .ranges
-            .iter()
-            .filter(|range| needs_workload(range));
-        let missing = needed.filter(|range| is_silent(server, &range.name));
-        let missing: Vec<&PortRange> = missing.filter(is_new).collect();
-        if missing.is_empty() {
-            return events;
-        }
-        for range in missing {
-            let reason = match elsewhere(listener, range, place) {
-                Some((transport, found, wanted)) => format!(
-                    "{transport} {found} is listened on instead of {wanted}: make the workload listen on $(POD_IP)"
-                ),
-                None if is_late => {
-                    let wanted = SocketAddr::new(address, range.server_port.get());
-                    format!("the workload does not listen on {wanted}")
-                }
-                None => continue,
-            };
-            self.reported.insert(range.name.clone());
-            events.push(format!(
-                "port {} of {name} cannot be given: {reason}",
-                range.name
-            ));
+        events.extend(self.observe_server(server, place.address, now));
+        let ranges = place.row.ranges.iter();
+        for range in ranges.filter(|range| needs_workload(range)) {
+            events.extend(self.observe_entry(server, range, place, listener, now));
         }
         events
+    }
+
+    fn observe_server(
+        &mut self,
+        server: &ServerState,
+        address: IpAddr,
+        now: Instant,
+    ) -> Option<String> {
+        let name = &server.server;
+        if is_ready(server) {
+            self.last_ready = now;
+            let is_news = !std::mem::replace(&mut self.was_ready, true);
+            return is_news.then(|| format!("{name} is ready at {address}"));
+        }
+        let is_late = now.duration_since(self.last_ready) >= PATIENCE;
+        if !is_late || !std::mem::replace(&mut self.was_ready, false) {
+            return None;
+        }
+        let reason = if server.not_ready {
+            "its workload takes no new sessions for now, as it has said with PUT /v1/readiness"
+        } else {
+            "its workload listens on no port"
+        };
+        Some(format!("{name} is no longer ready: {reason}"))
+    }
+
+    fn observe_entry(
+        &mut self,
+        server: &ServerState,
+        range: &PortRange,
+        place: Place<'_>,
+        listener: Listener<'_>,
+        now: Instant,
+    ) -> Option<String> {
+        let entry = self.entries.entry(range.name.clone()).or_insert(Entry {
+            last_offered: self.started,
+            is_reported: false,
+        });
+        let mut ports = server.ports.iter().filter(|it| it.name == range.name);
+        if ports.clone().any(is_offered) {
+            entry.last_offered = now;
+            entry.is_reported = false;
+            return None;
+        }
+        if entry.is_reported || ports.all(|ports| ports.not_listening == 0) {
+            return None;
+        }
+        let reason = match elsewhere(listener, range, place) {
+            Some((transport, found, wanted)) => format!(
+                "{transport} {found} is listened on instead of {wanted}: make the workload listen on $(POD_IP)"
+            ),
+            None if now.duration_since(entry.last_offered) >= PATIENCE => {
+                let wanted = SocketAddr::new(place.address, range.server_port.get());
+                format!("the workload does not listen on {wanted}")
+            }
+            None => return None,
+        };
+        entry.is_reported = true;
+        Some(format!(
+            "port {} of {} cannot be given: {reason}",
+            range.name, server.server
+        ))
     }
 }
 
@@ -118,12 +156,6 @@ impl Readiness {
 fn needs_workload(range: &PortRange) -> bool {
     let is_for_sessions = matches!(range.admission, None | Some(EntryAdmission::Session));
     range.offer != Offer::Always && is_for_sessions
-}
-
-/// Whether the workload of `server` listens on no port of this name.
-fn is_silent(server: &ServerState, name: &str) -> bool {
-    let mut ports = server.ports.iter().filter(|ports| ports.name == name);
-    ports.any(|ports| ports.not_listening > 0 && !is_offered(ports))
 }
 
 /// Whether a client has one of the `ports`, or can get one.
@@ -284,6 +316,81 @@ spec:
         );
         assert_eq!(at(&server(true, 0, 2), 20), [""; 0]);
         assert_eq!(at(&server(true, 2, 0), 21), ["t-0 is ready at 127.0.0.2"]);
+    }
+
+    #[test]
+    fn a_port_that_is_missing_is_named_though_another_one_is_offered() {
+        let start = Instant::now();
+        let mut readiness = Readiness::new(start);
+        let mut table = table();
+        let always = PortRange {
+            name: "media".to_owned(),
+            offer: Offer::Always,
+            ..table.rows[0].ranges[0].clone()
+        };
+        table.rows[0].ranges.push(always);
+        let mut at = |main: (u32, u32), seconds| {
+            let mut server = server(true, main.0, main.1);
+            let media = PortState {
+                name: "media".to_owned(),
+                free: 2,
+                ..server.ports[0].clone()
+            };
+            server.ports.push(media);
+            observe_in(
+                &table,
+                &mut readiness,
+                &server,
+                (start, seconds),
+                (&[], &[]),
+            )
+        };
+        let missing =
+            "port main of t-0 cannot be given: the workload does not listen on 127.0.0.2:7000";
+        assert_eq!(at((0, 2), 1), ["t-0 is ready at 127.0.0.2"]);
+        assert_eq!(at((0, 2), 6), [missing]);
+        assert_eq!(at((0, 2), 60), [""; 0], "said once");
+        // It is said again after it was there.
+        assert_eq!(at((2, 0), 61), [""; 0]);
+        assert_eq!(at((0, 2), 65), [""; 0]);
+        assert_eq!(at((0, 2), 66), [missing]);
+    }
+
+    #[test]
+    fn a_server_whose_workload_takes_no_sessions_is_not_called_ready() {
+        let start = Instant::now();
+        let mut readiness = Readiness::new(start);
+        let mut at = |server: &ServerState, seconds| {
+            observe(&mut readiness, server, (start, seconds), (&[], &[]))
+        };
+        let unready = ServerState {
+            not_ready: true,
+            ..server(true, 2, 0)
+        };
+        assert!(!is_ready(&unready));
+        assert_eq!(at(&unready, 0), [""; 0]);
+        assert_eq!(at(&server(true, 2, 0), 1), ["t-0 is ready at 127.0.0.2"]);
+        assert_eq!(at(&unready, 2), [""; 0]);
+        let said = at(&unready, 7);
+        assert!(said[0].contains("PUT /v1/readiness"), "{said:?}");
+        assert_eq!(at(&server(true, 2, 0), 8), ["t-0 is ready at 127.0.0.2"]);
+    }
+
+    #[test]
+    fn nothing_is_said_of_a_server_that_takes_no_more_sessions() {
+        let start = Instant::now();
+        for (spent, draining) in [(true, false), (false, true)] {
+            let mut readiness = Readiness::new(start);
+            for (free, not_listening, seconds) in [(2, 0, 0), (0, 2, 9)] {
+                let server = ServerState {
+                    spent,
+                    draining,
+                    ..server(true, free, not_listening)
+                };
+                let said = observe(&mut readiness, &server, (start, seconds), (&[], &[]));
+                assert_eq!(said, [""; 0]);
+            }
+        }
     }
 
     #[test]

@@ -46,7 +46,7 @@ async fn a_pod_whose_readiness_probe_fails_gets_no_new_sessions() {
         panic!("{error:?}");
     };
     assert_eq!(problem.kind, "urn:portpool:problem:not-ready");
-    let said = "1 processing server is not Ready";
+    let said = "1 processing server is not ready";
     world.live(said, |state| state.servers[0].not_ready).await;
     assert!(problem.detail.contains(said), "{problem}");
     live.check();

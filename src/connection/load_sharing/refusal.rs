@@ -142,7 +142,7 @@ fn not_ready(count: usize) -> String {
         count => format!("{count} processing servers are"),
     };
     format!(
-        "{servers} not Ready: look at kubectl get pods, at the readinessProbe, and at what the workload says itself"
+        "{servers} not ready: the workload says so itself (PUT /v1/readiness), or in a cluster, the pod is not Ready: look at kubectl get pods and at the readinessProbe"
     )
 }
 

@@ -49,7 +49,7 @@ async fn a_server_that_is_not_ready_gets_no_sessions_and_keeps_those_that_it_has
         panic!("test-0 has four ports");
     };
     assert_eq!(problem.kind, "urn:portpool:problem:no-free-port");
-    let words = "all 4 matching ports are in use, and 1 processing server is not Ready";
+    let words = "all 4 matching ports are in use, and 1 processing server is not ready";
     assert!(problem.detail.starts_with(words), "{problem}");
     live.iter_mut().for_each(|stream| echo(stream, "goes on"));
 

@@ -101,7 +101,7 @@ fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
     assert_eq!(reserve(&mut servers, &any), None);
     assert_eq!(servers.free_ports(), 0);
     let text = reason(&servers, &any).to_string();
-    let words = "the only matching port is in use, and 1 processing server is not Ready: look at kubectl get pods";
+    let words = "the only matching port is in use, and 1 processing server is not ready: the workload says so";
     assert!(text.starts_with(words), "{text}");
     servers.settle(&reserved);
     // Its agent may know a newer row than this connection server.
@@ -113,7 +113,7 @@ fn a_server_that_is_not_ready_gets_nothing_and_the_refusals_say_so() {
     assert_eq!(reserve(&mut servers, &any), None);
     assert_eq!(reason(&servers, &any), Refusal::NotReady(2));
     let text = reason(&servers, &any).to_string();
-    let words = "2 processing servers are not Ready: look at kubectl get pods";
+    let words = "2 processing servers are not ready: the workload says so";
     assert!(text.starts_with(words), "{text}");
     // One that is removed does not come back.
     servers.server(Slot(0)).row_draining = true;
