@@ -198,8 +198,8 @@ pub enum CommandError {
     /// The metadata has a key twice.
     #[error("--metadata gives the key {0:?} twice: each key has one value")]
     MetadataTwice(String),
-    /// `--udp` and `--protocol TCP` do not go together.
-    #[error("--udp needs a port that forwards UDP: leave out --protocol TCP")]
+    /// `--udp` and a port that forwards TCP only do not go together.
+    #[error("--udp needs a port that forwards UDP: leave out --udp, or ask for another port")]
     Protocol,
     /// A signal came before the end.
     #[error("interrupted")]

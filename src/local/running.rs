@@ -21,7 +21,7 @@ use crate::client::Client;
 use crate::follow::write_table;
 use crate::manifest::{self, Manifest};
 use crate::plan::{FieldProblem, Observed, ObservedServer, Plan, ValidPool, plan};
-use crate::pool::CONNECTION_ADMIN_PORT;
+use crate::pool::{CONNECTION_ADMIN_PORT, EntryAdmission};
 use crate::session::PoolState;
 use crate::table::{Slot, Table};
 
@@ -369,15 +369,18 @@ fn with_drain_limit(pool: ValidPool, options: &Options) -> ValidPool {
 }
 
 /// The options with which `portpool connect` gets a port of `pool`: of the first
-/// entry that forwards TCP, else of the first one. `None` while there is no server.
+/// entry that forwards TCP, else of the first one. No request gets companion ports.
+/// `None` while there is no server.
 fn client_options(pool: &ValidPool) -> Option<String> {
     if pool.replicas == 0 {
         return None;
     }
-    let mut entries = pool.entries.iter();
+    let entries = pool.entries.iter();
+    let mut entries = entries.filter(|it| it.admission != Some(EntryAdmission::Companion));
+    let is_only = entries.clone().count() == 1;
+    let first = entries.clone().next();
     let tcp = entries.find(|entry| entry.protocol.has_tcp());
-    let entry = tcp.or(pool.entries.first())?;
-    let is_only = pool.entries.iter().all(|other| other.name == entry.name);
+    let entry = tcp.or(first)?;
     let udp = if tcp.is_some() { "" } else { " --udp" };
     let name = (!is_only).then(|| format!(" --port-name {}", entry.name));
     Some(format!("{udp}{}", name.unwrap_or_default()))
@@ -419,6 +422,11 @@ mod tests {
                 1,
                 "{name: a, port: 1000, protocol: UDP}, {name: b, port: 1001, protocol: UDP}",
                 Some(" --udp --port-name a"),
+            ),
+            (
+                1,
+                "{name: a, port: 1000, admission: Companion}, {name: b, port: 1001, protocol: UDP}",
+                Some(" --udp"),
             ),
             (0, "{name: a, port: 1000}", None),
         ];

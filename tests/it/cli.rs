@@ -159,7 +159,7 @@ async fn exit_codes_distinguish_failures() {
         pool.request().await.unwrap();
     }
     let large = format!("a={}", "v".repeat(4096));
-    let cases: [(&[&str], i32, &str); 14] = [
+    let cases: [(&[&str], i32, &str); 16] = [
         (&["request", &address], 3, "all 4 matching ports are in use"),
         (&["connect", &address], 3, "all 4 matching ports are in use"),
         (&["request", &unused], 1, "failed to ask"),
@@ -208,7 +208,18 @@ async fn exit_codes_distinguish_failures() {
         (
             &["connect", &address, "--udp", "--protocol", "tcp"],
             2,
-            "leave out --protocol TCP",
+            "--udp needs a port that forwards UDP: leave out --udp",
+        ),
+        // Nothing is asked for: these ask a server that is not there.
+        (
+            &["connect", &unused, "--udp", "--port", "main/tcp"],
+            2,
+            "--udp needs a port that forwards UDP: leave out --udp",
+        ),
+        (
+            &["connect", &unused, "--port", "main", "--to", "other"],
+            2,
+            "no port of the session has the name \"other\"",
         ),
     ];
     for (arguments, code, words) in cases {
@@ -256,6 +267,28 @@ async fn connect_asks_for_what_it_talks() {
             assert!(told.contains(&format!(":{port}\n")), "{options:?}: {told}");
             pool.until(|state| state.free_ports == 2).await;
         }
+    }
+}
+
+#[tokio::test]
+async fn connect_sends_no_datagrams_to_a_port_of_tcp() {
+    let pool = mixed().await;
+    let address = format!("{}:7700", pool.connection_address(0));
+    for (options, words) in [
+        (&["--port", "game"] as &[&str], "game (TCP), main (UDP)"),
+        (
+            &["--port", "main", "--port", "game", "--to", "game"],
+            "game (TCP), main (UDP)",
+        ),
+        // Which entry it gets, only the answer says.
+        (&["--port", "*/tcp", "--to", "game"], "leave out --udp"),
+    ] {
+        let arguments = [&["connect", &address, "--udp"], options].concat();
+        let output = run(&arguments, b"hello").await;
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{options:?}: {told}");
+        assert!(told.contains(words), "{options:?}: {told}");
+        pool.until(|state| state.free_ports == 2).await;
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::{AskOptions, CommandError, ask};
 use crate::client::{Client, endpoint};
 use crate::pool::PortProtocol;
-use crate::session::Session;
+use crate::session::{PortRequest, Session};
 
 /// How long `portpool connect --udp` waits for replies after its input ends.
 const LAST_REPLIES: Duration = Duration::from_secs(1);
@@ -74,8 +74,9 @@ pub async fn connect(
 ) -> Result<(), CommandError> {
     let client = Client::new(&options.ask.address)?;
     let mut wanted = options.ask.wanted()?;
-    if wanted.ports.is_none() {
-        wanted.protocol = Some(options.protocol()?);
+    match &mut wanted.ports {
+        Some(ports) => options.choose(ports)?,
+        None => wanted.protocol = Some(options.protocol()?),
     }
     tokio::pin!(interrupt);
     let session = tokio::select! {
@@ -102,6 +103,25 @@ pub async fn connect(
 impl ConnectOptions {
     fn is_udp(&self) -> bool {
         self.udp || self.ask.protocol == Some(PortProtocol::UDP)
+    }
+
+    /// Checks that `ports` include the one to connect to, and asks for UDP there if
+    /// datagrams are to be sent.
+    fn choose(&self, ports: &mut [PortRequest]) -> Result<(), CommandError> {
+        let name = self.to.as_ref();
+        let is_any = ports.iter().any(|port| port.port_name.is_none());
+        let mut ports = ports.iter_mut();
+        let port = ports.find(|port| name.is_none() || port.port_name.as_ref() == name);
+        match (port, name) {
+            (Some(port), _) if self.udp => match port.protocol {
+                Some(PortProtocol::TCP) => return Err(CommandError::Protocol),
+                Some(_) => {}
+                None => port.protocol = Some(PortProtocol::UDP),
+            },
+            (None, Some(name)) if !is_any => return Err(CommandError::NoSuchPort(name.clone())),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// The session with the port that `--to` names as its first.
@@ -138,6 +158,9 @@ async fn talk(
     options: &ConnectOptions,
 ) -> Result<(), CommandError> {
     let session = &options.chosen(session)?;
+    if options.udp && !session.protocol.has_udp() {
+        return Err(CommandError::Protocol);
+    }
     let connection = if options.is_udp() || session.protocol == PortProtocol::UDP {
         Connection::Datagrams(client.connect_udp(session).await?)
     } else {
