@@ -133,7 +133,7 @@ pub struct ProcessingPoolSpec {
     #[schemars(range(min = 0, max = MAX_REPLICAS))]
     pub replicas: i32,
 
-    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, other than in its offer or admission, the servers get new connection ports for it, and the sessions on the former ports end. A change of admission to or from Companion ends the sessions and connections on the ports of the entry, which stay the same.
+    /// Ports that each processing server listens on, 1 to 8 entries with different names. Every processing server gets its own connection ports for every entry. When an entry changes, other than in its offer, admission or replies, the servers get new connection ports for it, and the sessions on the former ports end. A change of admission to or from Companion ends the sessions and connections on the ports of the entry, which stay the same.
     #[schemars(length(min = 1, max = MAX_PORT_ENTRIES), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub ports: Vec<PortEntry>,
 
@@ -151,6 +151,7 @@ pub struct ProcessingPoolSpec {
 
     /// How long sessions last, and who may connect. Default: the defaults of its fields.
     #[serde(default)]
+    #[x_kube(validation = rules::BINDING_OF_SESSIONS.to_schema())]
     pub sessions: Sessions,
 
     /// Longest time in seconds that live sessions keep a processing server running after the pool has shrunk or the template has changed, 0 to 604800. Default 600. `portpool local` uses its option --drain-seconds instead.

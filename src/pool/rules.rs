@@ -19,8 +19,8 @@ pub(super) use self::entries::{
     PROXY_PROTOCOL_OVER_TCP, REPLIES_OVER_UDP,
 };
 use super::{
-    CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer, MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH,
-    MAX_RANGES, ProcessingPoolSpec,
+    Admission, CONNECTION_ADMIN_PORT, ClientBinding, ConnectionPorts, ConnectionServer,
+    MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_RANGES, PortEntry, ProcessingPoolSpec, Sessions,
 };
 
 /// What is wrong with a field.
@@ -200,26 +200,27 @@ pub(super) const IN_ORDER: FieldRule<ConnectionPorts> = FieldRule {
     },
 };
 
+pub(super) const BINDING_OF_SESSIONS: FieldRule<Sessions> = FieldRule {
+    cel: || "self.clientBinding != 'Requester' || self.admission != 'Open'".to_owned(),
+    message: || {
+        "clientBinding Requester needs admission Session: with Open, everyone may connect without a session".to_owned()
+    },
+    problems: |sessions| {
+        let is_broken = sessions.client_binding == ClientBinding::Requester
+            && sessions.admission == Admission::Open;
+        broken(is_broken, "clientBinding", || {
+            "Requester keeps no one out with sessions.admission Open, where everyone may connect without a session: remove one of the two; single entries of ports may have admission: Open".to_owned()
+        })
+    },
+};
+
 /// What breaks a rule in `spec`, whose fields are within their bounds. In the
 /// order of the fields; paths begin with `spec`.
 #[must_use]
 pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     let mut problems = Vec::new();
     for (index, entry) in spec.ports.iter().enumerate() {
-        for rule in [
-            PORT_AS_MAPPED,
-            LAST_PORT_EXISTS,
-            ANY_OF_SEVERAL,
-            COMPANION_IS_NOT_OFFERED,
-            PROXY_PROTOCOL_OVER_TCP,
-            REPLIES_OVER_UDP,
-            AGENT_PORTS_FREE,
-        ] {
-            problems.extend(within(
-                &format!("spec.ports[{index}]"),
-                (rule.problems)(entry),
-            ));
-        }
+        problems.extend(within(&format!("spec.ports[{index}]"), check_entry(entry)));
     }
     for rule in [NO_OVERLAP, COMPANIONS_OF_SESSIONS] {
         problems.extend(within("spec", (rule.problems)(spec)));
@@ -237,6 +238,34 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     for rule in [IDENTITY_LEAVES_AGENT_PORTS, ENOUGH_PORTS, TABLE_FITS] {
         problems.extend(within("spec", (rule.problems)(spec)));
     }
+    let sessions = (BINDING_OF_SESSIONS.problems)(&spec.sessions);
+    problems.extend(within("spec.sessions", sessions));
+    problems
+}
+
+/// What breaks a rule in `entry` alone; paths are relative to it.
+fn check_entry(entry: &PortEntry) -> Vec<FieldProblem> {
+    let rules = [
+        PORT_AS_MAPPED,
+        LAST_PORT_EXISTS,
+        ANY_OF_SEVERAL,
+        COMPANION_IS_NOT_OFFERED,
+        PROXY_PROTOCOL_OVER_TCP,
+        REPLIES_OVER_UDP,
+        AGENT_PORTS_FREE,
+    ];
+    let problems = rules.iter().flat_map(|rule| (rule.problems)(entry));
+    problems.collect()
+}
+
+/// What breaks a rule in `entry`, which has a port, alone or beside those of
+/// `earlier`; paths are relative to it.
+#[must_use]
+pub fn check_beside(entry: &PortEntry, earlier: &[PortEntry]) -> Vec<FieldProblem> {
+    let mut problems = check_entry(entry);
+    // No entry is given connection ports, as all have ports.
+    let all = ConnectionPorts::default();
+    problems.extend(entries::clashes(entry, earlier, all));
     problems
 }
 

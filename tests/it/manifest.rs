@@ -12,8 +12,8 @@ use kube_cel::Validator;
 use portpool::manifest;
 use portpool::plan::{Observed, environment, plan};
 use portpool::pool::{
-    ConnectionPorts, EntryAdmission, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
-    ProcessingPoolSpec, ProxyProtocol, Replies, rules,
+    Admission, ClientBinding, ConnectionPorts, EntryAdmission, Mapping, Offer, PortEntry,
+    PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol, Replies, rules,
 };
 use proptest::prelude::*;
 
@@ -355,7 +355,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
     // A change that breaks a rule, where, and words of the API server's message and of
     // ours, which also has the remedy.
-    let cases: [(Change, &str, &str, &str); 18] = [
+    let cases: [(Change, &str, &str, &str); 20] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
@@ -492,8 +492,26 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
                 }
             },
             "spec.ports",
-            "another admission than Companion",
+            "no client could have a session of companion ports",
             "add an entry for the port that clients ask for",
+        ),
+        (
+            |spec| {
+                spec.ports[0].admission = Some(EntryAdmission::Companion);
+                spec.sessions.admission = Admission::Open;
+            },
+            "spec.ports",
+            "needs another one with admission Session",
+            "or set admission: Session in one",
+        ),
+        (
+            |spec| {
+                spec.sessions.admission = Admission::Open;
+                spec.sessions.client_binding = ClientBinding::Requester;
+            },
+            "spec.sessions.clientBinding",
+            "needs admission Session",
+            "remove one of the two",
         ),
     ];
     let validator = Validator::new();
@@ -583,6 +601,7 @@ fn near_entry() -> impl Strategy<Value = PortEntry> {
     let admission = prop_oneof![
         3 => Just(None),
         1 => Just(Some(EntryAdmission::Session)),
+        1 => Just(Some(EntryAdmission::Open)),
         2 => Just(Some(EntryAdmission::Companion))
     ];
     let without_port = prop_oneof![9 => Just(false), 1 => Just(true)];
@@ -632,8 +651,16 @@ proptest! {
         load_sharing_port in prop_oneof![7690..=7710, 1..=65_535],
         first in prop_oneof![7690..=7710, 1..=65_535],
         length in prop_oneof![-2..=30, 1000..=30_000],
+        is_open in any::<bool>(),
+        is_bound in prop_oneof![3 => Just(false), 1 => Just(true)],
     ) {
         let mut spec = small_pool();
+        if is_open {
+            spec.sessions.admission = Admission::Open;
+        }
+        if is_bound {
+            spec.sessions.client_binding = ClientBinding::Requester;
+        }
         spec.replicas = replicas;
         spec.ports = entries;
         for (index, entry) in spec.ports.iter_mut().enumerate() {

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use super::{FieldProblem, FieldRule, broken};
+use super::{FieldProblem, FieldRule, broken, within};
 use crate::pool::{
     AGENT_PORTS, ConnectionPorts, EntryAdmission, MAX_PORT, Mapping, Offer, PortEntry,
     PortProtocol, ProcessingPoolSpec, ProxyProtocol, Replies,
@@ -28,50 +28,63 @@ pub(in crate::pool) const NO_OVERLAP: FieldRule<ProcessingPoolSpec> = FieldRule 
         "server ports of two entries of ports overlap: port, port+1 and so on, count of them unless mapping is Shared, and all connectionPorts where mapping is Identity; move one of them".to_owned()
     },
     problems: |spec| {
-        let mut problems = Vec::new();
-        for (index, entry) in spec.ports.iter().enumerate() {
-            let earlier = spec.ports[..index].iter();
-            let all = spec.connection_server.connection_ports;
-            let clashing =
-                |other: &&PortEntry| other.name != entry.name && clash(other, entry, all);
-            for other in earlier.filter(clashing) {
-                let ports = server_ports(entry, all);
-                let message = format!(
-                    "ports {} to {} overlap those of entry {:?}: move one of them{}",
-                    ports.start(),
-                    ports.end(),
-                    other.name,
-                    match (entry.mapping, other.mapping) {
-                        (Mapping::Identity, _) | (_, Mapping::Identity) =>
-                            "; with mapping Identity, an entry may have any of connectionPorts",
-                        _ => "",
-                    }
-                );
-                let field = if entry.port.is_some() {
-                    "port"
-                } else {
-                    "mapping"
-                };
-                let path = format!("ports[{index}].{field}");
-                problems.push(FieldProblem::new(path, message));
-            }
-        }
-        problems
+        let all = spec.connection_server.connection_ports;
+        let entries = spec.ports.iter().enumerate();
+        let problems = entries.map(|(index, entry)| {
+            let clashes = clashes(entry, &spec.ports[..index], all);
+            within(&format!("ports[{index}]"), clashes).collect::<Vec<_>>()
+        });
+        problems.flatten().collect()
     },
 };
 
+/// What is wrong with the server ports of `entry` beside those of `others`, if
+/// connection ports are taken from `all`. Entries of the same name are one.
+pub(super) fn clashes(
+    entry: &PortEntry,
+    others: &[PortEntry],
+    all: ConnectionPorts,
+) -> Vec<FieldProblem> {
+    let clashing = |other: &&PortEntry| other.name != entry.name && clash(other, entry, all);
+    let problems = others.iter().filter(clashing).map(|other| {
+        let ports = server_ports(entry, all);
+        let message = format!(
+            "ports {} to {} overlap those of entry {:?}: move one of them{}",
+            ports.start(),
+            ports.end(),
+            other.name,
+            match (entry.mapping, other.mapping) {
+                (Mapping::Identity, _) | (_, Mapping::Identity) =>
+                    "; with mapping Identity, an entry may have any of connectionPorts",
+                _ => "",
+            }
+        );
+        let field = if entry.port.is_some() {
+            "port"
+        } else {
+            "mapping"
+        };
+        FieldProblem::new(field, message)
+    });
+    problems.collect()
+}
+
 pub(in crate::pool) const COMPANIONS_OF_SESSIONS: FieldRule<ProcessingPoolSpec> = FieldRule {
     cel: || {
-        "size(self.ports) == 0 || self.ports.exists(entry, !has(entry.admission) || entry.admission != 'Companion')".to_owned()
+        "!self.ports.exists(entry, has(entry.admission) && entry.admission == 'Companion') || self.ports.exists(entry, has(entry.admission) ? entry.admission == 'Session' : self.sessions.admission == 'Session')".to_owned()
     },
     message: || {
-        "one entry of ports at least must have another admission than Companion: requests get no companion ports, so no client could have a session".to_owned()
+        "an entry of ports with admission Companion needs another one with admission Session: no client could have a session of companion ports alone, and open ports need none".to_owned()
     },
     problems: |spec| {
-        let is_companion = |entry: &PortEntry| entry.admission == Some(EntryAdmission::Companion);
-        let is_broken = !spec.ports.is_empty() && spec.ports.iter().all(is_companion);
+        let has = |admission: EntryAdmission| {
+            let of_all = EntryAdmission::from(spec.sessions.admission);
+            let mut entries = spec.ports.iter();
+            entries.any(|entry| entry.admission.unwrap_or(of_all) == admission)
+        };
+        let is_broken = has(EntryAdmission::Companion) && !has(EntryAdmission::Session);
         broken(is_broken, "ports", || {
-            "has only entries with admission Companion, which no request gets, so no client could have a session: add an entry for the port that clients ask for, or remove admission from one".to_owned()
+            "has companion ports, which are for clients that have a session, and no entry with admission Session: add an entry for the port that clients ask for, or set admission: Session in one".to_owned()
         })
     },
 };
