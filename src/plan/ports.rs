@@ -7,6 +7,8 @@
 use std::ops::RangeInclusive;
 
 use super::validate::{Entry, Target, ValidPool};
+use crate::pool::PortEntry;
+use crate::pool::rules::check_beside;
 use crate::table::{ListenPort, PortRange, Row, RowState};
 
 /// Gives every active row of `rows` the ports that `pool` asks for. Draining rows
@@ -44,17 +46,20 @@ fn give_ports(rows: &mut Vec<Row>, pool: &ValidPool, first: First) {
     rows.retain_mut(|row| row.state == RowState::Draining || complete(row, pool, first, &mut used));
 }
 
-/// Those of `ranges` that are valid and not in `rows`. `ranges` are the ports that
-/// a server carries; they can be anything, because users can change them.
+/// Those of `ranges` that may be in a row and are not in `rows`. `ranges` are the ports
+/// that a server carries; they can be anything, because users can change them.
 pub(super) fn free_of_conflict(ranges: &[PortRange], rows: &[Row]) -> Vec<PortRange> {
     let mut used = Used::default();
     let others = rows.iter().flat_map(|row| &row.ranges);
     others.for_each(|range| used.mark(range));
-    let mut kept = Vec::new();
+    let (mut kept, mut entries) = (Vec::new(), Vec::new());
     for range in ranges {
-        if range.is_valid() && !used.has(range) {
+        let entry = PortEntry::from(range);
+        let is_allowed = || range.is_valid() && check_beside(&entry, &entries).is_empty();
+        if is_allowed() && !used.has(range) {
             used.mark(range);
             kept.push(range.clone());
+            entries.push(entry);
         }
     }
     kept

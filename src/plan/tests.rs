@@ -3,7 +3,7 @@ use crate::pool::{
     ConnectionPorts, EntryAdmission, Mapping, Offer, PortEntry, PortProtocol, ProcessingPool,
     ProcessingPoolSpec, ProxyProtocol, Replies,
 };
-use crate::table::{PortRange, Slot};
+use crate::table::{ListenPort, PortRange, Slot};
 
 mod client_addresses;
 mod lost_table;

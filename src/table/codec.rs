@@ -3,7 +3,11 @@
 
 use serde::Deserialize;
 
-use super::{FORMAT_VERSION, MAX_ENCODED_BYTES, OLDEST_FORMAT_VERSION, PortRange, Slot, Table};
+use super::{
+    FORMAT_VERSION, MAX_ENCODED_BYTES, OLDEST_FORMAT_VERSION, PortRange, Row, Slot, Table,
+};
+use crate::pool::rules::{self, FieldProblem};
+use crate::pool::{Mapping, PortEntry};
 
 /// Why a text is no table, or a table cannot be encoded.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +50,16 @@ pub enum TableError {
         slot: Slot,
         /// Name of the run's port entry.
         name: String,
+    },
+    /// A run is of no entry that a pool can have.
+    #[error("slot {slot}, port {name:?}: {problem}")]
+    Entry {
+        /// Slot with the run.
+        slot: Slot,
+        /// Name of the run's port entry.
+        name: String,
+        /// The field at fault and the remedy.
+        problem: String,
     },
     /// A connection port leads to two destinations.
     #[error("connection port {port} is given to slot {first} and to slot {second}")]
@@ -106,7 +120,8 @@ impl Table {
         Ok(table)
     }
 
-    /// Checks what the types do not say: generation, order of rows, ports.
+    /// Checks what the types do not say: generation, order of rows, ports and their
+    /// entries.
     fn check(&self) -> Result<(), TableError> {
         if self.generation == 0 {
             return Err(TableError::Generation);
@@ -128,6 +143,7 @@ impl Table {
                 }
                 runs.push((range, row.slot));
             }
+            check_entries(row)?;
         }
         runs.sort_by_key(|(range, slot)| (range.connection_port, *slot));
         for pair in runs.windows(2) {
@@ -142,5 +158,42 @@ impl Table {
             }
         }
         Ok(())
+    }
+}
+
+/// Checks the runs of `row` by the rules of a pool's port entries.
+fn check_entries(row: &Row) -> Result<(), TableError> {
+    let entries: Vec<PortEntry> = row.ranges.iter().map(PortEntry::from).collect();
+    for (index, entry) in entries.iter().enumerate() {
+        let problems = rules::check_beside(entry, &entries[..index]);
+        if let Some(FieldProblem { path, message }) = problems.into_iter().next() {
+            return Err(TableError::Entry {
+                slot: row.slot,
+                name: entry.name.clone(),
+                problem: format!("{path}: {message}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The entry of which `range` is all. Server ports that are the connection ports
+/// (Identity) are known here, so that they are as any others.
+impl From<&PortRange> for PortEntry {
+    fn from(range: &PortRange) -> Self {
+        Self {
+            name: range.name.clone(),
+            port: Some(range.server_port.get().into()),
+            count: range.count.into(),
+            protocol: range.protocol,
+            mapping: match range.mapping {
+                Mapping::Offset | Mapping::Identity => Mapping::Offset,
+                Mapping::Shared => Mapping::Shared,
+            },
+            offer: range.offer,
+            admission: range.admission,
+            replies: range.replies,
+            proxy_protocol: range.proxy_protocol,
+        }
     }
 }

@@ -112,7 +112,51 @@ fn a_wrong_table_is_refused_with_the_reason() {
             "the same ones on the server",
         ),
     ];
-    for (change, words) in cases {
+    let of_entries: [(Change, &str); 6] = [
+        (
+            |table| table.rows[0].ranges[0].offer = Offer::WhenAnyListens,
+            r#"slot 0, port "main": offer: WhenAnyListens needs protocol TCPUDP"#,
+        ),
+        (
+            |table| {
+                let range = &mut table.rows[0].ranges[0];
+                (range.admission, range.offer) = (Some(EntryAdmission::Companion), Offer::Always);
+            },
+            "offer: does not apply with admission Companion",
+        ),
+        (
+            |table| {
+                let range = &mut table.rows[0].ranges[0];
+                (range.proxy_protocol, range.protocol) = (ProxyProtocol::V2, PortProtocol::UDP);
+            },
+            "proxyProtocol: V2 needs protocol TCP",
+        ),
+        (
+            |table| table.rows[0].ranges[0].replies = Replies::AnyPort,
+            "replies: AnyPort needs protocol UDP",
+        ),
+        (
+            |table| {
+                let range = &mut table.rows[0].ranges[0];
+                range.mapping = Mapping::Identity;
+                range.connection_port = ListenPort::new(7073).unwrap();
+                range.server_port = TargetPort::new(7073).unwrap();
+            },
+            "port: includes 7073, which belongs to portpool's agent",
+        ),
+        (
+            |table| {
+                let other = PortRange {
+                    name: "other".to_owned(),
+                    server_port: TargetPort::new(7003).unwrap(),
+                    ..range(21_000, 1)
+                };
+                table.rows[0].ranges.push(other);
+            },
+            r#"slot 0, port "other": port: ports 7003 to 7003 overlap those of entry "main""#,
+        ),
+    ];
+    for (change, words) in cases.into_iter().chain(of_entries) {
         let mut table = good.clone();
         change(&mut table);
         let text = serde_json::to_string(&table).unwrap();

@@ -220,7 +220,8 @@ impl Pool {
     }
 
     pub fn start_workload(&mut self, slot: u32) {
-        let last = SERVER_PORT + COUNT - 1;
+        // Two more are for a second entry.
+        let last = SERVER_PORT + COUNT + 1;
         self.workloads.push(Process::start(&[
             "echo".to_owned(),
             format!("--listen={}", self.server_address(slot)),

@@ -66,7 +66,21 @@ fn ports_that_two_servers_carry_are_given_to_one() {
         count: 0,
         ..claimed[0].clone()
     };
-    world.servers.get_mut(&Slot(1)).unwrap().ranges = vec![wrong, claimed[0].clone()];
+    let of_agent = PortRange {
+        server_port: TargetPort::new(7070).unwrap(),
+        connection_port: ListenPort::new(20_050).unwrap(),
+        ..claimed[0].clone()
+    };
+    let carried = vec![wrong, claimed[0].clone(), of_agent];
+    let server = world.servers.get_mut(&Slot(1)).unwrap();
+    (server.ranges, server.sessions) = (carried, Some(0));
+    let mut drained = world.clone();
+    assert_eq!(drained.step(&pool(1, 4)).stop, []);
+    assert_eq!(
+        drained.ports(Slot(1)),
+        [],
+        "it drains, with what it may have"
+    );
     assert_eq!(world.step(&pool(2, 4)).stop, []);
     assert_eq!(world.ports(Slot(0)), claimed);
     assert_eq!(world.ports(Slot(1))[0].connection_port.get(), 20_004);

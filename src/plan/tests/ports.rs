@@ -64,6 +64,7 @@ fn fragments_are_used_when_no_run_is_long_enough() {
     let mut grown = with(2, 2, 20_007);
     grown.entries.push(crate::plan::validate::Entry {
         name: "wide".to_owned(),
+        target: crate::plan::validate::Target::Offset(TargetPort::new(8000).unwrap()),
         count: 2,
         ..grown.entries[0].clone()
     });

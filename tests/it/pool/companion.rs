@@ -17,13 +17,14 @@ use crate::common::{
 /// The first companion port of slot 0; each server has two.
 const DATA: u16 = 20_500;
 
-/// Gives every server two companion ports, which lead to two of its server ports.
+/// Gives every server two companion ports, which lead to the two server ports after
+/// the others.
 fn with_companions(table: &mut Table) {
     for (slot, row) in (0u16..).zip(&mut table.rows) {
         row.ranges.push(PortRange {
             name: "data".to_owned(),
             admission: Some(EntryAdmission::Companion),
-            ..table::range(DATA + 10 * slot, SERVER_PORT, 2)
+            ..table::range(DATA + 10 * slot, SERVER_PORT + COUNT, 2)
         });
     }
 }
