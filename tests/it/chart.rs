@@ -4,13 +4,14 @@
 
 mod cluster;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
 use std::process::Command;
 
 use crate::common::helm::{CHART, documents, helm, of_kind, render, template, the};
 use crate::common::{Pool, agree};
+use portpool::connection::load_sharing::refusal::Refusal;
 use serde_json::{Value, json};
 
 /// How the committed `install.yaml` begins; the chart follows.
@@ -39,6 +40,79 @@ fn kinds(objects: &[Value]) -> Vec<&str> {
         .iter()
         .filter_map(|object| object["kind"].as_str())
         .collect()
+}
+
+/// Whether a client is refused for want of ports or servers, and not because of what
+/// it asked.
+fn is_for_want(refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::AllInUse { .. }
+        | Refusal::NotListening { .. }
+        | Refusal::NotReady(_)
+        | Refusal::Starting
+        | Refusal::Draining
+        | Refusal::NotSelected
+        | Refusal::Kept(_)
+        | Refusal::NotTogether(_)
+        | Refusal::AgentsTooOld
+        | Refusal::QueueFull => true,
+        Refusal::UnknownPort { .. }
+        | Refusal::CompanionPort { .. }
+        | Refusal::InvalidPorts(_)
+        | Refusal::UnknownServer
+        | Refusal::UnknownSession
+        | Refusal::KeyReused
+        // Another connection server answers.
+        | Refusal::ShuttingDown => false,
+    }
+}
+
+#[test]
+fn the_alert_on_refused_clients_knows_every_refusal_for_want_of_a_port() {
+    let (not_ready, text) = (0, String::new);
+    let refusals = [
+        Refusal::AllInUse {
+            in_use: 1,
+            not_listening: 0,
+            not_ready,
+        },
+        Refusal::NotListening {
+            ports: 1,
+            not_ready,
+        },
+        Refusal::NotReady(1),
+        Refusal::Starting,
+        Refusal::Draining,
+        Refusal::NotSelected,
+        Refusal::Kept(1),
+        Refusal::NotTogether(1),
+        Refusal::AgentsTooOld,
+        Refusal::QueueFull,
+        Refusal::UnknownPort {
+            field: text(),
+            entries: text(),
+        },
+        Refusal::CompanionPort {
+            field: text(),
+            name: text(),
+            entries: text(),
+        },
+        Refusal::InvalidPorts(text()),
+        Refusal::UnknownServer,
+        Refusal::UnknownSession,
+        Refusal::KeyReused,
+        Refusal::ShuttingDown,
+    ];
+    let wanted = refusals.iter().filter(|refusal| is_for_want(refusal));
+    let wanted: BTreeSet<&str> = wanted.map(Refusal::name).collect();
+    let alerts: Value = serde_saphyr::from_str(&read("charts/portpool/files/alerts.yaml")).unwrap();
+    let groups = alerts["groups"].as_array().unwrap().iter();
+    let mut rules = groups.flat_map(|group| group["rules"].as_array().unwrap());
+    let rule = rules.find(|rule| rule["alert"] == "PortpoolRequestsRefused");
+    let expression = rule.unwrap()["expr"].as_str().unwrap();
+    let (_, rest) = expression.split_once("outcome=~\"").unwrap();
+    let (named, _) = rest.split_once('"').unwrap();
+    assert_eq!(named.split('|').collect::<BTreeSet<_>>(), wanted);
 }
 
 #[test]
