@@ -1,5 +1,6 @@
-//! Each manifest in `examples/` is applied unchanged. Clients inside of the
-//! cluster then use its pool, where `tools/example-images` packs its program.
+//! Each manifest in `examples/` is applied unchanged, but that of SIP with an address
+//! to announce. Clients inside of the cluster then use its pool, where
+//! `tools/example-images` packs its program.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
