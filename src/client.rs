@@ -63,6 +63,9 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 /// another one answers.
 const SHUTTING_DOWN: &str = "urn:portpool:problem:shutting-down";
 
+/// The type of the refusal to end a session whose processing server is not attached.
+const OUT_OF_REACH: &str = "urn:portpool:problem:server-out-of-reach";
+
 /// A client of one load-sharing port. Cheap to clone; keeps connections.
 #[derive(Clone, Debug)]
 pub struct Client {
@@ -128,10 +131,10 @@ impl ClientError {
         }
     }
 
-    /// Whether asking again later may help: nothing was free.
+    /// Whether a request for a session may succeed later: nothing was free.
     #[must_use]
     pub fn is_exhausted(&self) -> bool {
-        matches!(self, Self::Refused(problem) if problem.status == 503)
+        matches!(self, Self::Refused(problem) if problem.status == 503 && problem.kind != OUT_OF_REACH)
     }
 
     /// Whether to ask again at once: the connection server stops, and another one
@@ -141,11 +144,15 @@ impl ClientError {
         matches!(self, Self::Refused(problem) if problem.kind == SHUTTING_DOWN)
     }
 
-    /// Whether asking again later may help: nothing was free, or no server
-    /// answered.
+    /// Whether asking again later may help: nothing was free, or a server did not
+    /// answer.
     #[must_use]
     pub fn may_pass(&self) -> bool {
-        self.is_exhausted() || matches!(self, Self::Unreachable { .. } | Self::TimedOut(_))
+        match self {
+            Self::Refused(problem) => problem.status == 503,
+            Self::Unreachable { .. } | Self::TimedOut(_) => true,
+            _ => false,
+        }
     }
 }
 
@@ -405,5 +412,29 @@ pub fn endpoint(session: &Session) -> String {
         format!("[{}]:{}", session.address, session.port)
     } else {
         format!("{}:{}", session.address, session.port)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_request_for_a_session_finds_nothing_free() {
+        for (name, status, exhausted, may_pass) in [
+            ("no-free-port", 503, true, true),
+            ("not-ready", 503, true, true),
+            ("server-out-of-reach", 503, false, true),
+            ("no-session", 404, false, false),
+        ] {
+            let error = ClientError::Refused(Problem {
+                kind: format!("urn:portpool:problem:{name}"),
+                title: String::new(),
+                status,
+                detail: String::new(),
+            });
+            let found = (error.is_exhausted(), error.may_pass());
+            assert_eq!(found, (exhausted, may_pass), "{name}");
+        }
     }
 }
