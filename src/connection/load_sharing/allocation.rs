@@ -30,6 +30,13 @@ use crate::selection::{Counts, RefusalCause, Select, Session, ToAgent};
 use crate::session::{SessionId, SessionRequest};
 use crate::table::{Slot, Table};
 
+/// How long a request waits for the session that `near` names: longer than a report of
+/// its agent takes.
+const NEAR_GRACE: Duration = Duration::from_millis(250);
+
+/// How often it looks whether that is known meanwhile.
+const NEAR_CHECK: Duration = Duration::from_millis(10);
+
 /// What a client is answered.
 type Answer = Result<Allocated, Refusal>;
 
@@ -120,6 +127,9 @@ impl Allocation {
     ) -> Answer {
         let started = Instant::now();
         let wait = Duration::from_secs(request.wait_seconds.into());
+        if let Some(near) = &request.near {
+            self.until_known(near).await;
+        }
         let result = match self.wanted(request, client, table) {
             Ok(wanted) => {
                 let change = self.control.begin_change().await;
@@ -133,6 +143,18 @@ impl Allocation {
         let outcome = result.as_ref().map_or_else(Refusal::name, |_| "allocated");
         self.metrics.allocated(outcome, started.elapsed());
         result
+    }
+
+    /// Waits a moment for the session `id`, which another connection server may have
+    /// made just now: its agent reports it to all.
+    async fn until_known(&self, id: &str) {
+        let Some(id) = SessionId::new(id) else {
+            return;
+        };
+        let deadline = Instant::now() + NEAR_GRACE;
+        while self.sessions.get(&id).is_none() && Instant::now() < deadline {
+            tokio::time::sleep(NEAR_CHECK).await;
+        }
     }
 
     /// What `request` wants of the pool of `table`.
