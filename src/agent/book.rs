@@ -102,6 +102,8 @@ pub enum To {
     /// Every attached one but this.
     AllBut(ConnectionServerId),
     /// This one.
+    /// Every attached one but this. The workload would see nothing new.
+    ServersBut(ConnectionServerId),
     One(ConnectionServerId),
 }
 

@@ -265,7 +265,7 @@ impl Inner {
                     .outboxes
                     .values()
                     .for_each(|outbox| send(outbox, message.clone())),
-                To::AllBut(but) => {
+                To::AllBut(but) | To::ServersBut(but) => {
                     let others = self.outboxes.iter().filter(|(id, _)| **id != but);
                     others.for_each(|(_, outbox)| send(outbox, message.clone()));
                 }

@@ -56,7 +56,7 @@ impl Book {
         });
         if is_new && let Some(session) = self.sessions.get(id) {
             notices.push(Notice {
-                to: To::AllBut(from.clone()),
+                to: To::ServersBut(from.clone()),
                 message: FromAgent::Session(self.describe(id, session)),
             });
         }

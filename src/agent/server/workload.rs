@@ -117,7 +117,7 @@ impl Inner {
     /// Tells the workload of a change, if it watches. What goes to one connection
     /// server only is no change.
     pub(super) fn tell_workload(&self, to: &To, message: &FromAgent) {
-        if matches!(to, To::One(_)) || self.events.receiver_count() == 0 {
+        if matches!(to, To::One(_) | To::ServersBut(_)) || self.events.receiver_count() == 0 {
             return;
         }
         if let Some(event) = WorkloadEvent::of(message, Timestamp::now()) {

@@ -98,7 +98,7 @@ impl World {
             for server in &mut self.servers {
                 let is_meant = match &to {
                     To::All => true,
-                    To::AllBut(name) => *name != server.name,
+                    To::AllBut(name) | To::ServersBut(name) => *name != server.name,
                     To::One(name) => *name == server.name,
                 };
                 if let (true, Some(stream)) = (is_meant, &mut server.streams[agent])
