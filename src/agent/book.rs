@@ -65,6 +65,7 @@ mod session;
 mod times;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::time::Duration;
 
 pub use self::amend::Amended;
@@ -97,13 +98,13 @@ pub struct Notice {
 /// The receivers of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum To {
-    /// Every attached connection server.
+    /// Every attached connection server, and the workload.
     All,
-    /// Every attached one but this.
+    /// Every attached one but this, and the workload.
     AllBut(ConnectionServerId),
-    /// This one.
     /// Every attached one but this. The workload would see nothing new.
     ServersBut(ConnectionServerId),
+    /// This one.
     One(ConnectionServerId),
 }
 
@@ -362,11 +363,13 @@ impl Book {
         Some(self.describe(id, session))
     }
 
-    /// The live sessions, in the order of their ids.
+    /// The first `most` live sessions with ids above `after`, in their order. It
+    /// costs no more than that.
     #[must_use]
-    pub fn live_sessions(&self) -> Vec<selection::Session> {
-        let live = self.sessions.iter();
-        let live = live.filter(|(_, session)| session.is_live());
+    pub fn live_sessions_after(&self, after: &str, most: usize) -> Vec<selection::Session> {
+        let above = (Bound::Excluded(after), Bound::Unbounded);
+        let live = self.sessions.range::<str, _>(above);
+        let live = live.filter(|(_, session)| session.is_live()).take(most);
         live.map(|(id, session)| self.describe(id, session))
             .collect()
     }

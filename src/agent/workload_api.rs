@@ -248,7 +248,7 @@ async fn list_sessions(
     query: Result<Query<SessionListQuery>, QueryRejection>,
 ) -> Result<Json<SessionList>, Refused> {
     let Query(query) = query.map_err(|error| Refused::Parameter(error.body_text()))?;
-    let page = SessionList::new(api.agent.sessions(), &query);
+    let page = SessionList::new(&query, |after, most| api.agent.sessions_after(after, most));
     let wrong = || Refused::Parameter(format!("limit must be 1 to {PAGE_MAX}"));
     page.map(Json).ok_or_else(wrong)
 }

@@ -157,13 +157,17 @@ pub struct SessionList {
 }
 
 impl SessionList {
-    /// The page of `sessions` that `query` asks for; `None` if its limit is out of
-    /// bounds.
-    pub(in crate::agent) fn new(sessions: Vec<Session>, query: &SessionListQuery) -> Option<Self> {
+    /// The page that `query` asks for of the sessions that `first_after` gives: the
+    /// first ones after an id, as many as it is asked for. `None` if the limit of
+    /// `query` is out of bounds.
+    pub(in crate::agent) fn new(
+        query: &SessionListQuery,
+        first_after: impl FnOnce(&str, usize) -> Vec<Session>,
+    ) -> Option<Self> {
         let length = page_length(query.limit, PAGE_MAX, PAGE_MAX)?;
-        let after = query.after.as_deref().unwrap_or_default();
-        let found = sessions.into_iter().filter(|it| it.id.as_str() > after);
-        let (page, next) = first_page(found.collect(), length, |it| it.id.as_str());
+        // One more shows whether there is another page.
+        let found = first_after(query.after.as_deref().unwrap_or_default(), length + 1);
+        let (page, next) = first_page(found, length, |it| it.id.as_str());
         Some(Self {
             items: page.iter().map(WorkloadSession::from).collect(),
             next,

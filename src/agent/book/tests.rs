@@ -11,6 +11,7 @@ mod amending;
 mod companions;
 mod leaving;
 mod limits;
+mod listing;
 mod looking;
 mod offering;
 mod recycling;

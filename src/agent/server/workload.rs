@@ -31,10 +31,10 @@ impl Agent {
         })
     }
 
-    /// The live sessions, in the order of their ids.
+    /// The first `most` live sessions with ids above `after`, in their order.
     #[must_use]
-    pub fn sessions(&self) -> Vec<Session> {
-        self.inner.lock().book.live_sessions()
+    pub fn sessions_after(&self, after: &str, most: usize) -> Vec<Session> {
+        self.inner.lock().book.live_sessions_after(after, most)
     }
 
     /// The live session `id`.
