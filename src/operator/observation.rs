@@ -273,6 +273,11 @@ fn pod_blocker(pod: &DynamicObject) -> Option<Blocker> {
         for status in statuses.into_iter().flatten() {
             let waiting = &status["state"]["waiting"];
             let reason = waiting["reason"].as_str().unwrap_or_default();
+            // The kubelet delays the restart of a program that has done its work, too.
+            let has_succeeded = status["lastState"]["terminated"]["exitCode"] == 0;
+            if reason == "CrashLoopBackOff" && has_succeeded {
+                continue;
+            }
             if let Some(reason) = STUCK.into_iter().find(|stuck| *stuck == reason) {
                 let container = status["name"].as_str().unwrap_or_default();
                 let message = waiting["message"].as_str().unwrap_or_default();
@@ -383,6 +388,20 @@ mod tests {
 
     fn ready(status: &str, reason: &str) -> Value {
         json!({ "type": "Ready", "status": status, "reason": reason })
+    }
+
+    #[test]
+    fn a_program_that_ends_well_is_in_no_loop_of_crashes() {
+        for (exit_code, expected) in [(0, None), (1, Some("CrashLoopBackOff"))] {
+            let mut pod = pod(&ready("False", "ContainersNotReady"), false, true);
+            pod.data["status"]["containerStatuses"][0] = json!({
+                "name": "main",
+                "state": { "waiting": { "reason": "CrashLoopBackOff" } },
+                "lastState": { "terminated": { "exitCode": exit_code } },
+            });
+            let reason = pod_blocker(&pod).map(|blocker| blocker.reason);
+            assert_eq!(reason, expected, "exit code {exit_code}");
+        }
     }
 
     #[test]
