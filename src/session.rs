@@ -23,7 +23,7 @@ pub use self::metadata::{
     MAX_METADATA_BYTES, MAX_METADATA_KEYS, Metadata, MetadataError, MetadataPatch,
 };
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
-pub use self::problem::Problem;
+pub use self::problem::{Problem, ProblemName};
 use crate::pool::{ClientBinding, Policy, PortProtocol};
 use crate::table::Slot;
 

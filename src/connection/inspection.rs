@@ -18,7 +18,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::load_sharing::api::{Api, read_body};
+use super::load_sharing::api::{Api, count_refusals, read_body};
 use super::load_sharing::problem::Refused;
 use super::sessions::events::SessionEvent;
 use super::sessions::listing::{PAGE_MAX, SessionInfo, SessionPage, SessionQuery};
@@ -50,6 +50,7 @@ struct Inspection {
 /// The pages. Watchers are sent away when `stopping`.
 #[must_use]
 pub fn pages(api: Arc<Api>, stopping: CancellationToken) -> Pages {
+    let metrics = api.metrics.clone();
     let inspection = Inspection {
         api,
         watchers: Watchers::new(WATCHERS_MAX, stopping),
@@ -58,6 +59,7 @@ pub fn pages(api: Arc<Api>, stopping: CancellationToken) -> Pages {
     Pages {
         router: router
             .route_layer(middleware::from_fn(web_pages::refuse))
+            .route_layer(middleware::from_fn_with_state(metrics, count_refusals))
             .with_state(Arc::new(inspection)),
         paths: "/v1/pool\n/v1/sessions\n/v1/events\n/openapi.json\n",
     }
@@ -66,7 +68,7 @@ pub fn pages(api: Arc<Api>, stopping: CancellationToken) -> Pages {
 /// The OpenAPI document, as served at `/openapi.json` of the admin port.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    documented().split_for_parts().1
+    web_pages::documented(documented().split_for_parts().1)
 }
 
 fn documented() -> OpenApiRouter<Arc<Inspection>> {
@@ -132,13 +134,12 @@ async fn get_session(
     responses(
         (status = 200, description = "The session after the change", body = SessionInfo),
         (status = 400, description = "Not JSON, or broken off (`malformed`)", body = Problem, content_type = "application/problem+json"),
-        (status = 403, description = "The request is of a web page (`web-page`)", body = Problem, content_type = "application/problem+json"),
         (status = 404, description = "Unknown, or over; the change was made if the session ended right after it", body = Problem, content_type = "application/problem+json"),
         (status = 408, description = "The body did not arrive in time (`too-slow`)", body = Problem, content_type = "application/problem+json"),
         (status = 409, description = "The agent of the session's processing server is too old (`agent-too-old`)", body = Problem, content_type = "application/problem+json"),
         (status = 413, description = "The body is too large (`too-large`)", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "The body is neither application/merge-patch+json nor application/json (`not-json`)", body = Problem, content_type = "application/problem+json"),
-        (status = 422, description = "A field is wrong; `type` says how: `invalid-field`, `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
+        (status = 422, description = "A field is wrong; `type` says how: `invalid-field`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
         (status = 502, description = "The session's processing server did not understand the change, or refused it for an unknown reason (`not-amended`)", body = Problem, content_type = "application/problem+json"),
         (status = 503, description = "The session's processing server is out of reach or has not answered in time (`server-out-of-reach`), after which the change may have been made; or too many sessions are being changed (`too-many-amendments`)", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),

@@ -67,7 +67,7 @@ impl Metrics {
             requests_refused: register(
                 registry,
                 "portpool_requests_refused",
-                "Requests to the load-sharing port that got a problem, by its name",
+                "Requests to the load-sharing and admin ports that got a problem, by its name",
             ),
             unknown_messages: register(
                 registry,

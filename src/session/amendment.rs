@@ -80,11 +80,10 @@ impl AmendRefusal {
         use StatusCode as Code;
         match self {
             Self::UnknownSession => (Code::NOT_FOUND, "no-session", "No such session"),
-            Self::MetadataTooLarge => (
-                Code::UNPROCESSABLE_ENTITY,
-                "metadata-too-large",
-                "Metadata too large",
-            ),
+            // As a change is refused that is too large by itself.
+            Self::MetadataTooLarge => {
+                (Code::UNPROCESSABLE_ENTITY, "invalid-field", "Invalid field")
+            }
             Self::ExpiresPassed => (
                 Code::UNPROCESSABLE_ENTITY,
                 "expires-passed",

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use axum::Json;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -22,10 +22,22 @@ pub struct Problem {
     pub detail: String,
 }
 
+/// The static name of the problem in a response, for the metrics.
+#[derive(Clone, Copy, Debug)]
+pub struct ProblemName(pub &'static str);
+
+/// When to ask again, in seconds, where that may help.
+const RETRY_AFTER: &str = "1";
+
 impl Problem {
     /// The answer with `status` to a request that is refused for the reason `name`;
-    /// the others are as in [`Problem`].
-    pub fn response(status: StatusCode, name: &str, title: &str, detail: String) -> Response {
+    /// the others are as in [`Problem`]. It has [`ProblemName`] as an extension.
+    pub fn response(
+        status: StatusCode,
+        name: &'static str,
+        title: &str,
+        detail: String,
+    ) -> Response {
         let problem = Self {
             kind: format!("urn:portpool:problem:{name}"),
             title: title.to_owned(),
@@ -33,7 +45,13 @@ impl Problem {
             detail,
         };
         let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
-        (status, content_type, Json(problem)).into_response()
+        let mut response = (status, content_type, Json(problem)).into_response();
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            let soon = HeaderValue::from_static(RETRY_AFTER);
+            response.headers_mut().insert(header::RETRY_AFTER, soon);
+        }
+        response.extensions_mut().insert(ProblemName(name));
+        response
     }
 }
 

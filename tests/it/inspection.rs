@@ -223,12 +223,7 @@ async fn a_wrong_amendment_is_refused_with_the_reason() {
         (EPOCH, 422, "expires-passed", "must be a time to come"),
         (ZERO, 422, "expires-passed", "must be a time to come"),
         (FAR, 422, "expires-too-far", "at most 30 days ahead"),
-        (
-            MORE,
-            422,
-            "metadata-too-large",
-            "more than 4096 bytes together",
-        ),
+        (MORE, 422, "invalid-field", "more than 4096 bytes together"),
     ] {
         refused(is, MERGE_PATCH, body, (status, kind, words));
     }
@@ -240,6 +235,11 @@ async fn a_wrong_amendment_is_refused_with_the_reason() {
     let (status, problem) = amend(&pool, 0, is, MERGE_PATCH, "{}");
     assert_eq!(status, 503, "{problem}");
     assert_eq!(problem["type"], "urn:portpool:problem:server-out-of-reach");
+    let page = get(pool.connection_address(0), 7701, "/metrics");
+    for (cause, count) in [("no-session", 3), ("web-page", 1), ("expires-passed", 3)] {
+        let line = format!("portpool_requests_refused_total{{cause=\"{cause}\"}} {count}\n");
+        assert!(page.contains(&line), "{line}{page}");
+    }
 }
 
 #[tokio::test]

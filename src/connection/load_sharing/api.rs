@@ -25,7 +25,7 @@ use utoipa_axum::routes;
 
 use super::allocation::Allocation;
 use super::client_stream::MayWait;
-use super::problem::{ProblemName, Refused};
+use super::problem::Refused;
 use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
@@ -34,7 +34,7 @@ use crate::selection;
 use crate::session::body::parse_json_object;
 use crate::session::{
     MAX_ID_BYTES, MAX_KEY_CHARACTERS, MAX_SERVER_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem,
-    ServerState, Session, SessionId, SessionRequest, SessionState,
+    ProblemName, ServerState, Session, SessionId, SessionRequest, SessionState,
 };
 use crate::table::{Slot, Table};
 
@@ -86,23 +86,28 @@ pub fn router(api: Arc<Api>) -> Router {
         .with_state(api)
         .fallback(|| async { Refused::NotFound })
         .method_not_allowed_fallback(|| async { Refused::MethodNotAllowed })
+        .layer(middleware::from_fn(need_host))
         .layer(middleware::from_fn_with_state(metrics, count_refusals))
 }
 
-/// Answers what is not even a request, and counts problems.
-async fn count_refusals(
+/// Answers what is not even a request.
+async fn need_host(request: Request<Body>, next: Next) -> Response {
+    // RFC 9112, section 3.2: a server must answer 400 then. An HTTP library
+    // leaves that to us.
+    let hosts = request.headers().get_all(header::HOST).iter().count();
+    if request.version() == Version::HTTP_11 && hosts != 1 {
+        return Refused::NoHost.into_response();
+    }
+    next.run(request).await
+}
+
+/// Counts problems.
+pub(in crate::connection) async fn count_refusals(
     State(metrics): State<Arc<Metrics>>,
     request: Request<Body>,
     next: Next,
 ) -> Response {
-    // RFC 9112, section 3.2: a server must answer 400 then. An HTTP library
-    // leaves that to us.
-    let hosts = request.headers().get_all(header::HOST).iter().count();
-    let response = if request.version() == Version::HTTP_11 && hosts != 1 {
-        Refused::NoHost.into_response()
-    } else {
-        next.run(request).await
-    };
+    let response = next.run(request).await;
     if let Some(ProblemName(cause)) = response.extensions().get() {
         metrics.request_refused(cause);
     }
@@ -143,7 +148,7 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "A field is wrong, or what it names does not exist; `type` says which: `invalid-field`, `unknown-port`, `companion-port`, `unknown-server` (`server`), `unknown-session` (`near`), `key-reused`", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `not-ready` (the servers' pods are not Ready, or their workloads have said so), `no-server` (servers are starting, or being removed), `not-selected` (servers did not answer), `queue-full`, `shutting-down`", body = Problem, content_type = "application/problem+json",
+        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `not-ready` (the servers' pods are not Ready, or their workloads have said so), `no-server` (servers are starting, or being removed), `not-selected` (servers did not answer), `queue-full`, `shutting-down`, `departed` (the client ended its side)", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
@@ -202,7 +207,8 @@ async fn get_session(
     responses(
         (status = 204, description = "Given back"),
         (status = 404, description = "Unknown, or over", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "Its processing server is out of reach", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "Its processing server is out of reach (`server-out-of-reach`)", body = Problem, content_type = "application/problem+json",
+            headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
 async fn delete_session(

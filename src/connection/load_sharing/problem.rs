@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use super::refusal::Refusal;
@@ -88,10 +88,6 @@ impl From<AmendError> for Refused {
     }
 }
 
-/// The static name of the problem in a response, for the metrics.
-#[derive(Clone, Copy, Debug)]
-pub struct ProblemName(pub &'static str);
-
 impl Refused {
     /// Status, static name and title.
     fn kind(&self) -> (StatusCode, &'static str, &'static str) {
@@ -159,12 +155,6 @@ impl Refused {
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         let (status, name, title) = self.kind();
-        let mut response = Problem::response(status, name, title, self.to_string());
-        response.extensions_mut().insert(ProblemName(name));
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            let soon = header::HeaderValue::from_static("1");
-            response.headers_mut().insert(header::RETRY_AFTER, soon);
-        }
-        response
+        Problem::response(status, name, title, self.to_string())
     }
 }
