@@ -36,6 +36,7 @@ use self::gauges::Gauges;
 use self::metrics::Metrics;
 use self::server::Agent;
 use self::sockets::ListenScope;
+use crate::pool::rules::parse_address;
 use crate::selection::v1::selection_server::SelectionServer;
 use crate::selection::{GONE_AFTER, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, MAX_MESSAGE_BYTES};
 use crate::table::{Slot, Table};
@@ -80,6 +81,10 @@ pub struct Options {
     /// Where the workload may ask who it is and which sessions it has: a loopback address, because it asks for no credentials; not served without it
     #[arg(long, value_name = "IP:PORT", value_parser = loopback)]
     pub api: Option<SocketAddr>,
+
+    /// The address that clients connect to where the table has none, for the workload to know
+    #[arg(long, value_name = "HOST", value_parser = parse_address)]
+    pub advertise: Option<String>,
 
     /// Remembers across restarts of the agent that it ran before; put it where it lives as long as the workload
     #[arg(long, value_name = "FILE")]
@@ -162,7 +167,7 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     admin::register_build_info(&mut registry);
     let metrics = Arc::new(Metrics::new(&mut registry, follower.rejected()));
     let sockets = sockets::Reader::new(options.address, options.listen_scope);
-    let agent = Agent::new(options.slot, sockets, recovering, metrics);
+    let agent = Agent::new(options.slot, sockets, recovering, metrics.clone());
     registry.register_collector(Box::new(Gauges::new(&agent)));
     follow_table(&agent, &first);
 
@@ -184,10 +189,10 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
         until(&stopping),
     ));
     if let Some(listener) = api_listener {
+        let (agent, advertise) = (agent.clone(), options.advertise);
+        let stopping = stopping.clone();
         tasks.spawn(workload_api::serve(
-            listener,
-            agent.clone(),
-            stopping.clone(),
+            listener, agent, advertise, metrics, stopping,
         ));
     }
     let timing = agent.clone();

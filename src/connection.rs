@@ -43,7 +43,7 @@ use tracing::info;
 
 use self::handover::successor::Starter;
 use self::server::Server;
-use crate::pool::rules::check_address;
+use crate::pool::rules::parse_address;
 use crate::{admin, cluster, follow, forward};
 
 /// Runs a connection server: gives clients connection ports and forwards them
@@ -100,10 +100,6 @@ pub struct Options {
     /// listen there for the next one. SIGUSR2 starts that: this program again, as it is on disk then
     #[arg(long, value_name = "PATH")]
     pub handover: Option<PathBuf>,
-}
-
-fn parse_address(text: &str) -> Result<String, String> {
-    check_address(text).map(|()| text.to_owned())
 }
 
 /// Why a connection server could not run.

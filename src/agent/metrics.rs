@@ -18,6 +18,12 @@ pub struct Metrics {
     pub refused_greetings: Counter,
     /// Messages that are unknown or out of place.
     pub unexpected_messages: Counter,
+    refused_requests: Family<Cause, Counter>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Cause {
+    cause: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -48,7 +54,18 @@ impl Metrics {
                 "portpool_unexpected_messages",
                 "Messages from connection servers that are unknown or out of place",
             ),
+            refused_requests: register(
+                registry,
+                "portpool_requests_refused",
+                "Requests to the local API that got a problem, by its name, and connections without one",
+            ),
         }
+    }
+
+    /// Counts a request to the local API, or a connection, that was refused because of
+    /// `cause`.
+    pub fn request_refused(&self, cause: &'static str) {
+        self.refused_requests.get_or_create(&Cause { cause }).inc();
     }
 
     /// Counts an answer to a request to select a port, by the cause of its

@@ -41,6 +41,7 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::metrics::Metrics;
 use super::pace::Pace;
 use super::server::Agent;
 use super::workload_view::{
@@ -49,7 +50,7 @@ use super::workload_view::{
 use crate::admin::events::Watchers;
 use crate::admin::web_pages;
 use crate::session::body::{BodyError, parse_json_object};
-use crate::session::{AmendRefusal, Amendment, Problem, SessionId};
+use crate::session::{AmendRefusal, Amendment, Problem, ProblemName, SessionId};
 
 /// Most bytes of a request's body: metadata of 4 KiB with room for escapes, six bytes
 /// for each.
@@ -85,6 +86,8 @@ struct Document;
 /// What the handlers need.
 struct Api {
     agent: Agent,
+    /// The address that clients connect to where the table has none.
+    advertise: Option<String>,
     watchers: Watchers,
     /// When the workload may change what connection servers know.
     pace: Pace,
@@ -93,7 +96,7 @@ struct Api {
 /// The OpenAPI document, as served at `/openapi.json`.
 #[must_use]
 pub fn openapi() -> utoipa::openapi::OpenApi {
-    documented().split_for_parts().1
+    web_pages::documented(documented().split_for_parts().1)
 }
 
 fn documented() -> OpenApiRouter<Arc<Api>> {
@@ -107,10 +110,18 @@ fn documented() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(get_openapi))
 }
 
-/// Serves the API on `listener` until `stopping`, which cuts open requests.
-pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationToken) {
+/// Serves the API on `listener` until `stopping`, which cuts open requests. Clients
+/// connect to `advertise` where the table has no address.
+pub async fn serve(
+    listener: TcpListener,
+    agent: Agent,
+    advertise: Option<String>,
+    metrics: Arc<Metrics>,
+    stopping: CancellationToken,
+) {
     let api = Api {
         agent,
+        advertise,
         watchers: Watchers::new(WATCHERS_MAX, stopping.clone()),
         pace: Pace::new(),
     };
@@ -122,13 +133,13 @@ pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationTo
         .layer(axum::middleware::from_fn(refuse_web_pages))
         .with_state(Arc::new(api));
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    while let Some(place) = stopping.run_until_cancelled(place(&places)).await {
+    while let Some(place) = stopping.run_until_cancelled(place(&places, &metrics)).await {
         let Some(accepted) = stopping.run_until_cancelled(listener.accept()).await else {
             return;
         };
         match accepted {
             Ok((stream, _)) => {
-                let connection = attend(stream, router.clone(), place);
+                let connection = attend(stream, router.clone(), metrics.clone(), place);
                 tokio::spawn(stopping.clone().run_until_cancelled_owned(connection));
             }
             Err(error) => {
@@ -140,17 +151,31 @@ pub async fn serve(listener: TcpListener, agent: Agent, stopping: CancellationTo
 }
 
 /// Waits for a place; the semaphore is never closed.
-async fn place(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+async fn place(places: &Arc<Semaphore>, metrics: &Metrics) -> Option<OwnedSemaphorePermit> {
+    if places.available_permits() == 0 {
+        metrics.request_refused("too-many-connections");
+    }
     places.clone().acquire_owned().await.ok()
 }
 
 /// Answers the requests of one connection, which has `place` meanwhile.
-async fn attend(stream: TcpStream, router: Router, place: Option<OwnedSemaphorePermit>) {
-    let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+async fn attend(
+    stream: TcpStream,
+    router: Router,
+    metrics: Arc<Metrics>,
+    place: Option<OwnedSemaphorePermit>,
+) {
+    let service = hyper::service::service_fn(|request: http::Request<Incoming>| {
         let answer = router.clone().oneshot(request.map(Body::new));
-        async {
+        let metrics = &metrics;
+        async move {
             let in_time = tokio::time::timeout(ANSWER_DEADLINE, answer).await;
-            in_time.unwrap_or_else(|_| Ok(Refused::TooSlow.into_response()))
+            let answer = in_time.unwrap_or_else(|_| Ok(Refused::TooSlow.into_response()));
+            let problem = |answer: &Response| answer.extensions().get().copied();
+            if let Some(ProblemName(cause)) = answer.as_ref().ok().and_then(problem) {
+                metrics.request_refused(cause);
+            }
+            answer
         }
     });
     let served = http1::Builder::new()
@@ -159,6 +184,9 @@ async fn attend(stream: TcpStream, router: Router, place: Option<OwnedSemaphoreP
         .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(error) = served {
+        if error.is_parse() {
+            metrics.request_refused("not-http");
+        }
         debug!(%error, "connection to the local API broke");
     }
     drop(place);
@@ -191,11 +219,14 @@ fn is_loopback(host: &str) -> bool {
     path = "/v1/server",
     responses(
         (status = 200, description = "The server", body = ServerView),
-        (status = 503, description = "There is no table yet", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "There is no table yet", body = Problem, content_type = "application/problem+json",
+            headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
 async fn get_server(State(api): State<Arc<Api>>) -> Result<Json<ServerView>, Refused> {
-    api.agent.view().map(Json).ok_or(Refused::NoRow)
+    let view = api.agent.view().ok_or(Refused::NoRow)?;
+    let address = view.address.or_else(|| api.advertise.clone());
+    Ok(Json(ServerView { address, ..view }))
 }
 
 /// Says whether the workload takes new sessions. Live ones go on. A restart of the
@@ -283,7 +314,7 @@ async fn get_session(
     )),
     responses(
         (status = 200, description = "The session after the change", body = WorkloadSession),
-        (status = "4XX", description = "The body is not as described, or no live session has this id; `type` says which: `no-session`, `not-json`, `malformed`, `invalid-field`, `body` (too large), `metadata-too-large`, `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
+        (status = "4XX", description = "The body is not as described, or no live session has this id; `type` says which: `no-session`, `not-json`, `malformed`, `invalid-field`, `body` (too large), `expires-passed`, `expires-too-far`", body = Problem, content_type = "application/problem+json"),
     )
 )]
 async fn amend_session(
@@ -329,7 +360,8 @@ async fn end_session(
     path = "/v1/events",
     responses(
         (status = 200, description = "A stream of events", body = String, content_type = "text/event-stream"),
-        (status = 503, description = "Too many clients watch already", body = Problem, content_type = "application/problem+json"),
+        (status = 503, description = "Too many clients watch already", body = Problem, content_type = "application/problem+json",
+            headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
 async fn watch_events(

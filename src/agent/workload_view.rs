@@ -21,7 +21,7 @@ pub struct ServerView {
     /// Slot in the pool.
     #[schema(value_type = u32)]
     pub slot: Slot,
-    /// The address that clients connect to, where the pool advertises one.
+    /// The address that clients connect to, where it is known, as in PORTPOOL_ADDRESS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub address: Option<String>,
     /// What the workload has said last at `/v1/readiness`; true before.

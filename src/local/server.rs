@@ -97,6 +97,7 @@ impl Server {
                 "--listen-scope=address".to_owned(),
                 format!("--admin={admin}"),
                 format!("--api={address}:{AGENT_API_PORT}"),
+                format!("--advertise={}", context.addresses.connection(0)),
                 format!("--state-file={}", context.folder.join(&uid).display()),
                 format!("--drain-seconds={}", context.drain_seconds),
             ],

@@ -297,6 +297,14 @@ pub fn check_address(address: &str) -> Result<(), String> {
     ))
 }
 
+/// An address that clients are given, as [`check_address`] wants it.
+///
+/// # Errors
+/// What is wrong, and the remedy.
+pub fn parse_address(text: &str) -> Result<String, String> {
+    check_address(text).map(|()| text.to_owned())
+}
+
 /// Source: RFC 1123, section 2.1, with the underscores that are seen in practice.
 /// A name whose last label is a number would be read as an IPv4 address.
 fn is_dns_name(name: &str) -> bool {

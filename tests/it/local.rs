@@ -314,7 +314,13 @@ fn a_workload_that_drains_itself_is_replaced() {
         apis.next().map(str::to_owned)
     });
     let api = environments.flatten().next().unwrap();
-    let mut stream = TcpStream::connect(api).unwrap();
+    let mut stream = TcpStream::connect(&api).unwrap();
+    write!(stream, "GET /v1/server HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    // As in PORTPOOL_ADDRESS.
+    assert!(answer.contains(r#""address":"127.0.0.1""#), "{answer}");
+    let mut stream = TcpStream::connect(&api).unwrap();
     write!(stream, "POST /v1/drain HTTP/1.0\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();

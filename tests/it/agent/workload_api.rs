@@ -8,7 +8,7 @@ use std::time::Duration;
 use portpool::session::{MAX_METADATA_BYTES, Metadata, SessionRequest};
 use serde_json::{Value, json};
 
-use crate::common::{COUNT, Pool, SERVER_PORT, SOON, connect, echo};
+use crate::common::{COUNT, Pool, SERVER_PORT, SOON, connect, echo, get};
 
 /// A running answer to a request to the local API of the server in `slot`.
 fn send(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> TcpStream {
@@ -404,6 +404,42 @@ async fn web_pages_are_refused() {
     for headers in ["host: localhost\r\n", "host: [::1]:7072\r\n"] {
         assert!(ask(headers).contains(" 204 "), "{headers}");
     }
+    assert_eq!(refused(&pool, "web-page"), 4);
+}
+
+/// How often the agent of the first server has refused something because of `cause`.
+fn refused(pool: &Pool, cause: &str) -> u32 {
+    let page = get(pool.server_address(0), 7071, "/metrics");
+    let name = format!("portpool_requests_refused_total{{cause=\"{cause}\"}} ");
+    let mut counts = page.lines().filter_map(|line| line.strip_prefix(&name));
+    counts
+        .next()
+        .map_or(0, |count| count.trim().parse().unwrap())
+}
+
+#[tokio::test]
+async fn what_the_api_refuses_is_counted_by_cause() {
+    let pool = Pool::running(1, |_| {}).await;
+    for (method, path, body, status) in [
+        ("GET", "/v1/sessions/none", "", 404),
+        ("GET", "/v1/nothing", "", 404),
+        ("PUT", "/v1/drain", "", 405),
+        ("PUT", "/v1/readiness", "{", 400),
+    ] {
+        assert_eq!(call(&pool, 0, method, path, body).0, status, "{path}");
+    }
+    let mut garbage = TcpStream::connect((pool.server_address(0), 7072)).unwrap();
+    garbage.write_all(b"\0\x01garbage\r\n\r\n").unwrap();
+    let _ = garbage.read_to_end(&mut Vec::new());
+    for cause in [
+        "no-session",
+        "not-found",
+        "method-not-allowed",
+        "malformed",
+        "not-http",
+    ] {
+        assert_eq!(refused(&pool, cause), 1, "{cause}");
+    }
 }
 
 /// Connections that say nothing take all places of the API, and nothing else. Those
@@ -418,6 +454,7 @@ async fn a_workload_that_floods_the_api_does_not_disturb_its_sessions() {
     let session = pool.request().await.unwrap();
     echo(&mut connect(&session), "served");
     assert!(pool.agents[0].descriptors() < 120);
+    assert!(refused(&pool, "too-many-connections") >= 1);
     drop(flood);
     let (status, _) = call(&pool, 0, "GET", "/v1/server", "");
     assert_eq!(status, 200);

@@ -90,6 +90,7 @@ fn run_agents(pool: &Pool) -> (PathBuf, oneshot::Sender<()>, std::thread::JoinHa
         .map(|slot| {
             let address = pool.server_address(slot);
             Options {
+                advertise: None,
                 table: pool.table_file(),
                 slot: Slot(slot),
                 address,
