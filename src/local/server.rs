@@ -122,8 +122,7 @@ impl Server {
 
     /// Whether the server has reached the age at which `pool` replaces it.
     pub(super) fn is_too_old(&self, pool: &ValidPool) -> bool {
-        let most = pool.recycle.after_seconds();
-        most.is_some_and(|most| self.started.elapsed() >= Duration::from_secs(most.into()))
+        pool.recycle.until_too_old(self.started.elapsed()) == Some(Duration::ZERO)
     }
 
     /// What happens to the server when it is stopped, and why.

@@ -246,11 +246,10 @@ fn server(
 /// The time until `pod` is so old that the pool replaces it: zero if it is now,
 /// `None` if the pool keeps pods of any age.
 fn until_too_old(pod: &DynamicObject, pool: &ValidPool, now: Timestamp) -> Option<Duration> {
-    let most = Duration::from_secs(pool.recycle.after_seconds()?.into());
     let created = pod.metadata.creation_timestamp.as_ref()?;
     // A clock that is behind the API server's makes pods younger.
     let age = Duration::try_from(now.duration_since(created.0)).unwrap_or_default();
-    Some(most.saturating_sub(age))
+    pool.recycle.until_too_old(age)
 }
 
 /// What keeps `pod` from running and does not pass by itself.

@@ -1,5 +1,7 @@
 //! When the processing servers of a pool are replaced by new ones.
 
+use std::time::Duration;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -31,10 +33,12 @@ impl Recycle {
         positive(self.after_sessions)
     }
 
-    /// The age in seconds from which on a server is replaced, if there is one.
+    /// The time until a server of this age is too old and is replaced: zero if it is
+    /// now, `None` if servers may have any age.
     #[must_use]
-    pub fn after_seconds(&self) -> Option<u32> {
-        positive(self.after_seconds)
+    pub fn until_too_old(&self, age: Duration) -> Option<Duration> {
+        let most = Duration::from_secs(positive(self.after_seconds)?.into());
+        Some(most.saturating_sub(age))
     }
 }
 
