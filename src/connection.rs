@@ -192,7 +192,7 @@ pub async fn run(
         Some(_) => Some(Starter::new(is_supervised).map_err(Error::Upgrades)?),
         None => None,
     };
-    let (mut server, mut is_asked_to_stop) = {
+    let (mut server, is_asked_to_stop) = {
         let starting = async {
             let mut server = Server::start(&options, &first, &follower).await?;
             if let Some(socket) = &mut socket {
@@ -211,19 +211,8 @@ pub async fn run(
             }
         }
     };
-    while !is_asked_to_stop {
-        tokio::select! {
-            () = &mut shutdown => is_asked_to_stop = true,
-            () = or_never(starter.as_mut().map(Starter::requested)) => {
-                starter.iter_mut().for_each(|starter| starter.start(1));
-            }
-            Ok(stream) = or_never(socket.as_ref().map(handover::Socket::accept)) => {
-                if server.hand_over(stream).await {
-                    server.retire();
-                    break;
-                }
-            }
-        }
+    if !is_asked_to_stop {
+        serve(&mut server, &mut starter, socket.as_ref(), &mut shutdown).await;
     }
     if !server.has_retired() {
         let asked = options.drain_seconds.map(Duration::from_secs);
@@ -240,6 +229,29 @@ pub async fn run(
             _ => Ok(()),
         },
         None => Ok(()),
+    }
+}
+
+/// Serves until `shutdown`, or until a successor has taken over.
+async fn serve(
+    server: &mut Server,
+    starter: &mut Option<Starter>,
+    socket: Option<&handover::Socket>,
+    mut shutdown: impl Future<Output = ()> + Unpin,
+) {
+    loop {
+        tokio::select! {
+            () = &mut shutdown => return,
+            () = or_never(starter.as_mut().map(Starter::requested)) => {
+                starter.iter_mut().for_each(|starter| starter.start(1));
+            }
+            Ok(stream) = or_never(socket.map(handover::Socket::accept)) => {
+                if server.hand_over(stream).await {
+                    server.retire();
+                    return;
+                }
+            }
+        }
     }
 }
 

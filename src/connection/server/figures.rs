@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::ConstGauge;
 
 use crate::connection::load_sharing::allocation::Allocation;
 use crate::connection::load_sharing::queue::Queue;
+use crate::connection::load_sharing::servers::Servers;
 use crate::connection::sessions::Sessions;
 use crate::forward::{CounterTotals, Forwarder, LiveClients};
 
@@ -45,29 +46,13 @@ impl Collector for Figures {
         else {
             return Ok(());
         };
-        let mut states = [
-            ("free", 0),
-            ("held", 0),
-            ("busy", 0),
-            ("lingering", 0),
-            ("notListening", 0),
-        ];
-        let (waiting, not_ready) = allocation.inspect(|queue: &Queue| {
-            let loads = queue.servers().loads();
-            for ports in loads.flat_map(|server| &server.ports) {
-                let counts = [
-                    ports.free,
-                    ports.held,
-                    ports.busy,
-                    ports.lingering,
-                    ports.not_listening,
-                ];
-                for (state, count) in states.iter_mut().zip(counts) {
-                    state.1 += i64::from(count);
-                }
-            }
-            let not_ready = queue.servers().not_ready();
-            (queue.waiting(), not_ready)
+        let (states, waiting, not_ready) = allocation.inspect(|queue: &Queue| {
+            let servers = queue.servers();
+            (
+                ports_by_state(servers),
+                queue.waiting(),
+                servers.not_ready(),
+            )
         });
         let mut family = encoder.encode_descriptor(
             "portpool_ports",
@@ -111,6 +96,24 @@ impl Collector for Figures {
             not_ready,
         )
     }
+}
+
+/// How many ports of attached servers are in each state.
+fn ports_by_state(servers: &Servers) -> [(&'static str, i64); 5] {
+    let mut states = ["free", "held", "busy", "lingering", "notListening"].map(|state| (state, 0));
+    for ports in servers.loads().flat_map(|server| &server.ports) {
+        let counts = [
+            ports.free,
+            ports.held,
+            ports.busy,
+            ports.lingering,
+            ports.not_listening,
+        ];
+        for (state, count) in states.iter_mut().zip(counts) {
+            state.1 += i64::from(count);
+        }
+    }
+    states
 }
 
 fn gauge(
@@ -164,43 +167,19 @@ fn encode_forwarding(
         "transport",
         &opened,
     )?;
-    let refused = [
-        ("no_session", counted.no_session),
-        ("no_server", counted.no_server),
-        ("pending_too_long", counted.pending_too_long),
-        ("too_many", counted.too_many),
-        ("limit_total", counted.limit_total),
-        ("limit_source", counted.limit_source),
-        ("limit_port", counted.limit_port),
-        ("loop", counted.loops),
-        ("connect_refused", counted.connect_refused),
-        ("connect_timed_out", counted.connect_timed_out),
-        ("connect_unreachable", counted.connect_unreachable),
-        ("no_source_port", counted.no_source_port),
-        ("connect_failed", counted.connect_failed),
-        ("accept_failed", counted.accept_failed),
-    ];
     family(
         encoder,
         "portpool_refused",
         "Clients that were not connected, by cause",
         "cause",
-        &refused,
+        &refused_by_cause(counted),
     )?;
-    let ended = [
-        ("idle", counted.idle),
-        ("cut", counted.cut),
-        ("client_gone", counted.client_gone),
-        ("evicted", counted.evicted),
-        ("undelivered", counted.undelivered),
-        ("all", counted.closed),
-    ];
     family(
         encoder,
         "portpool_flows_ended",
         "Connections and UDP flows that ended; all, and by the causes that are ours",
         "cause",
-        &ended,
+        &ended_by_cause(counted),
     )?;
     let unanswered = [("udp", counted.unanswered)];
     family(
@@ -221,6 +200,36 @@ fn encode_forwarding(
         "cause",
         &dropped,
     )
+}
+
+fn refused_by_cause(counted: &CounterTotals) -> [(&'static str, u64); 14] {
+    [
+        ("no_session", counted.no_session),
+        ("no_server", counted.no_server),
+        ("pending_too_long", counted.pending_too_long),
+        ("too_many", counted.too_many),
+        ("limit_total", counted.limit_total),
+        ("limit_source", counted.limit_source),
+        ("limit_port", counted.limit_port),
+        ("loop", counted.loops),
+        ("connect_refused", counted.connect_refused),
+        ("connect_timed_out", counted.connect_timed_out),
+        ("connect_unreachable", counted.connect_unreachable),
+        ("no_source_port", counted.no_source_port),
+        ("connect_failed", counted.connect_failed),
+        ("accept_failed", counted.accept_failed),
+    ]
+}
+
+fn ended_by_cause(counted: &CounterTotals) -> [(&'static str, u64); 6] {
+    [
+        ("idle", counted.idle),
+        ("cut", counted.cut),
+        ("client_gone", counted.client_gone),
+        ("evicted", counted.evicted),
+        ("undelivered", counted.undelivered),
+        ("all", counted.closed),
+    ]
 }
 
 fn family(
