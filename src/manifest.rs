@@ -25,7 +25,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::CustomResourceExt;
 use serde_json::Value;
 
-use self::located::{Document, Place};
+use self::located::{Document, TextPosition};
 use crate::plan::{FieldProblem, ValidPool};
 use crate::pool::{ProcessingPool, rules};
 
@@ -145,7 +145,7 @@ impl Manifest {
 }
 
 fn locate(document: &Document, FieldProblem { path, message }: FieldProblem) -> LocatedProblem {
-    let Place { line, column } = document.place(&path);
+    let TextPosition { line, column } = document.place(&path);
     let field = if path.is_empty() { "manifest" } else { &path };
     LocatedProblem {
         line,

@@ -57,7 +57,7 @@ pub use self::actions::{Action, Actions, CompanionCut};
 use self::amendments::Amendments;
 pub use self::amendments::{AmendAnswer, AmendError};
 use self::companions::Companions;
-use self::events::{Change, Watchers};
+use self::events::{EventFeed, SessionChange};
 use self::flows::Flows;
 use self::gate::PendingLookup;
 pub use self::queries::KnownSession;
@@ -121,7 +121,7 @@ struct Inner {
     // threads with connections of two servers slow each other down hardly less without it,
     // as they share the lock of the sessions.
     companions: Mutex<Companions>,
-    watchers: Watchers,
+    event_feed: EventFeed,
 }
 
 #[derive(Debug)]
@@ -242,7 +242,7 @@ impl Inner {
             self.last_ended.remove(&further.port);
             self.first_by_further.insert(further.port, port);
         }
-        self.tell(&live, Change::State);
+        self.announce(&live, SessionChange::State);
         self.port_by_id.insert(id, port);
         self.live.insert(port, live);
         self.join_known(port);
@@ -257,7 +257,7 @@ impl Inner {
         for further in &ports.rest {
             self.first_by_further.remove(further);
         }
-        self.tell(&live, Change::End(cause));
+        self.announce(&live, SessionChange::End(cause));
         // The key may name a later session by now.
         if let Some(key) = &live.session.idempotency_key
             && self.id_by_idempotency_key.get(key) == Some(id)

@@ -28,19 +28,19 @@ const MERGE: &str = "<<";
 pub(super) struct Document {
     pub(super) value: Value,
     /// Places by path, as in `spec.ports[0].count`.
-    places: HashMap<String, Place>,
+    places: HashMap<String, TextPosition>,
 }
 
 /// A place in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct TextPosition {
     /// Line, from 1; 0 when unknown.
     pub(super) line: u64,
     /// Column, from 1; 0 when unknown.
     pub(super) column: u64,
 }
 
-impl Place {
+impl TextPosition {
     const START: Self = Self { line: 1, column: 1 };
 
     fn of(marker: granit_parser::Marker) -> Self {
@@ -78,7 +78,7 @@ impl Document {
     }
 
     /// The place of `path`, or of the nearest value around it.
-    pub(super) fn place(&self, path: &str) -> Place {
+    pub(super) fn place(&self, path: &str) -> TextPosition {
         let mut path = path;
         loop {
             if let Some(place) = self.places.get(path) {
@@ -86,7 +86,7 @@ impl Document {
             }
             match path.rfind(['.', '[']) {
                 Some(end) => path = &path[..end],
-                None => return self.places.get("").copied().unwrap_or(Place::START),
+                None => return self.places.get("").copied().unwrap_or(TextPosition::START),
             }
         }
     }
@@ -139,7 +139,7 @@ impl Document {
 /// A value of a document. Aliases share the content of what they refer to.
 #[derive(Clone)]
 struct Node {
-    place: Place,
+    place: TextPosition,
     content: Rc<Content>,
 }
 
@@ -151,7 +151,7 @@ enum Content {
 
 /// The key of a field.
 struct Key {
-    place: Place,
+    place: TextPosition,
     name: String,
     is_merge: bool,
 }
@@ -162,10 +162,10 @@ fn merged<'a>(
     entries: &'a [(Key, Node)],
     depth: usize,
     values: &mut usize,
-) -> Result<Vec<(String, Place, &'a Node)>, LocatedProblem> {
-    let mut fields: Vec<(String, Place, &'a Node)> = Vec::new();
+) -> Result<Vec<(String, TextPosition, &'a Node)>, LocatedProblem> {
+    let mut fields: Vec<(String, TextPosition, &'a Node)> = Vec::new();
     let mut indices: HashMap<String, usize> = HashMap::new();
-    let mut put = |field: (String, Place, &'a Node)| match indices.get(&field.0) {
+    let mut put = |field: (String, TextPosition, &'a Node)| match indices.get(&field.0) {
         Some(&index) => fields[index] = field,
         None => {
             indices.insert(field.0.clone(), fields.len());
@@ -196,7 +196,7 @@ fn merged<'a>(
     Ok(fields)
 }
 
-fn count(values: &mut usize, place: Place) -> Result<(), LocatedProblem> {
+fn count(values: &mut usize, place: TextPosition) -> Result<(), LocatedProblem> {
     *values += 1;
     if *values > MAX_VALUES {
         return Err(place.problem(format!(
@@ -206,7 +206,7 @@ fn count(values: &mut usize, place: Place) -> Result<(), LocatedProblem> {
     Ok(())
 }
 
-fn check_depth(depth: usize, place: Place) -> Result<(), LocatedProblem> {
+fn check_depth(depth: usize, place: TextPosition) -> Result<(), LocatedProblem> {
     if depth > MAX_DEPTH {
         return Err(place.problem(format!("is nested more than {MAX_DEPTH} levels deep")));
     }
@@ -255,14 +255,14 @@ impl<'a> Reader<'a> {
     fn next(&mut self) -> Result<(Event<'a>, Span), LocatedProblem> {
         match self.events.next_event() {
             Some(Ok(event)) => Ok(event),
-            Some(Err(error)) => Err(Place::of(*error.marker()).problem(error.info())),
+            Some(Err(error)) => Err(TextPosition::of(*error.marker()).problem(error.info())),
             None => Ok((Event::StreamEnd, Span::default())),
         }
     }
 
     /// The value that begins with `event`.
     fn node(&mut self, event: Event<'a>, span: Span, depth: usize) -> Result<Node, LocatedProblem> {
-        let place = Place::of(span.start);
+        let place = TextPosition::of(span.start);
         check_depth(depth, place)?;
         let (anchor, content) = match event {
             Event::Scalar(text, style, anchor, tag) => {

@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 use super::api::Ends;
 use super::client_stream::{ClientStream, MayWait};
 use super::problem::Refused;
-use super::room::{Place, Room, SHORT_DEADLINE};
+use super::room::{Permit, Room, SHORT_DEADLINE};
 
 /// Most bytes of a request's head.
 const HEAD_BYTES: u32 = 16 * 1024;
@@ -62,10 +62,10 @@ pub async fn serve(
     tokio::pin!(shutdown);
     loop {
         let accept = async {
-            let place = room.enter().await;
-            (listener.accept().await, place)
+            let permit = room.enter().await;
+            (listener.accept().await, permit)
         };
-        let (accepted, place) = tokio::select! {
+        let (accepted, permit) = tokio::select! {
             accepted = accept => accepted,
             () = &mut shutdown => break,
         };
@@ -85,14 +85,14 @@ pub async fn serve(
         let connection = connection.into_owned();
         let (stopping, being_served) = (stopping.clone(), served.token());
         tokio::spawn(async move {
-            attend(connection, &place, &requested, &stopping).await;
+            attend(connection, &permit, &requested, &stopping).await;
             drop(being_served);
             tokio::select! {
                 biased;
                 () = stream.end() => {}
-                () = place.is_needed() => {}
+                () = permit.is_needed() => {}
             }
-            drop(place);
+            drop(permit);
         });
     }
     drop(listener);
@@ -107,17 +107,17 @@ pub async fn serve(
 /// server is `stopping`, or room is short, the request under way is its last.
 async fn attend<C: GracefulConnection<Error: Display>>(
     connection: C,
-    place: &Place,
+    permit: &Permit,
     requested: &CancellationToken,
     stopping: &CancellationToken,
 ) {
     let give_way = async {
         // One that has not sent a request would be refused it otherwise.
         requested.cancelled().await;
-        place.is_needed().await;
+        permit.is_needed().await;
     };
     tokio::pin!(connection, give_way);
-    let in_time = no_request_in_time(place, requested);
+    let in_time = no_request_in_time(permit, requested);
     tokio::pin!(in_time);
     let mut is_last = false;
     loop {
@@ -141,9 +141,9 @@ async fn attend<C: GracefulConnection<Error: Display>>(
 
 /// Completes when the first request has not come in time. The builder's own
 /// deadline begins only once it knows the HTTP version from the first bytes.
-async fn no_request_in_time(place: &Place, requested: &CancellationToken) {
+async fn no_request_in_time(permit: &Permit, requested: &CancellationToken) {
     let short = async {
-        place.is_needed().await;
+        permit.is_needed().await;
         sleep(SHORT_DEADLINE).await;
     };
     tokio::select! {

@@ -41,7 +41,7 @@ pub(in crate::connection) fn most_waiting() -> usize {
     most - most / KEPT
 }
 
-/// The places for connections.
+/// Room for connections.
 #[derive(Debug)]
 pub(super) struct Room {
     free: Arc<Semaphore>,
@@ -49,9 +49,9 @@ pub(super) struct Room {
     is_short: watch::Sender<bool>,
 }
 
-/// The place of one connection, free again when dropped.
+/// The permit of one connection, free again when dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct Permit {
     room: Arc<Room>,
     permit: Option<OwnedSemaphorePermit>,
 }
@@ -66,11 +66,11 @@ impl Room {
         })
     }
 
-    /// Waits until there is a place for a connection.
-    pub(super) async fn enter(self: &Arc<Self>) -> Place {
+    /// Waits until there is room for a connection.
+    pub(super) async fn enter(self: &Arc<Self>) -> Permit {
         let permit = self.free.clone().acquire_owned().await;
         self.note();
-        Place {
+        Permit {
             room: self.clone(),
             // It is never closed.
             permit: permit.ok(),
@@ -84,16 +84,16 @@ impl Room {
     }
 }
 
-impl Place {
+impl Permit {
     /// Completes while room is short.
     pub(super) async fn is_needed(&self) {
         let mut is_short = self.room.is_short.subscribe();
-        // The sender is in the room that this place is of.
+        // The sender is in the room that this permit is of.
         let _ = is_short.wait_for(|is_short| *is_short).await;
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.permit = None;
         self.room.note();

@@ -30,7 +30,7 @@ pub struct SessionEvent {
 
 /// What has happened to a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Change {
+pub(super) enum SessionChange {
     /// It is new, or in another state.
     State,
     /// Its metadata or its end has changed.
@@ -53,32 +53,32 @@ impl SessionEvent {
 
 /// Where events go.
 #[derive(Debug)]
-pub(super) struct Watchers(broadcast::Sender<SessionEvent>);
+pub(super) struct EventFeed(broadcast::Sender<SessionEvent>);
 
-impl Default for Watchers {
+impl Default for EventFeed {
     fn default() -> Self {
         Self(broadcast::Sender::new(KEPT))
     }
 }
 
 impl Inner {
-    /// Tells those who watch of the `change` of `live`. Costs nothing while nobody
+    /// Announces the `change` of `live` to those who watch. Costs nothing while no one
     /// watches.
-    pub(super) fn tell(&self, live: &Live, change: Change) {
-        if self.watchers.0.receiver_count() == 0 {
+    pub(super) fn announce(&self, live: &Live, change: SessionChange) {
+        if self.event_feed.0.receiver_count() == 0 {
             return;
         }
         let event = SessionEvent {
             time: jiff::Timestamp::now(),
             cause: match change {
-                Change::End(cause) => Some(cause),
-                Change::State | Change::Amendment => None,
+                SessionChange::End(cause) => Some(cause),
+                SessionChange::State | SessionChange::Amendment => None,
             },
             session: self.info(live),
-            is_amendment: change == Change::Amendment,
+            is_amendment: change == SessionChange::Amendment,
         };
         // The last one may have left meanwhile.
-        let _ = self.watchers.0.send(event);
+        let _ = self.event_feed.0.send(event);
     }
 }
 
@@ -87,6 +87,6 @@ impl Sessions {
     /// told how many it has lost.
     #[must_use]
     pub fn watch(&self) -> broadcast::Receiver<SessionEvent> {
-        self.inner.read().watchers.0.subscribe()
+        self.inner.read().event_feed.0.subscribe()
     }
 }

@@ -4,7 +4,7 @@
 use parking_lot::Mutex;
 
 use super::actions::{Action, Actions};
-use super::events::Change;
+use super::events::SessionChange;
 use super::flows::Flows;
 use super::span::SessionSpan;
 use super::{Inner, Live, Outbox, Sessions, greeting};
@@ -130,9 +130,9 @@ impl Inner {
         let live = &self.live[&first];
         let (is, was) = (&live.session, &known);
         if is.state != was.state {
-            self.tell(live, Change::State);
+            self.announce(live, SessionChange::State);
         } else if is.metadata != was.metadata || is.expires != was.expires {
-            self.tell(live, Change::Amendment);
+            self.announce(live, SessionChange::Amendment);
         }
         // Also without companion ports, which the server may get later.
         self.change_flows(live, |flows| flows.follow(&live.session));
