@@ -18,7 +18,8 @@
 //! - `reconcile`: the steps in their order, and what follows an error;
 //! - `observe`, `apply` (with validate), `report`: the steps that need a client;
 //! - `context`: what the steps share;
-//! - `stores`: what the watches keep; `observation`: what it means for a pool;
+//! - `stores`: what the watches keep; `observation`: what it means for a pool, with
+//!   `pod_problems`: why a pod does not run;
 //! - `requests`: one function for each kind of request to the API server;
 //! - `memory`: what saves work;
 //! - `lease`: one of several controllers leads; `metrics`: what is counted;
@@ -31,6 +32,7 @@ mod memory;
 mod metrics;
 mod observation;
 mod observe;
+mod pod_problems;
 mod reconcile;
 mod report;
 mod requests;

@@ -11,6 +11,7 @@
 //! - `validate`: a spec becomes a pool that can be planned;
 //! - `previous`: which table the next one continues, also when it is lost;
 //! - `ports`: which connection ports a slot gets;
+//! - `attempts`: how long a slot whose servers fail waits for the next one;
 //! - `environment`: what a workload learns about its place;
 //! - `objects`: the Kubernetes objects of a pool; `status`: the status of its
 //!   resource;
@@ -25,6 +26,7 @@
 //! renews it. Only a row that becomes `Active` again begins anew when it drains the
 //! next time. A longer or shorter `drainSeconds` applies to what drains already.
 
+mod attempts;
 mod environment;
 pub mod objects;
 mod ports;
@@ -39,11 +41,12 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
+pub use self::attempts::blocker as failing;
 pub use self::environment::environment;
 use self::previous::Previous;
 pub use self::validate::{FieldProblem, ValidPool};
 use crate::pool::{AGENT_PORT, Mapping};
-use crate::table::{FORMAT_VERSION, PortRange, Row, RowState, Slot, Table, TargetPort};
+use crate::table::{Attempts, FORMAT_VERSION, PortRange, Row, RowState, Slot, Table, TargetPort};
 
 /// How long a row is at least `Draining` before its server counts as empty:
 /// readers must have seen the row, and requests under way must have arrived.
@@ -115,8 +118,10 @@ pub struct ObservedServer {
     pub is_spent: bool,
     /// Whether the server is being stopped already.
     pub is_stopping: bool,
-    /// Whether the server has ended for good.
-    pub has_failed: bool,
+    /// How the server has ended for good, if it has.
+    pub end: Option<End>,
+    /// Time since which the server is ready, if it is and when known.
+    pub ready_since: Option<Timestamp>,
     /// Servers of lower cost are removed or replaced first.
     pub deletion_cost: i32,
     /// Number of live sessions, when known.
@@ -124,6 +129,15 @@ pub struct ObservedServer {
     /// The ports that the slot had when the server was created, when known.
     /// They matter when the table is lost, and to workloads that were told them.
     pub ranges: Vec<PortRange>,
+}
+
+/// How a server has ended for good.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// Whether all of its programs ended by themselves, with exit code 0.
+    pub is_success: bool,
+    /// Why it ended, as words that complete "it failed: …".
+    pub cause: String,
 }
 
 /// What to do next. Carrying it out and planning again converges.
@@ -135,6 +149,8 @@ pub struct Plan {
     pub start: Vec<Slot>,
     /// Slots whose server must be stopped.
     pub stop: Vec<Slot>,
+    /// When to plan again although nothing else has changed, if ever.
+    pub next_after: Option<Duration>,
 }
 
 impl Plan {
@@ -237,6 +253,9 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     let servers = Servers::new(observed);
     let previous = Previous::new(observed);
     let mut rows = previous.rows(pool, observed);
+    for row in &mut rows {
+        row.attempts = attempts::next(row, servers.get(row.slot), observed.may_mark, now);
+    }
     shrink(&mut rows, pool.replicas, &servers);
     replace(&mut rows, pool.replicas, &servers);
     grow(&mut rows, pool, &servers);
@@ -244,7 +263,8 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     for row in &mut rows {
         let server = servers.get(row.slot);
         let uid = server.map(|server| server.uid.clone());
-        if observed.may_mark || row.server_uid != uid {
+        let may_mark = observed.may_mark || row.server_uid != uid;
+        if may_mark {
             row.not_ready = server.is_some_and(|server| server.not_ready);
         }
         row.server_uid = uid;
@@ -257,22 +277,34 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     let start = rows
         .iter()
         .filter(|row| row.state == RowState::Active && !servers.is_occupied(row.slot))
-        .filter(|_| observed.may_start)
+        .filter(|row| observed.may_start && attempts::pause(&row.attempts, now).is_zero())
         .map(|row| row.slot)
         .collect();
     let is_done = |server: &&ObservedServer| {
         let row = rows.iter().find(|row| row.slot == server.slot);
         // No port leads to a server without a row, so nothing keeps it.
         let is_drained = row.is_none_or(|row| is_drained(row, server, now, pool.drain_limit));
-        !server.is_stopping && (server.has_failed || is_drained)
+        // One that failed stays until its successor may come: it shows why it failed.
+        let is_over = server.end.is_some() && row.is_none_or(|row| !is_kept(row, now));
+        !server.is_stopping && (is_over || is_drained)
     };
     let stop = servers.by_slot.values().copied().filter(is_done);
     let stop = stop.map(|server| server.slot).collect();
+    let next_after = rows.iter().filter_map(|row| {
+        let server = servers.get(row.slot);
+        attempts::next_after(&row.attempts, server, now)
+    });
     Plan {
+        next_after: next_after.min(),
         table: next_table(pool, observed.uid, &previous, rows),
         start,
         stop,
     }
+}
+
+/// Whether the server of `row`, which has failed, stays for now.
+fn is_kept(row: &Row, now: Timestamp) -> bool {
+    row.state == RowState::Active && !attempts::pause(&row.attempts, now).is_zero()
 }
 
 fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: Duration) -> bool {
@@ -383,6 +415,7 @@ pub fn empty_row(pool: &ValidPool, slot: Slot) -> Row {
         state: RowState::Active,
         not_ready: false,
         draining_since: None,
+        attempts: Attempts::default(),
         ranges: Vec::new(),
     }
 }

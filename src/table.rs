@@ -172,8 +172,28 @@ pub struct Row {
     /// Time at which the row became `Draining`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draining_since: Option<Timestamp>,
+    /// How the servers in the slot have ended lately. Only the controller reads it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub attempts: Attempts,
     /// Connection ports of the server. No connection port occurs twice in a table.
     pub ranges: Vec<PortRange>,
+}
+
+/// How the servers in a slot have ended lately. It is in the table, so that a restart
+/// of the controller does not make a slot forget that its servers fail.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Attempts {
+    /// Number of servers that failed one after another.
+    #[serde(skip_serializing_if = "is_default")]
+    pub failures: u32,
+    /// Time at which the last of them was seen to have failed; absent once it is
+    /// removed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed_at: Option<Timestamp>,
+    /// Whether the present server has never been ready, and so never had a session.
+    #[serde(skip_serializing_if = "is_default")]
+    pub never_ready: bool,
 }
 
 /// Whether a slot takes new sessions.

@@ -71,7 +71,9 @@ impl Reconcile<'_> {
     /// Carries `plan` out: the table first, other objects beside new pods, then
     /// the removal of pods. Needs the client.
     pub(super) async fn apply(&self, plan: Plan, observation: &Observation) -> Applied {
-        let Plan { table, start, stop } = plan;
+        let Plan {
+            table, start, stop, ..
+        } = plan;
         if let Err(error) = self.apply_table(observation, &table).await {
             // Nothing else may go ahead of the table.
             return Applied {

@@ -10,6 +10,7 @@ use kube::ResourceExt;
 use kube::api::DynamicObject;
 use serde_json::Value;
 
+use super::pod_problems;
 use super::stores::{DELETION_COST, Stores, is_owned};
 use crate::plan::objects::{
     AGENT, COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
@@ -20,16 +21,6 @@ use crate::plan::{ObservedServer, ValidPool};
 use crate::pool::Exposure;
 use crate::session::PoolState;
 use crate::table::{TABLE_KEY, Table};
-
-/// Reasons of a waiting container that do not pass by themselves.
-const STUCK: [&str; 6] = [
-    "ImagePullBackOff",
-    "ErrImagePull",
-    "InvalidImageName",
-    "CrashLoopBackOff",
-    "CreateContainerConfigError",
-    "CreateContainerError",
-];
 
 /// Reason of a Ready condition that is false because of a readiness gate.
 ///
@@ -85,7 +76,9 @@ pub(super) struct Pods {
 impl Pods {
     /// The pods of the pool, including foreign ones that carry its labels.
     pub(super) fn of(stores: &Stores, owner: Owner<'_>) -> Self {
-        let pods = stores.of_pool("Pod", owner.namespace, &owner.pool.name);
+        let mut pods = stores.of_pool("Pod", owner.namespace, &owner.pool.name);
+        // The same one of several problems is reported for as long as it is there.
+        pods.sort_by_cached_key(|pod| pod.name_any());
         let of_component = |component: &str| {
             let is = |pod: &&Arc<DynamicObject>| {
                 let label = pod.labels().get(COMPONENT_LABEL);
@@ -130,7 +123,7 @@ impl Observation {
         let mut next_too_old = None;
         let ours = pods.servers.iter();
         for pod in ours.filter(|pod| is_owned(pod.as_ref(), owner.uid)) {
-            blockers.extend(pod_blocker(pod));
+            blockers.extend(pod_problems::blocker(pod, now));
             let until = until_too_old(pod, pool, now);
             let is_too_old = until == Some(Duration::ZERO);
             let later = until.filter(|_| !is_too_old);
@@ -142,7 +135,7 @@ impl Observation {
             }));
         }
         let connection_servers = pods.connection_servers.iter();
-        blockers.extend(connection_servers.filter_map(|pod| pod_blocker(pod)));
+        blockers.extend(connection_servers.filter_map(|pod| pod_problems::blocker(pod, now)));
         let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
         Self {
             table: table(stores, owner),
@@ -159,7 +152,7 @@ impl Observation {
     }
 }
 
-fn text<'a>(object: &'a DynamicObject, path: &str) -> Option<&'a str> {
+pub(super) fn text<'a>(object: &'a DynamicObject, path: &str) -> Option<&'a str> {
     object.data.pointer(path).and_then(Value::as_str)
 }
 
@@ -171,7 +164,7 @@ fn number(object: &DynamicObject, path: &str) -> i64 {
         .unwrap_or(0)
 }
 
-fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<&'a Value> {
+pub(super) fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<&'a Value> {
     let conditions = object
         .data
         .pointer("/status/conditions")
@@ -217,24 +210,25 @@ fn server(
     let slot = pod.metadata.name.as_deref()?.strip_prefix(pool)?;
     let slot = slot.strip_prefix('-')?.parse().ok()?;
     let reported = live.and_then(|live| live.servers.iter().find(|server| server.slot == slot));
-    let phase = text(pod, "/status/phase").unwrap_or_default();
     let cost = pod
         .annotations()
         .get(DELETION_COST)
         .and_then(|cost| cost.parse().ok());
+    let end = pod_problems::end(pod);
     Some(ObservedServer {
         slot,
         uid: pod.uid().unwrap_or_default(),
         address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
-        is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none(),
-        not_ready: !is_workload_ready(pod),
+        is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none() && end.is_none(),
+        not_ready: !is_workload_ready(pod) || end.is_some(),
         is_outdated: pod
             .annotations()
             .get(HASH_ANNOTATION)
             .is_none_or(|hash| hash != template_hash),
         is_spent: reported.is_some_and(|server| server.spent && server.sessions == 0),
         is_stopping: pod.metadata.deletion_timestamp.is_some(),
-        has_failed: phase == "Failed" || phase == "Succeeded",
+        end,
+        ready_since: pod_problems::ready_since(pod),
         deletion_cost: cost.unwrap_or(0),
         sessions: reported
             .filter(|server| server.attached)
@@ -250,44 +244,6 @@ fn until_too_old(pod: &DynamicObject, pool: &ValidPool, now: Timestamp) -> Optio
     // A clock that is behind the API server's makes pods younger.
     let age = Duration::try_from(now.duration_since(created.0)).unwrap_or_default();
     pool.recycle.until_too_old(age)
-}
-
-/// What keeps `pod` from running and does not pass by itself.
-fn pod_blocker(pod: &DynamicObject) -> Option<Blocker> {
-    let name = pod.name_any();
-    if let Some(condition) =
-        condition(pod, "PodScheduled").filter(|condition| condition["reason"] == "Unschedulable")
-    {
-        let message = condition["message"].as_str().unwrap_or_default();
-        return Some(Blocker::new(
-            "Unschedulable",
-            format!("pod {name} cannot be scheduled: {message}"),
-        ));
-    }
-    for list in ["initContainerStatuses", "containerStatuses"] {
-        let statuses = pod
-            .data
-            .pointer(&format!("/status/{list}"))
-            .and_then(Value::as_array);
-        for status in statuses.into_iter().flatten() {
-            let waiting = &status["state"]["waiting"];
-            let reason = waiting["reason"].as_str().unwrap_or_default();
-            // The kubelet delays the restart of a program that has done its work, too.
-            let has_succeeded = status["lastState"]["terminated"]["exitCode"] == 0;
-            if reason == "CrashLoopBackOff" && has_succeeded {
-                continue;
-            }
-            if let Some(reason) = STUCK.into_iter().find(|stuck| *stuck == reason) {
-                let container = status["name"].as_str().unwrap_or_default();
-                let message = waiting["message"].as_str().unwrap_or_default();
-                return Some(Blocker::new(
-                    reason,
-                    format!("container {container} of pod {name}: {reason}: {message}"),
-                ));
-            }
-        }
-    }
-    None
 }
 
 fn observe_deployment(deployment: &DynamicObject) -> ObservedDeployment {
@@ -398,7 +354,8 @@ mod tests {
                 "state": { "waiting": { "reason": "CrashLoopBackOff" } },
                 "lastState": { "terminated": { "exitCode": exit_code } },
             });
-            let reason = pod_blocker(&pod).map(|blocker| blocker.reason);
+            let reason =
+                pod_problems::blocker(&pod, Timestamp::UNIX_EPOCH).map(|blocker| blocker.reason);
             assert_eq!(reason, expected, "exit code {exit_code}");
         }
     }

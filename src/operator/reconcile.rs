@@ -18,7 +18,7 @@ use super::observation::Observation;
 use super::report::{Findings, report_invalid};
 use super::requests::Error;
 use crate::plan::status::Blocker;
-use crate::plan::{Observed, Plan, ValidPool, plan};
+use crate::plan::{Observed, Plan, ValidPool, failing, plan};
 use crate::pool::ProcessingPool;
 use crate::table::{Row, RowState, Table};
 
@@ -122,10 +122,15 @@ async fn step(resource: &ProcessingPool, context: &Context) -> Result<Progress, 
         return Ok(Progress::WATCH_IS_BEHIND);
     }
 
+    let plan_after = plan.next_after;
     let mut applied = reconcile.apply(plan, &observation).await;
     for error in applied.errors.drain(..) {
         findings.add(error);
     }
+    let table = applied.table.as_ref();
+    findings
+        .blockers
+        .extend(table.and_then(|table| failing(table, &observation.servers)));
 
     reconcile.report(&observation, &applied, &findings).await?;
     // Another server may have become ready meanwhile.
@@ -137,7 +142,8 @@ async fn step(resource: &ProcessingPool, context: &Context) -> Result<Progress, 
         None => Ok(Progress {
             next_after: pause(&pool, applied.table.as_ref(), is_blocked, &observation)
                 .min(context.memory.resync())
-                .min(until_marks.unwrap_or(Duration::MAX)),
+                .min(until_marks.unwrap_or(Duration::MAX))
+                .min(plan_after.unwrap_or(Duration::MAX)),
             is_blocked,
         }),
     }

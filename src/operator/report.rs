@@ -186,16 +186,22 @@ async fn write(
     Ok(())
 }
 
-/// One event for each condition whose status or reason has changed.
+/// One event for each condition whose status or reason has changed. Why a pool that is
+/// degraded is not ready, its event about that says already.
 fn transitions(former: Option<&ProcessingPoolStatus>, next: &ProcessingPoolStatus) -> Vec<Event> {
     let is_news = |kind: &str, status: &str, reason: &str| {
         let known =
             former.and_then(|former| former.conditions.iter().find(|known| known.type_ == kind));
         known.is_none_or(|known| known.status != status || known.reason != reason)
     };
+    let is_degraded =
+        |condition: &Condition| condition.type_ == "Degraded" && condition.status == "True";
+    let is_any_degraded = next.conditions.iter().any(is_degraded);
     let news = next.conditions.iter().filter(|condition| {
-        let is_reported = condition.type_ == "Ready"
-            || (condition.type_ == "Degraded" && condition.status == "True");
+        let is_reported = match is_any_degraded {
+            true => is_degraded(condition),
+            false => condition.type_ == "Ready",
+        };
         is_reported && is_news(&condition.type_, &condition.status, &condition.reason)
     });
     let events = news.map(|condition| Event {

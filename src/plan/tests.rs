@@ -5,6 +5,7 @@ use crate::pool::{
 };
 use crate::table::{ListenPort, PortRange, Slot};
 
+mod attempts;
 mod client_addresses;
 mod lost_table;
 mod ports;

@@ -26,6 +26,7 @@ pub(super) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
         state: RowState::Active,
         not_ready: false,
         draining_since: None,
+        attempts: Attempts::default(),
         ranges,
     }
 }

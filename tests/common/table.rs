@@ -39,6 +39,7 @@ pub fn row(slot: u32, address: Option<IpAddr>, range: PortRange) -> Row {
         server_uid: None,
         not_ready: false,
         draining_since: None,
+        attempts: portpool::table::Attempts::default(),
         address,
         state: RowState::Active,
         ranges: vec![range],

@@ -50,6 +50,7 @@ fn row(ranges: Vec<PortRange>) -> Row {
         server_uid: None,
         not_ready: false,
         draining_since: None,
+        attempts: crate::table::Attempts::default(),
         address: None,
         state: RowState::Active,
         ranges,

@@ -37,6 +37,7 @@ fn table(admission: Admission) -> Table {
         server_uid: None,
         not_ready: false,
         draining_since: None,
+        attempts: crate::table::Attempts::default(),
         address: None,
         state: RowState::Active,
         ranges: vec![range(slot)],

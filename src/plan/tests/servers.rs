@@ -204,7 +204,7 @@ fn a_template_that_does_not_work_stops_a_quarter_and_can_be_corrected() {
 fn a_failed_server_is_stopped_and_a_stopping_one_is_waited_for() {
     let mut world = World::default();
     world.settle(&pool(2, 4));
-    world.servers.get_mut(&Slot(0)).unwrap().has_failed = true;
+    world.servers.get_mut(&Slot(0)).unwrap().end = Some(attempts::crash());
     assert_eq!(world.clone().step(&pool(2, 4)).stop, [Slot(0)]);
     world.servers.get_mut(&Slot(0)).unwrap().is_stopping = true;
     let plan = world.step(&pool(2, 4));

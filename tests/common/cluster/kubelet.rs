@@ -9,7 +9,8 @@ use kube::{Api, Client, ResourceExt};
 use serde_json::{Value, json};
 
 /// Reports the status of pods and Deployments as a node and the Deployment
-/// controller would. Pods whose image begins with `bad` or `nowhere` do not run.
+/// controller would. Pods whose image begins with `bad` or `nowhere` do not run; a
+/// node rejects those with `rejected`.
 pub(super) async fn kubelet(client: Client, namespace: String) {
     let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
     let deployments: Api<Deployment> = Api::namespaced(client, &namespace);
@@ -72,6 +73,12 @@ fn pod_status(pod: &Pod) -> Value {
             "name": "main", "image": image, "imageID": "", "ready": false, "restartCount": 0,
             "state": { "waiting": { "reason": "ImagePullBackOff", "message": "no such image" } },
         }] } });
+    }
+    if image.starts_with("rejected") {
+        return json!({ "status": {
+            "phase": "Failed", "reason": "NodePorts",
+            "message": "Pod was rejected: node(s) didn't have free ports",
+        } });
     }
     if image.starts_with("nowhere") {
         return json!({ "status": { "conditions": [{
