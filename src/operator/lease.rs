@@ -240,6 +240,15 @@ pub(super) struct Held {
     task: JoinHandle<()>,
 }
 
+/// The name of a controller on `host`, which is called as its pod. It is another one
+/// after a restart.
+///
+/// Source: client-go, whose leaders are called alike.
+fn identity(host: Option<&str>) -> String {
+    let process = uuid::Uuid::new_v4();
+    format!("{}_{process}", host.unwrap_or("portpool"))
+}
+
 /// Waits for the lease `name`, `NAMESPACE/NAME`, and takes it.
 ///
 /// # Errors
@@ -251,7 +260,7 @@ pub(super) async fn hold(client: &Client, name: &str) -> Result<Held, Error> {
     let contest = Contest {
         leases: Api::namespaced(client.clone(), namespace),
         name: name.to_owned(),
-        identity: format!("portpool-{}", uuid::Uuid::new_v4().simple()),
+        identity: identity(std::env::var("HOSTNAME").ok().as_deref()),
     };
     let identity = &contest.identity;
     info!(namespace, name, identity, "waiting for the lease");
@@ -398,6 +407,13 @@ mod tests {
         term.end_at(Duration::from_secs(10));
         assert!(!term.clone().is_over(Duration::from_millis(9_999)));
         assert!(term.is_over(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn the_holder_of_a_lease_is_called_as_its_pod() {
+        let holder = identity(Some("portpool-6f9f-abcde"));
+        assert!(holder.starts_with("portpool-6f9f-abcde_"), "{holder}");
+        assert_ne!(holder, identity(Some("portpool-6f9f-abcde")));
     }
 
     /// The latest write of a term is sent long before anyone else may lead.
