@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::context::Reconcile;
 use super::observation::{Versions, versions};
-use super::stores::{is_owned, resource};
+use super::stores::{is_of_namesake, is_owned, resource};
 use crate::plan::objects::{
     COMPONENT_LABEL, MANAGED_BY, MANAGER, POOL_LABEL, PROCESSING_SERVER, covers,
 };
@@ -38,6 +38,9 @@ pub(super) enum Error {
     /// The name belongs to someone else.
     #[error("{0} exists and belongs to someone else: remove it, or give the pool another name")]
     NameTaken(String),
+    /// The name belongs to a deleted pool. This passes by itself.
+    #[error("{0} still exists of a deleted pool of the same name; Kubernetes removes it")]
+    NotRemovedYet(String),
     /// A pod of the pool that the watches do not show.
     #[error("{0} has lost the labels that portpool put on it: put them back, or delete it")]
     LabelsLost(String),
@@ -66,7 +69,7 @@ impl Error {
                 400 | 404 | 413 | 422 => "Refused",
                 _ => return None,
             },
-            Self::Api { .. } => return None,
+            Self::NotRemovedYet(_) | Self::Api { .. } => return None,
         };
         Some(Blocker::new(reason, self.to_string()))
     }
@@ -114,6 +117,15 @@ impl Reconcile<'_> {
         }
     }
 
+    /// Why the pool cannot have the name of `known`, which it does not own.
+    fn taken(&self, known: &DynamicObject, kind: &str, name: &str) -> Error {
+        let object = self.describe(kind, name);
+        match is_of_namesake(known, &self.owner.pool.name) {
+            true => Error::NotRemovedYet(object),
+            false => Error::NameTaken(object),
+        }
+    }
+
     /// Applies `desired` unless it is there already. Returns the version that was
     /// written, if any.
     pub(super) async fn apply_object(&self, desired: &Value) -> Result<Option<String>, Error> {
@@ -130,7 +142,7 @@ impl Reconcile<'_> {
         };
         if let Some(known) = known.as_deref() {
             if !is_owned(known, self.owner.uid) {
-                return Err(Error::NameTaken(self.describe(kind, name)));
+                return Err(self.taken(known, kind, name));
             }
             // The caller has compared what must replace a certain version.
             let is_decided = desired.pointer("/metadata/resourceVersion").is_some();
@@ -171,7 +183,7 @@ impl Reconcile<'_> {
                 };
                 match self.api("Pod").get_opt(name).await.map_err(failed())? {
                     Some(found) if !is_owned(&found, self.owner.uid) => {
-                        Err(Error::NameTaken(self.describe("Pod", name)))
+                        Err(self.taken(&found, "Pod", name))
                     }
                     Some(found) if !is_labelled(&found) => {
                         Err(Error::LabelsLost(self.describe("Pod", name)))

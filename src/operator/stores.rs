@@ -10,7 +10,7 @@ use futures::stream::{BoxStream, StreamExt};
 use kube::api::{ApiResource, DynamicObject, GroupVersionKind, TypeMeta};
 use kube::runtime::reflector::{ObjectRef, Store, store::Writer};
 use kube::runtime::{WatchStreamExt, reflector, watcher};
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::Value;
 
 use crate::cluster;
@@ -191,6 +191,14 @@ pub(super) fn is_owned(object: &impl ResourceExt, uid: &str) -> bool {
         .owner_references()
         .iter()
         .any(|owner| owner.uid == uid && owner.controller == Some(true))
+}
+
+/// Whether the owner of `object` is called as the pool `name`. Where that is not the
+/// pool itself, it is one that was deleted.
+pub(super) fn is_of_namesake(object: &impl ResourceExt, name: &str) -> bool {
+    let kind = ProcessingPool::kind(&());
+    let mut owners = object.owner_references().iter();
+    owners.any(|owner| owner.kind == kind && owner.name == name && owner.controller == Some(true))
 }
 
 #[cfg(test)]
