@@ -320,6 +320,16 @@ fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: D
     (is_empty && draining_for >= SETTLE) || draining_for >= drain_limit
 }
 
+/// Whether `servers` that are not ready may be evicted without regard to how many are
+/// ready: several are not, and no session is known of them. Otherwise two that crash
+/// again and again would keep a node from being drained for ever.
+#[must_use]
+pub fn unready_may_go(servers: &[ObservedServer]) -> bool {
+    let mut unready = servers.iter().filter(|server| !server.is_ready);
+    let has_none = |server: &ObservedServer| server.sessions.unwrap_or(0) == 0;
+    unready.clone().count() > 1 && unready.all(has_none)
+}
+
 /// Whether the row's server drains so that one of the new template replaces it.
 fn is_replaced(row: &Row, servers: &Servers<'_>) -> bool {
     row.state == RowState::Draining && servers.is_outdated(row)

@@ -10,7 +10,7 @@ use super::context::Reconcile;
 use super::observation::Observation;
 use super::requests::{Error, PodToDelete};
 use crate::plan::objects;
-use crate::plan::{Plan, server_name};
+use crate::plan::{Plan, server_name, unready_may_go};
 use crate::table::{Row, Slot, Table};
 
 /// What became of a plan.
@@ -83,7 +83,12 @@ impl Reconcile<'_> {
             };
         }
         let settings = &self.context.settings;
-        let desired = objects::objects(self.owner, &table, settings);
+        let desired = objects::objects(
+            self.owner,
+            &table,
+            settings,
+            unready_may_go(&observation.servers),
+        );
         let starting = table.rows.iter().filter(|row| start.contains(&row.slot));
         let pods = objects::pods(self.owner, settings, starting);
         // Neither waits for the other: a pod needs its row only.

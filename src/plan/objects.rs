@@ -92,14 +92,20 @@ pub fn selector(pool: &str, component: &str) -> Value {
 }
 
 /// All objects of a pool except its table and its pods, in the order in which they
-/// are applied.
+/// are applied. `unready_may_go` is what [`unready_may_go`](super::unready_may_go) says
+/// of the pool's servers.
 #[must_use]
-pub fn objects(owner: Owner<'_>, table: &Table, settings: &Settings) -> Vec<Value> {
+pub fn objects(
+    owner: Owner<'_>,
+    table: &Table,
+    settings: &Settings,
+    unready_may_go: bool,
+) -> Vec<Value> {
     let mut objects = connection_server::access(owner);
     objects.push(connection_server::deployment(owner, settings));
     objects.extend(network::services(owner, table));
     objects.extend(network::policies(owner));
-    objects.extend(network::budgets(owner));
+    objects.extend(network::budgets(owner, unready_may_go));
     objects.into_iter().map(with_hash).collect()
 }
 

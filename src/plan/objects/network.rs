@@ -127,9 +127,17 @@ pub(super) fn policies(owner: Owner<'_>) -> Vec<Value> {
     })]
 }
 
-/// Allows the eviction of one server of each role at a time.
-pub(super) fn budgets(owner: Owner<'_>) -> Vec<Value> {
-    let budget = |component: &str| {
+/// Allows the eviction of one server of each role at a time. Those that are not ready
+/// do not hold it up, but for processing servers that may have sessions.
+///
+/// Source: Kubernetes documentation, Specifying a Disruption Budget, "Unhealthy Pod
+/// Eviction Policy".
+pub(super) fn budgets(owner: Owner<'_>, unready_may_go: bool) -> Vec<Value> {
+    let policy = |is_any: bool| match is_any {
+        true => "AlwaysAllow",
+        false => "IfHealthyBudget",
+    };
+    let budget = |(component, unready_may_go): (&str, bool)| {
         let name = format!("{}-{component}s", owner.pool.name);
         json!({
             "apiVersion": "policy/v1",
@@ -137,9 +145,15 @@ pub(super) fn budgets(owner: Owner<'_>) -> Vec<Value> {
             "metadata": metadata(owner, &name, component),
             "spec": {
                 "maxUnavailable": 1,
+                "unhealthyPodEvictionPolicy": policy(unready_may_go),
                 "selector": { "matchLabels": selector(&owner.pool.name, component) },
             },
         })
     };
-    [PROCESSING_SERVER, CONNECTION_SERVER].map(budget).to_vec()
+    // A connection server that is not ready has never been, and so has no clients.
+    let roles = [
+        (PROCESSING_SERVER, unready_may_go),
+        (CONNECTION_SERVER, true),
+    ];
+    roles.map(budget).to_vec()
 }

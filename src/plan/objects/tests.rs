@@ -146,7 +146,7 @@ fn secrets_to_pull_the_image_are_named_once_beside_the_templates_own() {
     };
     let pod = pod(owner(&pool), &settings, Slot(0));
     assert_eq!(named(&pod["spec"]), ["theirs", "both", "ours"]);
-    let objects = objects(owner(&pool), &table(&pool), &settings);
+    let objects = objects(owner(&pool), &table(&pool), &settings, false);
     let deployment = find(&objects, "Deployment")[0];
     assert_eq!(
         named(&deployment["spec"]["template"]["spec"]),
@@ -182,7 +182,7 @@ fn every_exposure_has_its_services() {
                 "connectionPorts": { "first": first, "last": first + 999 },
             });
         });
-        let objects = objects(owner(&pool), &table(&pool), &settings());
+        let objects = objects(owner(&pool), &table(&pool), &settings(), false);
         let services = find(&objects, "Service").into_iter();
         let shape = services.map(|service| {
             let ports = service["spec"]["ports"].as_array().unwrap();
@@ -217,7 +217,7 @@ fn every_exposure_has_its_services() {
 #[test]
 fn the_connection_server_may_read_its_table_and_nothing_else() {
     let pool = pool(|_| {});
-    let objects = objects(owner(&pool), &table(&pool), &settings());
+    let objects = objects(owner(&pool), &table(&pool), &settings(), false);
     let role = find(&objects, "Role")[0];
     assert_eq!(
         role["rules"],
@@ -255,7 +255,7 @@ fn a_load_balancer_takes_node_ports_only_when_it_is_asked_to() {
                 server["allocateLoadBalancerNodePorts"] = wanted.into();
             }
         });
-        let objects = objects(owner(&pool), &table(&pool), &settings());
+        let objects = objects(owner(&pool), &table(&pool), &settings(), false);
         let service = &find(&objects, "Service")[0];
         let expected = wanted.unwrap_or(false);
         assert_eq!(service["spec"]["allocateLoadBalancerNodePorts"], expected);
