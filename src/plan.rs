@@ -118,6 +118,8 @@ pub struct ObservedServer {
     pub is_spent: bool,
     /// Whether the server is being stopped already.
     pub is_stopping: bool,
+    /// What the server waits for while it is not ready, when known.
+    pub waits_for: Option<String>,
     /// How the server has ended for good, if it has.
     pub end: Option<End>,
     /// Time since which the server is ready, if it is and when known.

@@ -107,7 +107,8 @@ impl Reconcile<'_> {
         let stopped: Vec<_> = stop.iter().filter_map(to_delete).collect();
         errors.extend(self.delete_pods(&stopped).await);
         if !start.is_empty() || !stop.is_empty() {
-            info!(?start, ?stop, errors = errors.len(), "pods changed");
+            let error = errors.first().map(tracing::field::display);
+            info!(?start, ?stop, errors = errors.len(), error, "pods changed");
         }
         Applied {
             table: Some(table),

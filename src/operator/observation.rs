@@ -2,6 +2,7 @@
 //! client; the step that fills it in is in `observe`.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -128,7 +129,7 @@ impl Observation {
             let is_too_old = until == Some(Duration::ZERO);
             let later = until.filter(|_| !is_too_old);
             next_too_old = next_too_old.into_iter().chain(later).min();
-            let found = server(pod, &pool.name, template_hash, live.as_ref());
+            let found = server(pod, &pool.name, template_hash, live.as_ref(), now);
             servers.extend(found.map(|server| ObservedServer {
                 is_outdated: server.is_outdated || is_too_old,
                 ..server
@@ -137,6 +138,7 @@ impl Observation {
         let connection_servers = pods.connection_servers.iter();
         blockers.extend(connection_servers.filter_map(|pod| pod_problems::blocker(pod, now)));
         let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
+        blockers.extend(deployment.as_deref().and_then(pod_problems::refused));
         Self {
             table: table(stores, owner),
             servers,
@@ -205,6 +207,7 @@ fn server(
     pool: &str,
     template_hash: &str,
     live: Option<&PoolState>,
+    now: Timestamp,
 ) -> Option<ObservedServer> {
     // The slot in the name counts, not that in the label, which can be changed.
     let slot = pod.metadata.name.as_deref()?.strip_prefix(pool)?;
@@ -227,6 +230,7 @@ fn server(
             .is_none_or(|hash| hash != template_hash),
         is_spent: reported.is_some_and(|server| server.spent && server.sessions == 0),
         is_stopping: pod.metadata.deletion_timestamp.is_some(),
+        waits_for: pod_problems::waits_for(pod, now),
         end,
         ready_since: pod_problems::ready_since(pod),
         deletion_cost: cost.unwrap_or(0),
@@ -297,7 +301,7 @@ fn address(stores: &Stores, namespace: &str, pool: &ValidPool, pods: &Pods) -> O
         .as_ref()
         .filter(|_| pool.exposure != Exposure::ClusterIP)
     {
-        return Some(format!("{address}:{port}"));
+        return Some(host_port(address, port));
     }
     match pool.exposure {
         Exposure::ClusterIP => Some(format!("{}.{namespace}.svc:{port}", pool.name)),
@@ -309,13 +313,21 @@ fn address(stores: &Stores, namespace: &str, pool: &ValidPool, pods: &Pods) -> O
             let ingress = "/status/loadBalancer/ingress/0";
             let host = text(&service, &format!("{ingress}/ip"))
                 .or_else(|| text(&service, &format!("{ingress}/hostname")));
-            host.map(|host| format!("{host}:{port}"))
+            host.map(|host| host_port(host, port))
         }
         Exposure::HostNetwork => {
             let mut ready = pods.connection_servers.iter().filter(|pod| is_ready(pod));
             let host = ready.find_map(|pod| text(pod, "/status/hostIP"));
-            host.map(|host| format!("{host}:{port}"))
+            host.map(|host| host_port(host, port))
         }
+    }
+}
+
+/// `port` of `host`, a name or an address.
+fn host_port(host: &str, port: u16) -> String {
+    match host.parse() {
+        Ok(address) => SocketAddr::new(address, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
     }
 }
 
@@ -386,5 +398,17 @@ mod tests {
         let mut sidecar = pod(&unready, true, true);
         sidecar.data["status"]["initContainerStatuses"][1]["ready"] = false.into();
         assert!(!is_workload_ready(&sidecar), "a sidecar's probe fails");
+    }
+
+    #[test]
+    fn the_address_of_the_status_is_one_that_clients_can_use() {
+        let cases = [
+            ("192.0.2.7", "192.0.2.7:7700"),
+            ("2001:db8::7", "[2001:db8::7]:7700"),
+            ("games.example.org", "games.example.org:7700"),
+        ];
+        for (host, expected) in cases {
+            assert_eq!(host_port(host, 7700), expected);
+        }
     }
 }

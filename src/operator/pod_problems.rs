@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::observation::{condition, text};
 use crate::plan::End;
+use crate::plan::objects::AGENT;
 use crate::plan::status::Blocker;
 
 /// Reasons of a waiting container that do not pass by themselves.
@@ -99,6 +100,67 @@ pub(super) fn blocker(pod: &DynamicObject, now: Timestamp) -> Option<Blocker> {
     })
 }
 
+/// What `pod` waits for before it is ready, as far as its status says.
+pub(super) fn waits_for(pod: &DynamicObject, now: Timestamp) -> Option<String> {
+    if let Some(deadline) = &pod.metadata.deletion_timestamp {
+        return Some(deletion(pod, deadline.0, now));
+    }
+    let message = |condition: &Value| condition["message"].as_str().map(str::to_owned);
+    let scheduled = condition(pod, "PodScheduled");
+    if scheduled.is_some_and(|it| it["reason"] == "SchedulingGated") {
+        return Some("it has scheduling gates, which someone else must remove".to_owned());
+    }
+    if scheduled.is_none_or(|it| it["status"] != "True") && text(pod, "/status/podIP").is_none() {
+        let why = scheduled.and_then(message);
+        return Some(why.unwrap_or_else(|| "it has no node yet".to_owned()));
+    }
+    let waiting = containers(pod).find_map(|status| {
+        let reason = status["state"]["waiting"]["reason"].as_str()?;
+        let container = status["name"].as_str()?;
+        Some(format!("container {container} waits, {reason}; if it stays so, kubectl describe pod {} shows for which volume or image", pod.name_any()))
+    });
+    let ready = condition(pod, "Ready").filter(|ready| ready["status"] != "True");
+    let unready = containers(pod).find(|status| status["ready"] == false);
+    let unready = unready.map(|status| match status["name"].as_str().unwrap_or_default() {
+        AGENT => "its workload listens on none of its ports, or it drains".to_owned(),
+        container => format!("container {container} is not ready"),
+    });
+    // All containers are ready, as the kubelet reported them last.
+    let lost = || match ready.and_then(message) {
+        Some(message) => message,
+        None => "its node does not report".to_owned(),
+    };
+    waiting.or(unready).or(ready.map(|_| lost()))
+}
+
+/// Why `pod`, which is being deleted, is still there. It should be gone at `deadline`.
+fn deletion(pod: &DynamicObject, deadline: Timestamp, now: Timestamp) -> String {
+    let at = deadline.strftime("%H:%M:%S UTC");
+    let finalizers = pod.finalizers();
+    match now <= deadline {
+        true => format!("it is being deleted, and has time until {at}"),
+        false if !finalizers.is_empty() => format!(
+            "it is being deleted, and should have been gone at {at}: finalizer {} keeps it",
+            finalizers[0]
+        ),
+        false => format!(
+            "it is being deleted, and should have been gone at {at}: its node does not answer"
+        ),
+    }
+}
+
+/// Why the cluster refuses the pods of `deployment`, if it does: in the words of the
+/// API server, which may be about a quota, a limit or pod security.
+pub(super) fn refused(deployment: &DynamicObject) -> Option<Blocker> {
+    let failure = condition(deployment, "ReplicaFailure").filter(|it| it["status"] == "True")?;
+    let message = failure["message"].as_str().unwrap_or_default();
+    let name = deployment.name_any();
+    Some(Blocker::new(
+        "ConnectionServerRefused",
+        format!("the pods of Deployment {name} cannot be created: {message}"),
+    ))
+}
+
 /// The statuses of the containers of `pod`, those of the workload first: an agent
 /// ends with its workload.
 fn containers(pod: &DynamicObject) -> impl Iterator<Item = &Value> {
@@ -183,4 +245,167 @@ fn time(value: &Value) -> Option<Timestamp> {
 /// The time from `earlier` to `later`; zero where a clock was set back.
 fn between(earlier: Timestamp, later: Timestamp) -> Duration {
     Duration::try_from(later.duration_since(earlier)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const NOW: &str = "2026-03-01T12:00:00Z";
+
+    /// A pod with `status`.
+    fn pod(status: &Value) -> DynamicObject {
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "games-0" },
+            "status": status,
+        });
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn before(seconds: i64) -> String {
+        let now: Timestamp = NOW.parse().unwrap();
+        (now - Duration::from_secs(seconds.unsigned_abs())).to_string()
+    }
+
+    /// A container in `state` that was restarted five times, and last ended with
+    /// `exit_code` and `reason` after it had run for `ran` seconds.
+    fn container(state: &Value, exit_code: i64, reason: &str, ran: i64) -> DynamicObject {
+        pod(&json!({ "containerStatuses": [{
+            "name": "main", "restartCount": 5, "state": state,
+            "lastState": { "terminated": {
+                "exitCode": exit_code, "reason": reason,
+                "startedAt": before(100 + ran), "finishedAt": before(100),
+            } },
+        }] }))
+    }
+
+    fn running(seconds: i64) -> Value {
+        json!({ "running": { "startedAt": before(seconds) } })
+    }
+
+    fn waiting(reason: &str) -> Value {
+        json!({ "waiting": { "reason": reason, "message": "its message\nand more" } })
+    }
+
+    fn told(pod: &DynamicObject) -> Option<(&'static str, String)> {
+        let blocker = blocker(pod, NOW.parse().unwrap())?;
+        let words = format!("container main of pod games-0: {}: ", blocker.reason);
+        let why = blocker.message.strip_prefix(&words);
+        Some((blocker.reason, why.unwrap_or(&blocker.message).to_owned()))
+    }
+
+    #[test]
+    fn a_crash_loop_is_one_while_its_container_waits_runs_and_ends() {
+        let words = "it ended with exit code 3 after a restart, 5 so far".to_owned();
+        let ended = json!({ "terminated": { "exitCode": 3 } });
+        for state in [waiting("CrashLoopBackOff"), running(5), running(59), ended] {
+            let pod = container(&state, 3, "Error", 1);
+            assert_eq!(
+                told(&pod),
+                Some(("CrashLoopBackOff", words.clone())),
+                "{state}"
+            );
+        }
+        // It is over when the container runs for longer than it ever does.
+        assert_eq!(told(&container(&running(60), 3, "Error", 1)), None);
+        assert!(told(&container(&running(239), 3, "Error", 120)).is_some());
+        assert_eq!(told(&container(&running(240), 3, "Error", 120)), None);
+        // It was none.
+        assert_eq!(told(&container(&running(5), 3, "Error", 3600)), None);
+        assert_eq!(told(&container(&running(5), 0, "Completed", 1)), None);
+        let mut once = container(&running(5), 3, "Error", 1);
+        once.data["status"]["containerStatuses"][0]["restartCount"] = 1.into();
+        assert_eq!(told(&once), None);
+    }
+
+    #[test]
+    fn the_cause_of_a_crash_is_told() {
+        let cases = [
+            (
+                137,
+                "OOMKilled",
+                "it was killed because it needed more memory than its limit",
+            ),
+            (128, "StartError", "it could not be started (StartError)"),
+            (
+                127,
+                "ContainerCannotRun",
+                "it could not be started (ContainerCannotRun)",
+            ),
+            (139, "Error", "it ended with exit code 139 (signal 11)"),
+            (1, "Error", "it ended with exit code 1"),
+            (255, "Error", "it ended with exit code 255"),
+        ];
+        for (code, reason, words) in cases {
+            let mut pod = container(&waiting("CrashLoopBackOff"), code, reason, 1);
+            let (_, why) = told(&pod).unwrap();
+            assert_eq!(why, format!("{words} after a restart, 5 so far"));
+            let last = &mut pod.data["status"]["containerStatuses"][0]["lastState"]["terminated"];
+            last["message"] = "\n exec: \"x\": not found \nmore".into();
+            let (_, why) = told(&pod).unwrap();
+            assert!(
+                why.starts_with(&format!("{words}: exec: \"x\": not found")),
+                "{why}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_container_that_waits_for_what_does_not_come_by_itself_is_reported() {
+        for reason in STUCK {
+            let pod = pod(&json!({ "initContainerStatuses": [
+                { "name": "main", "restartCount": 0, "state": waiting(reason) },
+            ] }));
+            let (told, why) = told(&pod).unwrap();
+            assert_eq!(why, "its message");
+            let steady = if reason == "ErrImagePull" {
+                "ImagePullBackOff"
+            } else {
+                reason
+            };
+            assert_eq!(told, steady);
+        }
+        for reason in ["ContainerCreating", "PodInitializing"] {
+            let pod = pod(&json!({ "containerStatuses": [
+                { "name": "main", "restartCount": 0, "state": waiting(reason) },
+            ] }));
+            assert_eq!(told(&pod), None, "{reason}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_pod_is_told_in_the_words_of_the_one_that_ended_it() {
+        let terminated = |code: i64| json!([{ "name": "main", "state": { "terminated": { "exitCode": code, "reason": "Error" } } }]);
+        let cases = [
+            (json!({ "phase": "Running" }), None),
+            (json!({}), None),
+            (
+                json!({ "phase": "Failed", "reason": "NodePorts", "message": "Pod was rejected" }),
+                Some((false, "NodePorts: Pod was rejected")),
+            ),
+            (
+                json!({ "phase": "Failed", "reason": "Evicted", "containerStatuses": terminated(137) }),
+                Some((false, "Evicted")),
+            ),
+            (
+                json!({ "phase": "Failed", "containerStatuses": terminated(3) }),
+                Some((false, "container main ended with exit code 3")),
+            ),
+            (
+                json!({ "phase": "Succeeded", "containerStatuses": terminated(0) }),
+                Some((true, "container main ended with exit code 0")),
+            ),
+            (
+                json!({ "phase": "Failed" }),
+                Some((false, "its status does not say why")),
+            ),
+        ];
+        for (status, expected) in cases {
+            let end = end(&pod(&status));
+            let end = end.as_ref().map(|end| (end.is_success, end.cause.as_str()));
+            assert_eq!(end, expected, "{status}");
+        }
+    }
 }

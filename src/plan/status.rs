@@ -204,6 +204,15 @@ fn condition(
     }
 }
 
+/// Which server is not ready, and why, as far as that is known.
+fn waiting(name: &str, server: Option<&ObservedServer>) -> String {
+    match server.map(|server| server.waits_for.as_deref()) {
+        None => format!("; pod {name} does not exist yet"),
+        Some(None) => format!("; pod {name} is not"),
+        Some(Some(why)) => format!("; pod {name} is not: {why}"),
+    }
+}
+
 /// What the pool waits for, if anything.
 fn missing(input: &StatusInput<'_>) -> Option<Blocker> {
     let (pool, table) = (input.pool?, input.table?);
@@ -228,7 +237,15 @@ fn missing(input: &StatusInput<'_>) -> Option<Blocker> {
     if up < wanted {
         let waiting = of(RowState::Active)
             .find(|row| row.not_ready || server(row.slot).is_none_or(|server| !server.is_ready))
-            .map_or_else(String::new, |row| format!("; pod {} is not", row.server));
+            .map_or_else(String::new, |row| waiting(&row.server, server(row.slot)));
+        let is_outdated = |server: &ObservedServer| server.is_outdated;
+        if input.servers.iter().any(is_outdated) {
+            let ready = ready(input.servers);
+            let message = format!(
+                "{up} of {wanted} processing servers are ready with the present template, {ready} in all{waiting}"
+            );
+            return Some(Blocker::new("ServersOutdated", message));
+        }
         let message = format!("{up} of {wanted} processing servers are ready{waiting}");
         return Some(Blocker::new("ServersNotReady", message));
     }
