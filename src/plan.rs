@@ -128,6 +128,9 @@ pub struct ObservedServer {
     pub deletion_cost: i32,
     /// Number of live sessions, when known.
     pub sessions: Option<u32>,
+    /// The ports that are not offered because the workload does not listen, when that
+    /// has lasted.
+    pub not_listening: Vec<status::NotListening>,
     /// The ports that the slot had when the server was created, when known.
     /// They matter when the table is lost, and to workloads that were told them.
     pub ranges: Vec<PortRange>,

@@ -17,10 +17,10 @@ use crate::plan::objects::{
     AGENT, COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
     RANGES_ANNOTATION, annotated_ranges, connection_server_name, hash, table_name,
 };
-use crate::plan::status::{Blocker, ObservedDeployment};
+use crate::plan::status::{Blocker, NotListening, ObservedDeployment};
 use crate::plan::{ObservedServer, ValidPool};
 use crate::pool::Exposure;
-use crate::session::PoolState;
+use crate::session::{PoolState, PortState, ServerState};
 use crate::table::{TABLE_KEY, Table};
 
 /// Reason of a Ready condition that is false because of a readiness gate.
@@ -54,6 +54,8 @@ pub(super) struct Observation {
     pub(super) hiding_service: Option<String>,
     /// What keeps pods from running.
     pub(super) blockers: Vec<Blocker>,
+    /// Whether a workload does not listen on all of its ports, be it for a moment.
+    pub(super) is_any_silent: bool,
     /// The time until the next server is too old, if one will be.
     pub(super) next_too_old: Option<Duration>,
 }
@@ -139,6 +141,9 @@ impl Observation {
         blockers.extend(connection_servers.filter_map(|pod| pod_problems::blocker(pod, now)));
         let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
         blockers.extend(deployment.as_deref().and_then(pod_problems::refused));
+        let is_any_silent = servers
+            .iter()
+            .any(|server| !server.not_listening.is_empty());
         Self {
             table: table(stores, owner),
             servers,
@@ -148,6 +153,7 @@ impl Observation {
             address: address(stores, namespace, pool, pods),
             hiding_service: hiding_service(stores, namespace, &pool.name),
             live,
+            is_any_silent,
             blockers,
             next_too_old,
         }
@@ -230,6 +236,7 @@ fn server(
             .is_none_or(|hash| hash != template_hash),
         is_spent: reported.is_some_and(|server| server.spent && server.sessions == 0),
         is_stopping: pod.metadata.deletion_timestamp.is_some(),
+        not_listening: reported.map(not_listening).unwrap_or_default(),
         waits_for: pod_problems::waits_for(pod, now),
         end,
         ready_since: pod_problems::ready_since(pod),
@@ -239,6 +246,21 @@ fn server(
             .map(|server| server.sessions),
         ranges: annotated_ranges(pod.annotations().get(RANGES_ANNOTATION)),
     })
+}
+
+/// The ports on which the workload of `server` does not listen, and should.
+fn not_listening(server: &ServerState) -> Vec<NotListening> {
+    let is_meant = server.attached && !server.draining;
+    let ports = server
+        .ports
+        .iter()
+        .filter(|ports| is_meant && ports.not_listening > 0);
+    let entry = |ports: &PortState| NotListening {
+        entry: ports.name.clone(),
+        protocol: ports.protocol,
+        count: ports.not_listening,
+    };
+    ports.map(entry).collect()
 }
 
 /// The time until `pod` is so old that the pool replaces it: zero if it is now,

@@ -45,6 +45,9 @@ impl Reconcile<'_> {
             memory.forget_deleted(&self.context.pools);
         }
         memory.correct(uid, &mut observation);
+        let told = self.resource.status.iter().flat_map(|it| &it.conditions);
+        let is_told = told.into_iter().any(|it| it.reason == "PortsNotListening");
+        memory.keep_lasting_silence(uid, &mut observation.servers, is_told);
         Ok(Some(observation))
     }
 }

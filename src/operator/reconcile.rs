@@ -17,16 +17,17 @@ use super::metrics::Outcome;
 use super::observation::Observation;
 use super::report::{Findings, report_invalid};
 use super::requests::Error;
-use crate::plan::status::Blocker;
+use crate::plan::status::{Blocker, not_listening};
 use crate::plan::{Observed, Plan, ValidPool, failing, plan};
 use crate::pool::ProcessingPool;
 use crate::table::{Row, RowState, Table};
 
 /// When a pool is reconciled again although nothing has changed: while servers
 /// drain, are spent, or may be at any time, while connection servers report numbers,
-/// while it is blocked. Otherwise the next resync comes first.
+/// while workloads do not listen, while it is blocked. Otherwise the next resync comes first.
 const DRAIN_INTERVAL: Duration = Duration::from_secs(1);
 const NUMBERS_INTERVAL: Duration = Duration::from_secs(15);
+const SILENT_INTERVAL: Duration = Duration::from_secs(5);
 const BLOCKED_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Pause for a watch that does not show everything yet.
@@ -128,9 +129,13 @@ async fn step(resource: &ProcessingPool, context: &Context) -> Result<Progress, 
         findings.add(error);
     }
     let table = applied.table.as_ref();
+    let found = table.map(|table| {
+        let servers = &observation.servers;
+        [failing(table, servers), not_listening(table, servers)]
+    });
     findings
         .blockers
-        .extend(table.and_then(|table| failing(table, &observation.servers)));
+        .extend(found.into_iter().flatten().flatten());
 
     reconcile.report(&observation, &applied, &findings).await?;
     // Another server may have become ready meanwhile.
@@ -186,6 +191,8 @@ fn pause(
     let is_recycling = pool.recycle.after_sessions().is_some() || is_any_spent;
     let pause = if is_draining || is_recycling {
         DRAIN_INTERVAL
+    } else if observation.is_any_silent {
+        SILENT_INTERVAL
     } else if is_blocked {
         BLOCKED_INTERVAL
     } else if observation.deployment.available > 0 {

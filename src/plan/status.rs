@@ -5,10 +5,12 @@
 //! decides whether the pool sees the addresses of its clients.
 
 mod client_addresses;
+mod listening;
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
+pub use self::listening::{NotListening, not_listening};
 use super::objects::{COMPONENT_LABEL, POOL_LABEL, PROCESSING_SERVER};
 use super::{FieldProblem, ObservedServer, ValidPool};
 use crate::pool::{Exposure, ProcessingPoolStatus};

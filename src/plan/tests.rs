@@ -7,6 +7,7 @@ use crate::table::{ListenPort, PortRange, Slot};
 
 mod attempts;
 mod client_addresses;
+mod listening;
 mod lost_table;
 mod ports;
 mod servers;

@@ -416,3 +416,48 @@ async fn a_deleted_pool_leaves_nothing_also_while_it_is_being_made() {
     assert_eq!(space.servers("games").await, servers);
     assert_eq!(space.table("games").await, table);
 }
+
+/// Longest time until the status names a workload that does not listen: it must last
+/// for 20 s, and is looked at now and then.
+const NAMED: Duration = Duration::from_secs(60);
+
+#[tokio::test]
+async fn a_workload_that_listens_on_half_of_its_ports_is_named_until_it_listens() {
+    let mut node = Node::new(ApiServer::shared().await, "half", 1).await;
+    node.until_free(4).await;
+    let pod = node.space.pods().get("games-0").await.unwrap();
+    let address = pod.status.unwrap().pod_ip.unwrap();
+    let workload = |ports: &str| {
+        let listen = format!("--listen={address}");
+        Process::start(&["echo".to_owned(), listen, format!("--ports={ports}")])
+    };
+    let mut listen = |ports: &str| {
+        let programs = node.running.values_mut().next().unwrap();
+        programs[1].kill();
+        programs[1] = workload(ports);
+    };
+    listen("7000-7001");
+    let words = "games-0 does not listen on 2 of the 4 ports 7000-7003/TCP";
+    let started = Instant::now();
+    loop {
+        let (status, reason, message) = node.space.condition("games", "Degraded").await;
+        if status == "True" {
+            assert_eq!(reason, "PortsNotListening");
+            assert!(message.starts_with(words), "{message}");
+            break;
+        }
+        assert!(started.elapsed() < NAMED, "{message}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    println!("named after {:?}", started.elapsed());
+    // Another controller does not take it back.
+    node.space.controller.take();
+    node.space.start_controller();
+    let restarted = Instant::now();
+    while restarted.elapsed() < Duration::from_secs(5) {
+        assert!(!node.space.is_ready("games").await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    listen("7000-7003");
+    node.space.ready("games").await;
+}
