@@ -263,15 +263,17 @@ impl Inner {
     }
 
     /// Lets `client` use companion ports because of `live`; it `comes_here`, or another
-    /// connection server knows it. Returns whether that is new.
+    /// connection server knows it. Returns whether its agent should learn that: it is new,
+    /// and replaces no other client. The agent has as many as it may then.
     pub(super) fn join(&self, live: &Live, client: IpAddr, comes_here: bool) -> bool {
         let mut companions = self.companions.lock();
         let place = (live.slot, client);
+        let is_full = companions.clients_of(live.first()).len() >= MAX_CLIENTS;
         let open = companions.add(place, live.first(), comes_here, || self.new_key());
         if let Some(open) = open {
             self.change_flows(live, |flows| flows.open_companions(open));
         }
-        open.is_some()
+        open.is_some() && !is_full
     }
 
     /// Lets the clients that the agent knows use companion ports because of the

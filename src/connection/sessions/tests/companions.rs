@@ -246,7 +246,7 @@ fn the_first_other_client_without_companion_connections_is_replaceable() {
 
 #[test]
 fn who_comes_replaces_the_oldest_idle_client_of_a_session_that_has_as_many_as_it_may() {
-    let (sessions, _outbox, _sent) = started();
+    let (sessions, _outbox, mut sent) = started();
     let most = u8::try_from(crate::selection::MAX_CLIENTS).unwrap();
     let reported = |last: u8| Session {
         clients: (1..=last).map(|last| client(last).ip()).collect(),
@@ -256,6 +256,7 @@ fn who_comes_replaces_the_oldest_idle_client_of_a_session_that_has_as_many_as_it
     let second = admitted(&sessions, DATA, 2);
     // The requester and one with a companion connection stay.
     admitted(&sessions, PORT, 100);
+    assert_eq!(next(&mut sent), opened("a"), "the agent keeps those it has");
     admitted(&sessions, DATA, 100);
     for (last, is_in) in [(1, true), (2, true), (3, false), (4, true), (most, true)] {
         let decision = admit(&sessions, DATA, last);
