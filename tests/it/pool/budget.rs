@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::common::cluster::{Space, spec};
-use crate::common::{Pool, Process, SERVER_PORT, turn};
+use crate::common::{Pool, Process, turn};
 use portpool::agent::sockets::ListenScope;
 use portpool::agent::{self, Options};
 use portpool::pool::PortProtocol;
@@ -34,6 +34,9 @@ const AGENT: f64 = 0.001;
 /// while nothing happens, and while requests that find nothing come without pause.
 /// Without optimization, a look takes several times as long.
 const MANY_PORTS: u16 = 1000;
+
+/// The first server port, above the agent's own ports.
+const FIRST: u16 = 8000;
 const AGENT_OF_MANY: f64 = if cfg!(debug_assertions) { 0.03 } else { 0.005 };
 const AGENT_IN_A_FLOOD: f64 = if cfg!(debug_assertions) { 0.2 } else { 0.05 };
 
@@ -77,6 +80,7 @@ fn pool_of(servers: u16, ports: u16) -> Pool {
         for (row, slot) in table.rows.iter_mut().zip(0..) {
             let range = &mut row.ranges[0];
             range.connection_port = ListenPort::new(20_000 + slot * ports).unwrap();
+            range.server_port = TargetPort::new(FIRST).unwrap();
             (range.count, range.protocol) = (ports, PortProtocol::TCP);
         }
     })
@@ -143,7 +147,7 @@ async fn a_hundred_idle_agents_and_their_connection_server_take_little() {
     portpool::forward::check_open_files(10_000).unwrap();
     let mut pool = pool_of(AGENTS, PORTS);
     let listeners: Vec<std::net::TcpListener> = (0..u32::from(AGENTS))
-        .flat_map(|slot| (0..PORTS).map(move |port| (slot, SERVER_PORT + port)))
+        .flat_map(|slot| (0..PORTS).map(move |port| (slot, FIRST + port)))
         .map(|(slot, port)| std::net::TcpListener::bind((pool.server_address(slot), port)).unwrap())
         .collect();
     let (agents, stop, thread) = run_agents(&pool);
@@ -176,12 +180,8 @@ async fn an_agent_with_a_thousand_ports_takes_little_idle_and_in_a_flood_of_requ
     let _turn = turn().await;
     portpool::forward::check_open_files(10_000).unwrap();
     let mut pool = pool_of(1, MANY_PORTS);
-    // Above the agent's own ports.
-    let first = 8000;
-    pool.table.rows[0].ranges[0].server_port = TargetPort::new(first).unwrap();
-    pool.publish();
     let address = pool.server_address(0);
-    let listen = |port| std::net::TcpListener::bind((address, first + port)).unwrap();
+    let listen = |port| std::net::TcpListener::bind((address, FIRST + port)).unwrap();
     let listeners: Vec<_> = (0..MANY_PORTS).map(listen).collect();
     let (agent, stop, thread) = run_agents(&pool);
     pool.start_connection_server(0);
@@ -273,7 +273,7 @@ async fn running(agents: u16) -> (Pool, Vec<Process>) {
     let mut pool = pool_of(agents, PORTS);
     let workloads = (0..u32::from(agents)).map(|slot| {
         let address = pool.server_address(slot);
-        let (first, last) = (SERVER_PORT, SERVER_PORT + PORTS - 1);
+        let (first, last) = (FIRST, FIRST + PORTS - 1);
         Process::start(&[
             "echo".to_owned(),
             format!("--listen={address}"),
