@@ -9,6 +9,7 @@
 //! `selection`.
 
 mod amendment;
+mod arrangement;
 pub mod body;
 mod metadata;
 pub mod page;
@@ -19,6 +20,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 pub use self::amendment::{AmendRefusal, Amendment, MAX_EXPIRY_SECONDS};
+pub use self::arrangement::{Run, TooManyCombinations};
 pub use self::metadata::{
     MAX_METADATA_BYTES, MAX_METADATA_KEYS, Metadata, MetadataError, MetadataPatch,
 };

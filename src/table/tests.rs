@@ -2,7 +2,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-pub(super) fn range(first: u16, count: u16) -> PortRange {
+pub(crate) fn range(first: u16, count: u16) -> PortRange {
     PortRange {
         name: "main".to_owned(),
         connection_port: ListenPort::new(first).unwrap(),
@@ -17,7 +17,7 @@ pub(super) fn range(first: u16, count: u16) -> PortRange {
     }
 }
 
-pub(super) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
+pub(crate) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
     Row {
         slot,
         server: format!("a-pool-with-a-long-name-{slot}"),
@@ -31,7 +31,7 @@ pub(super) fn row(slot: Slot, ranges: Vec<PortRange>) -> Row {
     }
 }
 
-pub(super) fn table(rows: Vec<Row>) -> Table {
+pub(crate) fn table(rows: Vec<Row>) -> Table {
     Table {
         format_version: FORMAT_VERSION,
         pool: "pool".to_owned(),

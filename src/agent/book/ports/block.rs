@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::Ports;
 use super::group::Group;
 use crate::pool::PortProtocol;
-use crate::session::{Block, OneOrMore};
+use crate::session::{Block, OneOrMore, Run};
 use crate::table::{ListenPort, PortRange};
 
 impl Ports {
@@ -15,7 +15,10 @@ impl Ports {
     ///
     /// A single port is the one that has been free for the longest time. A longer
     /// block is the one whose port that was freed last has been free for the
-    /// longest time. [`OneOrMore::place`] has the order of the blocks.
+    /// longest time. [`OneOrMore::place`] has the order of the blocks. Where that
+    /// leaves a block none, [`OneOrMore::arrange`] finds others: only a request that
+    /// the free ports cannot hold in any arrangement gets `None`, or one of more
+    /// combinations than that looks at.
     pub(in crate::agent::book) fn choose(
         &self,
         blocks: &OneOrMore<Block>,
@@ -23,6 +26,12 @@ impl Ports {
         if let Some(filter) = blocks.as_single() {
             return self.longest_free(filter).map(OneOrMore::one);
         }
+        self.longest_free_blocks(blocks)
+            .or_else(|| self.any_free_blocks(blocks))
+    }
+
+    /// As [`Ports::choose`], in the order of the time for which ports have been free.
+    fn longest_free_blocks(&self, blocks: &OneOrMore<Block>) -> Option<OneOrMore<ListenPort>> {
         let ranges: &[PortRange] = self.row.as_ref().map_or(&[], |row| &row.ranges);
         let mut groups: Vec<&Group> = self.groups.iter().collect();
         groups.sort_by_key(|group| group.longest_free());
@@ -40,6 +49,35 @@ impl Ports {
             Some(ports)
         })?;
         OneOrMore::new(placed.into_iter().flatten())
+    }
+
+    /// As [`Ports::choose`], wherever all blocks have room.
+    fn any_free_blocks(&self, blocks: &OneOrMore<Block>) -> Option<OneOrMore<ListenPort>> {
+        let ranges: &[PortRange] = self.row.as_ref().map_or(&[], |row| &row.ranges);
+        let mut runs = Vec::new();
+        for group in &self.groups {
+            let mut free: Vec<u16> = group.free().map(ListenPort::get).collect();
+            free.sort_unstable();
+            for range in ranges.iter().filter(|range| group.includes(range)) {
+                let first = range.connection_port.get();
+                let is_before = |last: u32| move |port: &u16| u32::from(*port) < last;
+                let begin = free.partition_point(is_before(first.into()));
+                let end = u32::from(first) + u32::from(range.count);
+                let end = free.partition_point(is_before(end));
+                let adjacent = free[begin..end].chunk_by(|one, next| one + 1 == *next);
+                runs.extend(adjacent.map(|ports| Run {
+                    name: &group.name,
+                    protocol: group.protocol,
+                    ports: u32::from(ports[0])..u32::from(ports[ports.len() - 1]) + 1,
+                }));
+            }
+        }
+        let starts = blocks.arrange(&runs).ok()??;
+        let ports = blocks
+            .iter()
+            .zip(starts)
+            .flat_map(|(block, start)| start..start + block.ports());
+        OneOrMore::new(ports.filter_map(|port| ListenPort::new(u16::try_from(port).ok()?)))
     }
 }
 

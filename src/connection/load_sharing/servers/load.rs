@@ -195,7 +195,8 @@ impl ServerLoad {
 
     /// What `blocks` take of the entries, which have as many ports as `amount` says;
     /// `None` if they do not have enough. Which of these are adjacent is not known
-    /// here.
+    /// here. Where the blocks do not fit one after another but may in another
+    /// arrangement, the shares are a guess: the agent finds out.
     pub(super) fn shares(
         &self,
         blocks: &OneOrMore<Block>,
@@ -230,7 +231,26 @@ impl ServerLoad {
                 ports: block.ports(),
             })
         });
-        OneOrMore::new(placed?)
+        if let Some(placed) = placed {
+            return OneOrMore::new(placed);
+        }
+        let amounts: Vec<_> = self
+            .ports
+            .iter()
+            .map(|it| (it.name.as_str(), it.protocol, amount(it)))
+            .collect();
+        if !blocks.may_fit(&amounts) {
+            return None;
+        }
+        let shares = blocks.iter().filter_map(|block| {
+            let usable = self.matching(&block.filter);
+            let most = usable.max_by_key(|it| amount(it))?;
+            Some(Share {
+                entry: entry(most),
+                ports: block.ports(),
+            })
+        });
+        OneOrMore::new(shares)
     }
 
     /// Whether it has a port to spare that `filter` admits.
