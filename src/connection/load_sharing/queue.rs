@@ -33,8 +33,8 @@
 //!    ones are refused at once, so that there is room for those who give back or
 //!    ask.
 //! 6. **Failure.** A server that refuses a request, or does not answer within
-//!    [`ASK_DEADLINE`], is not asked again for it before it has reported anew.
-//!    The request keeps its place.
+//!    [`ASK_DEADLINE`], is not asked again for it before it has reported anew, nor
+//!    for others that wait for the same several ports. The request keeps its place.
 //! 7. **Looking.** A request that finds nothing free when it enters asks servers
 //!    that have reported ports as not listening: their agents look again, so that
 //!    it gets a port that was opened a moment ago. It asks [`MOST_LOOKS`] of them at
@@ -44,14 +44,19 @@
 //! 8. **Several ports.** A request for several ports needs them on one server at
 //!    once, and servers report numbers, not which ports are adjacent. Later
 //!    requests may take ports that it could use for [`PASSED_FOR`]. From then on
-//!    the ports of one server are kept for it: there, order is by arrival alone, so
-//!    that later requests which could use the same ports get none, and earlier ones
-//!    go first. The server is the one with the fewest of those ports in use. Only
-//!    the earliest such request has a server kept for it, until it is served or
-//!    leaves; then it is the next one's turn. So a request for several ports gets
-//!    them at the latest when the sessions on that server are over, while all
-//!    other servers serve the others, and no request waits for one that came after
-//!    it. Other connection servers do not know what is kept here.
+//!    it has its turn: the ports of one server are kept for it. There, order is by
+//!    arrival alone, so that later requests which could use the same ports get
+//!    none, and earlier ones go first. The server is the one with the fewest of
+//!    those ports in use. One request has a turn at a time, of the earliest
+//!    [`MOST_LOOKED_AT`] the first that any server could serve. Other connection
+//!    servers do not know what is kept here.
+//! 9. **Turns.** A turn lasts until the request is served or leaves, and no longer than
+//!    [`KEPT_FOR`]. A request whose turn was in vain has its next one, of twice the
+//!    length, after those that waited for theirs then. Nothing is kept before that
+//!    for as long as the turn has lasted, nor while a request for one port still waits
+//!    that waited at its end and could use what was kept. So neither kind waits for
+//!    ever while sessions end: turns grow until the sessions on a server end in one,
+//!    and what is kept in vain is kept for half of the time at most.
 
 mod keeping;
 mod request;
@@ -60,8 +65,9 @@ mod steps;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
-use self::request::Usable;
+use self::keeping::Keeping;
 pub use self::request::{Allocated, AskError, Decision, Wanted};
+use self::request::{Group, Usable};
 use super::refusal::Refusal;
 use super::servers::{ReportNumber, Reservation, Servers};
 use crate::selection::{Counts, RefusalCause};
@@ -84,8 +90,12 @@ pub const MOST_LOOKS: u32 = 8;
 /// ports could use: as a rule it is served meanwhile, and no port lies idle for it.
 pub const PASSED_FOR: Duration = Duration::from_secs(1);
 
-/// How many waiting requests for several ports are looked at when ports become
-/// free, the earliest ones. It bounds the work for each report.
+/// How long the first turn of a request for several ports is at most: many sessions
+/// are shorter, and clients of one port that wait hardly notice.
+pub const KEPT_FOR: Duration = Duration::from_secs(10);
+
+/// How many different requests for several ports are looked at for the next turn. It
+/// bounds the work for each report.
 const MOST_LOOKED_AT: usize = 16;
 
 /// How long a request may take besides its own wait: a few servers that miss
@@ -118,17 +128,11 @@ struct Request {
     refused_by: BTreeMap<Slot, ReportNumber>,
     /// How many servers it may still ask that have reported no free port.
     looks_left: u32,
-    /// From when on the ports of a server may be kept for it; `None` for a request
-    /// for one port.
+    /// From when on it may have a turn; `None` for a request for one port.
     kept_from: Option<Instant>,
-}
-
-/// The request that the ports of a server are kept for.
-#[derive(Clone, Copy, Debug)]
-struct Kept {
-    place: Place,
-    /// `None` while no server can have the ports.
-    slot: Option<Slot>,
+    /// Its place among those that wait for a turn, and the turns that it has had.
+    turn: Place,
+    turns: u32,
 }
 
 /// A question under way, also when no request needs the answer any more: until
@@ -146,7 +150,8 @@ struct Ask {
 enum Due {
     Caller(Caller),
     Ask(AskId),
-    /// A request for several ports has been passed for long enough, or is over.
+    /// A request for several ports has been passed for long enough, or is over, or its
+    /// turn or that of the others is.
     Keep(Place),
 }
 
@@ -156,11 +161,10 @@ pub struct Queue {
     most_waiting: usize,
     servers: Servers,
     requests: BTreeMap<Place, Request>,
-    // Those for one port by what they can use first: a request that cannot be served
-    // must not make every later one be looked at again and again.
-    waiting: BTreeMap<Usable, BTreeSet<Place>>,
-    waiting_for_several: BTreeSet<Place>,
-    kept: Option<Kept>,
+    // By what they can use first: a request that cannot be served must not make every
+    // later one be looked at again and again.
+    waiting: BTreeMap<Usable, Group>,
+    keeping: Keeping,
     places: HashMap<Caller, Place>,
     by_key: HashMap<String, Place>,
     asks: BTreeMap<AskId, Ask>,
@@ -180,8 +184,7 @@ impl Queue {
             servers: Servers::default(),
             requests: BTreeMap::new(),
             waiting: BTreeMap::new(),
-            waiting_for_several: BTreeSet::new(),
-            kept: None,
+            keeping: Keeping::Nothing,
             places: HashMap::new(),
             by_key: HashMap::new(),
             asks: BTreeMap::new(),
@@ -326,9 +329,7 @@ impl Queue {
     #[must_use]
     pub fn close(&mut self, now: Instant) -> Vec<Decision> {
         self.is_closed = true;
-        let waiting = self.waiting.values().flatten();
-        let waiting = waiting.chain(&self.waiting_for_several);
-        let waiting: Vec<Place> = waiting.copied().collect();
+        let waiting: Vec<Place> = self.places_waiting().collect();
         for place in waiting {
             self.refuse_the_impatient(place, now);
         }
@@ -385,8 +386,12 @@ impl Queue {
     /// The number of requests that wait for a port.
     #[must_use]
     pub fn waiting(&self) -> usize {
-        let for_one: usize = self.waiting.values().map(BTreeSet::len).sum();
-        for_one + self.waiting_for_several.len()
+        self.waiting.values().map(|group| group.places.len()).sum()
+    }
+
+    fn places_waiting(&self) -> impl Iterator<Item = Place> {
+        let places = self.waiting.values().flat_map(|group| &group.places);
+        places.copied()
     }
 
     /// The only server that the request with `key` can use the ports of, if there is

@@ -9,7 +9,7 @@
 
 mod load;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 pub use self::load::{ReportNumber, ServerLoad};
@@ -18,7 +18,7 @@ use super::policy::choose;
 use super::refusal::Refusal;
 use crate::pool::{Policy, PortProtocol};
 use crate::selection::Counts;
-use crate::session::{Block, OneOrMore, PortFilter, PortState};
+use crate::session::{Block, OneOrMore, PortState};
 use crate::table::{Slot, Table};
 
 /// A request on its way to a server.
@@ -37,18 +37,24 @@ pub struct Reservation {
 #[derive(Clone, Debug)]
 pub(super) struct FreeEntries<'a> {
     servers: &'a Servers,
-    entries: BTreeSet<(&'a str, PortProtocol)>,
+    /// The most ports of each entry that one server has to spare.
+    most: BTreeMap<(&'a str, PortProtocol), u32>,
 }
 
 impl FreeEntries<'_> {
-    /// Whether a port of them serves `filter`: on the server `only`, or on any.
-    pub(super) fn serve(&self, filter: &PortFilter, only: Option<Slot>) -> bool {
+    /// Whether the server `only`, or any, may have the ports for `blocks` to spare. For
+    /// one port on any server, and for all on one, that is certain as far as is known.
+    pub(super) fn may_serve(&self, blocks: &OneOrMore<Block>, only: Option<Slot>) -> bool {
         if let Some(slot) = only {
             let server = self.servers.get(slot);
-            return server.is_some_and(|server| server.has_one(filter));
+            return server.is_some_and(|server| server.has_room(blocks));
         }
-        let mut entries = self.entries.iter();
-        entries.any(|(name, protocol)| filter.admits(name, *protocol))
+        blocks.iter().all(|block| {
+            let mut entries = self.most.iter();
+            entries.any(|((name, protocol), most)| {
+                block.filter.admits(name, *protocol) && *most >= block.ports()
+            })
+        })
     }
 }
 
@@ -110,15 +116,20 @@ impl Servers {
 
     /// The entries with a port to spare on any server.
     pub(super) fn free_entries(&self) -> FreeEntries<'_> {
-        let takers = self.loads().filter(|server| server.takes_sessions());
-        let free = takers.flat_map(|server| {
-            let has_free = |ports: &&PortState| server.free(ports) > 0;
-            server.ports.iter().filter(has_free)
-        });
-        let entries = free.map(|ports| (ports.name.as_str(), ports.protocol));
+        let mut entries: BTreeMap<_, u32> = BTreeMap::new();
+        for server in self.loads().filter(|server| server.takes_sessions()) {
+            for ports in &server.ports {
+                let free = server.free(ports);
+                if free > 0 {
+                    let most = entries.entry((ports.name.as_str(), ports.protocol));
+                    let most = most.or_default();
+                    *most = free.max(*most);
+                }
+            }
+        }
         FreeEntries {
             servers: self,
-            entries: entries.collect(),
+            most: entries,
         }
     }
 

@@ -1,24 +1,74 @@
 //! What goes into the queue and comes out of it.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use super::super::refusal::Refusal;
-use super::{AskId, Caller};
+use super::super::servers::ReportNumber;
+use super::{AskId, Caller, Place, Request};
 use crate::selection::{RefusalCause, Session};
-use crate::session::{Block, Metadata, OneOrMore, PortFilter, PortState};
+use crate::session::{Block, Metadata, OneOrMore, PortState};
 use crate::table::Slot;
 
-/// The ports that a request for one can use: those that match, of one server or of any.
+/// What requests ask for that can use the same ports: those that match, of one server
+/// or of any.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Usable {
-    pub(super) filter: PortFilter,
+    pub(super) ports: OneOrMore<Block>,
     pub(super) only: Option<Slot>,
 }
 
 impl Usable {
+    /// Whether they ask for one port each.
+    pub(super) fn is_for_one(&self) -> bool {
+        self.ports.as_single().is_some()
+    }
+
+    /// Whether ports of the server of `slot` may be among them.
+    pub(super) fn may_use(&self, slot: Slot) -> bool {
+        self.only.is_none_or(|only| only == slot)
+    }
+
     /// Whether `ports`, those of an entry of the server of `slot`, are among them.
     pub(super) fn includes(&self, slot: Slot, ports: &PortState) -> bool {
-        self.only.is_none_or(|only| only == slot) && self.filter.admits(&ports.name, ports.protocol)
+        let mut blocks = self.ports.iter();
+        let admits = |block: &Block| block.filter.admits(&ports.name, ports.protocol);
+        self.may_use(slot) && blocks.any(admits)
+    }
+}
+
+/// Waiting requests that can use the same ports.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Group {
+    /// Their places: at least one.
+    pub(super) places: BTreeSet<Place>,
+    /// For several ports: the servers that did not select them for one of the requests,
+    /// with the number of what they had reported last. It holds for the others as well.
+    pub(super) refused_by: BTreeMap<Slot, ReportNumber>,
+}
+
+/// The servers that have refused a request, or another one that waits for the same
+/// several ports.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Refusals<'a> {
+    own: &'a BTreeMap<Slot, ReportNumber>,
+    of_group: Option<&'a BTreeMap<Slot, ReportNumber>>,
+}
+
+impl<'a> Refusals<'a> {
+    pub(super) fn of(request: &'a Request, waiting: &'a BTreeMap<Usable, Group>) -> Self {
+        let usable = Some(request.wanted.usable()).filter(|usable| !usable.is_for_one());
+        let group = usable.and_then(|usable| waiting.get(&usable));
+        Self {
+            own: &request.refused_by,
+            of_group: group.map(|group| &group.refused_by),
+        }
+    }
+
+    /// Whether the server of `slot` has refused since the report of this number.
+    pub(super) fn include(self, slot: Slot, report: ReportNumber) -> bool {
+        let of_group = self.of_group.and_then(|refused_by| refused_by.get(&slot));
+        [self.own.get(&slot), of_group].contains(&Some(&report))
     }
 }
 
@@ -54,11 +104,12 @@ impl Wanted {
         self.only.is_none_or(|only| only == slot)
     }
 
-    /// The ports that it can use, if it is for one.
-    pub(super) fn usable(&self) -> Option<Usable> {
-        let filter = self.ports.as_single()?.clone();
-        let only = self.only;
-        Some(Usable { filter, only })
+    /// What it has in common with those that can use the same ports.
+    pub(super) fn usable(&self) -> Usable {
+        Usable {
+            ports: self.ports.clone(),
+            only: self.only,
+        }
     }
 
     /// Whether both are one request under one key.

@@ -1,16 +1,16 @@
 //! The steps that the queue's events consist of. They add what is to be done to
 //! the queue's decisions.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::time::Instant;
 
 use super::super::refusal::Refusal;
 use super::super::servers::Reservation;
-use super::request::{Allocated, AskError, Decision, Usable, Wanted};
+use super::request::{Allocated, AskError, Decision, Group, Refusals, Usable, Wanted};
 use super::{
-    ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, MOST_LOOKED_AT, MOST_LOOKS, PASSED_FOR,
-    Place, Queue, RETURN_TIME, Request,
+    ASK_DEADLINE, ASK_LIMIT, Ask, AskId, Caller, Due, MOST_LOOKS, PASSED_FOR, Place, Queue,
+    RETURN_TIME, Request,
 };
 use crate::selection::RefusalCause;
 use crate::session::PortState;
@@ -48,6 +48,8 @@ impl Queue {
             refused_by: BTreeMap::new(),
             looks_left: MOST_LOOKS,
             kept_from,
+            turn: place,
+            turns: 0,
         };
         self.requests.insert(place, request);
         place
@@ -150,16 +152,9 @@ impl Queue {
 
     /// Puts a request among those that wait, at its place.
     pub(super) fn line_up(&mut self, place: Place) {
-        let Some(request) = self.requests.get(&place) else {
-            return;
-        };
-        match request.wanted.usable() {
-            Some(usable) => {
-                self.waiting.entry(usable).or_default().insert(place);
-            }
-            None => {
-                self.waiting_for_several.insert(place);
-            }
+        if let Some(request) = self.requests.get(&place) {
+            let group = self.waiting.entry(request.wanted.usable());
+            group.or_default().places.insert(place);
         }
     }
 
@@ -168,13 +163,10 @@ impl Queue {
         let Some(request) = self.requests.get(&place) else {
             return;
         };
-        let Some(usable) = request.wanted.usable() else {
-            self.waiting_for_several.remove(&place);
-            return;
-        };
-        if let Some(places) = self.waiting.get_mut(&usable) {
-            places.remove(&place);
-            if places.is_empty() {
+        let usable = request.wanted.usable();
+        if let Some(group) = self.waiting.get_mut(&usable) {
+            group.places.remove(&place);
+            if group.places.is_empty() {
                 self.waiting.remove(&usable);
             }
         }
@@ -187,8 +179,9 @@ impl Queue {
         };
         let wanted = &request.wanted;
         let kept = self.kept_from(place, &wanted.ports);
+        let refusals = Refusals::of(request, &self.waiting);
         let is_excluded = |slot, report| {
-            !wanted.may_use(slot) || kept == Some(slot) || request.has_refused(slot, report)
+            !wanted.may_use(slot) || kept == Some(slot) || refusals.include(slot, report)
         };
         let affinity_key = wanted.affinity_key.as_deref();
         let reserved = self
@@ -212,12 +205,13 @@ impl Queue {
         }
         let wanted = &request.wanted;
         let kept = self.kept_from(place, &wanted.ports);
+        let refusals = Refusals::of(request, &self.waiting);
         let is_excluded = |slot, report| {
-            !wanted.may_use(slot) || kept == Some(slot) || request.has_refused(slot, report)
+            !wanted.may_use(slot) || kept == Some(slot) || refusals.include(slot, report)
         };
-        let is_earlier = |places: &BTreeSet<Place>| places.first() < Some(&place);
+        let is_earlier = |group: &Group| group.places.first() < Some(&place);
         let waiting = self.waiting.iter();
-        let earlier = waiting.filter(|(_, places)| is_earlier(places));
+        let earlier = waiting.filter(|(usable, group)| usable.is_for_one() && is_earlier(group));
         let earlier: Vec<&Usable> = earlier.map(|(usable, _)| usable).collect();
         let is_its = |slot: Slot, ports: &PortState| {
             let mut earlier = earlier.iter();
@@ -314,7 +308,13 @@ impl Queue {
         request.refused_by.insert(slot, report);
         let is_over = |until: &Instant| *until + ASK_LIMIT <= now;
         let is_over = request.callers.values().all(is_over);
+        let usable = request.wanted.usable();
         self.line_up(place);
+        if !usable.is_for_one()
+            && let Some(group) = self.waiting.get_mut(&usable)
+        {
+            group.refused_by.insert(slot, report);
+        }
         if is_over {
             self.refuse_the_impatient(place, now);
             self.remove_if_over(place);
@@ -327,6 +327,7 @@ impl Queue {
         if let Some(ask) = asking.and_then(|ask| self.asks.get_mut(&ask)) {
             ask.place = None;
         }
+        self.note_served(place);
         self.answer_all(place, &Ok(allocated.clone()))
     }
 
@@ -348,52 +349,46 @@ impl Queue {
     /// anywhere.
     ///
     /// It costs a look at each group of waiting requests that can use the same ports,
-    /// a look at the servers for each request that is asked for or that a server has
-    /// refused, and a look at `slot` or at the servers for [`MOST_LOOKED_AT`] requests
-    /// for several ports.
+    /// for those for several ports also one at `slot`, and a look at the servers for
+    /// each request that is asked for or that a server has refused.
     pub(super) fn wake(&mut self, slot: Option<Slot>, now: Instant) {
         let slot = if self.keep(now) { None } else { slot };
         let free = self.servers.free_entries();
         let waiting = self.waiting.iter();
-        let is_served = |usable: &Usable| free.serve(&usable.filter, usable.only);
-        let served = waiting.filter(|(usable, _)| is_served(usable));
-        // The next of the requests that can use the same ports, one of which is free.
-        let mut next: BTreeMap<Place, Option<Usable>> = served
-            .filter_map(|(usable, places)| Some((*places.first()?, Some(usable.clone()))))
+        let served = waiting.filter(|(usable, _)| {
+            free.may_serve(&usable.ports, usable.only) && self.may_be_served(usable, slot)
+        });
+        // The next of the requests that can use the same ports, which may be free.
+        let mut next: BTreeMap<Place, Usable> = served
+            .filter_map(|(usable, group)| Some((*group.places.first()?, usable.clone())))
             .collect();
-        let for_several = self.waiting_for_several.iter().take(MOST_LOOKED_AT);
-        let may_have = for_several.filter(|place| self.may_have_room(slot, **place));
-        next.extend(may_have.map(|place| (*place, None)));
         while let Some((place, usable)) = next.pop_first() {
             let is_asked = self.ask(place, now);
-            let Some(usable) = usable else {
-                continue;
+            // Servers that refused this one may have a port for the next. Those that have
+            // not the ports for one of several have them for none of the group.
+            let may_serve_next = || {
+                let free = self.servers.free_entries();
+                usable.is_for_one()
+                    && self.is_refused(place)
+                    && free.may_serve(&usable.ports, usable.only)
             };
-            // Servers that refused this one may have a port for the next.
-            if is_asked || self.is_refused(place) && self.is_served(&usable) {
+            if is_asked || may_serve_next() {
                 let later = (Bound::Excluded(place), Bound::Unbounded);
-                let places = self.waiting.get(&usable);
-                let later = places.and_then(|places| places.range(later).next());
-                next.extend(later.map(|later| (*later, Some(usable))));
+                let group = self.waiting.get(&usable);
+                let later = group.and_then(|group| group.places.range(later).next());
+                next.extend(later.map(|later| (*later, usable)));
             }
         }
     }
 
-    /// Whether a port is free that is among `usable`.
-    fn is_served(&self, usable: &Usable) -> bool {
-        let free = self.servers.free_entries();
-        free.serve(&usable.filter, usable.only)
-    }
-
-    /// Whether `slot`, or any if `None`, may have room for the request at `place`.
-    fn may_have_room(&self, slot: Option<Slot>, place: Place) -> bool {
-        let Some((slot, request)) = slot.zip(self.requests.get(&place)) else {
+    /// Whether what is free in `slot`, or anywhere if `None`, may serve requests for
+    /// `usable`, several ports. Those for one are looked at in any case.
+    fn may_be_served(&self, usable: &Usable, slot: Option<Slot>) -> bool {
+        let Some(slot) = slot.filter(|_| !usable.is_for_one()) else {
             return true;
         };
-        let wanted = &request.wanted;
         let server = self.servers.get(slot);
-        let has_room = server.is_some_and(|server| server.has_room(&wanted.ports));
-        has_room && wanted.may_use(slot)
+        usable.may_use(slot) && server.is_some_and(|server| server.has_room(&usable.ports))
     }
 
     /// Whether a server has refused the request at `place` and not reported since.

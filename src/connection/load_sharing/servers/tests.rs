@@ -1,4 +1,5 @@
 use super::*;
+use crate::session::PortFilter;
 
 fn ports(name: &str, protocol: PortProtocol, free: u32, busy: u32) -> PortState {
     PortState {

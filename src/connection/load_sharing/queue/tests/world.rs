@@ -1,5 +1,6 @@
 //! A queue with simulated agents: each gives its ports as a real one does.
 
+use super::super::request::Refusals;
 use super::*;
 
 /// A server's agent, with as many ports of each entry.
@@ -304,8 +305,7 @@ impl World {
     /// What holds after each event.
     pub(super) fn check(&self) {
         let queue = &self.queue;
-        let lined_up = queue.waiting.values().flatten();
-        let lined_up = lined_up.chain(&queue.waiting_for_several);
+        let lined_up = queue.waiting.values().flat_map(|group| &group.places);
         let lined_up: BTreeSet<Place> = lined_up.copied().collect();
         for (place, request) in &queue.requests {
             assert_eq!(lined_up.contains(place), request.asking.is_none());
@@ -337,9 +337,10 @@ impl World {
         let mut servers = self.queue.servers.clone();
         let blocks = &request.wanted.ports;
         let kept = self.queue.kept_from(place, blocks);
+        let refusals = Refusals::of(request, &self.queue.waiting);
         let is_excluded = |slot, report| {
             let may_use = request.wanted.may_use(slot) && kept != Some(slot);
-            !may_use || request.has_refused(slot, report)
+            !may_use || refusals.include(slot, report)
         };
         let reservation = servers.reserve(blocks, None, is_excluded);
         assert_eq!(reservation, None, "free for {blocks:?}");
