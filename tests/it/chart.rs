@@ -50,10 +50,11 @@ fn is_for_want(refusal: &Refusal) -> bool {
         | Refusal::NotListening { .. }
         | Refusal::NotReady(_)
         | Refusal::Starting
+        | Refusal::BeingReplaced
         | Refusal::Draining
         | Refusal::NotSelected
         | Refusal::Kept(_)
-        | Refusal::NotTogether(_)
+        | Refusal::NotTogether { .. }
         | Refusal::AgentsTooOld
         | Refusal::QueueFull => true,
         Refusal::UnknownPort { .. }
@@ -78,14 +79,20 @@ fn the_alert_on_refused_clients_knows_every_refusal_for_want_of_a_port() {
         },
         Refusal::NotListening {
             ports: 1,
+            listening: 0,
             not_ready,
         },
         Refusal::NotReady(1),
         Refusal::Starting,
+        Refusal::BeingReplaced,
         Refusal::Draining,
         Refusal::NotSelected,
         Refusal::Kept(1),
-        Refusal::NotTogether(1),
+        Refusal::NotTogether {
+            ports: 1,
+            not_listening: 0,
+            not_ready,
+        },
         Refusal::AgentsTooOld,
         Refusal::QueueFull,
         Refusal::UnknownPort {

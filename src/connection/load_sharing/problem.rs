@@ -126,7 +126,7 @@ impl Refused {
             Self::Departed => (Code::SERVICE_UNAVAILABLE, "departed", "Client has left"),
             Self::Allocation(refusal) => {
                 let (status, title) = match refusal {
-                    Refusal::AllInUse { .. } | Refusal::Kept(_) | Refusal::NotTogether(_) => {
+                    Refusal::AllInUse { .. } | Refusal::Kept(_) | Refusal::NotTogether { .. } => {
                         (Code::SERVICE_UNAVAILABLE, "No free port")
                     }
                     Refusal::NotListening { .. } => {
@@ -134,6 +134,7 @@ impl Refused {
                     }
                     Refusal::NotReady(_) => (Code::SERVICE_UNAVAILABLE, "Servers not ready"),
                     Refusal::Starting => (Code::SERVICE_UNAVAILABLE, "Servers starting"),
+                    Refusal::BeingReplaced => (Code::SERVICE_UNAVAILABLE, "Servers being replaced"),
                     Refusal::Draining => (Code::SERVICE_UNAVAILABLE, "Servers being removed"),
                     Refusal::AgentsTooOld => (Code::SERVICE_UNAVAILABLE, "Agents too old"),
                     Refusal::NotSelected => (Code::SERVICE_UNAVAILABLE, "No server answered"),

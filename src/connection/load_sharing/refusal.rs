@@ -20,14 +20,16 @@ pub enum Refusal {
         /// The number of servers that are not ready, whose ports do not count.
         not_ready: usize,
     },
-    /// No matching port is offered, and none has a session.
+    /// Too few matching ports are offered, even without the sessions on them.
     #[error(
-        "the workload listens on none of the {ports} matching ports: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool; {}{}",
-        after_restart(), not_ready_too(*.not_ready)
+        "the workload {}: it is starting, or it must listen on them at its pod's address; see notListening in GET /v1/pool; {}{}",
+        not_listening(*.ports, *.listening), after_restart(), not_ready_too(*.not_ready)
     )]
     NotListening {
-        /// The number of matching ports.
+        /// The number of matching ports that are not offered.
         ports: u32,
+        /// The number of the others, which do not suffice for a request for several.
+        listening: u32,
         /// The number of servers that are not ready, whose ports do not count.
         not_ready: usize,
     },
@@ -39,6 +41,12 @@ pub enum Refusal {
         "no processing server is attached yet: they are starting; see GET /v1/pool, and try again in a moment"
     )]
     Starting,
+    /// Every attached server that the request can use has had the sessions that it
+    /// takes, none of which is left.
+    #[error(
+        "every processing server for this request has had all the sessions that it takes (recycle, or its workload asked for it) and is being replaced; let the request wait with waitSeconds"
+    )]
+    BeingReplaced,
     /// Every attached server that the request can use is being removed.
     #[error("every processing server for this request is being removed; see GET /v1/pool")]
     Draining,
@@ -55,9 +63,18 @@ pub enum Refusal {
     Kept(u32),
     /// No server has all ports of a request for several to spare.
     #[error(
-        "no processing server has all {0} requested ports free at once, adjacent ones where count asks for them; try again, or let the request wait with waitSeconds"
+        "no processing server has all {ports} requested ports free at once, adjacent ones where count asks for them{}{}; try again, or let the request wait with waitSeconds",
+        not_listening_too(*.not_listening),
+        not_ready_too(*.not_ready)
     )]
-    NotTogether(u32),
+    NotTogether {
+        /// The number of requested ports.
+        ports: u32,
+        /// The number of matching ports that are not offered.
+        not_listening: u32,
+        /// The number of servers that are not ready, whose ports do not count.
+        not_ready: usize,
+    },
     /// No agent knows sessions of several ports.
     #[error(
         "the agents of all processing servers are of a version that selects single ports only: request the ports one by one, or update the processing servers"
@@ -119,6 +136,16 @@ fn kept(count: u32) -> String {
     }
 }
 
+fn not_listening(ports: u32, listening: u32) -> String {
+    match listening {
+        0 => format!("listens on none of the {ports} matching ports"),
+        _ => format!(
+            "does not listen on {ports} of the {} matching ports, and the others do not suffice",
+            ports + listening
+        ),
+    }
+}
+
 fn not_listening_too(count: u32) -> String {
     match count {
         0 => String::new(),
@@ -158,10 +185,12 @@ impl Refusal {
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self {
-            Self::AllInUse { .. } | Self::Kept(_) | Self::NotTogether(_) => "no-free-port",
+            Self::AllInUse { .. } | Self::Kept(_) | Self::NotTogether { .. } => "no-free-port",
             Self::NotListening { .. } => "not-listening",
             Self::NotReady(_) => "not-ready",
-            Self::Starting | Self::Draining | Self::AgentsTooOld => "no-server",
+            Self::Starting | Self::BeingReplaced | Self::Draining | Self::AgentsTooOld => {
+                "no-server"
+            }
             Self::NotSelected => "not-selected",
             Self::QueueFull => "queue-full",
             Self::UnknownPort { .. } => "unknown-port",

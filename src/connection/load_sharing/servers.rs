@@ -294,14 +294,12 @@ impl Servers {
             .map(in_use)
             .sum::<u32>();
         let not_ready = loads().filter(|server| server.waits_to_be_ready()).count();
-        let mut takers = loads().filter(|server| server.takes_sessions()).peekable();
-        if blocks.as_single().is_none() && takers.peek().is_some() {
-            if !takers.any(|server| server.knows_several_ports) {
-                return Refusal::AgentsTooOld;
-            }
-            if free + kept_free + occupied > 0 {
-                return Refusal::NotTogether(blocks.ports());
-            }
+        let known = free + kept_free + occupied + silent;
+        if blocks.as_single().is_none()
+            && let Some(refusal) =
+                reason_for_several(blocks, &loads().collect::<Vec<_>>(), known, not_ready)
+        {
+            return refusal;
         }
         match (free, occupied, silent) {
             (0, _, _) if kept_free > 0 => Refusal::Kept(kept_free),
@@ -313,19 +311,58 @@ impl Servers {
             },
             (0, 0, 1..) => Refusal::NotListening {
                 ports: silent,
+                listening: 0,
                 not_ready,
             },
             (0, 0, 0) if not_ready > 0 => Refusal::NotReady(not_ready),
-            (0, 0, 0) => {
-                let mut attached = loads().filter(|server| server.attached);
-                let is_removed = attached.next().is_some_and(ServerLoad::is_draining);
-                if is_removed && attached.all(ServerLoad::is_draining) {
-                    Refusal::Draining
-                } else {
-                    Refusal::Starting
-                }
-            }
+            (0, 0, 0) => reason_without_ports(loads()),
         }
+    }
+}
+
+/// Why `servers` have none of the ports of a request for `blocks`, several ones, if a
+/// server that takes sessions is among them. `known` is the number of matching ports
+/// of these, and `not_ready` that of those that are not ready.
+fn reason_for_several(
+    blocks: &OneOrMore<Block>,
+    servers: &[&ServerLoad],
+    known: u32,
+    not_ready: usize,
+) -> Option<Refusal> {
+    let takers = || servers.iter().filter(|server| server.takes_sessions());
+    takers().next()?;
+    if !takers().any(|server| server.knows_several_ports) {
+        return Some(Refusal::AgentsTooOld);
+    }
+    let usable = takers().flat_map(|server| server.usable(blocks));
+    let not_listening: u32 = usable.map(|ports| ports.not_listening).sum();
+    let may_have_room = takers().any(|server| server.could_have_room(blocks));
+    match (may_have_room, not_listening, not_ready) {
+        (false, 1.., _) => Some(Refusal::NotListening {
+            ports: not_listening,
+            listening: known - not_listening,
+            not_ready,
+        }),
+        (false, 0, 1..) => Some(Refusal::NotReady(not_ready)),
+        _ if known == 0 => None,
+        _ => Some(Refusal::NotTogether {
+            ports: blocks.ports(),
+            not_listening,
+            not_ready,
+        }),
+    }
+}
+
+/// Why no port is known of `servers`, which are all ready. One that has had its
+/// sessions is replaced, and its row drains meanwhile.
+fn reason_without_ports<'a>(servers: impl Iterator<Item = &'a ServerLoad>) -> Refusal {
+    let attached: Vec<&ServerLoad> = servers.filter(|server| server.attached).collect();
+    if attached.iter().any(|server| server.is_spent()) {
+        Refusal::BeingReplaced
+    } else if !attached.is_empty() && attached.iter().all(|server| server.is_draining()) {
+        Refusal::Draining
+    } else {
+        Refusal::Starting
     }
 }
 

@@ -178,7 +178,11 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
         not_listening: count,
         ..ports("main", tcp, 0, 0)
     };
-    let not_listening = |ports, not_ready| Refusal::NotListening { ports, not_ready };
+    let not_listening = |ports, not_ready| Refusal::NotListening {
+        ports,
+        listening: 0,
+        not_ready,
+    };
     let mut servers = Servers::default();
     assert_eq!(reason(&servers, &any), Refusal::Starting);
     servers.attach(Slot(0), true);
@@ -231,7 +235,12 @@ fn a_request_for_several_ports_goes_to_a_server_that_has_them_all() {
     // What is on its way counts with all its ports.
     assert_eq!(servers.reserve(&call, None, |_, _| false), None);
     let refusal = servers.reason(&call, None, None);
-    assert_eq!(refusal, Refusal::NotTogether(3));
+    let not_together = Refusal::NotTogether {
+        ports: 3,
+        not_listening: 0,
+        not_ready: 0,
+    };
+    assert_eq!(refusal, not_together);
     servers.settle(&first);
     servers.attach(Slot(2), false);
     assert_eq!(servers.reserve(&call, None, |_, _| false), None);
@@ -239,6 +248,77 @@ fn a_request_for_several_ports_goes_to_a_server_that_has_them_all() {
         servers.attach(Slot(slot), false);
     }
     assert_eq!(servers.reason(&call, None, None), Refusal::AgentsTooOld);
+}
+
+#[test]
+fn a_request_for_several_ports_is_told_which_ports_do_not_listen() {
+    let udp = PortProtocol::UDP;
+    let silent = |free, not_listening| PortState {
+        not_listening,
+        ..ports("sip", udp, free, 0)
+    };
+    let call = blocks(&[("sip", 1), ("rtp", 2)]);
+    let mut servers = pool(&[(0, &[silent(0, 3), ports("rtp", udp, 4, 2)])]);
+    let not_listening = Refusal::NotListening {
+        ports: 3,
+        listening: 6,
+        not_ready: 0,
+    };
+    assert_eq!(servers.reason(&call, None, None), not_listening);
+    let message = not_listening.to_string();
+    assert!(message.contains("3 of the 9 matching ports"), "{message}");
+    // A session's end would help.
+    servers.counted(Slot(0), counts(&[silent(1, 2), ports("rtp", udp, 1, 1)]));
+    let not_together = Refusal::NotTogether {
+        ports: 3,
+        not_listening: 2,
+        not_ready: 0,
+    };
+    assert_eq!(servers.reason(&call, None, None), not_together);
+    // Only a server that is not ready has both.
+    servers.counted(Slot(0), counts(&[silent(1, 0), ports("rtp", udp, 1, 0)]));
+    servers.attach(Slot(1), true);
+    servers.counted(Slot(1), counts(&[silent(1, 0), ports("rtp", udp, 4, 0)]));
+    servers.server(Slot(1)).row_not_ready = true;
+    assert_eq!(servers.reason(&call, None, None), Refusal::NotReady(1));
+}
+
+#[test]
+fn a_server_that_is_spent_and_empty_is_being_replaced() {
+    let tcp = PortProtocol::TCP;
+    let mut servers = pool(&[(0, &[ports("main", tcp, 2, 0)])]);
+    let spent = |ports: &[PortState]| Counts {
+        spent: true,
+        ..counts(ports)
+    };
+    servers.counted(Slot(0), spent(&[ports("main", tcp, 2, 0)]));
+    for wanted in [single(&PortFilter::default()), blocks(&[("main", 2)])] {
+        let refusal = servers.reason(&wanted, None, None);
+        assert_eq!(refusal, Refusal::BeingReplaced);
+        assert_eq!(refusal.name(), "no-server");
+        assert!(refusal.to_string().contains("waitSeconds"));
+    }
+    // Its row drains while its successor is awaited.
+    servers.server(Slot(0)).row_draining = true;
+    let refusal = reason(&servers, &PortFilter::default());
+    assert_eq!(refusal, Refusal::BeingReplaced);
+}
+
+#[test]
+fn a_server_is_asked_if_the_blocks_fit_in_some_arrangement() {
+    let udp = PortProtocol::UDP;
+    let mut servers = pool(&[(0, &[ports("a", udp, 5, 0), ports("b", udp, 4, 0)])]);
+    let any = |count: u8| Block {
+        filter: PortFilter::default(),
+        count: count.try_into().unwrap(),
+    };
+    // One after another, 4 and 2 ports would leave 1 and 2.
+    let wanted = OneOrMore::new([any(4), any(3), any(2)]).unwrap();
+    let reservation = servers.reserve(&wanted, None, |_, _| false).unwrap();
+    servers.settle(&reservation);
+    assert_eq!(servers.free_ports(), 9);
+    let wanted = OneOrMore::new([any(4), any(4), any(2)]).unwrap();
+    assert_eq!(servers.reserve(&wanted, None, |_, _| false), None);
 }
 
 #[test]
