@@ -118,8 +118,6 @@ pub struct Book {
     connection_servers: ConnectionServers,
     /// The number of the next session.
     next_number: u64,
-    /// The ports of sessions besides the first one of each.
-    further: u32,
     /// Deadlines of sessions, earliest first.
     deadlines: BTreeSet<(Duration, SessionId)>,
     /// The end of the time in which nothing is offered, so that connection
@@ -152,7 +150,6 @@ impl Book {
             id_by_key: BTreeMap::new(),
             connection_servers: ConnectionServers::default(),
             next_number: ADOPTED + 1,
-            further: 0,
             deadlines: BTreeSet::new(),
             recovering_until,
             over: BTreeSet::new(),
@@ -391,6 +388,9 @@ impl Book {
     #[must_use]
     pub fn counts(&self, now: Now) -> Counts {
         let mut ports = self.ports.counts();
+        let in_use = ports.iter().map(|it| it.held + it.busy + it.lingering);
+        let sessions = u32::try_from(self.sessions.len()).unwrap_or(u32::MAX);
+        let further = in_use.sum::<u32>().saturating_sub(sessions);
         if self.is_recovering(now) {
             for counts in &mut ports {
                 counts.not_listening += std::mem::take(&mut counts.free);
@@ -402,7 +402,7 @@ impl Book {
             spent: self.is_spent(),
             not_ready: self.is_not_ready(),
             returning: self.ports.returning(),
-            further: self.further,
+            further,
         }
     }
 

@@ -187,7 +187,8 @@ pub struct Counts {
     /// Whether no port is offered now, because the server's row, or the workload
     /// itself, says that it is not ready.
     pub not_ready: bool,
-    /// Ports in use besides the first one of each session.
+    /// Ports that count as in use besides one for each session: its further ones, and
+    /// those whose session is over and that are not free yet.
     pub further: u32,
 }
 

@@ -281,7 +281,8 @@ pub struct Counts {
     /// it is not ready. A receiver that does not know the field goes on asking, and is refused.
     #[prost(bool, tag = "5")]
     pub not_ready: bool,
-    /// Ports in use besides the first one of each session. Those who count sessions
+    /// Ports that count as in use besides one for each session: its further ones, and
+    /// those whose session is over and that are not free yet. Those who count sessions
     /// by ports leave them out; an agent that does not send it has none.
     #[prost(uint32, tag = "6")]
     pub further: u32,

@@ -10,15 +10,13 @@ use super::ports::Occupancy;
 use super::session::{Closed, Session, State};
 use super::{Book, Notice, Now, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
-use crate::session::{OneOrMore, SessionId, SessionPort, SessionState};
-use crate::table::ListenPort;
+use crate::session::{SessionId, SessionPort, SessionState};
 
 impl Book {
     pub(super) fn insert(&mut self, id: SessionId, session: Session) {
         for port in session.ports.iter() {
             self.ports.occupy(*port, &id, session.occupancy());
         }
-        self.further += further(&session.ports);
         if let Some(key) = session.idempotency_key.clone() {
             self.id_by_key.insert(key, id.clone());
         }
@@ -195,7 +193,6 @@ impl Book {
             let is_cut = !session.open.is_empty();
             let closed = session.closed.map(|closed| closed.monotonic);
             let closed = if is_cut { Some(now.monotonic) } else { closed };
-            self.further -= further(&session.ports);
             for port in session.ports.iter() {
                 self.ports.vacate(*port, closed, now.monotonic);
             }
@@ -271,11 +268,6 @@ impl Book {
             amended: session.amended,
         }
     }
-}
-
-/// The number of `ports` besides the first.
-fn further(ports: &OneOrMore<ListenPort>) -> u32 {
-    u32::try_from(ports.rest.len()).unwrap_or(u32::MAX)
 }
 
 /// The session `id`, unless it is ending or unknown.

@@ -80,7 +80,29 @@ fn a_session_of_several_ports_lives_and_ends_as_one() {
     for number in [20_000, 20_001, 20_100] {
         assert!(book.is_free(port(number)));
     }
-    assert_eq!(book.counts(at(7)).further, 0);
+    assert_eq!(book.counts(at(7)).further, 3, "the ports are on trial");
+}
+
+#[test]
+fn ports_that_are_on_their_way_back_count_as_no_session() {
+    let mut book = listening(vec![range("rtp", 20_000, 7000, 6)]);
+    let sessions = |book: &Book| {
+        let counts = book.counts(at(12));
+        let in_use = counts
+            .ports
+            .iter()
+            .map(|it| it.held + it.busy + it.lingering);
+        in_use.sum::<u32>() - counts.further
+    };
+    select_all(&mut book, "s", &[("rtp", 5)]).unwrap();
+    book.report(&server("a"), &opened("s"), at(11));
+    book.report(&server("a"), &closed("s"), at(12));
+    assert_eq!(sessions(&book), 1);
+    book.report(&server("a"), &released("s"), at(12));
+    assert_eq!(sessions(&book), 1, "not all have acknowledged its end");
+    book.report(&server("a"), &ended("s"), at(12));
+    assert_eq!(counts(&book), [1, 0, 0, 5, 0], "the ports are on trial");
+    assert_eq!(sessions(&book), 0);
 }
 
 #[test]
@@ -139,6 +161,22 @@ fn the_block_is_chosen_whose_last_freed_port_has_been_free_for_the_longest_time(
 }
 
 #[test]
+fn an_idle_server_serves_what_it_can_hold_whatever_was_freed_last() {
+    for (count, first, wanted) in [
+        (8, 2, &[("rtp", 4), ("rtp", 4)][..]),
+        (5, 2, &[("rtp", 2), ("rtp", 3)]),
+        (6, 1, &[("rtp", 3), ("rtp", 3)]),
+        (6, 2, &[("rtp", 3), ("rtp", 3)]),
+    ] {
+        let mut book = listening(vec![range("rtp", 20_000, 7000, count)]);
+        select_all(&mut book, "first", &[("rtp", first)]).unwrap();
+        over(&mut book, "first");
+        let ports = select_all(&mut book, "s", wanted);
+        assert!(ports.is_ok(), "{wanted:?} on {count} free ports: {ports:?}");
+    }
+}
+
+#[test]
 fn shared_ports_make_blocks_too() {
     let shared = PortRange {
         mapping: Mapping::Shared,
@@ -157,22 +195,6 @@ fn a_key_gives_the_same_ports_to_the_same_request_only() {
     for other in [&[("rtp", 2)][..], &[("rtp", 1), ("rtp", 2)], &[("", 4)]] {
         let refused = select_all(&mut book, "k", other);
         assert_eq!(refused, Err(RefusalCause::KeyReused), "{other:?}");
-    }
-}
-
-#[test]
-fn an_idle_server_serves_what_it_can_hold_whatever_was_freed_last() {
-    for (count, first, wanted) in [
-        (8, 2, &[("rtp", 4), ("rtp", 4)][..]),
-        (5, 2, &[("rtp", 2), ("rtp", 3)]),
-        (6, 1, &[("rtp", 3), ("rtp", 3)]),
-        (6, 2, &[("rtp", 3), ("rtp", 3)]),
-    ] {
-        let mut book = listening(vec![range("rtp", 20_000, 7000, count)]);
-        select_all(&mut book, "first", &[("rtp", first)]).unwrap();
-        over(&mut book, "first");
-        let ports = select_all(&mut book, "s", wanted);
-        assert!(ports.is_ok(), "{wanted:?} on {count} free ports: {ports:?}");
     }
 }
 

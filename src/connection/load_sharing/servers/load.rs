@@ -52,7 +52,7 @@ pub struct ServerLoad {
     spent: bool,
     /// Its ports that become free without a client's doing.
     pub(super) returning: u32,
-    /// Its ports in use besides the first one of each session.
+    /// Its ports that count as in use besides one for each session.
     further: u32,
     /// Whether its agent knows sessions of several ports.
     pub(super) knows_several_ports: bool,
