@@ -208,9 +208,15 @@ impl Book {
                     notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
                 }
             }
-            ToAgent::Joined { session_id, client } => {
-                self.joined(from, session_id, &[*client], &mut notices);
-            }
+            // It has joined already.
+            ToAgent::Joined {
+                session_id,
+                is_companion: true,
+                ..
+            } => self.used(session_id),
+            ToAgent::Joined {
+                session_id, client, ..
+            } => self.joined(from, session_id, &[*client], &mut notices),
             ToAgent::Closed {
                 session_id,
                 is_claimed,

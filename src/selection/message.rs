@@ -40,6 +40,9 @@ pub enum ToAgent {
         session_id: SessionId,
         /// The client's address.
         client: IpAddr,
+        /// Whether it is the first of the session's clients on a companion port at the
+        /// sender, so that the session has used the server.
+        is_companion: bool,
     },
     /// The last connection on the session has closed at the sender.
     Closed {

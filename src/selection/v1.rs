@@ -164,6 +164,11 @@ pub struct Joined {
     pub session_id: ::prost::alloc::string::String,
     #[prost(string, tag = "2")]
     pub client: ::prost::alloc::string::String,
+    /// It is the first of the session's clients on a companion port here: the session
+    /// has used the server, also if no one ever connects to its own ports. An agent
+    /// before this field counts it as unused then.
+    #[prost(bool, tag = "3")]
+    pub companion: bool,
 }
 /// This connection server's last connection on the session has closed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

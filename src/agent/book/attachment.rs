@@ -105,6 +105,7 @@ impl Book {
             state: State::Busy,
             open: BTreeSet::new(),
             is_claimed: known.is_claimed,
+            has_used_companion: false,
             closed: None,
             idempotency_key: known.idempotency_key.clone(),
             bound_client: known.bound_client,

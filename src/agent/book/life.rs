@@ -60,6 +60,13 @@ impl Book {
         }
     }
 
+    /// A client of `id` has come to a companion port.
+    pub(super) fn used(&mut self, id: &SessionId) {
+        if let Some(session) = live(&mut self.sessions, id) {
+            session.has_used_companion = true;
+        }
+    }
+
     pub(super) fn closed(
         &mut self,
         from: &ConnectionServerId,
@@ -152,7 +159,7 @@ impl Book {
         if let Some(key) = &session.idempotency_key {
             self.id_by_key.remove(key);
         }
-        if !session.is_claimed && session.open.is_empty() {
+        if !session.is_claimed && !session.has_used_companion && session.open.is_empty() {
             self.recycling.unused();
         }
         session.state = State::Ending(self.connection_servers.may_know(session.number));

@@ -29,7 +29,7 @@ impl Recycling {
         self.used = self.used.saturating_add(1);
     }
 
-    /// A session has ended without a connection.
+    /// A session has ended without a connection, also to a companion port.
     pub(super) fn unused(&mut self) {
         self.used = self.used.saturating_sub(1);
     }

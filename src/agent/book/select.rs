@@ -104,6 +104,7 @@ impl Book {
             state: State::Held,
             open: BTreeSet::new(),
             is_claimed: false,
+            has_used_companion: false,
             closed: None,
             idempotency_key: request.idempotency_key.clone(),
             bound_client: request.bound_client,

@@ -45,6 +45,10 @@ pub(super) struct Session {
     pub(super) open: BTreeSet<ConnectionServerId>,
     /// Whether a connection has claimed it.
     pub(super) is_claimed: bool,
+    /// Whether a client of it has come to a companion port. That claims no session, but
+    /// the server has been used. A restarted agent does not need to know: it takes no
+    /// more sessions where they are counted.
+    pub(super) has_used_companion: bool,
     /// When the last connection on it closed.
     pub(super) closed: Option<Closed>,
     pub(super) idempotency_key: Option<String>,

@@ -24,7 +24,7 @@ use std::net::IpAddr;
 
 use super::{Action, Actions, CompanionCut, Inner, Live, NO_SESSION};
 use crate::forward::{Decision, SessionKey, Traffic};
-use crate::selection::MAX_CLIENTS;
+use crate::selection::{MAX_CLIENTS, ToAgent};
 use crate::table::{ListenPort, PortIndex, PortRange, Row, Slot};
 
 /// A client address on the processing server of a slot.
@@ -367,8 +367,27 @@ impl Inner {
         };
         for live in sessions.iter().filter_map(|first| self.live.get(first)) {
             self.change_flows(live, |flows| flows.open_companions(1));
+            self.use_companion(live, client);
         }
         Decision::Admit(key)
+    }
+
+    /// Reports the first client of `live` that has come to a companion port: the server
+    /// is not as it was before, whether or not the session is ever claimed.
+    fn use_companion(&self, live: &Live, client: IpAddr) {
+        if live.flows.lock().companion.replace(client).is_none() {
+            self.send(live.slot, joined_companion(live, client));
+        }
+    }
+
+    /// The reports that an agent may have missed of clients on its companion ports.
+    pub(super) fn companions_used(&self, slot: Slot) -> Vec<ToAgent> {
+        let of_slot = self.live.values().filter(|live| live.slot == slot);
+        let used = of_slot.filter_map(|live| {
+            let client = live.flows.lock().companion?;
+            Some(joined_companion(live, client))
+        });
+        used.collect()
     }
 
     /// A companion connection comes from another process. Returns whether it belongs
@@ -401,5 +420,13 @@ impl Inner {
             self.change_flows(live, |flows| flows.close_companion(traffic));
         }
         true
+    }
+}
+
+fn joined_companion(live: &Live, client: IpAddr) -> ToAgent {
+    ToAgent::Joined {
+        session_id: live.session.id.clone(),
+        client,
+        is_companion: true,
     }
 }

@@ -5,6 +5,7 @@
 //! connection to one of its own ports has been open. Otherwise a session whose
 //! client never comes would last as long as another one's of the same address.
 
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::span::Carried;
@@ -23,6 +24,8 @@ pub(super) struct Flows {
     pub(super) own: u32,
     /// Those of its clients that are open on companion ports.
     pub(super) companions: u32,
+    /// A client that has come to a companion port, as its agent learns.
+    pub(super) companion: Option<IpAddr>,
     /// Whether one has been open on its own ports, here or elsewhere.
     pub(super) is_begun: bool,
     /// From when on one has been open, if one is on its own ports.
@@ -46,6 +49,7 @@ impl Flows {
         Self {
             own: open,
             companions: 0,
+            companion: None,
             is_begun: open > 0 || has_begun(session),
             since: (open > 0).then(Instant::now),
             is_claimed: session.is_claimed,

@@ -36,7 +36,12 @@ impl Inner {
         }
         if live.has_companions && self.join(live, client, true) {
             let session_id = live.session.id.clone();
-            self.send(live.slot, ToAgent::Joined { session_id, client });
+            let joined = ToAgent::Joined {
+                session_id,
+                client,
+                is_companion: false,
+            };
+            self.send(live.slot, joined);
         }
         self.change_flows(live, Flows::open);
         Decision::Admit(live.key)

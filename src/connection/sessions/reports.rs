@@ -21,7 +21,10 @@ impl Sessions {
         let of_slot = inner.live.values().filter(|live| live.slot == slot);
         let known = of_slot.map(|live| inner.report(live));
         let _ = outbox.send(greet(greeting::within_budget(known)));
-        // They may have been lost with the former stream.
+        // These may have been lost with the former stream.
+        for used in inner.companions_used(slot) {
+            let _ = outbox.send(used);
+        }
         for (id, _) in inner.released.iter().filter(|(_, of)| **of == slot) {
             let _ = outbox.send(ToAgent::Release(id.clone()));
         }

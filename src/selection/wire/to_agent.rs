@@ -39,6 +39,7 @@ impl TryFrom<v1::ToAgent> for ToAgent {
             Message::Joined(joined) => Self::Joined {
                 session_id: session_id(&joined.session_id)?,
                 client: address("client", &joined.client)?,
+                is_companion: joined.companion,
             },
             Message::Closed(closed) => Self::Closed {
                 session_id: session_id(&closed.session_id)?,
@@ -82,9 +83,14 @@ impl From<ToAgent> for v1::ToAgent {
             ToAgent::Opened(id) => Message::Opened(v1::Opened {
                 session_id: session_id(id),
             }),
-            ToAgent::Joined { session_id, client } => Message::Joined(v1::Joined {
+            ToAgent::Joined {
+                session_id,
+                client,
+                is_companion,
+            } => Message::Joined(v1::Joined {
                 session_id: session_id.to_string(),
                 client: client.to_string(),
+                companion: is_companion,
             }),
             ToAgent::Closed {
                 session_id,

@@ -14,6 +14,7 @@ fn joined(id: &str, last: u8) -> ToAgent {
     ToAgent::Joined {
         session_id: session(id),
         client: client(last),
+        is_companion: false,
     }
 }
 

@@ -49,6 +49,20 @@ fn a_session_that_nobody_connects_to_does_not_count() {
 }
 
 #[test]
+fn a_session_that_used_companion_ports_only_counts() {
+    let mut book = taking(1);
+    select(&mut book, "one", at(1)).unwrap();
+    let used = ToAgent::Joined {
+        session_id: session("one"),
+        client: [192, 0, 2, 1].into(),
+        is_companion: true,
+    };
+    book.report(&server("a"), &used, at(2));
+    assert_eq!(cause_of_end(&book.tick(at(31))), Some(EndCause::Unclaimed));
+    assert!(book.is_spent(), "its client has left something behind");
+}
+
+#[test]
 fn a_restarted_agent_takes_no_more_where_sessions_are_counted() {
     let mut book = Book::new(TIMES, Some(Duration::from_secs(15)));
     assert!(!book.is_spent(), "they are not counted here");

@@ -57,6 +57,16 @@ fn joined(id: &str, last: u8) -> Option<ToAgent> {
     Some(ToAgent::Joined {
         session_id: id_of(id),
         client: client(last).ip(),
+        is_companion: false,
+    })
+}
+
+/// The report of the first companion connection of a session.
+fn used(id: &str, last: u8) -> Option<ToAgent> {
+    Some(ToAgent::Joined {
+        session_id: id_of(id),
+        client: client(last).ip(),
+        is_companion: true,
     })
 }
 
@@ -89,6 +99,7 @@ fn only_clients_with_a_live_session_on_the_server_are_admitted() {
     assert_eq!(admit(&sessions, DATA, 1), Decision::Ask, "no session");
     learn_new(&sessions, requested("a", PORT, 1));
     admitted(&sessions, DATA, 1);
+    assert_eq!(next(&mut sent), used("a", 1));
     assert_eq!(admit(&sessions, DATA, 2), Decision::Ask, "another client");
     // A client that connects to the session joins it.
     admitted(&sessions, PORT, 2);
@@ -101,6 +112,24 @@ fn only_clients_with_a_live_session_on_the_server_are_admitted() {
     let elsewhere = requested("b", PORT + 10, 3);
     assert_eq!(learn(&sessions, Slot(1), elsewhere), []);
     assert_eq!(admit(&sessions, DATA, 3), Decision::Ask);
+}
+
+#[test]
+fn the_first_companion_connection_of_a_session_is_reported_to_each_stream() {
+    let (sessions, _outbox, mut sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    learn_new(&sessions, requested("b", PORT + 1, 2));
+    for number in [DATA, DATA, DATA + 1] {
+        admitted(&sessions, number, 1);
+    }
+    assert_eq!(next(&mut sent), used("a", 1));
+    assert_eq!(next(&mut sent), None);
+    // The former stream may have lost it.
+    let (outbox, mut sent) = unbounded_channel();
+    sessions.attach(Slot(0), outbox, |_| ToAgent::Ended(id_of("greeting")));
+    assert_eq!(next(&mut sent), Some(ToAgent::Ended(id_of("greeting"))));
+    assert_eq!(next(&mut sent), used("a", 1));
+    assert_eq!(next(&mut sent), None);
 }
 
 #[test]
@@ -139,6 +168,7 @@ fn companion_connections_are_cut_before_the_end_is_acknowledged() {
     let (sessions, _outbox, mut sent) = started();
     learn_new(&sessions, requested("a", PORT, 1));
     let key = admitted(&sessions, DATA, 1);
+    assert_eq!(next(&mut sent), used("a", 1));
     assert_eq!(admitted(&sessions, DATA + 1, 1), key);
     assert_eq!(admitted(&sessions, DATA + 1, 1), key);
     close(&sessions, DATA + 1, key);
@@ -160,6 +190,7 @@ fn of_two_sessions_that_end_each_waits_for_its_own_companion_connections() {
         let id = format!("of-{last}");
         learn_new(&sessions, requested(&id, PORT + u16::from(last), last));
         let key = admitted(&sessions, DATA, last);
+        assert_eq!(next(&mut sent), used(&id, last));
         let actions = sessions.end(Slot(0), &id_of(&id), EndCause::Finished);
         assert_eq!(companions_cut(&actions), [(port(DATA), key)]);
         (key, actions)
@@ -177,6 +208,7 @@ fn companion_connections_keep_a_session_but_do_not_claim_it() {
     let (sessions, _outbox, mut sent) = started();
     learn_new(&sessions, requested("a", PORT, 1));
     let companion = admitted(&sessions, DATA, 1);
+    assert_eq!(next(&mut sent), used("a", 1));
     assert_eq!(next(&mut sent), None, "its client has yet to come");
     assert_eq!(sessions.open_count(), 0);
     let own = admitted(&sessions, PORT, 1);
@@ -195,6 +227,7 @@ fn a_session_that_has_begun_elsewhere_is_kept_by_companion_connections_here() {
     let (sessions, _outbox, mut sent) = started();
     learn_new(&sessions, requested("a", PORT, 1));
     let key = admitted(&sessions, DATA, 1);
+    assert_eq!(next(&mut sent), used("a", 1));
     let busy = Session {
         state: SessionState::Busy,
         ..requested("a", PORT, 1)
@@ -374,6 +407,7 @@ fn a_session_that_had_begun_before_its_row_got_companion_ports_is_kept_by_them()
     assert_eq!(sessions.forget_removed(former.as_deref(), &changed), []);
     let key = admitted(&sessions, DATA, 1);
     assert_eq!(next(&mut sent), opened("a"));
+    assert_eq!(next(&mut sent), used("a", 1));
     close(&sessions, DATA, key);
     assert_eq!(next(&mut sent), closed("a"));
 }
