@@ -312,7 +312,7 @@ async fn children_of_a_former_pool_of_the_name_are_not_touched() {
     faulty.space.apply("games", quick(2)).await.unwrap();
     faulty
         .space
-        .degraded("games", "belongs to someone else")
+        .degraded("games", "still exists of a deleted pool of the same name")
         .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(faulty.space.servers("games").await, former);
