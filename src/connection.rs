@@ -118,9 +118,6 @@ pub enum Error {
     /// The data plane could not start.
     #[error(transparent)]
     Forward(#[from] forward::ForwardError),
-    /// The connection ports could not be opened.
-    #[error(transparent)]
-    Apply(#[from] forward::ApplyError),
     /// The table needs more descriptors than the process may have.
     #[error(transparent)]
     OpenFiles(#[from] forward::OpenFilesError),

@@ -60,8 +60,8 @@ pub use self::gate::{Decision, Gate, PENDING_DEADLINE, PendingId, SessionKey, Tr
 pub use self::limits::{
     Limits, OpenFilesError, check_open_files, ephemeral_overlap, reserve_file_table,
 };
-pub use self::listeners::ApplyError;
 use self::listeners::Listener;
+pub use self::listeners::UnavailablePort;
 use self::quota::Bounds;
 use self::shared::Shared;
 use self::threads::Threads;
@@ -124,6 +124,15 @@ pub struct Forwarder {
     shared: Shared,
     threads: Threads,
     open: Mutex<BTreeSet<(ListenPort, Transport)>>,
+    /// The ports of the table that could not be opened when it was last applied.
+    unavailable: Mutex<Vec<UnavailablePort>>,
+}
+
+/// Ports of one data thread.
+#[derive(Debug, Default)]
+struct Opened {
+    listeners: Vec<(ListenPort, Listener)>,
+    failed: Vec<UnavailablePort>,
 }
 
 impl Forwarder {
@@ -138,78 +147,84 @@ impl Forwarder {
             threads: Threads::start(gate, &shared)?,
             shared,
             open: Mutex::default(),
+            unavailable: Mutex::default(),
         })
     }
 
     /// Opens the connection ports of `table`, routes them, and closes the ports
-    /// that it does not have. New ports are bound before anything changes.
-    /// Live connections and UDP flows keep their server, also on a removed port,
-    /// which takes no new ones.
-    ///
-    /// # Errors
-    /// [`ApplyError`] names the port that cannot be opened; nothing has
-    /// changed then.
-    pub fn apply(&self, table: &Arc<PortIndex>) -> Result<(), ApplyError> {
-        let wanted = listeners_of(table.table());
+    /// that it does not have. Live connections and UDP flows keep their server, also
+    /// on a removed port, which takes no new ones. Returns the ports that cannot be
+    /// opened, in the order of their numbers; applying the same table again tries
+    /// them again.
+    pub fn apply(&self, table: &Arc<PortIndex>) -> Vec<UnavailablePort> {
+        let mut wanted = listeners_of(table.table());
         let mut open = self.open.lock();
         // Locked while opening, so that no thread closes a port that is kept.
         let mut draining = self.shared.draining_ports.lock();
         let is_draining = |(port, transport): &(ListenPort, Transport)| {
             *transport == Transport::Udp && draining.contains(port)
         };
-        let (reopened, new): (Vec<_>, Vec<_>) =
-            wanted.difference(&open).partition(|key| is_draining(key));
-        let opened = self.open_ports(&new)?;
-        draining.retain(|port| !reopened.contains(&&(*port, Transport::Udp)));
+        let missing = wanted.difference(&open).copied();
+        let (reopened, new): (Vec<_>, Vec<_>) = missing.partition(is_draining);
+        let reopened: Vec<ListenPort> = reopened.into_iter().map(|(port, _)| port).collect();
+        let opened = self.open_ports(&new);
+        draining.retain(|port| !reopened.contains(port));
         drop(draining);
         // The routes are set before the ports open: each port must lead somewhere.
-        let former = self.shared.routes.set(table.clone());
+        self.shared.routes.set(table.clone());
         self.set_limits(&wanted);
-        for (index, listeners) in opened.into_iter().enumerate() {
-            if !listeners.is_empty() {
-                self.threads.send(index, Command::Listen(listeners));
+        let mut unavailable = Vec::new();
+        for (index, opened) in opened.into_iter().enumerate() {
+            unavailable.extend(opened.failed);
+            if !opened.listeners.is_empty() {
+                self.threads.send(index, Command::Listen(opened.listeners));
             }
         }
-        if !new.is_empty()
-            && let Some(unwatched) = self.threads.settle()
-        {
-            self.close(new);
-            self.shared.routes.restore(former);
-            self.set_limits(&open);
-            let reopened = reopened.into_iter().map(|(port, _)| *port);
-            self.shared.draining_ports.lock().extend(reopened);
-            return Err(ApplyError {
-                address: SocketAddr::new(self.config.listen, unwatched.port.get()),
-                transport: unwatched.transport,
-                source: unwatched.error,
-            });
+        if !new.is_empty() {
+            let unwatched = self.threads.settle().into_iter();
+            unavailable.extend(unwatched.map(|unwatched| {
+                let address = SocketAddr::new(self.config.listen, unwatched.port.get());
+                UnavailablePort::new(address, unwatched.transport, &unwatched.error)
+            }));
         }
         self.set_idle_times(table.table());
-        for (port, _) in reopened {
-            self.threads.send_to_owner(*port, Command::Reopen(*port));
+        for port in reopened {
+            self.threads.send_to_owner(port, Command::Reopen(port));
         }
         self.close(open.difference(&wanted));
+        for failed in &unavailable {
+            let port = failed.port().expect("it is a port of the table");
+            wanted.remove(&(port, failed.transport));
+        }
         *open = wanted;
-        Ok(())
+        unavailable.sort_by_key(|failed| failed.address.port());
+        self.unavailable.lock().clone_from(&unavailable);
+        unavailable
+    }
+
+    /// The ports that could not be opened when a table was last applied.
+    #[must_use]
+    pub fn unavailable(&self) -> Vec<UnavailablePort> {
+        self.unavailable.lock().clone()
     }
 
     /// Opens listeners, those of each data thread on a thread of its own, and
-    /// returns them by thread.
-    fn open_ports(
-        &self,
-        wanted: &[&(ListenPort, Transport)],
-    ) -> Result<Vec<Vec<(ListenPort, Listener)>>, ApplyError> {
+    /// returns them by thread, with those that failed.
+    fn open_ports(&self, wanted: &[(ListenPort, Transport)]) -> Vec<Opened> {
         let mut shares: Vec<Vec<(ListenPort, Transport)>> = vec![Vec::new(); self.threads.count()];
-        for &&(port, transport) in wanted {
+        for &(port, transport) in wanted {
             shares[self.threads.owner(port)].push((port, transport));
         }
         let listen = self.config.listen;
         let open = |share: Vec<(ListenPort, Transport)>| {
-            let open = |(port, transport)| {
-                let listener = Listener::open(listen, port, transport)?;
-                Ok((port, listener))
-            };
-            share.into_iter().map(open).collect::<Result<Vec<_>, _>>()
+            let mut opened = Opened::default();
+            for (port, transport) in share {
+                match Listener::open(listen, port, transport) {
+                    Ok(listener) => opened.listeners.push((port, listener)),
+                    Err(error) => opened.failed.push(error),
+                }
+            }
+            opened
         };
         std::thread::scope(|scope| {
             let threads: Vec<_> = shares
@@ -363,9 +378,11 @@ mod tests {
         let listeners = vec![(port, listener)];
         let threads = &forwarder.threads;
         threads.send_to_owner(port, Command::Listen(listeners));
-        let unwatched = threads.settle().unwrap();
-        assert_eq!(unwatched.port, port);
-        assert_eq!(unwatched.error.kind(), std::io::ErrorKind::PermissionDenied);
-        assert!(threads.settle().is_none(), "reported once");
+        let unwatched = threads.settle();
+        assert_eq!(unwatched.len(), 1);
+        assert_eq!(unwatched[0].port, port);
+        let kind = unwatched[0].error.kind();
+        assert_eq!(kind, std::io::ErrorKind::PermissionDenied);
+        assert!(threads.settle().is_empty(), "reported once");
     }
 }

@@ -100,6 +100,7 @@
 //!   whose client has not connected yet; **busy** one with open connections;
 //!   **lingering** one whose client may come back; **not listening** one whose
 //!   workload does not listen.
+//! - **unavailable** is a connection port that a connection server cannot listen on.
 //! - **claim**: the client's first connection of a session, due before the
 //!   claim deadline. One that does not reach the workload, or that carries nothing
 //!   from the client and is soon gone, does not count.

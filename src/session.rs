@@ -27,7 +27,7 @@ pub use self::metadata::{
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
 pub use self::problem::{Problem, ProblemName};
 use crate::pool::{ClientBinding, Policy, PortProtocol};
-use crate::table::Slot;
+use crate::table::{ListenPort, Slot};
 
 /// Most characters of an idempotency or affinity key. The OpenAPI document can
 /// bound characters, not bytes.
@@ -339,8 +339,28 @@ pub struct PoolState {
     pub free_ports: u32,
     /// Requests waiting for a port.
     pub waiting: u32,
+    /// Connection ports that this connection server cannot listen on, by number, the
+    /// first 100. They are not offered, and are tried again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unavailable_ports: Vec<UnavailablePort>,
     /// The processing servers, by slot.
     pub servers: Vec<ServerState>,
+}
+
+/// Most elements of `unavailablePorts`.
+pub const MAX_UNAVAILABLE_PORTS: usize = 100;
+
+/// A connection port that a connection server cannot listen on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct UnavailablePort {
+    /// The connection port.
+    #[schema(value_type = u16)]
+    pub port: ListenPort,
+    /// The protocol that cannot be listened on: TCP or UDP.
+    pub protocol: PortProtocol,
+    /// The system's answer, and the remedy.
+    pub reason: String,
 }
 
 /// Live state of one processing server.

@@ -262,6 +262,8 @@ impl Book {
             self.write_off(&stopped, now, &mut notices);
         }
         for gone in self.connection_servers.take_gone(now.monotonic) {
+            self.ports
+                .set_unavailable(self.connection_servers.unavailable());
             self.write_off(&gone, now, &mut notices);
             self.end_orphans(&gone, now, &mut notices);
         }

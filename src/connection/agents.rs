@@ -15,7 +15,7 @@
 pub(in crate::connection) mod host_identity;
 mod link;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,7 +33,7 @@ use super::load_sharing::allocation::Allocation;
 use super::metrics::Metrics;
 use super::sessions::Sessions;
 use crate::selection::{ConnectionServerId, ToAgent};
-use crate::table::{Row, Slot, Table};
+use crate::table::{ListenPort, Row, Slot, Table};
 
 /// How long agents may take to note that this connection server stops.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(1);
@@ -81,9 +81,29 @@ pub struct Agents {
 struct Link {
     address: SocketAddr,
     server_uid: Option<String>,
-    row: watch::Sender<Arc<Table>>,
+    told: watch::Sender<Told>,
     task: AbortHandle,
     state: Arc<LinkState>,
+}
+
+/// What an agent is told of the table.
+#[derive(Clone, Debug, PartialEq)]
+struct Told {
+    /// The table with the agent's row only.
+    table: Table,
+    /// The ports of the row that this connection server cannot listen on.
+    unavailable: Vec<ListenPort>,
+}
+
+impl Told {
+    fn new(slot: Slot, table: &Table, unavailable: &BTreeSet<ListenPort>) -> Self {
+        let row = table.row(slot);
+        let is_of_row = |port: &&ListenPort| row.is_some_and(|row| row.find(**port).is_some());
+        Self {
+            table: table.slice(slot),
+            unavailable: unavailable.iter().filter(is_of_row).copied().collect(),
+        }
+    }
 }
 
 impl Drop for Link {
@@ -134,9 +154,15 @@ impl Agents {
         }
     }
 
-    /// Follows `table`: streams to new servers, none to removed ones, and the
-    /// row to the others. Sessions of removed and replaced servers end.
-    pub fn set_table(self: &Arc<Self>, change: &Change<'_>, table: &Arc<Table>) {
+    /// Follows `table`, of whose connection ports those `unavailable` cannot be
+    /// listened on: streams to new servers, none to removed ones, and the row to the
+    /// others. Sessions of removed and replaced servers end.
+    pub fn set_table(
+        self: &Arc<Self>,
+        change: &Change<'_>,
+        table: &Arc<Table>,
+        unavailable: &BTreeSet<ListenPort>,
+    ) {
         let mut links = self.links.lock();
         let removed: Vec<Slot> = links
             .iter()
@@ -156,10 +182,11 @@ impl Agents {
             let Some(address) = row.socket_address(table.agent_port) else {
                 continue;
             };
+            let told = Told::new(row.slot, table, unavailable);
             match links.get(&row.slot) {
-                Some(link) => link.update(row.slot, table),
+                Some(link) => link.update(told),
                 None => {
-                    links.insert(row.slot, self.open(row, address, table));
+                    links.insert(row.slot, self.open(row, address, told));
                 }
             }
         }
@@ -167,22 +194,22 @@ impl Agents {
         self.allocation.follow(change, table);
     }
 
-    fn open(self: &Arc<Self>, row: &Row, address: SocketAddr, table: &Arc<Table>) -> Link {
-        let (sender, receiver) = watch::channel(table.clone());
+    fn open(self: &Arc<Self>, row: &Row, address: SocketAddr, told: Told) -> Link {
+        let (sender, receiver) = watch::channel(told);
         let reached = self.reached.lock().remove(&row.slot);
         let state = Arc::new(LinkState::new(reached.unwrap_or_else(Instant::now)));
         let task = LinkTask {
             agents: self.clone(),
             slot: row.slot,
             address,
-            table: receiver,
+            told: receiver,
             state: state.clone(),
         };
         let task = tokio::spawn(task.run());
         Link {
             address,
             server_uid: row.server_uid.clone(),
-            row: sender,
+            told: sender,
             task: task.abort_handle(),
             state,
         }
@@ -225,17 +252,12 @@ impl Link {
         !is_replaced && row.socket_address(table.agent_port) == Some(self.address)
     }
 
-    fn update(&self, slot: Slot, table: &Arc<Table>) {
-        self.row.send_if_modified(|current| {
+    fn update(&self, told: Told) {
+        self.told.send_if_modified(|current| {
             // The generation alone is nothing to an agent.
-            let former = Table {
-                generation: table.generation,
-                ..current.slice(slot)
-            };
-            let changed = former != table.slice(slot);
-            if changed {
-                *current = table.clone();
-            }
+            current.table.generation = told.table.generation;
+            let changed = *current != told;
+            *current = told;
             changed
         });
     }

@@ -22,7 +22,7 @@ use super::sessions::snapshot::SessionsSnapshot;
 use super::sessions::span::SessionSpan;
 use super::sessions::{Action, Actions, AmendError, CompanionCut, Outbox, ReleaseError, Sessions};
 use crate::forward::snapshot::ForwarderSnapshot;
-use crate::forward::{ApplyError, Forwarder, SessionKey};
+use crate::forward::{Forwarder, SessionKey, UnavailablePort};
 use crate::selection::{EndCause, Session, ToAgent};
 use crate::session::{Amendment, SessionId};
 use crate::table::{PortIndex, Slot, Table};
@@ -151,6 +151,12 @@ impl Control {
         self.forwarder.resume(snapshot);
     }
 
+    /// The connection ports that cannot be listened on for now.
+    #[must_use]
+    pub fn unavailable_ports(&self) -> Vec<UnavailablePort> {
+        self.forwarder.unavailable()
+    }
+
     fn cut_companions(&self, cut: CompanionCut) {
         self.forwarder.cut_client(cut.port, cut.key, cut.client);
     }
@@ -191,15 +197,13 @@ impl Pause {
 }
 
 impl Change<'_> {
-    /// Follows `table`, or leaves the former one in force.
+    /// Follows `table`. Returns its connection ports that cannot be opened; following
+    /// the same table again tries them again.
     ///
     /// The sessions are first: a client may come as soon as its port is open,
     /// and its session must be looked up then. No client is sent to a port that
     /// is not open yet, since agents get the table last.
-    ///
-    /// # Errors
-    /// [`ApplyError`] when a connection port cannot be opened.
-    pub fn set_table(&self, table: &Arc<Table>) -> Result<(), ApplyError> {
+    pub fn set_table(&self, table: &Arc<Table>) -> Vec<UnavailablePort> {
         let Control {
             sessions,
             forwarder,
@@ -207,13 +211,10 @@ impl Change<'_> {
         } = self.control;
         let index = Arc::new(PortIndex::new(table.clone()));
         let former = sessions.set_table(index.clone());
-        if let Err(error) = forwarder.apply(&index) {
-            sessions.restore_table(former);
-            return Err(error);
-        }
+        let unavailable = forwarder.apply(&index);
         let actions = sessions.forget_removed(former.as_deref(), &index);
         self.control.carry_out(actions);
-        Ok(())
+        unavailable
     }
 
     /// See [`Sessions::attach`].

@@ -151,7 +151,7 @@ impl Server {
             forwarder,
             agents,
         };
-        parts.apply(&parts.control.begin_change().await, &initial.table)?;
+        parts.apply(&parts.control.begin_change().await, &initial.table);
         let (in_use, table) = watch::channel(initial.table);
         let api = Arc::new(wire_api(
             &parts,

@@ -323,11 +323,6 @@ impl Sessions {
         self.inner.write().table.replace(table)
     }
 
-    /// Follows the former table again, or none.
-    pub fn restore_table(&self, former: Option<Arc<PortIndex>>) {
-        self.inner.write().table = former;
-    }
-
     /// Forgets what was kept for ports and slots that `table`, which is in force
     /// after `former`, does not have. Companion connections are cut on ports that
     /// lead elsewhere, or are for others now.

@@ -19,9 +19,9 @@ pub(super) enum Command {
     Answer(ListenPort, PendingId, Decision),
     Cut(ListenPort, SessionKey),
     CutClient(ListenPort, SessionKey, IpAddr),
-    /// Reports that all commands before are done, and a port that could not be
+    /// Reports that all commands before are done, and the ports that could not be
     /// watched.
-    Settle(mpsc::Sender<Option<Unwatched>>),
+    Settle(mpsc::Sender<Vec<Unwatched>>),
     Export(mpsc::Sender<io::Result<ForwarderSnapshot>>),
     Import(Box<WorkerSnapshot>),
     Stop,

@@ -19,13 +19,32 @@ use crate::table::ListenPort;
 /// that come in a burst.
 const BACKLOG: i32 = i32::MAX;
 
-/// The error of a table that cannot be applied; the former one stays in force.
-#[derive(Debug, thiserror::Error)]
-#[error("failed to open connection port {address} ({transport:?}): {source}{}", hint(.source))]
-pub struct ApplyError {
-    pub(super) address: SocketAddr,
-    pub(super) transport: Transport,
-    pub(super) source: io::Error,
+/// A connection port of the table that cannot be listened on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("failed to open connection port {address} ({transport:?}): {reason}")]
+pub struct UnavailablePort {
+    /// The address and the number of the port.
+    pub address: SocketAddr,
+    /// The transport that failed.
+    pub transport: Transport,
+    /// The system's answer, and the remedy.
+    pub reason: String,
+}
+
+impl UnavailablePort {
+    pub(super) fn new(address: SocketAddr, transport: Transport, error: &io::Error) -> Self {
+        Self {
+            address,
+            transport,
+            reason: format!("{error}{}", hint(error)),
+        }
+    }
+
+    /// The connection port.
+    #[must_use]
+    pub fn port(&self) -> Option<ListenPort> {
+        ListenPort::new(self.address.port())
+    }
 }
 
 fn hint(error: &io::Error) -> &'static str {
@@ -53,17 +72,13 @@ impl Listener {
         address: IpAddr,
         port: ListenPort,
         transport: Transport,
-    ) -> Result<Self, ApplyError> {
+    ) -> Result<Self, UnavailablePort> {
         let address = SocketAddr::new(address, port.get());
         let open = match transport {
             Transport::Tcp => open_tcp(address),
             Transport::Udp => open_udp(address),
         };
-        open.map_err(|source| ApplyError {
-            address,
-            transport,
-            source,
-        })
+        open.map_err(|error| UnavailablePort::new(address, transport, &error))
     }
 
     /// A port that another process has opened.

@@ -22,14 +22,9 @@ pub(super) struct Route {
 pub(super) struct Routes(ArcSwapOption<PortIndex>);
 
 impl Routes {
-    /// Puts a table in force; returns the former routes.
-    pub(super) fn set(&self, table: Arc<PortIndex>) -> Option<Arc<PortIndex>> {
-        self.0.swap(Some(table))
-    }
-
-    /// Puts former routes back in force.
-    pub(super) fn restore(&self, former: Option<Arc<PortIndex>>) {
-        self.0.store(former);
+    /// Puts a table in force.
+    pub(super) fn set(&self, table: Arc<PortIndex>) {
+        self.0.store(Some(table));
     }
 
     /// Whether datagrams are taken on `port`.

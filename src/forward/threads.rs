@@ -97,15 +97,15 @@ impl Threads {
         answers
     }
 
-    /// Waits until the threads have carried out their commands. Returns a port
-    /// that could not be watched, if there is one.
-    pub(super) fn settle(&self) -> Option<Unwatched> {
+    /// Waits until the threads have carried out their commands. Returns the ports
+    /// that could not be watched.
+    pub(super) fn settle(&self) -> Vec<Unwatched> {
         let answers = self.ask_all(Command::Settle);
-        let mut failed = None;
+        let mut failed = Vec::new();
         for _ in &self.0 {
             // A thread answers within a turn of its loop, or has stopped.
             match answers.recv_timeout(SETTLE_LIMIT) {
-                Ok(answer) => failed = failed.or(answer),
+                Ok(answer) => failed.extend(answer),
                 Err(_) => {
                     tracing::warn!("a data thread is slow to open or close connection ports");
                     break;

@@ -64,7 +64,7 @@ pub(super) struct Worker {
     datagrams: Datagrams,
     pending: PendingClients,
     /// A port that could not be watched since control last asked.
-    unwatched: Option<Unwatched>,
+    unwatched: Vec<Unwatched>,
     is_stopping: bool,
 }
 
@@ -95,7 +95,7 @@ impl Worker {
             streams: Streams::new(shared.tcp_quota, shared.peer_timeout, now)?,
             datagrams: Datagrams::new(shared.udp_quota, tcp_quota, shared.flow_share, ports),
             pending: PendingClients::default(),
-            unwatched: None,
+            unwatched: Vec::new(),
             is_stopping: false,
         })
     }
@@ -222,7 +222,7 @@ impl Worker {
                 }
                 Command::Settle(done) => {
                     // Control may have given up.
-                    let _ = done.send(self.unwatched.take());
+                    let _ = done.send(std::mem::take(&mut self.unwatched));
                 }
                 Command::Export(reply) => {
                     // Control waits for every thread.
@@ -242,7 +242,7 @@ impl Worker {
             Listener::Udp(socket, state) => self.datagrams.open_port(port, socket, state, io),
         };
         if let Err(error) = watched {
-            self.unwatched = Some(Unwatched {
+            self.unwatched.push(Unwatched {
                 port,
                 transport,
                 error: error.into(),
@@ -346,11 +346,11 @@ impl Worker {
         for port in snapshot.ports {
             let (number, is_draining) = (port.port, port.is_draining);
             self.listen(number, port.listener);
-            if let Some(Unwatched {
+            for Unwatched {
                 port,
                 transport,
                 error,
-            }) = self.unwatched.take()
+            } in self.unwatched.drain(..)
             {
                 // The exporting process cannot take it back any more.
                 tracing::error!(%port, ?transport, %error, "failed to watch a connection port that was taken over");

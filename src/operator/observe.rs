@@ -1,6 +1,7 @@
 //! The step observe: what there is of a pool, according to the watches and to a
 //! connection server. What objects mean is in `observation`.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -10,8 +11,12 @@ use super::context::Reconcile;
 use super::observation::{Observation, Pods};
 use super::requests::Error;
 use crate::client;
-use crate::pool::CONNECTION_ADMIN_PORT;
+use crate::plan::status::Blocker;
+use crate::pool::{CONNECTION_ADMIN_PORT, Exposure};
 use crate::session::PoolState;
+
+/// Most ports that a message names.
+const MAX_NAMED_PORTS: usize = 5;
 
 /// How long a connection server may take to report its numbers.
 const ASK_DEADLINE: Duration = Duration::from_secs(1);
@@ -26,7 +31,7 @@ impl Reconcile<'_> {
         let (stores, memory) = (&self.context.stores, &self.context.memory);
         let uid = self.owner.uid;
         stores.ready().await;
-        let live = ask(&Pods::of(stores, self.owner)).await;
+        let live = ask(&Pods::of(stores, self.owner), self.owner.pool.exposure).await;
         // As they are after that wait, so that the listing hardly finds newer ones.
         let pods = Pods::of(stores, self.owner);
         let mut observation = Observation::new(
@@ -37,6 +42,8 @@ impl Reconcile<'_> {
             live,
             Timestamp::now(),
         );
+        let unavailable = observation.live.as_ref().and_then(ports_blocker);
+        observation.blockers.extend(unavailable);
         if memory.is_due_for_listing(uid) {
             let listed = self.list_pods().await?;
             if memory.compare_listing(uid, &pods.versions(self.owner), &listed) {
@@ -53,16 +60,101 @@ impl Reconcile<'_> {
 }
 
 /// Asks the connection servers on their admin ports, one after another, until
-/// one answers.
-async fn ask(pods: &Pods) -> Option<PoolState> {
+/// one answers. Where each has a host with other programs on it, all are asked, for
+/// the ports that they cannot listen on.
+async fn ask(pods: &Pods, exposure: Exposure) -> Option<PoolState> {
+    let mut answer: Option<PoolState> = None;
     for address in pods.connection_addresses() {
         let address = SocketAddr::new(address, CONNECTION_ADMIN_PORT).to_string();
         let Ok(client) = client::Client::new(&address) else {
             continue;
         };
-        if let Ok(Ok(state)) = tokio::time::timeout(ASK_DEADLINE, client.pool()).await {
-            return Some(state);
+        let Ok(Ok(state)) = tokio::time::timeout(ASK_DEADLINE, client.pool()).await else {
+            continue;
+        };
+        match &mut answer {
+            Some(answer) => answer.unavailable_ports.extend(state.unavailable_ports),
+            None => answer = Some(state),
+        }
+        if exposure != Exposure::HostNetwork {
+            break;
         }
     }
-    None
+    answer
+}
+
+/// What says which connection ports cannot be listened on, according to `live`;
+/// `None` if all can be.
+fn ports_blocker(live: &PoolState) -> Option<Blocker> {
+    let ports = live.unavailable_ports.iter();
+    let by_port: BTreeMap<_, _> = ports
+        .map(|port| ((port.port, port.protocol.name()), port.reason.as_str()))
+        .collect();
+    let ((first, protocol), reason) = by_port.first_key_value()?;
+    let others: Vec<String> = by_port
+        .keys()
+        .map(|(port, protocol)| format!("{port}/{protocol}"))
+        .skip(1)
+        .collect();
+    let others = match others.len() {
+        0 => String::new(),
+        1..MAX_NAMED_PORTS => format!(", nor on {}", others.join(", ")),
+        count => format!(
+            ", nor on {} and {} more",
+            others[..MAX_NAMED_PORTS - 1].join(", "),
+            count + 1 - MAX_NAMED_PORTS
+        ),
+    };
+    let message = format!(
+        "a connection server cannot listen on connection port {first}/{protocol}: {reason}{others}; it tries again and offers none of them until then"
+    );
+    Some(Blocker::new("PortsUnavailable", message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pool::{Policy, PortProtocol};
+    use crate::session::UnavailablePort;
+    use crate::table::ListenPort;
+
+    #[test]
+    fn ports_that_cannot_be_listened_on_are_named_with_the_cause() {
+        let mut live = PoolState {
+            pool: "games".to_owned(),
+            generation: 1,
+            policy: Policy::default(),
+            sessions: 0,
+            free_ports: 0,
+            waiting: 0,
+            unavailable_ports: Vec::new(),
+            servers: Vec::new(),
+        };
+        assert_eq!(ports_blocker(&live), None);
+        let message = |live: &PoolState| ports_blocker(live).unwrap().message;
+        let mut add = |port: u16| {
+            live.unavailable_ports.push(UnavailablePort {
+                port: ListenPort::new(port).unwrap(),
+                protocol: PortProtocol::UDP,
+                reason: "in use".to_owned(),
+            });
+            message(&live)
+        };
+        assert!(
+            add(9).starts_with(
+                "a connection server cannot listen on connection port 9/UDP: in use; "
+            )
+        );
+        let several = add(3);
+        assert!(
+            several.contains("port 3/UDP: in use, nor on 9/UDP; "),
+            "{several}"
+        );
+        (10..20).for_each(|port| drop(add(port)));
+        let many = add(20);
+        assert!(
+            many.contains("nor on 9/UDP, 10/UDP, 11/UDP, 12/UDP and 8 more; "),
+            "{many}"
+        );
+    }
 }

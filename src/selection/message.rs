@@ -27,8 +27,13 @@ pub const MAX_CLIENTS: usize = 64;
 pub enum ToAgent {
     /// The greeting, which is the first message.
     Hello(Hello),
-    /// A newer table, cut down to this server's row and encoded.
-    TableUpdate(String),
+    /// A newer table, or other ports that the sender cannot listen on.
+    TableUpdate {
+        /// The table cut down to this server's row, encoded.
+        table: String,
+        /// The connection ports of this server that the sender cannot listen on.
+        unavailable: Vec<ListenPort>,
+    },
     /// The request to select one of the available connection ports.
     Select(Select),
     /// The first connection on the session is open at the sender.
@@ -91,6 +96,8 @@ pub struct Hello {
     /// Where the sender listens, such that no two processes have the same at a
     /// time; empty where the kernel does not report it. At most 256 bytes.
     pub host_identity: String,
+    /// The connection ports of this server that the sender cannot listen on.
+    pub unavailable: Vec<ListenPort>,
 }
 
 /// The request to select connection ports for a session.

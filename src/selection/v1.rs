@@ -90,13 +90,21 @@ pub struct Hello {
     /// Empty where the kernel does not report it.
     #[prost(string, tag = "6")]
     pub host_identity: ::prost::alloc::string::String,
+    /// Connection ports of this server that this connection server cannot listen
+    /// on. The agent selects none of them, for whichever connection server asks:
+    /// clients may come through any. A port whose session is live keeps it.
+    #[prost(uint32, repeated, tag = "7")]
+    pub unavailable_ports: ::prost::alloc::vec::Vec<u32>,
 }
-/// A newer table, cut down to this server's row. Older generations are refused
-/// and counted.
+/// A newer table, cut down to this server's row, or the same one with other
+/// unavailable ports. Older generations are refused and counted.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TableUpdate {
     #[prost(string, tag = "1")]
     pub table: ::prost::alloc::string::String,
+    /// As in Hello; those that are missing can be listened on by now.
+    #[prost(uint32, repeated, tag = "2")]
+    pub unavailable_ports: ::prost::alloc::vec::Vec<u32>,
 }
 /// Asks the processing server to select one of its available connection ports.
 #[derive(Clone, PartialEq, ::prost::Message)]

@@ -326,6 +326,7 @@ fn hello(pool: &Pool, change: impl FnOnce(&mut v1::Hello)) -> ToAgent {
         table: pool.table.encode().unwrap(),
         sessions: Vec::new(),
         host_identity: String::new(),
+        unavailable_ports: Vec::new(),
     };
     change(&mut hello);
     message(to_agent::Message::Hello(hello))
@@ -493,7 +494,10 @@ async fn selections_that_are_wrong_are_refused() {
         table.rows.clear();
         change(&mut table);
         let table = table.encode().unwrap();
-        message(to_agent::Message::TableUpdate(v1::TableUpdate { table }))
+        message(to_agent::Message::TableUpdate(v1::TableUpdate {
+            table,
+            ..v1::TableUpdate::default()
+        }))
     };
     for wrong in [
         update(|table| table.generation = 1),

@@ -276,6 +276,7 @@ async fn attach(pool: &Pool, table: Table) -> (v1::Welcome, Attached) {
         table: table.encode().unwrap(),
         sessions: Vec::new(),
         host_identity: String::new(),
+        unavailable_ports: Vec::new(),
     };
     let message = Some(to_agent::Message::Hello(hello));
     sender.send(ToAgent { message }).await.unwrap();

@@ -11,3 +11,4 @@ mod near;
 mod outage;
 mod readiness;
 mod scale;
+mod unavailable;

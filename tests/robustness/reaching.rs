@@ -1,8 +1,9 @@
 //! The way to the server: it refuses, does not answer or is unreachable, or the
 //! proxy has no source port left. Addresses of both families.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use crate::namespace::{ip, is_inside};
@@ -230,14 +231,17 @@ fn a_port_that_others_hold_is_named() {
         ..plain
     };
     let table = crate::target::table(&setup);
-    let output = crate::target::portpool(&setup, folder.path(), &table)
-        .output()
+    let mut running = crate::target::portpool(&setup, folder.path(), &table)
+        .env("PORTPOOL_LOG", "warn")
+        .stderr(Stdio::piped())
+        .spawn()
         .unwrap();
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success());
-    assert!(
-        message.contains(&format!("[::]:{}", FIRST + 1)) && message.contains("another program"),
-        "{message}"
-    );
+    let log = BufReader::new(running.stderr.take().unwrap());
+    let named = format!("[::]:{}", FIRST + 1);
+    let is_named = |line: &String| line.contains(&named) && line.contains("another program");
+    let found = log.lines().map_while(Result::ok).find(is_named);
+    running.kill().unwrap();
+    running.wait().unwrap();
+    assert!(found.is_some(), "no line of the log names {named}");
     drop(held);
 }

@@ -11,6 +11,7 @@ use super::times::time_after;
 use super::{Book, Notice, Now, Times, To};
 use crate::selection::{self, ConnectionServerId, EndCause, FromAgent};
 use crate::session::{SessionId, SessionState};
+use crate::table::ListenPort;
 
 impl Book {
     /// Attaches a connection server that listens at `host_identity` and knows
@@ -153,7 +154,18 @@ impl Book {
     pub fn leave(&mut self, from: &ConnectionServerId, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
         self.connection_servers.remove(from);
+        self.ports
+            .set_unavailable(self.connection_servers.unavailable());
         self.write_off(from, now, &mut notices);
         notices
+    }
+
+    /// Offers none of `ports`, which the attached connection server `from` cannot
+    /// listen on, whichever of them asks: clients may come through any. They count
+    /// as in no state while they have no session. Replaces what it said before.
+    pub fn set_unavailable(&mut self, from: &ConnectionServerId, ports: &[ListenPort]) {
+        self.connection_servers.set_unavailable(from, ports);
+        self.ports
+            .set_unavailable(self.connection_servers.unavailable());
     }
 }

@@ -19,6 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::selection::{CLOSED_AFTER, ConnectionServerId, GONE_AFTER};
+use crate::table::ListenPort;
 
 /// The connection servers that are known to the book.
 #[derive(Clone, Debug, Default)]
@@ -30,6 +31,8 @@ struct ConnectionServer {
     host_identity: String,
     /// Set while it is not attached.
     away: Option<Away>,
+    /// The ports that it cannot listen on, as it said last.
+    unavailable: BTreeSet<ListenPort>,
 }
 
 #[derive(Clone, Debug)]
@@ -66,8 +69,25 @@ impl ConnectionServers {
         let server = ConnectionServer {
             host_identity: host_identity.to_owned(),
             away: None,
+            unavailable: BTreeSet::new(),
         };
         self.0.insert(id.clone(), server);
+    }
+
+    /// Notes that `id` cannot listen on `ports`.
+    pub(super) fn set_unavailable(&mut self, id: &ConnectionServerId, ports: &[ListenPort]) {
+        if let Some(server) = self.0.get_mut(id) {
+            server.unavailable = ports.iter().copied().collect();
+        }
+    }
+
+    /// The ports that any of them cannot listen on.
+    pub(super) fn unavailable(&self) -> BTreeSet<ListenPort> {
+        let servers = self.0.values();
+        servers
+            .flat_map(|server| &server.unavailable)
+            .copied()
+            .collect()
     }
 
     /// Notes that the stream of `id` has ended. Sessions made from now on have

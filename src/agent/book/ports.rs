@@ -29,7 +29,7 @@ mod block;
 mod group;
 mod trial;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 pub(super) use self::group::Occupancy;
@@ -57,6 +57,8 @@ struct Port {
     offer: Offer,
     /// Whether the sockets are there that the offer asks for.
     is_listening: bool,
+    /// Whether every connection server listens on it.
+    is_available: bool,
     /// A number that grows with each port that is freed.
     freed: u64,
     occupant: Option<Occupant>,
@@ -68,6 +70,9 @@ impl Port {
     fn vacancy(&self) -> Option<Vacancy> {
         if self.occupant.is_some() {
             return None;
+        }
+        if !self.is_available {
+            return Some(Vacancy::Unavailable);
         }
         Some(match (&self.trial, self.is_listening) {
             (Some(_), _) => Vacancy::OnTrial,
@@ -93,6 +98,8 @@ pub(super) struct Ports {
     groups: Vec<Group>,
     ports: BTreeMap<ListenPort, Port>,
     next_freed: u64,
+    /// The ports that a connection server cannot listen on, of whichever row.
+    unavailable: BTreeSet<ListenPort>,
 }
 
 impl Ports {
@@ -126,6 +133,22 @@ impl Ports {
             self.add(port, now);
         }
         orphans
+    }
+
+    /// Offers none of `ports`, which a connection server cannot listen on.
+    pub(super) fn set_unavailable(&mut self, ports: BTreeSet<ListenPort>) {
+        let former = std::mem::replace(&mut self.unavailable, ports);
+        let changed: Vec<ListenPort> = former
+            .symmetric_difference(&self.unavailable)
+            .copied()
+            .collect();
+        for number in changed {
+            self.unlist(number);
+            if let Some(port) = self.ports.get_mut(&number) {
+                port.is_available = !self.unavailable.contains(&number);
+            }
+            self.list(number);
+        }
     }
 
     /// The server ports to look at now.
@@ -386,6 +409,7 @@ impl Ports {
             target,
             offer,
             is_listening: self.listening.suffices(&server_ports, offer),
+            is_available: !self.unavailable.contains(&number),
             freed: self.next_freed,
             occupant: None,
             trial: None,

@@ -17,6 +17,7 @@ mod offering;
 mod recycling;
 mod restart;
 mod several;
+mod unavailable;
 
 const TIMES: Times = Times {
     claim: Duration::from_secs(30),

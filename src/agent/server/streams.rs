@@ -60,6 +60,7 @@ impl Agent {
         inner.outboxes.insert(from.clone(), outbox.clone());
         let (host_identity, sessions) = (&hello.host_identity, &hello.sessions);
         let notices = inner.book.attach(from, host_identity, sessions, now);
+        inner.book.set_unavailable(from, &hello.unavailable);
         inner.send(notices);
         let counts = inner.book.counts(now);
         inner.send_new_counts(To::All, counts);
@@ -128,7 +129,14 @@ impl Agent {
             ToAgent::Hello(_) | ToAgent::Goodbye => {
                 self.metrics.unexpected_messages.inc();
             }
-            ToAgent::TableUpdate(table) => {
+            ToAgent::TableUpdate { table, unavailable } => {
+                // First, so that no new port is offered too early.
+                if self.inner.lock().is_current(from, outbox) {
+                    self.change(|book, _| {
+                        book.set_unavailable(from, unavailable);
+                        Vec::new()
+                    });
+                }
                 if let Err(reason) = self.follow_text(table) {
                     warn!(connection_server = %from, %reason, "table update not accepted");
                 }

@@ -16,7 +16,7 @@ use tonic::Streaming;
 use tonic::transport::{Channel, Endpoint};
 use tracing::{debug, info, warn};
 
-use super::Agents;
+use super::{Agents, Told};
 use crate::connection::control::Change;
 use crate::connection::load_sharing::queue::{Allocated, AskId};
 use crate::connection::sessions::{Outbox, Sessions};
@@ -24,7 +24,7 @@ use crate::selection::v1::{self, selection_client::SelectionClient};
 use crate::selection::{
     CUT_AFTER, CUT_SLACK, FromAgent, Hello, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, ToAgent,
 };
-use crate::table::{Slot, Table};
+use crate::table::Slot;
 
 /// How long a connection and its greeting may take.
 const ATTACH_DEADLINE: Duration = Duration::from_secs(2);
@@ -61,7 +61,7 @@ pub(super) struct LinkTask {
     pub(super) agents: Arc<Agents>,
     pub(super) slot: Slot,
     pub(super) address: SocketAddr,
-    pub(super) table: watch::Receiver<Arc<Table>>,
+    pub(super) told: watch::Receiver<Told>,
     pub(super) state: Arc<LinkState>,
 }
 
@@ -150,13 +150,14 @@ impl LinkTask {
     /// Sends the greeting to `outbox`, which gets every further message.
     async fn greet(&mut self, outbox: &Outbox) -> Result<Detach, AttachError> {
         let slot = self.slot;
-        let table = self.table.borrow_and_update().clone();
+        let Told { table, unavailable } = self.told.borrow_and_update().clone();
         let greeting = Hello {
             pool_uid: table.pool_uid.clone(),
             connection_server: self.agents.id.clone(),
-            table: table.slice(slot).encode()?,
+            table: table.encode()?,
             sessions: Vec::new(),
             host_identity: self.agents.host_identity.clone(),
+            unavailable,
         };
         let greet = |sessions| {
             ToAgent::Hello(Hello {
@@ -196,12 +197,13 @@ impl LinkTask {
                         return Ok(());
                     }
                 },
-                changed = self.table.changed() => {
+                changed = self.told.changed() => {
                     if changed.is_err() {
                         return Ok(());
                     }
-                    let table = self.table.borrow_and_update().slice(slot).encode()?;
-                    let _ = outbox.send(ToAgent::TableUpdate(table));
+                    let Told { table, unavailable } = self.told.borrow_and_update().clone();
+                    let table = table.encode()?;
+                    let _ = outbox.send(ToAgent::TableUpdate { table, unavailable });
                 }
             }
         }

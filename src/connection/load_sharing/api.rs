@@ -29,12 +29,14 @@ use super::problem::Refused;
 use crate::connection::control::Control;
 use crate::connection::metrics::Metrics;
 use crate::connection::sessions::Sessions;
-use crate::pool::MAX_PORT_NAME_LENGTH;
+use crate::forward::Transport;
+use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
 use crate::selection;
 use crate::session::body::parse_json_object;
 use crate::session::{
-    MAX_ID_BYTES, MAX_KEY_CHARACTERS, MAX_SERVER_CHARACTERS, MAX_WAIT_SECONDS, PoolState, Problem,
-    ProblemName, ServerState, Session, SessionId, SessionRequest, SessionState,
+    MAX_ID_BYTES, MAX_KEY_CHARACTERS, MAX_SERVER_CHARACTERS, MAX_UNAVAILABLE_PORTS,
+    MAX_WAIT_SECONDS, PoolState, Problem, ProblemName, ServerState, Session, SessionId,
+    SessionRequest, SessionState, UnavailablePort,
 };
 use crate::table::{Slot, Table};
 
@@ -264,9 +266,26 @@ impl Api {
                 sessions: servers.iter().map(|server| server.sessions).sum(),
                 free_ports: loads.free_ports(),
                 waiting: u32::try_from(queue.waiting()).unwrap_or(u32::MAX),
+                unavailable_ports: self.unavailable_ports(),
                 servers,
             }
         })
+    }
+
+    /// The connection ports that cannot be listened on here, for [`PoolState`].
+    fn unavailable_ports(&self) -> Vec<UnavailablePort> {
+        let ports = self.control.unavailable_ports().into_iter();
+        let described = ports.filter_map(|unavailable| {
+            Some(UnavailablePort {
+                port: unavailable.port()?,
+                protocol: match unavailable.transport {
+                    Transport::Tcp => PortProtocol::TCP,
+                    Transport::Udp => PortProtocol::UDP,
+                },
+                reason: unavailable.reason,
+            })
+        });
+        described.take(MAX_UNAVAILABLE_PORTS).collect()
     }
 
     fn describe(&self, slot: Slot, session: &selection::Session, reached_by: &str) -> Session {

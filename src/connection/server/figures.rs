@@ -67,6 +67,12 @@ impl Collector for Figures {
         if let Some(forwarder) = self.forwarder.upgrade() {
             encode_forwarding(&mut encoder, &forwarder.counters())?;
             encode_live(&mut encoder, forwarder.live())?;
+            gauge(
+                &mut encoder,
+                "portpool_connection_ports_unavailable",
+                "Sockets of connection ports that this connection server cannot listen on",
+                forwarder.unavailable().len(),
+            )?;
         }
         let mut family = encoder.encode_descriptor(
             "portpool_sessions",

@@ -13,6 +13,7 @@ use crate::selection::{ConnectionServerId, Hello, PROTOCOL_VERSION, Select, Sess
 use crate::session::{
     Amendment, Block, MAX_BLOCKS, MAX_PORTS, MetadataPatch, OneOrMore, PortFilter, SessionId,
 };
+use crate::table::ListenPort;
 
 /// Longest host identity of a connection server, in bytes: boot, host, network
 /// namespace and address take half of it.
@@ -25,7 +26,10 @@ impl TryFrom<v1::ToAgent> for ToAgent {
         use to_agent::Message;
         Ok(match message.message.ok_or(MessageError::Unknown)? {
             Message::Hello(hello) => Self::Hello(hello.try_into()?),
-            Message::TableUpdate(v1::TableUpdate { table }) => Self::TableUpdate(table),
+            Message::TableUpdate(update) => Self::TableUpdate {
+                table: update.table,
+                unavailable: connection_ports(&update.unavailable_ports)?,
+            },
             Message::Select(select) => {
                 let request_id = select.request_id;
                 let parsed = select.try_into();
@@ -78,7 +82,10 @@ impl From<ToAgent> for v1::ToAgent {
         let session_id = |id: SessionId| id.to_string();
         let message = match message {
             ToAgent::Hello(hello) => Message::Hello(hello.into()),
-            ToAgent::TableUpdate(table) => Message::TableUpdate(v1::TableUpdate { table }),
+            ToAgent::TableUpdate { table, unavailable } => Message::TableUpdate(v1::TableUpdate {
+                table,
+                unavailable_ports: port_numbers(&unavailable),
+            }),
             ToAgent::Select(select) => Message::Select(select.into()),
             ToAgent::Opened(id) => Message::Opened(v1::Opened {
                 session_id: session_id(id),
@@ -128,6 +135,15 @@ impl From<ToAgent> for v1::ToAgent {
             message: Some(message),
         }
     }
+}
+
+fn connection_ports(numbers: &[u32]) -> Result<Vec<ListenPort>, FieldError> {
+    let ports = numbers.iter().map(|number| connection_port(*number));
+    ports.collect()
+}
+
+fn port_numbers(ports: &[ListenPort]) -> Vec<u32> {
+    ports.iter().map(|port| port.get().into()).collect()
 }
 
 fn amendment(amend: v1::Amend) -> Result<ToAgent, FieldError> {
@@ -193,6 +209,7 @@ impl TryFrom<v1::Hello> for Hello {
             let rule = "have at most 256 bytes";
             return Err(FieldError::new("host_identity", &hello.host_identity, rule).into());
         }
+        let unavailable = connection_ports(&hello.unavailable_ports)?;
         let sessions = hello.sessions.into_iter().map(Session::try_from);
         Ok(Self {
             pool_uid: hello.pool_uid,
@@ -200,6 +217,7 @@ impl TryFrom<v1::Hello> for Hello {
             table: hello.table,
             sessions: sessions.collect::<Result<_, _>>()?,
             host_identity: hello.host_identity,
+            unavailable,
         })
     }
 }
@@ -213,6 +231,7 @@ impl From<Hello> for v1::Hello {
             table: hello.table,
             sessions: hello.sessions.into_iter().map(Into::into).collect(),
             host_identity: hello.host_identity,
+            unavailable_ports: port_numbers(&hello.unavailable),
         }
     }
 }

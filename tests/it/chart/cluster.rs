@@ -575,5 +575,5 @@ async fn alerts_are_about_metrics_that_exist() {
         }
         count += 1;
     }
-    assert_eq!(count, 7);
+    assert_eq!(count, 8);
 }

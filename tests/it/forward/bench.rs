@@ -11,7 +11,7 @@ use socket2::{Domain, Socket, Type};
 use crate::common::network::{address, network};
 use crate::common::table;
 use portpool::forward::{
-    ApplyError, Config, Decision, Forwarder, Gate, PendingId, SessionKey, Traffic, Transport,
+    Config, Decision, Forwarder, Gate, PendingId, SessionKey, Traffic, Transport, UnavailablePort,
 };
 use portpool::pool::{PortProtocol, Sessions};
 use portpool::table::{ListenPort, PortIndex, PortRange, Table};
@@ -117,10 +117,11 @@ impl Bench {
         let mut range = table::range(self.first, 7000, count);
         change(&mut range);
         self.table.rows = vec![table::row(0, Some(self.server), range)];
-        self.apply().unwrap();
+        assert_eq!(self.apply(), []);
     }
 
-    pub fn apply(&self) -> Result<(), ApplyError> {
+    /// Applies the table; returns the ports that cannot be opened.
+    pub fn apply(&self) -> Vec<UnavailablePort> {
         let table = Arc::new(self.table.clone());
         self.forwarder.apply(&Arc::new(PortIndex::new(table)))
     }

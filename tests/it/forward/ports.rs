@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
 
 use super::bench::{Bench, FIRST, SESSION, until};
-use portpool::forward::Decision;
+use portpool::forward::{Decision, Transport};
 use portpool::pool::PortProtocol;
 use portpool::table::ListenPort;
 
@@ -36,24 +36,30 @@ fn a_port_that_was_removed_can_be_added_at_once() {
 }
 
 #[test]
-fn a_port_in_use_is_named_and_nothing_is_changed() {
+fn a_port_in_use_is_named_and_all_others_open() {
     let mut bench = Bench::new(Decision::Admit(SESSION));
-    let _other = TcpListener::bind((bench.listen, FIRST + 5)).unwrap();
+    let taken = FIRST + 5;
+    let other = TcpListener::bind((bench.listen, taken)).unwrap();
     bench.table.rows[0].ranges[0].count = 8;
-    let error = bench.apply().unwrap_err().to_string();
-    assert!(
-        error.contains(&(FIRST + 5).to_string()) && error.contains("another program"),
-        "{error}"
-    );
-    assert_eq!(
-        bench.forwarder.open_listeners(),
-        8,
-        "four ports, TCP and UDP"
-    );
-    assert!(
-        TcpListener::bind((bench.listen, FIRST + 4)).is_ok(),
-        "bound for nothing"
-    );
+    for _ in 0..2 {
+        let [unavailable] = &bench.apply()[..] else {
+            panic!("one socket cannot be opened: {:?}", bench.apply());
+        };
+        assert_eq!(unavailable.address.port(), taken);
+        assert_eq!(unavailable.transport, Transport::Tcp);
+        let message = unavailable.to_string();
+        assert!(message.contains("another program uses it"), "{message}");
+        let listeners = bench.forwarder.open_listeners();
+        assert_eq!(listeners, 15, "eight ports, TCP and UDP, but one");
+    }
+    let _listener = bench.serve();
+    bench.connect();
+    drop(other);
+    assert_eq!(bench.apply(), [], "tried again");
+    assert_eq!(bench.forwarder.open_listeners(), 16);
+    TcpStream::connect((bench.listen, taken)).unwrap();
+    bench.lead(4, |_| {});
+    assert_eq!(bench.forwarder.open_listeners(), 8);
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub(super) enum Vacancy {
     Free,
     NotListening,
     OnTrial,
+    /// A connection server cannot listen on it. Such ports are not counted.
+    Unavailable,
 }
 
 impl Group {
@@ -110,6 +112,7 @@ impl Group {
             Vacancy::Free => drop(self.free.insert((freed, number))),
             Vacancy::NotListening => self.not_listening += 1,
             Vacancy::OnTrial => self.on_trial += 1,
+            Vacancy::Unavailable => {}
         }
     }
 
@@ -119,6 +122,7 @@ impl Group {
             Vacancy::Free => drop(self.free.remove(&(freed, number))),
             Vacancy::NotListening => self.not_listening -= 1,
             Vacancy::OnTrial => self.on_trial -= 1,
+            Vacancy::Unavailable => {}
         }
     }
 
