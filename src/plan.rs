@@ -21,6 +21,9 @@
 //! A shrinking one drains a row, stops the server when it is empty, and drops
 //! the row when the server is gone.
 //!
+//! Where clients come through Services, a row gets no sessions before these lead to
+//! all of its connection ports: the row is published first, and marked as not ready.
+//!
 //! A server drains for `drainSeconds` at most. That counts from when its row
 //! became `Draining`, which the table remembers, so no restart of the controller
 //! renews it. Only a row that becomes `Active` again begins anew when it drains the
@@ -35,7 +38,7 @@ pub mod status;
 mod validate;
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -46,7 +49,7 @@ pub use self::environment::environment;
 use self::previous::Previous;
 pub use self::validate::{FieldProblem, ValidPool};
 use crate::pool::{AGENT_PORT, Mapping};
-use crate::table::{Attempts, FORMAT_VERSION, PortRange, Row, RowState, Slot, Table, TargetPort};
+use crate::table::{Attempts, FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort};
 
 /// How long a row is at least `Draining` before its server counts as empty:
 /// readers must have seen the row, and requests under way must have arrived.
@@ -79,6 +82,31 @@ pub struct Observed<'a> {
     pub may_mark: bool,
     /// The processing servers, in any order, at most one for each slot.
     pub servers: &'a [ObservedServer],
+    /// What the Services of the pool lead to; `None` where clients reach connection
+    /// ports without Services.
+    pub services: Option<&'a ServicePorts>,
+}
+
+/// The connection ports that the Services of a pool lead to, each once for TCP and
+/// for UDP.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ServicePorts(BTreeSet<(ListenPort, bool)>);
+
+impl ServicePorts {
+    /// Adds a port of a Service for TCP, or for UDP.
+    pub fn add(&mut self, port: ListenPort, is_udp: bool) {
+        self.0.insert((port, is_udp));
+    }
+
+    /// Whether clients reach every connection port of `row`.
+    fn lead_to(&self, row: &Row) -> bool {
+        row.ranges.iter().all(|range| {
+            let has = |port, is_udp| self.0.contains(&(port, is_udp));
+            let (tcp, udp) = (range.protocol.has_tcp(), range.protocol.has_udp());
+            let mut ports = range.connection_ports();
+            ports.all(|port| (!tcp || has(port, false)) && (!udp || has(port, true)))
+        })
+    }
 }
 
 impl<'a> Observed<'a> {
@@ -93,6 +121,7 @@ impl<'a> Observed<'a> {
             may_start: true,
             may_mark: true,
             servers: &[],
+            services: None,
         }
     }
 }
@@ -268,9 +297,11 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     for row in &mut rows {
         let server = servers.get(row.slot);
         let uid = server.map(|server| server.uid.clone());
+        // Without the pool's own Service, the port of a node may lead to others.
+        let is_hidden = observed.services.is_some_and(|ports| !ports.lead_to(row));
         let may_mark = observed.may_mark || row.server_uid != uid;
-        if may_mark {
-            row.not_ready = server.is_some_and(|server| server.not_ready);
+        if may_mark || is_hidden {
+            row.not_ready = is_hidden || server.is_some_and(|server| server.not_ready);
         }
         row.server_uid = uid;
         row.address = server.and_then(|server| server.address);

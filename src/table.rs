@@ -165,7 +165,8 @@ pub struct Row {
     pub address: Option<IpAddr>,
     /// Whether the slot takes new sessions.
     pub state: RowState,
-    /// Whether the server gets no new sessions because its workload is not ready.
+    /// Whether the server gets no new sessions, because its workload is not ready, or
+    /// because no Service leads clients to its connection ports yet.
     /// Older readers of the same format ignore it: to them every server is ready.
     #[serde(default, skip_serializing_if = "is_default")]
     pub not_ready: bool,

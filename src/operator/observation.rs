@@ -18,10 +18,10 @@ use crate::plan::objects::{
     RANGES_ANNOTATION, annotated_ranges, connection_server_name, hash, table_name,
 };
 use crate::plan::status::{Blocker, NotListening, ObservedDeployment};
-use crate::plan::{ObservedServer, ValidPool};
+use crate::plan::{ObservedServer, ServicePorts, ValidPool};
 use crate::pool::Exposure;
 use crate::session::{PoolState, PortState, ServerState};
-use crate::table::{TABLE_KEY, Table};
+use crate::table::{ListenPort, TABLE_KEY, Table};
 
 /// Reason of a Ready condition that is false because of a readiness gate.
 ///
@@ -52,6 +52,8 @@ pub(super) struct Observation {
     pub(super) address: Option<String>,
     /// A Service that gives clients the addresses of nodes, if there is one.
     pub(super) hiding_service: Option<String>,
+    /// What the Services of the pool lead to; `None` where clients need none.
+    pub(super) services: Option<ServicePorts>,
     /// What keeps pods from running.
     pub(super) blockers: Vec<Blocker>,
     /// Whether a workload does not listen on all of its ports, be it for a moment.
@@ -152,6 +154,7 @@ impl Observation {
                 .unwrap_or_default(),
             address: address(stores, namespace, pool, pods),
             hiding_service: hiding_service(stores, namespace, &pool.name),
+            services: service_ports(stores, owner),
             live,
             is_any_silent,
             blockers,
@@ -312,6 +315,31 @@ fn hiding_service(stores: &Stores, namespace: &str, pool: &str) -> Option<String
     let is_hiding =
         |service: &Arc<DynamicObject>| service.data["spec"]["externalTrafficPolicy"] == "Cluster";
     services.filter(is_hiding).map(|it| it.name_any()).min()
+}
+
+/// The connection ports that the pool's own Services lead to; `None` where clients
+/// reach them without. What is asked for, but refused, is in no Service.
+fn service_ports(stores: &Stores, owner: Owner<'_>) -> Option<ServicePorts> {
+    let number = match owner.pool.exposure {
+        Exposure::ClusterIP | Exposure::HostNetwork => return None,
+        Exposure::NodePort => "nodePort",
+        Exposure::LoadBalancer => "port",
+    };
+    let services = stores.of_pool("Service", owner.namespace, &owner.pool.name);
+    let ours = services
+        .iter()
+        .filter(|it| is_owned(it.as_ref(), owner.uid));
+    let ports = ours.flat_map(|service| service.data["spec"]["ports"].as_array());
+    let mut led = ServicePorts::default();
+    for port in ports.flatten() {
+        // Behind a node port that the cluster chose is no connection port.
+        let is_same = port[number] == port["port"];
+        let number = port["port"].as_u64().and_then(|it| u16::try_from(it).ok());
+        if let Some(number) = number.filter(|_| is_same).and_then(ListenPort::new) {
+            led.add(number, port["protocol"] == "UDP");
+        }
+    }
+    Some(led)
 }
 
 /// The address that requests go to, once known.

@@ -171,6 +171,7 @@ impl Reconcile<'_> {
             may_start,
             may_mark: memory.until_marks(self.owner.uid).is_zero(),
             servers: &observation.servers,
+            services: observation.services.as_ref(),
         };
         plan(self.owner.pool, &observed, Timestamp::now())
     }

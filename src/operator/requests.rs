@@ -22,6 +22,12 @@ use crate::pool::ProcessingPool;
 /// Pods that are created or deleted at the same time.
 const PODS_AT_ONCE: usize = 48;
 
+/// Words of the API server's answer to a node port that is not free.
+///
+/// Source: kubernetes/kubernetes, `pkg/registry/core/service/portallocator`,
+/// `ErrAllocated`.
+const ALLOCATED: &str = "provided port is already allocated";
+
 /// Media type of an answer that has only the metadata of the written object.
 const METADATA_ONLY: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
 
@@ -41,6 +47,11 @@ pub(super) enum Error {
     /// The name belongs to a deleted pool. This passes by itself.
     #[error("{0} still exists of a deleted pool of the same name; Kubernetes removes it")]
     NotRemovedYet(String),
+    /// Node ports belong to other Services.
+    #[error(
+        "{0}: no client is given a port that the Services of the pool do not have; remove the other Service, or choose other connectionServer.connectionPorts"
+    )]
+    NodePortsTaken(String),
     /// A pod of the pool that the watches do not show.
     #[error("{0} has lost the labels that portpool put on it: put them back, or delete it")]
     LabelsLost(String),
@@ -58,6 +69,7 @@ impl Error {
     pub(super) fn blocker(&self) -> Option<Blocker> {
         let reason = match self {
             Self::NameTaken(_) => "NameTaken",
+            Self::NodePortsTaken(_) => "NodePortsTaken",
             Self::LabelsLost(_) => "LabelsLost",
             Self::Template(_) => "InvalidSpec",
             Self::Table(_) => "InvalidTable",
@@ -154,9 +166,67 @@ impl Reconcile<'_> {
         let parameters = PatchParams::apply(MANAGER).force().validation_strict();
         self.context.metrics.wrote("apply");
         let applied = api.patch(name, &parameters, &Patch::Apply(desired)).await;
-        applied
-            .map(|applied| applied.resource_version())
-            .map_err(self.failed("apply", kind, name))
+        match applied {
+            Ok(applied) => Ok(applied.resource_version()),
+            Err(error) => Err(match self.holders(desired, &error).await {
+                Some(holders) => Error::NodePortsTaken(holders),
+                None => self.failed("apply", kind, name)(error),
+            }),
+        }
+    }
+
+    /// Which node ports of the Service `desired` other Services hold, in words; `None`
+    /// when `error` is not about that, or when it is not to be found out.
+    async fn holders(&self, desired: &Value, error: &kube::Error) -> Option<String> {
+        match error {
+            kube::Error::Api(status) if status.message.contains(ALLOCATED) => {}
+            _ => return None,
+        }
+        let services = resource("Service");
+        let all: Api<DynamicObject> = Api::all_with(self.context.client.clone(), &services);
+        // A controller that is limited to namespaces sees no others.
+        let listed = match all.list(&ListParams::default()).await {
+            Ok(listed) => listed,
+            Err(_) => self
+                .api("Service")
+                .list(&ListParams::default())
+                .await
+                .ok()?,
+        };
+        let others = listed.items.iter();
+        let others = others.filter(|service| !is_owned(*service, self.owner.uid));
+        let held = others.flat_map(|service| {
+            let ports = service.data["spec"]["ports"].as_array();
+            let name = format!(
+                "{}/{}",
+                service.namespace().unwrap_or_default(),
+                service.name_any()
+            );
+            ports
+                .into_iter()
+                .flatten()
+                .map(move |port| (port, name.clone()))
+        });
+        let held: Vec<(&Value, String)> = held.collect();
+        let wanted = desired["spec"]["ports"].as_array()?.iter();
+        let mut taken = wanted.filter_map(|port| {
+            let is_it = |(other, _): &&(&Value, String)| {
+                let field = |name| port[name] == other[name];
+                !port["nodePort"].is_null() && field("nodePort") && field("protocol")
+            };
+            let (_, holder) = held.iter().find(is_it)?;
+            let protocol = port["protocol"].as_str().unwrap_or("TCP");
+            Some(format!(
+                "node port {}/{protocol} belongs to service {holder}",
+                port["nodePort"]
+            ))
+        });
+        let first = taken.next()?;
+        let more = taken.count();
+        Some(match more {
+            0 => first,
+            more => format!("{first}, and {more} more are taken"),
+        })
     }
 
     /// Creates pods. One that exists already must be the pool's own.

@@ -11,6 +11,7 @@ mod listening;
 mod lost_table;
 mod ports;
 mod servers;
+mod services;
 mod specs;
 
 const LIMIT: Duration = Duration::from_secs(60);

@@ -169,7 +169,7 @@ fn not_ready(count: usize) -> String {
         count => format!("{count} processing servers are"),
     };
     format!(
-        "{servers} not ready: the workload says so itself (PUT /v1/readiness), or in a cluster, the pod is not Ready: look at kubectl get pods and at the readinessProbe"
+        "{servers} not ready: the workload says so itself (PUT /v1/readiness), or in a cluster, the pod is not Ready: look at the Status of kubectl get processingpools, at kubectl get pods and at the readinessProbe"
     )
 }
 
