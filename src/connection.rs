@@ -107,7 +107,11 @@ pub struct Options {
 pub enum Error {
     /// The load-sharing port cannot be opened.
     #[error(
-        "failed to listen on load-sharing port {address}: {source}; is another program using it?"
+        "failed to listen on load-sharing port {address}: {source}; {}",
+        match .source.kind() {
+            std::io::ErrorKind::PermissionDenied => "ports so low need a privilege, or a lower net.ipv4.ip_unprivileged_port_start",
+            _ => "is another program using it?",
+        }
     )]
     Listen {
         /// The address of the port.

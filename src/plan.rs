@@ -49,7 +49,9 @@ pub use self::environment::environment;
 use self::previous::Previous;
 pub use self::validate::{FieldProblem, ValidPool};
 use crate::pool::{AGENT_PORT, Mapping};
-use crate::table::{Attempts, FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort};
+use crate::table::{
+    Attempts, FORMAT_VERSION, ListenPort, PortRange, Row, RowState, Slot, Table, TargetPort,
+};
 
 /// How long a row is at least `Draining` before its server counts as empty:
 /// readers must have seen the row, and requests under way must have arrived.

@@ -56,6 +56,10 @@ pub const MAX_COUNT: i32 = 10_000;
 /// Most characters of an address that clients are given: the limit of a DNS name.
 pub const MAX_ADDRESS_LENGTH: usize = 253;
 
+/// The first port that a program without privileges may listen on, unless the host or
+/// the network of the pod says otherwise.
+pub const UNPRIVILEGED_PORTS: i32 = 1024;
+
 /// The highest port number.
 pub const MAX_PORT: i32 = 65_535;
 
@@ -142,6 +146,7 @@ pub struct ProcessingPoolSpec {
     #[x_kube(validation = Rule::new("self.exposure == oldSelf.exposure").message("exposure cannot change, because clients know the addresses that it gave: create another pool"))]
     #[x_kube(validation = rules::LOAD_SHARING_PORT_OUTSIDE.to_schema())]
     #[x_kube(validation = rules::ADMIN_PORT_FREE.to_schema())]
+    #[x_kube(validation = rules::NO_LOW_PORTS_OF_HOSTS.to_schema())]
     #[x_kube(validation = rules::ADVERTISED_ADDRESS.to_schema().field_path(".advertisedAddress"))]
     pub connection_server: ConnectionServer,
 
@@ -229,7 +234,7 @@ pub struct ProcessingPoolStatus {
     /// One sentence that says what the pool waits for, or that it is complete.
     pub message: String,
 
-    /// Conditions of the pool. Ready: the pool is as its spec says. Progressing: the controller is changing something. Degraded: something needs the attention of the user. ConnectionServerAvailable: requests are answered. ClientAddressesKept, where companion ports or clientBinding Requester need it: connection servers see the addresses of clients.
+    /// Conditions of the pool. Ready: the pool is as its spec says. Progressing: the controller is changing something. Degraded: something needs the attention of the user. ConnectionServerAvailable: requests are answered. ClientAddressesKept, where companion ports, clientBinding Requester or proxyProtocol need it: connection servers see the addresses of clients.
     #[schemars(extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
@@ -242,7 +247,7 @@ pub struct ConnectionServer {
     #[schemars(range(min = 1, max = MAX_CONNECTION_SERVERS))]
     pub replicas: i32,
 
-    /// Load-sharing port: the HTTP port that clients send requests to, 1 to 65535, outside connectionPorts and not 7701. A change replaces the connection servers; connections through the former ones have drainSeconds to end. Default 7700.
+    /// Load-sharing port: the HTTP port that clients send requests to, 1 to 65535, outside connectionPorts and not 7701; from 1024 on with exposure HostNetwork. A change replaces the connection servers; connections through the former ones have drainSeconds to end. Default 7700.
     #[schemars(range(min = 1, max = MAX_PORT))]
     pub load_sharing_port: i32,
 
@@ -281,7 +286,7 @@ impl Default for ConnectionServer {
     validation = rules::IN_ORDER.to_schema()
 )]
 pub struct ConnectionPorts {
-    /// First port of the range, 1 to 65535.
+    /// First port of the range, 1 to 65535; from 1024 on with exposure HostNetwork.
     #[schemars(range(min = 1, max = MAX_PORT))]
     pub first: i32,
 

@@ -53,7 +53,7 @@ fn hint(error: &io::Error) -> &'static str {
             "; another program uses it: stop that, or move spec.connectionServer.connectionPorts"
         }
         io::ErrorKind::PermissionDenied => {
-            "; ports below 1024 need a privilege: move spec.connectionServer.connectionPorts"
+            "; ports so low need a privilege, or a lower net.ipv4.ip_unprivileged_port_start: move spec.connectionServer.connectionPorts"
         }
         _ => "",
     }

@@ -2,6 +2,7 @@
 //! appear later are reported now, all at once.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 
@@ -260,9 +261,12 @@ fn ports_in_use(
         } else {
             ""
         };
-        let message = format!(
-            "{transport} {address} cannot be listened on: {error}; stop what uses it{choice}"
-        );
+        let remedy = match error.kind() {
+            ErrorKind::PermissionDenied => "this user may not open ports so low: run portpool as root, or lower net.ipv4.ip_unprivileged_port_start with sysctl",
+            _ => "stop what uses it",
+        };
+        let message =
+            format!("{transport} {address} cannot be listened on: {error}; {remedy}{choice}");
         Some(FieldProblem::new(path, message))
     });
     problems.take(MAX_PROBLEMS).collect()

@@ -10,9 +10,10 @@ use kube::ResourceExt;
 
 pub use crate::pool::rules::FieldProblem;
 use crate::pool::{
-    ConnectionServer, EntryAdmission, Exposure, LoadSharing, MAX_CONNECTION_SERVERS, MAX_COUNT,
-    MAX_PORT, MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry, PortProtocol,
-    ProcessingPool, ProxyProtocol, Recycle, Replies, Sessions, WEEK_SECONDS, rules,
+    ClientBinding, ConnectionServer, EntryAdmission, Exposure, LoadSharing, MAX_CONNECTION_SERVERS,
+    MAX_COUNT, MAX_PORT, MAX_PORT_ENTRIES, MAX_REPLICAS, Mapping, Offer, PodTemplate, PortEntry,
+    PortProtocol, ProcessingPool, ProxyProtocol, Recycle, Replies, Sessions, UNPRIVILEGED_PORTS,
+    WEEK_SECONDS, rules,
 };
 use crate::table::{ListenPort, TargetPort};
 
@@ -111,6 +112,29 @@ impl Target {
 }
 
 impl ValidPool {
+    /// The field for which connection servers must see the addresses of clients, and
+    /// its value, in words; `None` if none does.
+    #[must_use]
+    pub fn needs_client_addresses(&self) -> Option<String> {
+        let find = |is_it: fn(&Entry) -> bool, what: &str| {
+            let entry = self.entries.iter().find(|entry| is_it(entry))?;
+            Some(format!("entry {:?} of ports has {what}", entry.name))
+        };
+        let is_companion = |entry: &Entry| entry.admission == Some(EntryAdmission::Companion);
+        let sends_address = |entry: &Entry| entry.proxy_protocol != ProxyProtocol::None;
+        let bound = self.sessions.client_binding == ClientBinding::Requester;
+        find(is_companion, "admission Companion")
+            .or_else(|| bound.then(|| "sessions.clientBinding is Requester".to_owned()))
+            .or_else(|| find(sends_address, "a proxyProtocol"))
+    }
+
+    /// Whether connection servers listen on ports that need a privilege by default.
+    #[must_use]
+    pub fn needs_low_ports(&self) -> bool {
+        let lowest = (*self.connection_ports.start()).min(self.load_sharing_port);
+        i32::from(lowest) < UNPRIVILEGED_PORTS
+    }
+
     /// Checks `pool`.
     ///
     /// # Errors

@@ -19,8 +19,9 @@ pub(super) use self::entries::{
     PROXY_PROTOCOL_OVER_TCP, REPLIES_OVER_UDP,
 };
 use super::{
-    Admission, CONNECTION_ADMIN_PORT, ClientBinding, ConnectionPorts, ConnectionServer,
+    Admission, CONNECTION_ADMIN_PORT, ClientBinding, ConnectionPorts, ConnectionServer, Exposure,
     MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_RANGES, PortEntry, ProcessingPoolSpec, Sessions,
+    UNPRIVILEGED_PORTS,
 };
 
 /// What is wrong with a field.
@@ -174,6 +175,32 @@ pub(super) const ADMIN_PORT_FREE: FieldRule<ConnectionServer> = FieldRule {
     },
 };
 
+pub(super) const NO_LOW_PORTS_OF_HOSTS: FieldRule<ConnectionServer> = FieldRule {
+    cel: || {
+        format!(
+            "self.exposure != 'HostNetwork' || (self.loadSharingPort >= {UNPRIVILEGED_PORTS} && self.connectionPorts.first >= {UNPRIVILEGED_PORTS})"
+        )
+    },
+    message: || {
+        format!(
+            "with exposure HostNetwork, loadSharingPort and connectionPorts must not be below {UNPRIVILEGED_PORTS}, because connection servers have no privilege on a node: choose higher ports, or another exposure"
+        )
+    },
+    problems: |server| {
+        let on_host = server.exposure == Exposure::HostNetwork;
+        let low = |port: i32, path| {
+            broken(on_host && port < UNPRIVILEGED_PORTS, path, || {
+                format!(
+                    "must not be below {UNPRIVILEGED_PORTS} with exposure HostNetwork, because connection servers have no privilege on a node; this is {port}: choose higher ports, or another exposure"
+                )
+            })
+        };
+        let mut problems = low(server.load_sharing_port, "loadSharingPort");
+        problems.extend(low(server.connection_ports.first, "connectionPorts.first"));
+        problems
+    },
+};
+
 pub(super) const ADVERTISED_ADDRESS: FieldRule<ConnectionServer> = FieldRule {
     cel: || {
         "!has(self.advertisedAddress) || (isIP(self.advertisedAddress) ? ip(self.advertisedAddress).isGlobalUnicast() || ip(self.advertisedAddress).isLoopback() || ip(self.advertisedAddress).isLinkLocalUnicast() : self.advertisedAddress.matches('^([0-9A-Za-z_]([0-9A-Za-z_-]{0,61}[0-9A-Za-z_])?([.]|$))+$') && !self.advertisedAddress.matches('(^|[.])[0-9]*$'))".to_owned()
@@ -231,6 +258,7 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     for rule in [
         LOAD_SHARING_PORT_OUTSIDE,
         ADMIN_PORT_FREE,
+        NO_LOW_PORTS_OF_HOSTS,
         ADVERTISED_ADDRESS,
     ] {
         problems.extend(within("spec.connectionServer", (rule.problems)(server)));

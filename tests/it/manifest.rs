@@ -12,7 +12,7 @@ use kube_cel::Validator;
 use portpool::manifest;
 use portpool::plan::{Observed, environment, plan};
 use portpool::pool::{
-    Admission, ClientBinding, ConnectionPorts, EntryAdmission, Mapping, Offer, PortEntry,
+    Admission, ClientBinding, ConnectionPorts, EntryAdmission, Exposure, Mapping, Offer, PortEntry,
     PortProtocol, ProcessingPool, ProcessingPoolSpec, ProxyProtocol, Replies, rules,
 };
 use proptest::prelude::*;
@@ -355,7 +355,7 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
     type Change = fn(&mut ProcessingPoolSpec);
     // A change that breaks a rule, where, and words of the API server's message and of
     // ours, which also has the remedy.
-    let cases: [(Change, &str, &str, &str); 20] = [
+    let cases: [(Change, &str, &str, &str); 22] = [
         (
             |spec| spec.connection_server.connection_ports.last = 20_004,
             "spec.connectionServer.connectionPorts",
@@ -382,6 +382,25 @@ fn every_rule_is_the_same_in_cel_and_in_code() {
             "spec.connectionServer.loadSharingPort",
             "outside connectionPorts",
             "outside connectionPorts, 20000 to",
+        ),
+        (
+            |spec| {
+                spec.connection_server.exposure = Exposure::HostNetwork;
+                spec.connection_server.load_sharing_port = 80;
+            },
+            "spec.connectionServer.loadSharingPort",
+            "no privilege on a node",
+            "choose higher ports, or another exposure",
+        ),
+        (
+            |spec| {
+                spec.connection_server.exposure = Exposure::HostNetwork;
+                spec.connection_server.connection_ports.first = 1023;
+                spec.connection_server.connection_ports.last = 1100;
+            },
+            "spec.connectionServer.connectionPorts.first",
+            "must not be below 1024",
+            "this is 1023",
         ),
         (
             |spec| spec.connection_server.load_sharing_port = 7701,
@@ -653,8 +672,12 @@ proptest! {
         length in prop_oneof![-2..=30, 1000..=30_000],
         is_open in any::<bool>(),
         is_bound in prop_oneof![3 => Just(false), 1 => Just(true)],
+        on_host in any::<bool>(),
     ) {
         let mut spec = small_pool();
+        if on_host {
+            spec.connection_server.exposure = Exposure::HostNetwork;
+        }
         if is_open {
             spec.sessions.admission = Admission::Open;
         }

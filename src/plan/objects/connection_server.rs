@@ -85,6 +85,11 @@ pub(super) fn deployment(owner: Owner<'_>, settings: &Settings) -> Value {
     });
     if on_host {
         spec["hostNetwork"] = true.into();
+    } else if pool.needs_low_ports() {
+        // A safe sysctl, which Pod Security allows. It needs no capability, and holds
+        // for IPv6, too.
+        let every_port = json!({ "name": "net.ipv4.ip_unprivileged_port_start", "value": "0" });
+        spec["securityContext"]["sysctls"] = json!([every_port]);
     }
     if !settings.image_pull_secrets.is_empty() {
         spec["imagePullSecrets"] = pull_secrets(settings).collect();
