@@ -1,6 +1,7 @@
 //! The controller against a real API server.
 
 mod examples;
+mod exposure;
 mod failing;
 mod faults;
 mod fields;

@@ -51,7 +51,7 @@ pub(super) fn services(owner: Owner<'_>, table: &Table) -> Vec<Value> {
 }
 
 fn service(owner: Owner<'_>, name: &str, kind: &str, ports: &[Value]) -> Value {
-    json!({
+    let mut service = json!({
         "apiVersion": "v1",
         "kind": "Service",
         "metadata": metadata(owner, name, CONNECTION_SERVER),
@@ -60,7 +60,12 @@ fn service(owner: Owner<'_>, name: &str, kind: &str, ports: &[Value]) -> Value {
             "selector": selector(&owner.pool.name, CONNECTION_SERVER),
             "ports": ports,
         },
-    })
+    });
+    // Else every node answers, and clients come with its address.
+    if kind != "ClusterIP" && owner.pool.needs_client_addresses().is_some() {
+        service["spec"]["externalTrafficPolicy"] = "Local".into();
+    }
+    service
 }
 
 fn load_sharing_port(owner: Owner<'_>, on_nodes: bool) -> Value {

@@ -11,7 +11,14 @@ fn pools_that_go_by_client_addresses_say_whether_they_have_them() {
     type Expected = Option<(&'static str, &'static str)>;
     let companion: Change = |spec| spec.ports[1].admission = Some(EntryAdmission::Companion);
     let bound: Change = |spec| spec.sessions.client_binding = ClientBinding::Requester;
-    let cases: [(Change, Exposure, Option<&str>, Expected); 7] = [
+    let proxied: Change = |spec| spec.ports[1].proxy_protocol = ProxyProtocol::V2;
+    let cases: [(Change, Exposure, Option<&str>, Expected); 8] = [
+        (
+            proxied,
+            Exposure::NodePort,
+            Some("pool"),
+            Some(("False", "has a proxyProtocol")),
+        ),
         (|_| {}, Exposure::NodePort, Some("pool"), None),
         (
             companion,

@@ -366,39 +366,3 @@ async fn every_exposure_has_its_services_in_the_api_server() {
     assert_eq!(names.len(), 4);
     assert!(names.iter().all(|name| name != "host-processing-servers"));
 }
-
-#[tokio::test]
-async fn a_service_that_hides_the_addresses_of_companions_is_named() {
-    let space = Space::new("hidden-clients").await;
-    let mut spec = quick(1);
-    spec["connectionServer"] =
-        json!({ "exposure": "NodePort", "connectionPorts": { "first": 32200, "last": 32299 } });
-    space.make_ready("games", spec.clone()).await;
-    let condition = async || {
-        let status = space.pool("games").await.status.unwrap();
-        let mut conditions = status.conditions.into_iter();
-        let found = conditions.find(|condition| condition.type_ == "ClientAddressesKept");
-        found.map(|condition| (condition.status, condition.message))
-    };
-    assert_eq!(condition().await, None, "it does not matter");
-    let data = json!({ "name": "data", "mapping": "Identity", "admission": "Companion" });
-    spec["ports"].as_array_mut().unwrap().push(data);
-    space.make_ready("games", spec).await;
-    let (status, message) = condition().await.unwrap();
-    assert_eq!(status, "False", "{message}");
-    assert!(
-        message.contains("service games has externalTrafficPolicy Cluster"),
-        "{message}"
-    );
-    let services = space.objects("", "Service", "services");
-    for service in ["games", "games-ports-0"] {
-        let local = json!({ "spec": { "externalTrafficPolicy": "Local" } });
-        patch(&services, service, local).await;
-    }
-    until("it holds", async || {
-        condition()
-            .await
-            .is_some_and(|(status, _)| status == "True")
-    })
-    .await;
-}
