@@ -12,7 +12,7 @@ use kube::api::DynamicObject;
 use serde_json::Value;
 
 use super::pod_problems;
-use super::stores::{DELETION_COST, Stores, is_owned};
+use super::stores::{DELETION_COST, Stores, condition, is_owned, text};
 use crate::plan::objects::{
     AGENT, COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
     RANGES_ANNOTATION, annotated_ranges, connection_server_name, hash, table_name,
@@ -163,26 +163,12 @@ impl Observation {
     }
 }
 
-pub(super) fn text<'a>(object: &'a DynamicObject, path: &str) -> Option<&'a str> {
-    object.data.pointer(path).and_then(Value::as_str)
-}
-
 fn number(object: &DynamicObject, path: &str) -> i64 {
     object
         .data
         .pointer(path)
         .and_then(Value::as_i64)
         .unwrap_or(0)
-}
-
-pub(super) fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<&'a Value> {
-    let conditions = object
-        .data
-        .pointer("/status/conditions")
-        .and_then(Value::as_array)?;
-    conditions
-        .iter()
-        .find(|condition| condition["type"] == kind)
 }
 
 fn is_ready(pod: &DynamicObject) -> bool {

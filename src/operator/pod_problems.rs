@@ -7,7 +7,7 @@ use kube::ResourceExt;
 use kube::api::DynamicObject;
 use serde_json::Value;
 
-use super::observation::{condition, text};
+use super::stores::{condition, text};
 use crate::plan::End;
 use crate::plan::objects::AGENT;
 use crate::plan::status::Blocker;

@@ -179,6 +179,22 @@ fn trim(kind: &str, object: &mut DynamicObject) {
     }
 }
 
+/// The text at the JSON pointer `path` of `object`.
+pub(super) fn text<'a>(object: &'a DynamicObject, path: &str) -> Option<&'a str> {
+    object.data.pointer(path).and_then(Value::as_str)
+}
+
+/// The condition of `object` of that kind.
+pub(super) fn condition<'a>(object: &'a DynamicObject, kind: &str) -> Option<&'a Value> {
+    let conditions = object
+        .data
+        .pointer("/status/conditions")
+        .and_then(Value::as_array)?;
+    conditions
+        .iter()
+        .find(|condition| condition["type"] == kind)
+}
+
 /// The pool that a changed object belongs to.
 pub(super) fn pool_of(object: &DynamicObject) -> Option<ObjectRef<ProcessingPool>> {
     let name = object.labels().get(POOL_LABEL)?;
