@@ -287,6 +287,7 @@ fn who_comes_replaces_the_oldest_idle_client_of_a_session_that_has_as_many_as_it
     };
     learn_new(&sessions, reported(most));
     let second = admitted(&sessions, DATA, 2);
+    assert_eq!(next(&mut sent), used("a", 2), "the first use");
     // The requester and one with a companion connection stay.
     admitted(&sessions, PORT, 100);
     assert_eq!(next(&mut sent), opened("a"), "the agent keeps those it has");
