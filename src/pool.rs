@@ -156,7 +156,6 @@ pub struct ProcessingPoolSpec {
 
     /// How long sessions last, and who may connect. Default: the defaults of its fields.
     #[serde(default)]
-    #[x_kube(validation = rules::BINDING_OF_SESSIONS.to_schema())]
     pub sessions: Sessions,
 
     /// Longest time in seconds that live sessions keep a processing server running after the pool has shrunk or the template has changed, 0 to 604800. Default 600. `portpool local` uses its option --drain-seconds instead.
@@ -179,8 +178,11 @@ pub struct ProcessingPoolSpec {
 #[serde(transparent)]
 pub struct PodTemplate(pub serde_json::Value);
 
+/// The drain limit of a pool that names none, in seconds.
+pub const DEFAULT_DRAIN_SECONDS: i32 = 600;
+
 fn default_drain_seconds() -> i32 {
-    600
+    DEFAULT_DRAIN_SECONDS
 }
 
 fn default_replicas() -> i32 {

@@ -19,9 +19,8 @@ pub(super) use self::entries::{
     PROXY_PROTOCOL_OVER_TCP, REPLIES_OVER_UDP,
 };
 use super::{
-    Admission, CONNECTION_ADMIN_PORT, ClientBinding, ConnectionPorts, ConnectionServer, Exposure,
-    MAX_ADDRESS_LENGTH, MAX_NAME_LENGTH, MAX_RANGES, PortEntry, ProcessingPoolSpec, Sessions,
-    UNPRIVILEGED_PORTS,
+    CONNECTION_ADMIN_PORT, ConnectionPorts, ConnectionServer, Exposure, MAX_ADDRESS_LENGTH,
+    MAX_NAME_LENGTH, MAX_RANGES, PortEntry, ProcessingPoolSpec, UNPRIVILEGED_PORTS,
 };
 
 /// What is wrong with a field.
@@ -227,20 +226,6 @@ pub(super) const IN_ORDER: FieldRule<ConnectionPorts> = FieldRule {
     },
 };
 
-pub(super) const BINDING_OF_SESSIONS: FieldRule<Sessions> = FieldRule {
-    cel: || "self.clientBinding != 'Requester' || self.admission != 'Open'".to_owned(),
-    message: || {
-        "clientBinding Requester needs admission Session: with Open, everyone may connect without a session".to_owned()
-    },
-    problems: |sessions| {
-        let is_broken = sessions.client_binding == ClientBinding::Requester
-            && sessions.admission == Admission::Open;
-        broken(is_broken, "clientBinding", || {
-            "Requester keeps no one out with sessions.admission Open, where everyone may connect without a session: remove one of the two; single entries of ports may have admission: Open".to_owned()
-        })
-    },
-};
-
 /// What breaks a rule in `spec`, whose fields are within their bounds. In the
 /// order of the fields; paths begin with `spec`.
 #[must_use]
@@ -266,8 +251,6 @@ pub fn check(spec: &ProcessingPoolSpec) -> Vec<FieldProblem> {
     for rule in [IDENTITY_LEAVES_AGENT_PORTS, ENOUGH_PORTS, TABLE_FITS] {
         problems.extend(within("spec", (rule.problems)(spec)));
     }
-    let sessions = (BINDING_OF_SESSIONS.problems)(&spec.sessions);
-    problems.extend(within("spec.sessions", sessions));
     problems
 }
 

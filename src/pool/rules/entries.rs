@@ -71,20 +71,16 @@ pub(super) fn clashes(
 
 pub(in crate::pool) const COMPANIONS_OF_SESSIONS: FieldRule<ProcessingPoolSpec> = FieldRule {
     cel: || {
-        "!self.ports.exists(entry, has(entry.admission) && entry.admission == 'Companion') || self.ports.exists(entry, has(entry.admission) ? entry.admission == 'Session' : self.sessions.admission == 'Session')".to_owned()
+        "size(self.ports) == 0 || self.ports.exists(entry, !has(entry.admission) || entry.admission != 'Companion')".to_owned()
     },
     message: || {
-        "an entry of ports with admission Companion needs another one with admission Session: no client could have a session of companion ports alone, and open ports need none".to_owned()
+        "one entry of ports at least must have another admission than Companion: requests get no companion ports, so no client could have a session".to_owned()
     },
     problems: |spec| {
-        let has = |admission: EntryAdmission| {
-            let of_all = EntryAdmission::from(spec.sessions.admission);
-            let mut entries = spec.ports.iter();
-            entries.any(|entry| entry.admission.unwrap_or(of_all) == admission)
-        };
-        let is_broken = has(EntryAdmission::Companion) && !has(EntryAdmission::Session);
+        let is_companion = |entry: &PortEntry| entry.admission == Some(EntryAdmission::Companion);
+        let is_broken = !spec.ports.is_empty() && spec.ports.iter().all(is_companion);
         broken(is_broken, "ports", || {
-            "has companion ports, which are for clients that have a session, and no entry with admission Session: add an entry for the port that clients ask for, or set admission: Session in one".to_owned()
+            "has only entries with admission Companion, which no request gets, so no client could have a session: add an entry for the port that clients ask for, or remove admission from one".to_owned()
         })
     },
 };
