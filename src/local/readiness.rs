@@ -17,10 +17,16 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Most ports of an entry that are looked at.
 const MAX_PORTS: usize = 16;
 
-/// Whether the server could be given to a client, now or when a session ends: its
-/// workload takes sessions and listens on one of its ports.
+/// Whether the server could be given to a client, now or when a session ends: it
+/// works, and its workload takes sessions.
 pub(super) fn is_ready(server: &ServerState) -> bool {
-    server.attached && !server.not_ready && server.ports.iter().any(is_offered)
+    works(server) && !server.not_ready
+}
+
+/// Whether the workload of the server listens on one of its ports. One that takes no
+/// sessions for now works all the same: it may have some.
+pub(super) fn works(server: &ServerState) -> bool {
+    server.attached && server.ports.iter().any(is_offered)
 }
 
 /// Where the workload of a server should listen.
@@ -41,7 +47,6 @@ pub(super) struct Readiness {
     was_ready: bool,
     /// When the server was last ready, or else when it started.
     last_ready: Instant,
-    started: Instant,
     /// The port entries that a client cannot have without the workload.
     entries: BTreeMap<String, Entry>,
 }
@@ -49,7 +54,7 @@ pub(super) struct Readiness {
 /// What was seen of the ports of one name.
 #[derive(Debug)]
 struct Entry {
-    /// When one of them was last offered, or else when the server started.
+    /// When one of them was last offered, or else when they were first looked at.
     last_offered: Instant,
     /// Whether it was reported that none is offered.
     is_reported: bool,
@@ -60,7 +65,6 @@ impl Readiness {
         Self {
             was_ready: false,
             last_ready: now,
-            started: now,
             entries: BTreeMap::new(),
         }
     }
@@ -120,7 +124,7 @@ impl Readiness {
         now: Instant,
     ) -> Option<String> {
         let entry = self.entries.entry(range.name.clone()).or_insert(Entry {
-            last_offered: self.started,
+            last_offered: now,
             is_reported: false,
         });
         let mut ports = server.ports.iter().filter(|it| it.name == range.name);
@@ -357,6 +361,30 @@ spec:
     }
 
     #[test]
+    fn an_entry_that_a_running_server_gets_has_time_to_be_listened_on() {
+        let start = Instant::now();
+        let mut readiness = Readiness::new(start);
+        let mut at = |table: &Table, server: &ServerState, seconds| {
+            observe_in(table, &mut readiness, server, (start, seconds), (&[], &[]))
+        };
+        let (mut table, mut server) = (table(), server(true, 2, 0));
+        assert_eq!(at(&table, &server, 1), ["t-0 is ready at 127.0.0.2"]);
+        let mut further = table.rows[0].ranges[0].clone();
+        further.name = "further".to_owned();
+        table.rows[0].ranges.push(further);
+        let ports = PortState {
+            name: "further".to_owned(),
+            free: 0,
+            not_listening: 2,
+            ..server.ports[0].clone()
+        };
+        server.ports.push(ports);
+        assert_eq!(at(&table, &server, 60), [""; 0]);
+        assert_eq!(at(&table, &server, 64), [""; 0]);
+        assert_eq!(at(&table, &server, 65).len(), 1);
+    }
+
+    #[test]
     fn a_server_whose_workload_takes_no_sessions_is_not_called_ready() {
         let start = Instant::now();
         let mut readiness = Readiness::new(start);
@@ -368,6 +396,7 @@ spec:
             ..server(true, 2, 0)
         };
         assert!(!is_ready(&unready));
+        assert!(works(&unready), "it is not replaced first");
         assert_eq!(at(&unready, 0), [""; 0]);
         assert_eq!(at(&server(true, 2, 0), 1), ["t-0 is ready at 127.0.0.2"]);
         assert_eq!(at(&unready, 2), [""; 0]);

@@ -14,7 +14,7 @@ use super::addresses::Addresses;
 use super::child::{Program, Supervised};
 use super::events::Events;
 use super::ignored::ignored;
-use super::readiness::{Place, ask_kernel, is_ready};
+use super::readiness::{Place, ask_kernel, works};
 use super::server::{self, Server};
 use super::{Options, check};
 use crate::client::Client;
@@ -267,7 +267,7 @@ impl Running {
                 slot,
                 uid: server.uid.clone(),
                 address: (!server.is_stopping()).then_some(server.address),
-                is_ready: reported.is_some_and(is_ready),
+                is_ready: reported.is_some_and(works),
                 is_outdated: pool.template.as_ref() != Ok(&server.template)
                     || server.is_too_old(pool),
                 is_spent: server.is_spent,
