@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::TcpIncoming;
@@ -48,6 +48,9 @@ const DRAIN_CHECK: Duration = Duration::from_millis(50);
 /// How long connection servers have to acknowledge sessions that the drain
 /// deadline ended.
 const END_GRACE: Duration = Duration::from_secs(1);
+
+/// How long an agent that has drained may take to close what it serves.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Runs the agent of one processing server: selects connection ports for the
 /// workload beside it.
@@ -90,7 +93,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     pub state_file: Option<PathBuf>,
 
-    /// Seconds that sessions may go on after SIGTERM; those that no client has claimed end at once. Default: as the table says, else 30
+    /// Seconds that sessions may go on after SIGTERM; those that no client has claimed end at once. Default: as the table says, else 600
     #[arg(long, value_name = "SECONDS")]
     pub drain_seconds: Option<u64>,
 }
@@ -223,7 +226,9 @@ pub async fn run(options: Options, shutdown: impl Future<Output = ()>) -> Result
     }
     stopping.cancel();
     tasks.close();
-    tasks.wait().await;
+    if timeout(CLOSE_DEADLINE, tasks.wait()).await.is_err() {
+        warn!("agent does not close in time, and exits as it is");
+    }
     Ok(())
 }
 

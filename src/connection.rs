@@ -92,7 +92,7 @@ pub struct Options {
     #[command(flatten)]
     pub limits: forward::Limits,
 
-    /// Seconds that live sessions may go on after SIGTERM. Default: as the table says, else 30
+    /// Seconds that live sessions may go on after SIGTERM. Default: as the table says, else 600
     #[arg(long, value_name = "SECONDS")]
     pub drain_seconds: Option<u64>,
 

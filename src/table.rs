@@ -29,8 +29,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 pub use self::codec::TableError;
 pub use self::index::PortIndex;
 use crate::pool::{
-    EntryAdmission, LoadSharing, Mapping, Offer, PortProtocol, ProxyProtocol, Recycle, Replies,
-    Sessions,
+    DEFAULT_DRAIN_SECONDS, EntryAdmission, LoadSharing, Mapping, Offer, PortProtocol,
+    ProxyProtocol, Recycle, Replies, Sessions,
 };
 
 /// The format that this code writes.
@@ -40,9 +40,9 @@ pub const FORMAT_VERSION: u32 = 2;
 /// `mapping`.
 const OLDEST_FORMAT_VERSION: u32 = 1;
 
-/// The drain limit of a table that has none: the grace period that Kubernetes gives
-/// a pod by default.
-const UNTOLD_DRAIN_SECONDS: u32 = 30;
+/// The drain limit of a table that has none: that of a pool that names none. A
+/// controller that is rolled back leaves it out, and sessions should not end for that.
+const UNTOLD_DRAIN_SECONDS: u32 = DEFAULT_DRAIN_SECONDS.unsigned_abs();
 
 /// Key of the table in its ConfigMap.
 pub const TABLE_KEY: &str = "table.json";

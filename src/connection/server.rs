@@ -22,7 +22,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
@@ -47,6 +47,11 @@ use crate::{admin, follow};
 
 /// How long a stopping connection server waits for requests being answered.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a connection server that has drained may take to close everything: longer
+/// than [`SHUTDOWN_GRACE`] and the farewell to the agents take together. The grace
+/// period of its pod is for the longest drain, so no one else would end it soon.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How often a stopping connection server checks whether sessions are left.
 const DRAIN_CHECK: Duration = Duration::from_millis(100);
@@ -291,9 +296,18 @@ impl Server {
         );
         self.stopping.cancel();
         self.tasks.close();
-        self.tasks.wait().await;
-        self.parts.forwarder.shutdown();
-        self.parts.agents.leave().await;
+        let closing = async {
+            self.tasks.wait().await;
+            let forwarder = self.parts.forwarder.clone();
+            // It waits for threads, which no timeout could interrupt here.
+            let _ = tokio::task::spawn_blocking(move || forwarder.shutdown()).await;
+            self.parts.agents.leave().await;
+        };
+        if timeout(CLOSE_DEADLINE, closing).await.is_err() {
+            error!("connection server does not close in time, and exits as it is");
+            // Its end would wait for the threads; that of the process closes everything.
+            std::mem::forget(self.parts.forwarder.clone());
+        }
     }
 }
 

@@ -88,6 +88,15 @@ fn what_a_row_does_not_say_is_as_before_there_was_a_field_for_it() {
 }
 
 #[test]
+fn a_table_without_a_drain_limit_has_that_of_a_pool_that_names_none() {
+    let mut table = table(Vec::new());
+    for (told, seconds) in [(None, 600), (Some(0), 0), (Some(9), 9)] {
+        table.drain_seconds = told;
+        assert_eq!(table.drain_limit(), Duration::from_secs(seconds));
+    }
+}
+
+#[test]
 fn a_wrong_table_is_refused_with_the_reason() {
     let good = table(vec![
         row(Slot(0), vec![range(20_000, 4)]),

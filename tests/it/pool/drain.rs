@@ -1,7 +1,8 @@
 //! How long sessions go on when a role stops: the table says it, and may say
 //! something else meanwhile.
 
-use std::time::{Duration, Instant};
+use std::net::IpAddr;
+use std::time::Instant;
 
 use rustix::process::Signal;
 
@@ -23,8 +24,16 @@ fn agent(pool: &mut Pool) -> &mut Process {
     &mut pool.agents[0]
 }
 
-/// Checks the role that `role` gives of a pool.
-async fn follows_the_limit(role: fn(&mut Pool) -> &mut Process) {
+fn connection_admin(pool: &Pool) -> (IpAddr, u16) {
+    (pool.connection_address(0), 7701)
+}
+
+fn agent_admin(pool: &Pool) -> (IpAddr, u16) {
+    (pool.server_address(0), 7071)
+}
+
+/// Checks the role that `role` gives of a pool, whose admin port `admin` gives.
+async fn follows_the_limit(role: fn(&mut Pool) -> &mut Process, admin: fn(&Pool) -> (IpAddr, u16)) {
     let mut pool = Pool::new(1, |table| table.drain_seconds = Some(0));
     pool.start_workload(0);
     // The agent's copy stays as it is: connection servers bring it what is newer.
@@ -44,10 +53,7 @@ async fn follows_the_limit(role: fn(&mut Pool) -> &mut Process) {
     let mut stream = connect(&session);
     echo(&mut stream, "before");
     drain_for(&mut pool, 600);
-    for (address, admin) in [
-        (pool.connection_address(0), 7701),
-        (pool.server_address(0), 7071),
-    ] {
+    for (address, admin) in [connection_admin(&pool), agent_admin(&pool)] {
         let follows = async || {
             let table = get(address, admin, "/v1/port-table").replace(' ', "");
             table.contains(r#""drainSeconds":600"#)
@@ -55,16 +61,16 @@ async fn follows_the_limit(role: fn(&mut Pool) -> &mut Process) {
         until("the table is followed", follows).await;
     }
     role(&mut pool).signal(Signal::TERM);
-    for _ in 0..20 {
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        echo(
-            &mut stream,
-            "a session goes on for longer than the limit of the start",
-        );
-    }
-    assert!(role(&mut pool).is_running(), "it drains");
+    let (address, admin) = admin(&pool);
+    // With the limit of the start it would not answer any more.
+    let drains = async || {
+        let answer = get(address, admin, "/readyz");
+        answer.contains("draining") || answer.contains("shutting down")
+    };
+    until("it drains", drains).await;
+    echo(&mut stream, "a session goes on");
     let shortened = Instant::now();
-    drain_for(&mut pool, 3);
+    drain_for(&mut pool, 0);
     assert!(is_cut(&mut stream), "the shorter limit counts at once");
     assert!(role(&mut pool).ends());
     let took = shortened.elapsed();
@@ -73,10 +79,10 @@ async fn follows_the_limit(role: fn(&mut Pool) -> &mut Process) {
 
 #[tokio::test]
 async fn a_connection_server_drains_for_as_long_as_the_present_table_says() {
-    follows_the_limit(connection_server).await;
+    follows_the_limit(connection_server, connection_admin).await;
 }
 
 #[tokio::test]
 async fn an_agent_drains_for_as_long_as_the_present_table_says() {
-    follows_the_limit(agent).await;
+    follows_the_limit(agent, agent_admin).await;
 }
