@@ -369,7 +369,7 @@ impl Book {
     }
 
     /// The first `most` live sessions with ids above `after`, in their order. It
-    /// costs no more than that.
+    /// passes over those between them that are ending.
     #[must_use]
     pub fn live_sessions_after(&self, after: &str, most: usize) -> Vec<selection::Session> {
         let above = (Bound::Excluded(after), Bound::Unbounded);

@@ -235,7 +235,8 @@ pub struct Session {
     pub expires: Option<Timestamp>,
     /// Whether `expires` is from an amendment, not from the pool's longest duration.
     pub has_own_expiry: bool,
-    /// When it was amended last, if it was. To the millisecond.
+    /// When its metadata and its end were set last, by the request or an amendment; absent
+    /// if the metadata is left out here. To the millisecond.
     pub amended: Option<Timestamp>,
 }
 

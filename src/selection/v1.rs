@@ -461,10 +461,10 @@ pub struct Session {
     /// that requested it or have had a connection on it.
     #[prost(string, repeated, tag = "17")]
     pub clients: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
-    /// Milliseconds since the Unix epoch, above that of the session's amendment before;
-    /// 0 if it was never amended. An agent that was restarted takes metadata and
-    /// expires_ms from the connection server with the highest one. A greeting that
-    /// leaves out the metadata leaves out this as well.
+    /// Milliseconds since the Unix epoch: when metadata and expires_ms were set last, by
+    /// the request or by an amendment, and above the time before. 0 if not known: a
+    /// greeting that leaves out the metadata leaves out this as well. An agent that was
+    /// restarted takes both from the connection server with the highest one.
     #[prost(uint64, tag = "18")]
     pub amended_ms: u64,
 }

@@ -121,7 +121,8 @@ impl Book {
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
             expires: self.times.max_duration.map(|most| now.time_in(most)),
             has_own_expiry: false,
-            amended: None,
+            // So that a greeting without its metadata does not count as much as others.
+            amended: Some(now.time),
         };
         self.next_number += 1;
         let described = self.describe(&id, &session);

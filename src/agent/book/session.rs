@@ -68,7 +68,8 @@ pub(super) struct Session {
     pub(super) expires: Option<Timestamp>,
     /// Whether an amendment has set it.
     pub(super) has_own_expiry: bool,
-    /// When it was amended last; each time is later than the one before.
+    /// When its metadata and its end were set last, by the request or an amendment; each
+    /// time is later than the one before. Unknown if a greeting had no room for them.
     pub(super) amended: Option<Timestamp>,
 }
 

@@ -14,11 +14,13 @@ impl World {
         }
         for server in &self.servers {
             for session in server.sessions.list(&Default::default(), 1000).items {
+                let of = (server.name.clone(), session.id);
                 let Some(latest) = session.metadata.get(LATEST) else {
+                    let known = self.latest.get(&of);
+                    assert_eq!(known, None, "the amendment is lost: {of:?}");
                     continue;
                 };
                 let latest = latest.parse().unwrap();
-                let of = (server.name.clone(), session.id);
                 let before = self.latest.insert(of, latest);
                 assert!(before <= Some(latest), "{before:?} became {latest}");
             }

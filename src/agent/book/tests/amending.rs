@@ -177,3 +177,37 @@ fn a_restarted_agent_takes_the_latest_amendment_whoever_greets_first() {
         assert_eq!(restarted.next_deadline(), Some(at(50).monotonic));
     }
 }
+
+/// A greeting leaves out metadata that it has no room for.
+#[test]
+fn a_restarted_agent_takes_metadata_from_whoever_has_it() {
+    for whole_is_first in [false, true] {
+        let mut book = book(vec![range("main", 20_000, 7000, 1)]);
+        let asked = Select {
+            metadata: Metadata::new([("a", "1")]).unwrap(),
+            ..request("s", None)
+        };
+        let selected = book.select(&server("a"), &asked, at(2)).unwrap();
+        let whole = selected.session;
+        let without = selection::Session {
+            metadata: Metadata::default(),
+            amended: None,
+            ..whole.clone()
+        };
+        let mut restarted = Book::new(TIMES, Some(at(20).monotonic));
+        let row = row(vec![range("main", 20_000, 7000, 1)]);
+        restarted.set_row(Some(&row), TIMES, at(5));
+        let mut greetings = [("a", without), ("b", whole.clone())];
+        if whole_is_first {
+            greetings.reverse();
+        }
+        for (from, known) in &greetings {
+            restarted.attach(&server(from), "", std::slice::from_ref(known), at(5));
+        }
+        let live = restarted.live_session(&session("s")).unwrap();
+        assert_eq!(
+            (live.metadata, live.expires),
+            (whole.metadata, whole.expires)
+        );
+    }
+}
