@@ -133,12 +133,13 @@ pub async fn serve(
         .layer(axum::middleware::from_fn(refuse_web_pages))
         .with_state(Arc::new(api));
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    while let Some(place) = stopping.run_until_cancelled(place(&places, &metrics)).await {
-        let Some(accepted) = stopping.run_until_cancelled(listener.accept()).await else {
-            return;
-        };
+    while let Some(accepted) = stopping.run_until_cancelled(listener.accept()).await {
         match accepted {
             Ok((stream, _)) => {
+                let place = stopping.run_until_cancelled(place(&places, &metrics));
+                let Some(place) = place.await else {
+                    return;
+                };
                 let connection = attend(stream, router.clone(), metrics.clone(), place);
                 tokio::spawn(stopping.clone().run_until_cancelled_owned(connection));
             }
@@ -150,11 +151,13 @@ pub async fn serve(
     }
 }
 
-/// Waits for a place; the semaphore is never closed.
+/// A place for a connection, which waits for it and is counted if there is none. The
+/// semaphore is never closed.
 async fn place(places: &Arc<Semaphore>, metrics: &Metrics) -> Option<OwnedSemaphorePermit> {
-    if places.available_permits() == 0 {
-        metrics.request_refused("too-many-connections");
+    if let Ok(place) = places.clone().try_acquire_owned() {
+        return Some(place);
     }
+    metrics.request_refused("too-many-connections");
     places.clone().acquire_owned().await.ok()
 }
 

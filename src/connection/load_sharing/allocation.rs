@@ -31,8 +31,8 @@ use crate::session::{SessionId, SessionRequest};
 use crate::table::{Slot, Table};
 
 /// How long a request waits for the session that `near` names: longer than a report of
-/// its agent takes.
-const NEAR_GRACE: Duration = Duration::from_millis(250);
+/// its agent takes, also on a busy machine. Only a request with an unknown id pays.
+const NEAR_GRACE: Duration = Duration::from_millis(1500);
 
 /// How often it looks whether that is known meanwhile.
 const NEAR_CHECK: Duration = Duration::from_millis(10);
@@ -127,7 +127,10 @@ impl Allocation {
     ) -> Answer {
         let started = Instant::now();
         let wait = Duration::from_secs(request.wait_seconds.into());
-        if let Some(near) = &request.near {
+        let of_key = || self.slot_of_key(request.idempotency_key.as_deref()?);
+        if let Some(near) = &request.near
+            && of_key().is_none()
+        {
             self.until_known(near).await;
         }
         let result = match self.wanted(request, client, table) {

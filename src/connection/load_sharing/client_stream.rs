@@ -16,7 +16,8 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 /// How long after the end of its side a client is first asked whether it is
-/// still there. Nearly every request that does not wait has its answer by then.
+/// still there. Nearly every request that does not wait has its answer by then, unless
+/// it names a session in `near` that is not known yet.
 const FIRST_PROBE: Duration = Duration::from_millis(250);
 
 /// The same for a request that may wait: if it has to, its client holds a place
@@ -86,7 +87,8 @@ impl ClientStream {
             tokio::select! {
                 () = sleep(FIRST_PROBE), if is_probed => {}
                 () = may_wait.0.notified() => {
-                    // Without probes, a port that is free is selected by then.
+                    // Without probes: a port that is free is selected by then, unless
+                    // the session in `near` is not known yet.
                     let first = if is_probed { FIRST_PROBE_OF_WAITING } else { FIRST_PROBE };
                     sleep(first).await;
                 }

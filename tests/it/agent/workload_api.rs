@@ -8,6 +8,7 @@ use std::time::Duration;
 use portpool::session::{MAX_METADATA_BYTES, Metadata, SessionRequest};
 use serde_json::{Value, json};
 
+use crate::common::cluster::until;
 use crate::common::{COUNT, Pool, SERVER_PORT, SOON, connect, echo, get};
 
 /// A running answer to a request to the local API of the server in `slot`.
@@ -448,13 +449,22 @@ async fn what_the_api_refuses_is_counted_by_cause() {
 async fn a_workload_that_floods_the_api_does_not_disturb_its_sessions() {
     let pool = Pool::running(1, |_| {}).await;
     let address = (pool.server_address(0), 7072);
-    let flood: Vec<_> = (0..150)
-        .map(|_| TcpStream::connect(address).unwrap())
-        .collect();
+    let connect_to = |count: usize| -> Vec<_> {
+        let connections = (0..count).map(|_| TcpStream::connect(address).unwrap());
+        connections.collect()
+    };
+    let before = pool.agents[0].descriptors();
+    let mut flood = connect_to(64);
+    let are_open = async || pool.agents[0].descriptors() >= before + 64;
+    until("64 connections are open", are_open).await;
+    assert_eq!(refused(&pool, "too-many-connections"), 0, "none waits");
+    flood.extend(connect_to(1));
+    let is_counted = async || refused(&pool, "too-many-connections") == 1;
+    until("the next one waits", is_counted).await;
+    flood.extend(connect_to(85));
     let session = pool.request().await.unwrap();
     echo(&mut connect(&session), "served");
     assert!(pool.agents[0].descriptors() < 120);
-    assert!(refused(&pool, "too-many-connections") >= 1);
     drop(flood);
     let (status, _) = call(&pool, 0, "GET", "/v1/server", "");
     assert_eq!(status, 200);

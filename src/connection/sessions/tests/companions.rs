@@ -306,6 +306,33 @@ fn who_comes_replaces_the_oldest_idle_client_of_a_session_that_has_as_many_as_it
     assert_eq!(connections(&sessions), [9]);
 }
 
+/// False sources of datagrams cost the agent nothing.
+#[test]
+fn the_agent_learns_who_is_added_and_not_who_replaces_another() {
+    let (sessions, _outbox, mut sent) = started();
+    learn_new(&sessions, requested("a", PORT, 1));
+    let most = u8::try_from(crate::selection::MAX_CLIENTS).unwrap();
+    for last in 1..=most + 10 {
+        admitted(&sessions, PORT, last);
+    }
+    admitted(&sessions, DATA, most + 10);
+    let reports = std::iter::from_fn(|| next(&mut sent));
+    let joins = reports.filter(|sent| {
+        matches!(
+            sent,
+            ToAgent::Joined {
+                is_companion: false,
+                ..
+            }
+        )
+    });
+    assert_eq!(
+        joins.count(),
+        usize::from(most) - 1,
+        "the first one is known"
+    );
+}
+
 #[test]
 fn a_client_that_is_replaced_keeps_its_rights_by_another_session() {
     let (sessions, _outbox, _sent) = started();
