@@ -71,6 +71,7 @@
 //! | Which pods start and stop, also when a node is lost? | `plan.rs`, from what `operator/observation.rs` makes of their pods |
 //! | Which server is not ready? | the same for its pod; `agent/workload_api.rs` for what its workload says |
 //! | What may a workload see and decide itself? | `agent/workload_api.rs` |
+//! | Which session waits for its workload to confirm it? | `agent/book/offers.rs`; rule 10 in `queue.rs` |
 //! | Which connection ports does a slot get? | `plan/ports.rs` |
 //! | How does a new process take over the connections? | `connection/handover.rs` |
 //!
@@ -101,6 +102,8 @@
 //!   **lingering** one whose client may come back; **not listening** one whose
 //!   workload does not listen.
 //! - **unavailable** is a connection port that a connection server cannot listen on.
+//! - **offered** is a session that the workload has yet to confirm, where the pool
+//!   asks it. Its port counts as held.
 //! - **claim**: the client's first connection of a session, due before the
 //!   claim deadline. One that does not reach the workload, or that carries nothing
 //!   from the client and is soon gone, does not count.
@@ -144,7 +147,7 @@
 //! cluster      kube's client, and how watches retry
 //! selection    → pool, table, session            the protocol between connection servers and agents
 //! admin        → table, session                  /livez, /readyz, /metrics, streams of events
-//! session      → pool, table                     the types of the load-sharing API
+//! session      → pool, table                     the types of the load-sharing API and of agents' local API
 //! table        → pool                            the port-relationship table; no tokio
 //! pool         the ProcessingPool resource; no tokio
 //! sock_diag    questions to the kernel about sockets; no tokio

@@ -26,7 +26,7 @@ pub use self::ports::{
     EntryAdmission, Mapping, Offer, PortEntry, PortProtocol, ProxyProtocol, Replies,
 };
 pub use self::recycle::Recycle;
-pub use self::sessions::{Admission, ClientBinding, Sessions};
+pub use self::sessions::{Admission, ClientBinding, Confirm, Sessions};
 
 /// Most characters of a pool's name: pods and services append up to 11 to it, and
 /// a label has at most 63.

@@ -2,8 +2,9 @@
 //! filter that its request put on ports; and the types of the load-sharing API,
 //! which the connection server and the client module share. `ports` has the
 //! ports of a request and of a session, `metadata` what the client says to the
-//! workload, `amendment` what may change in a live session; `body` parses requests,
-//! `page` cuts lists, `problem` is how a request is refused.
+//! workload, `amendment` what may change in a live session, `workload` the types of the
+//! agent's local API; `body` parses requests, `page` cuts lists, `problem` is how a
+//! request is refused.
 //!
 //! The messages about sessions between connection servers and agents are in
 //! `selection`.
@@ -15,6 +16,7 @@ mod metadata;
 pub mod page;
 mod ports;
 mod problem;
+mod workload;
 
 use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
@@ -26,6 +28,10 @@ pub use self::metadata::{
 };
 pub use self::ports::{Block, MAX_BLOCKS, MAX_PORTS, OneOrMore, SessionPort};
 pub use self::problem::{Problem, ProblemName};
+pub use self::workload::{
+    Confirmation, EntryView, PAGE_MAX, Readiness, ServerView, SessionList, SessionListQuery,
+    WorkloadEvent, WorkloadRefusal, WorkloadSession, WorkloadState,
+};
 use crate::pool::{ClientBinding, Policy, PortProtocol};
 use crate::table::{ListenPort, Slot};
 
@@ -36,6 +42,10 @@ pub const MAX_KEY_CHARACTERS: usize = 128;
 /// Longest name of a processing server in a request, in characters: that of a label
 /// of a DNS name, which no name of a pod here exceeds.
 pub const MAX_SERVER_CHARACTERS: usize = 63;
+
+/// Most characters of the reason with which a workload refuses a session: a sentence or
+/// two for the client.
+pub const MAX_REASON_CHARACTERS: usize = 256;
 
 /// Longest time a request may wait for a port, in seconds.
 pub const MAX_WAIT_SECONDS: u32 = 300;
@@ -258,6 +268,10 @@ pub struct Session {
     /// When the port was selected (RFC 3339).
     #[schema(value_type = String, format = DateTime)]
     pub created: jiff::Timestamp,
+    /// What the workload has said when it confirmed the session, where it is asked.
+    #[serde(default, skip_serializing_if = "Metadata::is_empty")]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub workload_metadata: Metadata,
 }
 
 impl Session {

@@ -11,6 +11,9 @@
 //!    └── all acknowledged ── ending ←─────┴─────────────────────────┘
 //! ```
 //!
+//! Where the workload has to confirm sessions, one is *offered* before it is held:
+//! see `offers`.
+//!
 //! A session whose connections have all closed, and that none of them has claimed,
 //! is held again until its claim deadline. So a port scan, or a workload that does
 //! not accept yet, does not cost a client its session.
@@ -29,7 +32,8 @@
 //!
 //! | limit | counts from | what renews it |
 //! |---|---|---|
-//! | claim deadline | the selection | nothing; it does not apply while a connection is open, or after one has claimed the session |
+//! | confirm deadline | the selection | nothing |
+//! | claim deadline | the selection, or the workload's confirmation | nothing; it does not apply while a connection is open, or after one has claimed the session |
 //! | linger time | the end of the last connection | a connection ends it; it counts anew from the end of that one |
 //! | longest duration | the selection | an amendment of the session, which sets another end or none |
 //!
@@ -43,6 +47,7 @@
 //!
 //! - `ports`, `listening`, `session`, `connection_servers`: the parts of the book;
 //! - `select`: the choice of ports, which makes a session;
+//! - `offers`: sessions that the workload has yet to confirm;
 //! - `life`: the changes of sessions;
 //! - `amend`: what administrators and the workload change of a session;
 //! - `attachment`: the arrival and departure of connection servers;
@@ -58,6 +63,7 @@ mod attachment;
 mod connection_servers;
 mod life;
 mod listening;
+mod offers;
 mod ports;
 mod recycling;
 mod select;
@@ -72,6 +78,7 @@ pub use self::amend::Amended;
 use self::connection_servers::ConnectionServers;
 use self::life::end_notice;
 pub use self::listening::{ServerPort, SocketId};
+pub use self::offers::NotOffered;
 use self::ports::Ports;
 use self::recycling::Recycling;
 pub use self::select::{NextPorts, Selected};
@@ -106,6 +113,8 @@ pub enum To {
     ServersBut(ConnectionServerId),
     /// This one.
     One(ConnectionServerId),
+    /// None of them: only the workload beside the agent.
+    Workload,
 }
 
 /// The book of one processing server.
@@ -196,13 +205,16 @@ impl Book {
         self.ports.see(port, socket, now.monotonic);
     }
 
-    /// Takes a report of the connection server `from`: `Opened`, `Joined`, `Closed`,
-    /// `Release` or `Ended`. Other messages do nothing.
+    /// Takes a report of the connection server `from`: `Withdraw`, `Opened`, `Joined`,
+    /// `Closed`, `Release` or `Ended`. Other messages do nothing.
     pub fn report(&mut self, from: &ConnectionServerId, report: &ToAgent, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
         match report {
+            ToAgent::Withdraw { request_id } => {
+                self.withdraw(from, *request_id, now, &mut notices);
+            }
             ToAgent::Opened(id) => {
-                if self.sessions.contains_key(id) {
+                if self.sessions.get(id).is_some_and(|it| !it.is_offered()) {
                     self.opened(from, id, &mut notices);
                 } else {
                     notices.push(end_notice(To::One(from.clone()), id, EndCause::Unknown));
@@ -238,7 +250,8 @@ impl Book {
     /// The live session on `port`.
     #[must_use]
     pub fn look_up(&self, port: ListenPort) -> Option<selection::Session> {
-        self.live_session(self.ports.session(port)?)
+        let session = self.live_session(self.ports.session(port)?)?;
+        session.confirm_deadline.is_none().then_some(session)
     }
 
     /// Whether `port` has no session.
@@ -277,6 +290,7 @@ impl Book {
             };
             let cause = match session.state {
                 _ if is_due(session.at_most) => EndCause::MaxDuration,
+                State::Offered(_) => EndCause::NotConfirmedInTime,
                 State::Held => EndCause::Unclaimed,
                 _ => EndCause::Finished,
             };
@@ -299,10 +313,12 @@ impl Book {
 
     /// Offers no more ports, because the server is being stopped. Sessions whose
     /// clients have not come within `COMING` end: their clients can have a server
-    /// that stays, and a stop must not wait for clients that may never come.
-    pub fn stop(&mut self, now: Now) {
+    /// that stays, and a stop must not wait for clients that may never come. Offered
+    /// sessions end at once, because no client knows their ports.
+    pub fn stop(&mut self, now: Now) -> Vec<Notice> {
         self.stopping = true;
         self.held_until.get_or_insert(now.monotonic + COMING);
+        self.end_those(now, Session::is_offered)
     }
 
     /// Ends every session, because the time to drain has passed.

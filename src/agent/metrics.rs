@@ -7,7 +7,7 @@ use prometheus_client::registry::Registry;
 
 use crate::admin::register;
 use crate::follow::RejectedTables;
-use crate::selection::RefusalCause;
+use crate::selection::{FromAgent, RefusalCause};
 
 /// Counters of one agent.
 pub struct Metrics {
@@ -73,5 +73,14 @@ impl Metrics {
     pub fn selected(&self, refused: Option<RefusalCause>) {
         let outcome = refused.map_or("SELECTED", RefusalCause::name);
         self.selections.get_or_create(&Outcome { outcome }).inc();
+    }
+
+    /// Counts `message` if it is such an answer.
+    pub fn sent(&self, message: &FromAgent) {
+        match message {
+            FromAgent::Selected { .. } => self.selected(None),
+            FromAgent::Refused { cause, .. } => self.selected(Some(*cause)),
+            _ => {}
+        }
     }
 }

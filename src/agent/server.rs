@@ -22,17 +22,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use parking_lot::Mutex;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, broadcast, mpsc};
 use tracing::{info, warn};
 
 use super::book::{Book, Notice, Now, ServerPort, Times, To};
 use super::metrics::Metrics;
 use super::sockets::Reader;
-use super::workload_view::WorkloadEvent;
 use crate::follow::{Rejected, is_newer};
 use crate::selection::{ConnectionServerId, Counts, FromAgent};
-use crate::session::{Block, OneOrMore};
+use crate::session::{Block, OneOrMore, WorkloadEvent};
 use crate::table::{Slot, Table};
 
 /// The messages to one stream. Unbounded, because every message answers a
@@ -112,6 +111,15 @@ impl Agent {
         let mut inner = self.inner.lock();
         let now = self.now();
         let notices = change(&mut inner.book, now);
+        self.conclude(inner, notices, now);
+    }
+
+    /// Does what follows from a change that has returned `notices`.
+    fn conclude(&self, mut inner: MutexGuard<'_, Inner>, notices: Vec<Notice>, now: Now) {
+        // Answers that had to wait for the workload.
+        for notice in &notices {
+            self.metrics.sent(&notice.message);
+        }
         inner.conclude(notices, now);
         drop(inner);
         self.sooner.notify_one();
@@ -156,10 +164,7 @@ impl Agent {
 
     /// Offers no more ports, and ends the sessions whose clients do not come soon.
     pub fn stop(&self) {
-        self.change(|book, now| {
-            book.stop(now);
-            Vec::new()
-        });
+        self.change(Book::stop);
     }
 
     /// Ends every session.
@@ -256,6 +261,7 @@ impl Inner {
         for Notice { to, message } in notices {
             self.tell_workload(&to, &message);
             match to {
+                To::Workload => {}
                 To::One(id) => {
                     if let Some(outbox) = self.outboxes.get(&id) {
                         send(outbox, message);

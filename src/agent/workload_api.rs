@@ -1,7 +1,7 @@
 //! The local API for the workload beside the agent: which server it is, which
 //! sessions it has and what happens to them; and what the workload may decide:
-//! end a session, take no new ones for a while, or be replaced. A program that
-//! does not ask works as before.
+//! confirm or refuse a session where the pool asks it, change or end one, take no new
+//! ones for a while, or be replaced. A program that does not ask works as before.
 //!
 //! It is served on a loopback address, which nothing outside the pod reaches by
 //! itself, so it asks for no credentials. Web pages in a browser of the pod are
@@ -12,7 +12,10 @@
 //! What the workload says is the agent's own knowledge and is forgotten when the
 //! agent restarts; its event streams end then, so that a workload notices.
 //!
-//! Decisions are in `book`; `workload_view` has what the answers look like.
+//! Decisions are in `book`; `session::workload` has what the answers look like, and
+//! `refused` why there is none.
+
+mod refused;
 
 use std::convert::Infallible;
 use std::net::IpAddr;
@@ -32,6 +35,7 @@ use futures::Stream;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::de::DeserializeOwned;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -41,16 +45,18 @@ use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use self::refused::Refused;
 use super::metrics::Metrics;
 use super::pace::Pace;
 use super::server::Agent;
-use super::workload_view::{
-    PAGE_MAX, Readiness, ServerView, SessionList, SessionListQuery, WorkloadEvent, WorkloadSession,
-};
+use super::workload_view::page_of;
 use crate::admin::events::Watchers;
 use crate::admin::web_pages;
-use crate::session::body::{BodyError, parse_json_object};
-use crate::session::{AmendRefusal, Amendment, Problem, ProblemName, SessionId};
+use crate::session::body::parse_json_object;
+use crate::session::{
+    Amendment, Confirmation, PAGE_MAX, Problem, ProblemName, Readiness, ServerView, SessionId,
+    SessionList, SessionListQuery, WorkloadEvent, WorkloadRefusal, WorkloadSession,
+};
 
 /// Most bytes of a request's body: metadata of 4 KiB with room for escapes, six bytes
 /// for each.
@@ -106,6 +112,8 @@ fn documented() -> OpenApiRouter<Arc<Api>> {
         .routes(routes!(drain))
         .routes(routes!(list_sessions))
         .routes(routes!(get_session, amend_session, end_session))
+        .routes(routes!(confirm_session))
+        .routes(routes!(refuse_session))
         .routes(routes!(watch_events))
         .routes(routes!(get_openapi))
 }
@@ -282,7 +290,7 @@ async fn list_sessions(
     query: Result<Query<SessionListQuery>, QueryRejection>,
 ) -> Result<Json<SessionList>, Refused> {
     let Query(query) = query.map_err(|error| Refused::Parameter(error.body_text()))?;
-    let page = SessionList::new(&query, |after, most| api.agent.sessions_after(after, most));
+    let page = page_of(&query, |after, most| api.agent.sessions_after(after, most));
     let wrong = || Refused::Parameter(format!("limit must be 1 to {PAGE_MAX}"));
     page.map(Json).ok_or_else(wrong)
 }
@@ -333,6 +341,69 @@ async fn amend_session(
     Ok(Json(WorkloadSession::from(&session)))
 }
 
+/// Confirms a session that is `Offered`: its client gets the port. The same again changes
+/// nothing.
+#[utoipa::path(
+    post,
+    path = "/v1/sessions/{id}/confirm",
+    params(("id" = String, Path, description = "The session's id")),
+    request_body(content = Option<Confirmation>, description = "May be left out"),
+    responses(
+        (status = 200, description = "The session, which its client may use now", body = WorkloadSession),
+        (status = "4XX", description = "The body is not as described (`not-json`, `malformed`, `invalid-field`, `body` if it is too large), no live session has this id, for example because its time to confirm is over or its client has left (`no-session`), the workload is not asked about it (`not-offered`), or it was confirmed before (`confirmed`)", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn confirm_session(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<SessionId>, PathRejection>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Json<WorkloadSession>, Refused> {
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    let Confirmation { metadata } = optional(&headers, body)?;
+    let session = api.agent.confirm_session(&id, &metadata)?;
+    Ok(Json(WorkloadSession::from(&session)))
+}
+
+/// Refuses a session that is `Offered`: another processing server is asked for its
+/// client, or it is refused.
+#[utoipa::path(
+    post,
+    path = "/v1/sessions/{id}/refuse",
+    params(("id" = String, Path, description = "The session's id")),
+    request_body(content = Option<WorkloadRefusal>, description = "May be left out"),
+    responses(
+        (status = 204, description = "The session is over"),
+        (status = "4XX", description = "The body is not as described (`not-json`, `malformed`, `invalid-field`, `body` if it is too large), no live session has this id, for example because its time to confirm is over or its client has left (`no-session`), the workload is not asked about it (`not-offered`), or it was confirmed before (`confirmed`)", body = Problem, content_type = "application/problem+json"),
+    )
+)]
+async fn refuse_session(
+    State(api): State<Arc<Api>>,
+    id: Result<Path<SessionId>, PathRejection>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<StatusCode, Refused> {
+    let Path(id) = id.map_err(|_| Refused::NoSession)?;
+    let refusal: WorkloadRefusal = optional(&headers, body)?;
+    if !refusal.is_valid() {
+        return Err(Refused::Reason);
+    }
+    api.agent.refuse_session(&id, refusal.reason.as_deref())?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// A body that may be left out, and is a JSON object otherwise.
+fn optional<T: Default + DeserializeOwned>(
+    headers: &HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<T, Refused> {
+    let body = body?;
+    if body.is_empty() {
+        return Ok(T::default());
+    }
+    Ok(parse_json_object(headers, &body)?)
+}
+
 /// Ends a session: its connections are cut, and its port goes to others.
 #[utoipa::path(
     delete,
@@ -355,9 +426,10 @@ async fn end_session(
 }
 
 /// Changes of sessions from now on, as server-sent events. The name of an event is
-/// the state that the session is in now (`Held`, `Busy`, `Lingering`), `Ended`, or
-/// `Amended` if its metadata or its end has changed; its data is a `WorkloadEvent`. A watcher that reads too slowly gets an event `lost`
-/// with the number of those that it missed. To miss nothing, watch first and then list.
+/// the state that the session is in now (`Offered`, `Held`, `Busy`, `Lingering`), `Ended`,
+/// or `Amended` if its metadata or its end has changed; its data is a `WorkloadEvent`. A
+/// watcher that reads too slowly gets an event `lost` with the number of those that it
+/// missed. To miss nothing, watch first and then list.
 #[utoipa::path(
     get,
     path = "/v1/events",
@@ -379,61 +451,4 @@ async fn watch_events(
 #[utoipa::path(get, path = "/openapi.json", responses((status = 200, description = "OpenAPI")))]
 async fn get_openapi() -> Json<utoipa::openapi::OpenApi> {
     Json(openapi())
-}
-
-/// Why a request is refused.
-#[derive(Debug, thiserror::Error)]
-enum Refused {
-    #[error("the body must be {{\"ready\": true}} or {{\"ready\": false}}: {0}")]
-    Readiness(BodyError),
-    #[error("{0}")]
-    Parameter(String),
-    #[error(transparent)]
-    NotRead(#[from] BytesRejection),
-    #[error(transparent)]
-    Amendment(#[from] BodyError),
-    #[error(transparent)]
-    NotAmended(#[from] AmendRefusal),
-    #[error("the agent has no table with this server yet; ask again in a second")]
-    NoRow,
-    #[error("no live session has this id; it may be over")]
-    NoSession,
-    #[error("send the request within {} s", ANSWER_DEADLINE.as_secs())]
-    TooSlow,
-    #[error("{WATCHERS_MAX} clients watch events already: end one, or ask again")]
-    TooManyWatchers,
-    #[error("see /openapi.json for the paths and methods")]
-    NotFound,
-    #[error("see /openapi.json for the paths and methods")]
-    MethodNotAllowed,
-}
-
-impl IntoResponse for Refused {
-    fn into_response(self) -> Response {
-        let (status, name, title) = match &self {
-            Self::Parameter(_) => (
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "invalid-field",
-                "Invalid field",
-            ),
-            Self::NotRead(rejection) => (rejection.status(), "body", "Wrong body"),
-            Self::Readiness(error) | Self::Amendment(error) => error.problem(),
-            Self::NotAmended(refusal) => refusal.problem(),
-            Self::NoRow => (StatusCode::SERVICE_UNAVAILABLE, "starting", "Starting"),
-            Self::NoSession => (StatusCode::NOT_FOUND, "no-session", "No such session"),
-            Self::TooSlow => (StatusCode::REQUEST_TIMEOUT, "too-slow", "Request too slow"),
-            Self::TooManyWatchers => (
-                StatusCode::SERVICE_UNAVAILABLE,
-                "too-many-watchers",
-                "Too many watchers",
-            ),
-            Self::NotFound => (StatusCode::NOT_FOUND, "not-found", "No such resource"),
-            Self::MethodNotAllowed => (
-                StatusCode::METHOD_NOT_ALLOWED,
-                "method-not-allowed",
-                "Method not allowed",
-            ),
-        };
-        Problem::response(status, name, title, self.to_string())
-    }
 }

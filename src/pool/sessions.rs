@@ -1,10 +1,15 @@
 //! The settings of sessions in a pool's spec.
 
+use std::time::Duration;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::{HOUR_SECONDS, MONTH_SECONDS, WEEK_SECONDS};
+
+/// Longest time that a workload may have to confirm a session: its client waits meanwhile.
+const MAX_CONFIRM_SECONDS: i32 = 10;
 
 /// How long sessions last, and who may connect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -33,8 +38,24 @@ pub struct Sessions {
     /// Whether a connection needs a session, unless the entry of its port says otherwise. Session: connections to a port without one are reset. Open: they are forwarded. Default Session.
     pub admission: Admission,
 
+    /// Whether the workload decides about each session before its client gets the port. Never: it does not. Workload: it must confirm the session at its agent's local API within confirmSeconds, else the next processing server is asked. Default Never.
+    pub confirm: Confirm,
+
+    /// Time in seconds that the workload has to confirm or refuse a session, 1 to 10; at most 5 more than the request's waitSeconds. Default 3.
+    #[schemars(range(min = 1, max = MAX_CONFIRM_SECONDS))]
+    pub confirm_seconds: i32,
+
     /// Who may connect to the port of a session. Any: every client that knows the port. Requester: only the address that the request came from. Default Any.
     pub client_binding: ClientBinding,
+}
+
+impl Sessions {
+    /// The time that the workload has to confirm a session; `None` if it need not.
+    #[must_use]
+    pub fn confirm_within(&self) -> Option<Duration> {
+        let seconds = u64::try_from(self.confirm_seconds).unwrap_or(0);
+        (self.confirm == Confirm::Workload).then(|| Duration::from_secs(seconds))
+    }
 }
 
 impl Default for Sessions {
@@ -46,9 +67,21 @@ impl Default for Sessions {
             max_duration_seconds: 0,
             linger_seconds: 5,
             admission: Admission::default(),
+            confirm: Confirm::default(),
+            confirm_seconds: 3,
             client_binding: ClientBinding::default(),
         }
     }
+}
+
+/// Whether the workload decides about sessions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Confirm {
+    /// It does not.
+    #[default]
+    Never,
+    /// It confirms or refuses each before its client gets the port.
+    Workload,
 }
 
 /// Whether a connection needs a session.

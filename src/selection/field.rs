@@ -7,7 +7,9 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 
 use crate::pool::PortProtocol;
-use crate::session::{MAX_KEY_CHARACTERS, Metadata, MetadataError, SessionId};
+use crate::session::{
+    MAX_KEY_CHARACTERS, MAX_REASON_CHARACTERS, Metadata, MetadataError, SessionId,
+};
 use crate::table::ListenPort;
 
 /// Most characters of a bad value that an error shows.
@@ -60,6 +62,12 @@ pub(super) fn optional(
 pub(super) fn idempotency_key(text: String) -> Result<Option<String>, FieldError> {
     let rule = "have at most 128 characters";
     optional("idempotency_key", text, MAX_KEY_CHARACTERS, rule)
+}
+
+/// A reason of the workload, which people read; empty is none.
+pub(super) fn reason(text: String) -> Result<Option<String>, FieldError> {
+    let rule = "have at most 256 characters";
+    optional("reason", text, MAX_REASON_CHARACTERS, rule)
 }
 
 pub(super) fn metadata(entries: BTreeMap<String, String>) -> Result<Metadata, FieldError> {

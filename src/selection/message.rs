@@ -2,6 +2,7 @@
 //! every id, port and address in them is a valid one.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use jiff::Timestamp;
 
@@ -36,6 +37,11 @@ pub enum ToAgent {
     },
     /// The request to select one of the available connection ports.
     Select(Select),
+    /// The sender needs no answer to a request whose session is offered any more.
+    Withdraw {
+        /// The request.
+        request_id: u64,
+    },
     /// The first connection on the session is open at the sender.
     Opened(SessionId),
     /// A client of another address than those before has a connection on the session
@@ -117,6 +123,9 @@ pub struct Select {
     pub metadata: Metadata,
     /// The requester's address, if it is known.
     pub requester: Option<IpAddr>,
+    /// The time that the workload has to confirm the session; `None` if it is not
+    /// asked. To the millisecond.
+    pub confirm_within: Option<Duration>,
 }
 
 /// A message from an agent to a connection server.
@@ -141,6 +150,15 @@ pub enum FromAgent {
         request_id: u64,
         /// Why it has not.
         cause: RefusalCause,
+        /// What the workload says about it, if it has refused.
+        reason: Option<String>,
+    },
+    /// The workload is asked whether it takes the session.
+    Offered {
+        /// The request whose answer waits for that.
+        request_id: u64,
+        /// The ports by name and state, with that of the session as taken.
+        counts: Counts,
     },
     /// A session that is new to the receiver, or whose state has changed.
     Session(Session),
@@ -238,6 +256,11 @@ pub struct Session {
     /// When its metadata and its end were set last, by the request or an amendment; absent
     /// if the metadata is left out here. To the millisecond.
     pub amended: Option<Timestamp>,
+    /// What the workload has said when it confirmed the session.
+    pub workload_metadata: Metadata,
+    /// While the workload has yet to confirm it: until when. Only the agent knows of
+    /// such a session; it is not sent.
+    pub confirm_deadline: Option<Timestamp>,
 }
 
 #[cfg(test)]
@@ -260,6 +283,8 @@ impl Session {
             expires: None,
             has_own_expiry: false,
             amended: None,
+            workload_metadata: Metadata::default(),
+            confirm_deadline: None,
         }
     }
 }
@@ -275,7 +300,8 @@ pub enum RefusalCause {
     Draining,
     /// The server's row has no port of that name or protocol.
     UnknownPort,
-    /// The session id is in use.
+    /// The session id is in use; or the session of the key is offered to the workload,
+    /// and the request is not for that, or too many are.
     DuplicateId,
     /// The agent was restarted and offers no ports before connection servers
     /// have had time to report their sessions.
@@ -286,6 +312,12 @@ pub enum RefusalCause {
     KeyReused,
     /// The server's row, or the workload itself, says that it is not ready.
     NotReady,
+    /// The workload has not confirmed the session in time.
+    NotConfirmed,
+    /// The workload has refused the session.
+    RefusedByWorkload,
+    /// The sender has taken the request back.
+    Withdrawn,
 }
 
 /// Why a session is over.
@@ -310,4 +342,8 @@ pub enum EndCause {
     Unknown,
     /// The workload ended it.
     EndedByWorkload,
+    /// The workload has not confirmed it in time.
+    NotConfirmedInTime,
+    /// The workload has refused it.
+    DeclinedByWorkload,
 }

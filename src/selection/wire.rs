@@ -104,6 +104,8 @@ impl TryFrom<v1::Session> for Session {
                 0 => None,
                 amended => Some(timestamp("amended_ms", amended)?),
             },
+            workload_metadata: metadata(session.workload_metadata)?,
+            confirm_deadline: None,
         })
     }
 }
@@ -169,6 +171,7 @@ impl From<Session> for v1::Session {
             expires_ms: session.expires.map_or(0, unix_ms),
             own_expiry: session.has_own_expiry,
             amended_ms: session.amended.map_or(0, unix_ms),
+            workload_metadata: session.workload_metadata.into(),
         }
     }
 }
@@ -206,6 +209,7 @@ mod tests {
             expires_ms: 61_000,
             own_expiry: true,
             amended_ms: 3_000,
+            workload_metadata: [("seat".to_owned(), "4".to_owned())].into(),
         }
     }
 
@@ -224,6 +228,7 @@ mod tests {
             metadata: Default::default(),
             expires_ms: 0,
             amended_ms: 0,
+            workload_metadata: Default::default(),
             ..session()
         };
         let read = Session::try_from(bare.clone()).unwrap();
@@ -250,6 +255,7 @@ mod tests {
             lingering_since_ms: most,
             further_ports: Vec::new(),
             metadata: Default::default(),
+            workload_metadata: Default::default(),
             expires_ms: most,
             amended_ms: most,
             ..session()

@@ -64,7 +64,7 @@ fn sixty_four_thousand_ports_stay_far_below_a_config_map() {
 
 #[test]
 fn the_encoding_is_as_committed() {
-    let golden = r#"{"formatVersion":2,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Session","clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"}]}]}"#;
+    let golden = r#"{"formatVersion":2,"pool":"pool","poolUid":"uid","generation":3,"advertisedAddress":"games.example.org","agentPort":7070,"loadSharing":{"policy":"LeastSessions"},"sessions":{"claimSeconds":30,"idleTimeoutSeconds":3600,"udpIdleTimeoutSeconds":60,"maxDurationSeconds":0,"lingerSeconds":5,"admission":"Session","confirm":"Never","confirmSeconds":3,"clientBinding":"Any"},"rows":[{"slot":0,"server":"a-pool-with-a-long-name-0","serverUid":"6f1c2e1a-6f0e-4d27-9d5e-0c8f2a7b9e10","address":"2001:db8:1234:5678:9abc:def0:1234:5678","state":"Active","ranges":[{"name":"main","connectionPort":20000,"serverPort":7000,"count":4,"protocol":"TCP"}]}]}"#;
     assert_eq!(
         table(vec![row(Slot(0), vec![range(20_000, 4)])])
             .encode()

@@ -2,7 +2,9 @@
 //! claim, and limits that outlive it.
 
 mod claims;
+mod confirm;
 mod limits;
 mod no_sock_diag;
 mod one_shot;
+mod withdrawal;
 mod workload_api;

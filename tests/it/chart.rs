@@ -63,6 +63,8 @@ fn is_for_want(refusal: &Refusal) -> bool {
         | Refusal::UnknownServer
         | Refusal::UnknownSession
         | Refusal::KeyReused
+        // What the workloads decide.
+        | Refusal::NotConfirmed { .. }
         // Another connection server answers.
         | Refusal::ShuttingDown => false,
     }
@@ -108,6 +110,11 @@ fn the_alert_on_refused_clients_knows_every_refusal_for_want_of_a_port() {
         Refusal::UnknownServer,
         Refusal::UnknownSession,
         Refusal::KeyReused,
+        Refusal::NotConfirmed {
+            silent: 1,
+            refused: 0,
+            reason: None,
+        },
         Refusal::ShuttingDown,
     ];
     let wanted = refusals.iter().filter(|refusal| is_for_want(refusal));

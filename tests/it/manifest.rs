@@ -120,7 +120,7 @@ fn the_page_about_programs_has_valid_entries_and_all_examples() {
     let fragments: Vec<&str> = fragments
         .map(|rest| rest.split_once("```").unwrap().0)
         .collect();
-    assert_eq!(fragments.len(), 6);
+    assert_eq!(fragments.len(), 7);
     for fragment in fragments {
         let (head, template) = GOOD.split_once("  ports:").unwrap();
         let (_, template) = template.split_once("  template:").unwrap();

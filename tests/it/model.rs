@@ -5,14 +5,17 @@
 //! What must never happen: two sessions on one port, a session of two ports that
 //! has only one, a free port with a connection somewhere, a port that is lost, a
 //! session that is over and comes back, a companion connection that outlives the
-//! sessions of its client, an amendment that is undone.
+//! sessions of its client, an amendment that is undone, a session that a connection
+//! server knows before the workload has confirmed it or that one gives back which others
+//! have, a question that is answered twice or never.
 
 mod checks;
 mod clients;
+mod offers;
 mod orders;
 mod streams;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::num::NonZeroU8;
 use std::sync::Arc;
@@ -25,8 +28,8 @@ use portpool::connection::sessions::{Action, CompanionCut, Outbox, Sessions};
 use portpool::forward::{Decision, Gate, PendingId, SessionKey, Traffic, Transport};
 use portpool::pool::{EntryAdmission, PortProtocol};
 use portpool::selection::{
-    CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, FromAgent, GONE_AFTER,
-    KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Select, ToAgent,
+    CLOSED_AFTER, CUT_AFTER, CUT_SLACK, ConnectionServerId, EndCause, FromAgent, GONE_AFTER,
+    KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, RefusalCause, Select, ToAgent,
 };
 use portpool::session::{Block, Metadata, OneOrMore, PortFilter, SessionId};
 use portpool::table::{ListenPort, PortIndex, PortRange, Slot, Table};
@@ -53,6 +56,13 @@ enum Event {
     /// A connection server asks an agent for a port, or for both that it has.
     Select(usize, usize),
     SelectBoth(usize, usize),
+    /// The same for a port that the workload has to confirm, with a key or without.
+    Offer(usize, usize, Option<u8>),
+    /// The workload of an agent confirms an offered session, or refuses it.
+    Decide(usize, bool),
+    /// The clients of a connection server leave that wait for a workload: the oldest
+    /// question to it is withdrawn.
+    Withdraw(usize, usize),
     /// The next message of a stream arrives at the agent, or at the
     /// connection server.
     ToAgent(usize, usize),
@@ -108,11 +118,21 @@ struct Stream {
     sent: UnboundedReceiver<ToAgent>,
     to_agent: VecDeque<ToAgent>,
     from_agent: VecDeque<FromAgent>,
+    /// The questions that are not answered.
+    asks: BTreeMap<u64, Ask>,
     /// When the connection server notices that the stream is broken. Nothing
     /// arrives any more.
     broken: Option<Duration>,
     /// Whether its process has handed over, so that it receives nothing any more.
     is_former: bool,
+}
+
+/// A question of a connection server whose answer waits for a workload.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ask {
+    has_key: bool,
+    is_offered: bool,
+    is_withdrawn: bool,
 }
 
 struct ConnectionServer {
@@ -172,6 +192,8 @@ struct World {
     /// Connection servers, by name, and sessions that they knew and that are over
     /// for them: given back through them, or ended by their agent.
     over: HashSet<(ConnectionServerId, SessionId)>,
+    /// Sessions that clients have given back.
+    released: HashSet<SessionId>,
     /// When the recovery of each agent is over.
     recovered_at: Vec<Duration>,
     /// Sessions that each agent has ended since it was started.
@@ -230,6 +252,7 @@ impl World {
             cuts: Vec::new(),
             unnoticed: Vec::new(),
             over: HashSet::new(),
+            released: HashSet::new(),
             recovered_at: vec![Duration::ZERO; agents],
             ended: vec![HashSet::new(); agents],
             amendments: 0,
@@ -295,33 +318,14 @@ impl World {
     fn happen(&mut self, event: Event) {
         let agents = self.agents.len();
         match event {
-            Event::Select(server, agent) | Event::SelectBoth(server, agent) => {
-                let both = Block {
-                    filter: PortFilter::default(),
-                    count: const { NonZeroU8::new(2).unwrap() },
-                };
-                let ports = match event {
-                    Event::SelectBoth(..) => OneOrMore::one(both),
-                    _ => OneOrMore::default(),
-                };
-                self.names += 1;
-                let session_id = format!("session-{}", self.names);
-                if let Some(stream) = &mut self.servers[server % SERVERS].streams[agent % agents]
-                    && stream.broken.is_none()
-                    && !stream.is_former
-                {
-                    let select = Select {
-                        request_id: 0,
-                        session_id: SessionId::new(&session_id).unwrap(),
-                        idempotency_key: None,
-                        ports,
-                        bound_client: None,
-                        metadata: Metadata::default(),
-                        requester: None,
-                    };
-                    stream.to_agent.push_back(ToAgent::Select(select));
-                }
+            Event::Select(server, agent)
+            | Event::SelectBoth(server, agent)
+            | Event::Offer(server, agent, _) => {
+                let select = self.request(event);
+                self.ask(server % SERVERS, agent % agents, select);
             }
+            Event::Decide(agent, is_confirmed) => self.decide(agent % agents, is_confirmed),
+            Event::Withdraw(server, agent) => self.withdraw(server % SERVERS, agent % agents),
             Event::ToAgent(server, agent) => {
                 self.deliver_to_agent(server % SERVERS, agent % agents)
             }
@@ -375,6 +379,7 @@ impl World {
                     && let Ok(actions) = sessions.release(&id)
                 {
                     let name = self.servers[server % SERVERS].name.clone();
+                    self.released.insert(id.clone());
                     self.over.insert((name, id));
                     self.carry_out(server % SERVERS, actions);
                 }
@@ -474,7 +479,7 @@ impl World {
         let (due, later): (Vec<_>, Vec<_>) = all.partition(|(at, ..)| *at <= now);
         self.unnoticed = later;
         for (_, agent, name) in due {
-            self.agents[agent].detach(&name, self.now);
+            self.agent_notices(agent, &name);
             self.end_former(agent, &name);
         }
         for server in 0..SERVERS {

@@ -24,11 +24,14 @@ impl Book {
         now: Now,
     ) -> Vec<Notice> {
         let mut notices = Vec::new();
+        self.forget_asker(from, now, &mut notices);
         self.connection_servers
             .attach(from, host_identity, now.monotonic);
         let listed: BTreeMap<&SessionId, &selection::Session> =
             known.iter().map(|session| (&session.id, session)).collect();
-        let ids: Vec<SessionId> = self.sessions.keys().cloned().collect();
+        let sessions = self.sessions.iter();
+        let known = sessions.filter(|(_, session)| !session.is_offered());
+        let ids: Vec<SessionId> = known.map(|(id, _)| id.clone()).collect();
         for id in ids {
             if let Some(known) = listed.get(&id) {
                 self.joined(from, &id, &known.clients, &mut notices);
@@ -66,7 +69,7 @@ impl Book {
             }
         }
         let sessions = self.sessions.iter();
-        let live = sessions.filter(|(_, session)| session.is_live());
+        let live = sessions.filter(|(_, session)| session.is_live() && !session.is_offered());
         notices.extend(live.map(|(id, session)| Notice {
             to: To::One(from.clone()),
             message: FromAgent::Session(self.describe(id, session)),
@@ -120,6 +123,9 @@ impl Book {
             expires,
             has_own_expiry: known.has_own_expiry,
             amended: known.amended,
+            // Where it is asked: who knows the session has learned it from the book before.
+            is_confirmed: true,
+            workload_metadata: known.workload_metadata.clone(),
         };
         if known.open_here {
             session.open.insert(owner.clone());
@@ -143,9 +149,12 @@ impl Book {
     }
 
     /// Notes that the stream of a connection server has ended.
-    pub fn detach(&mut self, from: &ConnectionServerId, now: Now) {
+    pub fn detach(&mut self, from: &ConnectionServerId, now: Now) -> Vec<Notice> {
+        let mut notices = Vec::new();
+        self.forget_asker(from, now, &mut notices);
         self.connection_servers
             .detach(from, self.next_number, now.monotonic);
+        notices
     }
 
     /// Removes a connection server that has said goodbye. Nothing is open there
@@ -153,6 +162,7 @@ impl Book {
     /// through others.
     pub fn leave(&mut self, from: &ConnectionServerId, now: Now) -> Vec<Notice> {
         let mut notices = Vec::new();
+        self.forget_asker(from, now, &mut notices);
         self.connection_servers.remove(from);
         self.ports
             .set_unavailable(self.connection_servers.unavailable());

@@ -2,10 +2,11 @@
 //! keeps a session's state, deadline and ports in step, and adds the messages to
 //! send.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
+use super::offers::refusals;
 use super::ports::Occupancy;
 use super::session::{Closed, Session, State};
 use super::{Book, Notice, Now, To};
@@ -48,7 +49,8 @@ impl Book {
         clients: &[IpAddr],
         notices: &mut Vec<Notice>,
     ) {
-        let is_new = live(&mut self.sessions, id).is_some_and(|session| {
+        let session = live(&mut self.sessions, id).filter(|session| !session.is_offered());
+        let is_new = session.is_some_and(|session| {
             let new = clients.iter().filter(|client| session.join(**client));
             new.count() > 0
         });
@@ -75,6 +77,9 @@ impl Book {
         now: Now,
         notices: &mut Vec<Notice>,
     ) {
+        if self.sessions.get(id).is_some_and(Session::is_offered) {
+            return;
+        }
         let until = self.no_sooner_than_recovered(now.monotonic + self.times.linger);
         self.update(id, notices, |session| {
             let was_open = session.open.remove(from);
@@ -150,6 +155,18 @@ impl Book {
         now: Now,
         notices: &mut Vec<Notice>,
     ) {
+        self.end_for(id, cause, None, now, notices);
+    }
+
+    /// The same for the `reason` that the workload gives.
+    pub(super) fn end_for(
+        &mut self,
+        id: &SessionId,
+        cause: EndCause,
+        reason: Option<&str>,
+        now: Now,
+        notices: &mut Vec<Notice>,
+    ) {
         let Some(session) = live(&mut self.sessions, id) else {
             return;
         };
@@ -162,11 +179,18 @@ impl Book {
         if !session.is_claimed && !session.has_used_companion && session.open.is_empty() {
             self.recycling.unused();
         }
-        session.state = State::Ending(self.connection_servers.may_know(session.number));
+        let (knowing, to) = match &session.state {
+            State::Offered(offer) => {
+                notices.extend(refusals(offer, cause, reason));
+                (BTreeSet::new(), To::Workload)
+            }
+            _ => (self.connection_servers.may_know(session.number), To::All),
+        };
+        session.state = State::Ending(knowing);
         for port in session.ports.iter() {
             self.ports.mark(*port, Occupancy::Ending);
         }
-        notices.push(end_notice(To::All, id, cause));
+        notices.push(end_notice(to, id, cause));
         self.remember_over(id);
         self.free_when_acknowledged(id, now);
     }
@@ -273,6 +297,11 @@ impl Book {
             expires: session.expires,
             has_own_expiry: session.has_own_expiry,
             amended: session.amended,
+            workload_metadata: session.workload_metadata.clone(),
+            confirm_deadline: match &session.state {
+                State::Offered(offer) => Some(offer.deadline),
+                _ => None,
+            },
         }
     }
 }

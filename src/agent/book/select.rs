@@ -5,10 +5,10 @@
 use std::collections::BTreeSet;
 
 use super::listening::ServerPort;
-use super::session::{Session, State};
+use super::session::{Asker, Offer, Session, State};
 use super::{Book, Notice, Now, To};
 use crate::selection::{self, ConnectionServerId, FromAgent, RefusalCause, Select};
-use crate::session::{Block, OneOrMore};
+use crate::session::{Block, Metadata, OneOrMore};
 use crate::table::ListenPort;
 
 /// The ports that a request gets next.
@@ -27,6 +27,9 @@ pub struct Selected {
     pub session: selection::Session,
     /// The messages to send before the answer.
     pub notices: Vec<Notice>,
+    /// Whether the workload has yet to confirm the session. The answer is a notice
+    /// then, once it has decided or its time is over.
+    pub is_offered: bool,
 }
 
 impl Book {
@@ -81,8 +84,12 @@ impl Book {
     ) -> Result<Selected, RefusalCause> {
         if let Some(same) = self.with_key_of(request) {
             let session = same?;
-            let notices = Vec::new();
-            return Ok(Selected { session, notices });
+            let is_offered = self.join_offer(&session.id, owner, request)?;
+            return Ok(Selected {
+                session,
+                notices: Vec::new(),
+                is_offered,
+            });
         }
         if self.sessions.contains_key(&request.session_id) {
             return Err(RefusalCause::DuplicateId);
@@ -97,11 +104,22 @@ impl Book {
         let ports = self.ports.choose(&request.ports);
         let ports = ports.ok_or(RefusalCause::NoFreePort)?;
         let id = request.session_id.clone();
+        let confirm_within = request.confirm_within;
+        let wait = confirm_within.unwrap_or(self.times.claim);
+        let state = confirm_within.map_or(State::Held, |within| {
+            State::Offered(Offer {
+                askers: vec![Asker {
+                    from: owner.clone(),
+                    request_id: request.request_id,
+                }],
+                deadline: now.time_in(within),
+            })
+        });
         let session = Session {
             number: self.next_number,
             ports,
             owner: owner.clone(),
-            state: State::Held,
+            state,
             open: BTreeSet::new(),
             is_claimed: false,
             has_used_companion: false,
@@ -117,24 +135,32 @@ impl Book {
             created: now.time,
             claim_deadline: now.time_in(self.times.claim),
             claim_until: now.monotonic + self.times.claim,
-            until: Some(now.monotonic + self.times.claim),
+            until: Some(now.monotonic + wait),
             at_most: self.times.max_duration.map(|most| now.monotonic + most),
             expires: self.times.max_duration.map(|most| now.time_in(most)),
             has_own_expiry: false,
             // So that a greeting without its metadata does not count as much as others.
             amended: Some(now.time),
+            is_confirmed: false,
+            workload_metadata: Metadata::default(),
         };
         self.next_number += 1;
         let described = self.describe(&id, &session);
         self.insert(id, session);
         self.recycling.begun();
+        let is_offered = confirm_within.is_some();
         let notice = Notice {
-            to: To::AllBut(owner.clone()),
+            to: if is_offered {
+                To::Workload
+            } else {
+                To::AllBut(owner.clone())
+            },
             message: FromAgent::Session(described.clone()),
         };
         Ok(Selected {
             session: described,
             notices: vec![notice],
+            is_offered,
         })
     }
 

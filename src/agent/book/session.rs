@@ -19,11 +19,29 @@ pub(super) const ADOPTED: u64 = 0;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum State {
+    /// The workload has yet to confirm it; no connection server knows it.
+    Offered(Offer),
     Held,
     Busy,
     Lingering,
     /// It is over; these have not acknowledged the end yet.
     Ending(BTreeSet<ConnectionServerId>),
+}
+
+/// A session that the workload has yet to confirm.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Offer {
+    /// The requests that the answer is for: at least one.
+    pub(super) askers: Vec<Asker>,
+    /// Until when the workload may confirm it.
+    pub(super) deadline: Timestamp,
+}
+
+/// A request of a connection server that is not answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Asker {
+    pub(super) from: ConnectionServerId,
+    pub(super) request_id: u64,
 }
 
 /// When the last connection of a session closed.
@@ -71,6 +89,9 @@ pub(super) struct Session {
     /// When its metadata and its end were set last, by the request or an amendment; each
     /// time is later than the one before. Unknown if a greeting had no room for them.
     pub(super) amended: Option<Timestamp>,
+    /// Whether the workload has confirmed it, and what it has said then.
+    pub(super) is_confirmed: bool,
+    pub(super) workload_metadata: Metadata,
 }
 
 impl Session {
@@ -113,11 +134,16 @@ impl Session {
 
     pub(super) fn occupancy(&self) -> Occupancy {
         match self.state {
-            State::Held => Occupancy::Held,
+            State::Offered(_) | State::Held => Occupancy::Held,
             State::Busy => Occupancy::Busy,
             State::Lingering => Occupancy::Lingering,
             State::Ending(_) => Occupancy::Ending,
         }
+    }
+
+    /// Whether the workload has yet to confirm it.
+    pub(super) fn is_offered(&self) -> bool {
+        matches!(self.state, State::Offered(_))
     }
 
     pub(super) fn is_live(&self) -> bool {

@@ -14,6 +14,7 @@ mod limits;
 mod listing;
 mod looking;
 mod offering;
+mod offers;
 mod recycling;
 mod restart;
 mod several;
@@ -115,6 +116,7 @@ fn request(id: &str, idempotency_key: Option<String>) -> Select {
         bound_client: None,
         metadata: Metadata::default(),
         requester: None,
+        confirm_within: None,
     }
 }
 
@@ -408,7 +410,7 @@ fn what_the_book_keeps_does_not_grow_with_the_sessions_seen() {
         }
         match number % 2 {
             0 => drop(book.leave(&another, now)),
-            _ => book.detach(&another, now),
+            _ => drop(book.detach(&another, now)),
         }
         for earlier in number.saturating_sub(40)..=number {
             book.report(&server("a"), &ended(&format!("{earlier:06}")), now);

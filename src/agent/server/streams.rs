@@ -106,10 +106,7 @@ impl Agent {
     fn detach(&self, from: &ConnectionServerId, outbox: &Outbox) {
         if self.drop_outbox(from, outbox) {
             info!(connection_server = %from, "connection server detached");
-            self.change(|book, now| {
-                book.detach(from, now);
-                Vec::new()
-            });
+            self.change(|book, now| book.detach(from, now));
         }
     }
 
@@ -165,7 +162,8 @@ impl Agent {
             }
             // The client gave the session back, on whichever stream that comes.
             ToAgent::Release(_) => self.change(|book, now| book.report(from, message, now)),
-            ToAgent::Opened(_)
+            ToAgent::Withdraw { .. }
+            | ToAgent::Opened(_)
             | ToAgent::Joined { .. }
             | ToAgent::Closed { .. }
             | ToAgent::Ended(_) => {
@@ -174,10 +172,8 @@ impl Agent {
                 let counts = inner.is_current(from, outbox);
                 if counts {
                     let notices = inner.book.report(from, message, now);
-                    inner.conclude(notices, now);
+                    self.conclude(inner, notices, now);
                 }
-                drop(inner);
-                self.sooner.notify_one();
                 return counts;
             }
         }
@@ -237,21 +233,34 @@ impl Agent {
             }
             None => Err(RefusalCause::Malformed),
         };
-        self.metrics.selected(selected.as_ref().err().copied());
         let answer = match selected {
-            Ok(Selected { session, notices }) => {
+            Ok(Selected {
+                session,
+                notices,
+                is_offered,
+            }) => {
                 inner.send(notices);
-                FromAgent::Selected {
-                    request_id,
-                    session,
-                    counts: inner.send_counts(To::AllBut(from.clone()), now),
+                let counts = inner.send_counts(To::AllBut(from.clone()), now);
+                if is_offered {
+                    FromAgent::Offered { request_id, counts }
+                } else {
+                    FromAgent::Selected {
+                        request_id,
+                        session,
+                        counts,
+                    }
                 }
             }
             Err(cause) => {
                 inner.send_counts(To::All, now);
-                FromAgent::Refused { request_id, cause }
+                FromAgent::Refused {
+                    request_id,
+                    cause,
+                    reason: None,
+                }
             }
         };
+        self.metrics.sent(&answer);
         send(outbox, answer);
         drop(inner);
         self.sooner.notify_one();

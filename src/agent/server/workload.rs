@@ -6,10 +6,12 @@ use tokio::sync::broadcast;
 use tracing::info;
 
 use super::{Agent, Inner, send};
-use crate::agent::book::{Amended, To};
-use crate::agent::workload_view::{EntryView, ServerView, WorkloadEvent};
+use crate::agent::book::{Amended, Book, NotOffered, Notice, Now, To};
+use crate::agent::workload_view::{amended, event_of};
 use crate::selection::{FromAgent, Session};
-use crate::session::{AmendRefusal, Amendment, SessionId};
+use crate::session::{
+    AmendRefusal, Amendment, EntryView, Metadata, ServerView, SessionId, WorkloadEvent,
+};
 
 impl Agent {
     /// The server as the workload sees it; `None` without a row.
@@ -71,17 +73,53 @@ impl Agent {
         } = inner.book.amend(id, amendment, now)?;
         if is_changed {
             info!(session = %id, "session amended");
-            for outbox in inner.outboxes.values() {
+            // No connection server knows one that is not confirmed.
+            let is_known = session.confirm_deadline.is_none();
+            for outbox in inner.outboxes.values().filter(|_| is_known) {
                 send(outbox, FromAgent::Session(session.clone()));
             }
             // No one may watch.
-            let _ = inner
-                .events
-                .send(WorkloadEvent::amended(&session, now.time));
+            let _ = inner.events.send(amended(&session, now.time));
         }
         drop(inner);
         self.sooner.notify_one();
         Ok(session)
+    }
+
+    /// Confirms the offered session `id` for the workload, which says `metadata` to the
+    /// client. Returns the session.
+    ///
+    /// # Errors
+    /// [`NotOffered`]; nothing has changed then.
+    pub fn confirm_session(
+        &self,
+        id: &SessionId,
+        metadata: &Metadata,
+    ) -> Result<Session, NotOffered> {
+        self.decide(|book, now| book.confirm(id, metadata.clone(), now))?;
+        self.session(id).ok_or(NotOffered::Unknown)
+    }
+
+    /// Refuses the offered session `id` for the workload, which gives the `reason`.
+    ///
+    /// # Errors
+    /// [`NotOffered`]; nothing has changed then.
+    pub fn refuse_session(&self, id: &SessionId, reason: Option<&str>) -> Result<(), NotOffered> {
+        self.decide(|book, now| book.refuse(id, reason, now))
+    }
+
+    fn decide(
+        &self,
+        decide: impl FnOnce(&mut Book, Now) -> Result<Vec<Notice>, NotOffered>,
+    ) -> Result<(), NotOffered> {
+        let mut outcome = Ok(());
+        self.change(|book, now| {
+            decide(book, now).unwrap_or_else(|error| {
+                outcome = Err(error);
+                Vec::new()
+            })
+        });
+        outcome
     }
 
     /// Offers ports only while the workload `is_ready` for new sessions.
@@ -120,7 +158,7 @@ impl Inner {
         if matches!(to, To::One(_) | To::ServersBut(_)) || self.events.receiver_count() == 0 {
             return;
         }
-        if let Some(event) = WorkloadEvent::of(message, Timestamp::now()) {
+        if let Some(event) = event_of(message, Timestamp::now()) {
             // The last one may have left meanwhile.
             let _ = self.events.send(event);
         }

@@ -222,9 +222,14 @@ impl LinkTask {
                 let (ask, allocated) = (AskId(request_id), Allocated { slot, session });
                 allocation.selected(change, ask, &allocated, counts);
             }
-            FromAgent::Refused { request_id, cause } => {
-                allocation.refused(change, AskId(request_id), cause);
+            FromAgent::Offered { request_id, counts } => {
+                allocation.offered(change, AskId(request_id), slot, counts);
             }
+            FromAgent::Refused {
+                request_id,
+                cause,
+                reason,
+            } => allocation.refused(change, AskId(request_id), cause, reason),
             FromAgent::Session(session) => allocation.found(change, slot, session),
             FromAgent::End { session_id, cause } => {
                 self.agents.metrics.session_ended(cause.name());

@@ -253,6 +253,8 @@ fn sessions() -> impl Strategy<Value = SessionsSnapshot> {
                 has_own_expiry: key % 3 == 0,
                 amended: (key % 3 == 0)
                     .then_some(jiff::Timestamp::UNIX_EPOCH + jiff::SignedDuration::from_secs(5)),
+                workload_metadata: Metadata::default(),
+                confirm_deadline: None,
             },
             carried: Carried {
                 connections: key / 2,

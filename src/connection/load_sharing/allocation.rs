@@ -19,7 +19,7 @@ use tokio::sync::{Notify, oneshot};
 use tracing::debug;
 
 use super::possible;
-use super::queue::{Allocated, AskId, Caller, Decision, Queue, Wanted};
+use super::queue::{Allocated, AskId, Caller, Decision, Queue, Unconfirmed, Wanted};
 use super::refusal::Refusal;
 use crate::connection::control::{Change, Control};
 use crate::connection::metrics::Metrics;
@@ -76,9 +76,9 @@ struct Entered {
 impl Drop for Entered {
     fn drop(&mut self) {
         let mut inner = self.allocation.inner.lock();
-        inner.queue.leave(self.caller);
+        let decisions = inner.queue.leave(self.caller);
         inner.clients.remove(&self.caller);
-        self.allocation.hurry(&inner);
+        self.allocation.carry_out(&mut inner, decisions);
         drop(inner);
         // An answer that came too late for the client.
         if let Ok(Ok(allocated)) = self.answer.try_recv()
@@ -239,10 +239,20 @@ impl Allocation {
     fn carry_out(&self, inner: &mut Inner, decisions: Vec<Decision>) {
         for decision in decisions {
             match decision {
-                Decision::Ask { ask, slot, wanted } => {
+                Decision::Ask {
+                    ask,
+                    slot,
+                    wanted,
+                    confirm_within,
+                } => {
                     if let Some(outbox) = inner.outboxes.get(&slot) {
                         // When the stream just broke, it is detached next.
-                        let _ = outbox.send(ToAgent::Select(select(ask, wanted)));
+                        let _ = outbox.send(ToAgent::Select(select(ask, wanted, confirm_within)));
+                    }
+                }
+                Decision::Withdraw { ask, slot } => {
+                    if let Some(outbox) = inner.outboxes.get(&slot) {
+                        let _ = outbox.send(ToAgent::Withdraw { request_id: ask.0 });
                     }
                 }
                 Decision::Answer(caller, answer) => {
@@ -316,7 +326,7 @@ impl Allocation {
     }
 
     /// An agent has selected a port for the question `ask`, after which it has
-    /// `counts`. A new session whose client is gone is given back.
+    /// `counts`. A new session that no one needs any more is given back.
     pub fn selected(&self, change: &Change<'_>, ask: AskId, allocated: &Allocated, counts: Counts) {
         let Allocated { slot, session } = allocated;
         // Under one key an agent selects the same session again.
@@ -327,10 +337,10 @@ impl Allocation {
         change.learn(*slot, session.clone(), span);
         let mut inner = self.inner.lock();
         let now = Instant::now();
-        let (is_received, decisions) = inner.queue.selected(ask, allocated, counts, now);
+        let (is_needed, decisions) = inner.queue.selected(ask, allocated, counts, now);
         // Under the lock: a client that asks again under the key must not be told
         // of what is given back.
-        if !is_received
+        if !is_needed
             && is_new
             && change.release(&session.id).is_err()
             && let Some(outbox) = inner.outboxes.get(slot)
@@ -341,15 +351,26 @@ impl Allocation {
     }
 
     /// An agent has refused to select a port for the question `ask`.
-    pub fn refused(&self, _: &Change<'_>, ask: AskId, cause: RefusalCause) {
-        self.change(|queue, now| queue.refused(ask, cause, now));
+    /// The workload may give a `reason`.
+    pub fn refused(&self, _: &Change<'_>, ask: AskId, cause: RefusalCause, reason: Option<String>) {
+        self.change(|queue, now| match Unconfirmed::new(cause, reason) {
+            Some(unconfirmed) => queue.turned_down(ask, unconfirmed, now),
+            None => queue.refused(ask, cause, now),
+        });
+    }
+
+    /// An agent asks its workload to confirm the session for the question `ask`, and has
+    /// `counts` then.
+    pub fn offered(&self, _: &Change<'_>, ask: AskId, slot: Slot, counts: Counts) {
+        self.change(|queue, now| queue.offered(ask, slot, counts, now));
     }
 
     /// An agent reported a session that another connection server made. It may be
     /// what a request with its key waits for.
     pub fn found(&self, change: &Change<'_>, slot: Slot, session: Session) {
         change.learn(slot, session.clone(), SessionSpan::learned);
-        if session.idempotency_key.is_some() {
+        // One that is over here, and that its agent still reports, is no answer.
+        if session.idempotency_key.is_some() && self.sessions.get(&session.id).is_some() {
             self.change(|queue, _| queue.found(&Allocated { slot, session }));
         }
     }
@@ -398,7 +419,7 @@ fn wanted_of_any(
     })
 }
 
-fn select(ask: AskId, wanted: Wanted) -> Select {
+fn select(ask: AskId, wanted: Wanted, confirm_within: Option<Duration>) -> Select {
     Select {
         request_id: ask.0,
         session_id: SessionId::random(),
@@ -407,6 +428,7 @@ fn select(ask: AskId, wanted: Wanted) -> Select {
         bound_client: wanted.bound_client,
         metadata: wanted.metadata,
         requester: wanted.requester,
+        confirm_within,
     }
 }
 

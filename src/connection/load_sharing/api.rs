@@ -150,7 +150,7 @@ fn documented() -> (Router<Arc<Api>>, utoipa::openapi::OpenApi) {
         (status = 413, description = "The body is too large", body = Problem, content_type = "application/problem+json"),
         (status = 415, description = "The body is not application/json", body = Problem, content_type = "application/problem+json"),
         (status = 422, description = "A field is wrong, or what it names does not exist; `type` says which: `invalid-field`, `unknown-port`, `companion-port`, `unknown-server` (`server`), `unknown-session` (`near`), `key-reused`", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `not-ready` (the servers' pods are not Ready, or their workloads have said so), `no-server` (servers are starting, being removed or being replaced), `not-selected` (servers did not answer), `queue-full`, `shutting-down`, `departed` (the client ended its side)", body = Problem, content_type = "application/problem+json",
+        (status = 503, description = "No session now; `type` says why: `no-free-port` (all matching ports are in use), `not-listening` (the workload listens on none), `not-ready` (the servers' pods are not Ready, or their workloads have said so), `no-server` (servers are starting, being removed or being replaced), `not-selected` (servers did not answer), `not-confirmed` (the workloads did not take the session), `queue-full`, `shutting-down`, `departed` (the client ended its side)", body = Problem, content_type = "application/problem+json",
             headers(("retry-after" = u32, description = "Seconds"))),
     )
 )]
@@ -311,6 +311,7 @@ impl Api {
             claim_deadline: is_held.then_some(session.claim_deadline),
             expires: session.expires,
             created: session.created,
+            workload_metadata: session.workload_metadata.clone(),
         }
     }
 }

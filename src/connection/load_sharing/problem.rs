@@ -138,6 +138,7 @@ impl Refused {
                     Refusal::Draining => (Code::SERVICE_UNAVAILABLE, "Servers being removed"),
                     Refusal::AgentsTooOld => (Code::SERVICE_UNAVAILABLE, "Agents too old"),
                     Refusal::NotSelected => (Code::SERVICE_UNAVAILABLE, "No server answered"),
+                    Refusal::NotConfirmed { .. } => (Code::SERVICE_UNAVAILABLE, "Not confirmed"),
                     Refusal::QueueFull => (Code::SERVICE_UNAVAILABLE, "Queue full"),
                     Refusal::ShuttingDown => (Code::SERVICE_UNAVAILABLE, "Shutting down"),
                     Refusal::UnknownPort { .. } => (Code::UNPROCESSABLE_ENTITY, "Unknown port"),

@@ -22,7 +22,8 @@
 //!    least [`RETURN_TIME`]: who gives a port back may ask at once.
 //! 3. **Leaving.** A request whose client is gone leaves at once, with or
 //!    without a key. If a server is being asked for it, what that selects is
-//!    given back, unless the client has asked again under its key.
+//!    given back, unless the client has asked again under its key. If a workload is
+//!    being asked, the question is withdrawn: see rule 10.
 //! 4. **Keys.** Requests with the same idempotency key are one request with
 //!    several clients: one place, one session. Each client has its own deadline;
 //!    one that does not wait is refused at once while the others wait. The
@@ -57,8 +58,17 @@
 //!    that waited at its end and could use what was kept. So neither kind waits for
 //!    ever while sessions end: turns grow until the sessions on a server end in one,
 //!    and what is kept in vain is kept for half of the time at most.
+//! 10. **Confirmation.** Where workloads confirm sessions, a server that has a port offers
+//!     the session to its workload before it answers. If that refuses, or is silent for
+//!     too long, the next server is asked, and this one not again for the request. It is
+//!     refused when all servers have turned it down, or as otherwise. A client is refused
+//!     [`ASK_LIMIT`] after its wait at the latest, and a workload has no longer than
+//!     that. A question that no client needs any more is withdrawn: what the same
+//!     workload is asked for others, under the same key, goes on. So what was offered
+//!     under a key is never given back for want of a client here: others may have it.
 
 mod keeping;
+mod offers;
 mod request;
 mod steps;
 
@@ -66,7 +76,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use self::keeping::Keeping;
-pub use self::request::{Allocated, AskError, Decision, Wanted};
+pub use self::request::{Allocated, AskError, Decision, Unconfirmed, Wanted};
 use self::request::{Group, Usable};
 use super::refusal::Refusal;
 use super::servers::{ReportNumber, Reservation, Servers};
@@ -126,6 +136,8 @@ struct Request {
     /// The servers that did not select a port for it, with the number of what
     /// they had reported last.
     refused_by: BTreeMap<Slot, ReportNumber>,
+    /// The servers whose workloads have not confirmed it. They are not asked again.
+    turned_down_by: BTreeMap<Slot, Unconfirmed>,
     /// How many servers it may still ask that have reported no free port.
     looks_left: u32,
     /// From when on it may have a turn; `None` for a request for one port.
@@ -143,6 +155,10 @@ struct Ask {
     deadline: Instant,
     /// The request that needs the answer.
     place: Option<Place>,
+    /// The time that the workload has to confirm the session, where it is asked.
+    confirm_within: Option<Duration>,
+    /// Whether the workload is being asked. The server's counts have the port then.
+    is_offered: bool,
 }
 
 /// What may be due.
@@ -170,6 +186,8 @@ pub struct Queue {
     asks: BTreeMap<AskId, Ask>,
     deadlines: BTreeSet<(Instant, Due)>,
     is_closed: bool,
+    /// The time that workloads have to confirm a session, where the pool asks them.
+    confirm: Option<Duration>,
     last_number: u64,
     /// What the change under way leads to.
     decisions: Vec<Decision>,
@@ -190,6 +208,7 @@ impl Queue {
             asks: BTreeMap::new(),
             deadlines: BTreeSet::new(),
             is_closed: false,
+            confirm: None,
             last_number: 0,
             decisions: Vec::new(),
         }
@@ -215,6 +234,11 @@ impl Queue {
             let is_its = wanted.made(live.slot, &live.session);
             let answer = is_its.then_some(live).ok_or(Refusal::KeyReused);
             return (caller, vec![Decision::Answer(caller, answer)]);
+        }
+        if self.is_closed && self.confirm.is_some() {
+            // A workload may take longer than a server that stops has.
+            let refusal = Decision::Answer(caller, Err(Refusal::ShuttingDown));
+            return (caller, vec![refusal]);
         }
         let until = if is_returning || self.servers.has_returning() {
             until.max(now + RETURN_TIME)
@@ -245,14 +269,17 @@ impl Queue {
     }
 
     /// A client is gone. [`Queue::tick`] may be due then.
-    pub fn leave(&mut self, caller: Caller) {
+    #[must_use]
+    pub fn leave(&mut self, caller: Caller) -> Vec<Decision> {
         if let Some(&place) = self.places.get(&caller) {
             self.forget(place, caller);
         }
+        self.take_decisions()
     }
 
     /// A server has selected the ports under `ask`; `counts` are those after it.
-    /// Returns also whether a client receives the session.
+    /// Returns also whether someone needs the session: a client receives it, or those
+    /// of other connection servers may have been offered it under its key.
     #[must_use]
     pub fn selected(
         &mut self,
@@ -261,15 +288,17 @@ impl Queue {
         counts: Counts,
         now: Instant,
     ) -> (bool, Vec<Decision>) {
-        let place = self.settle(ask).and_then(|ask| ask.place);
+        let ask = self.settle(ask);
         let slot = allocated.slot;
         self.servers.counted(slot, counts);
-        let is_received = match place {
+        let is_received = match ask.as_ref().and_then(|ask| ask.place) {
             Some(place) => self.give(place, allocated),
             None => self.give_by_key(allocated),
         };
+        let has_key = allocated.session.idempotency_key.is_some();
+        let is_shared = has_key && ask.is_some_and(|ask| ask.is_offered);
         self.wake(Some(slot), now);
-        (is_received, self.take_decisions())
+        (is_received || is_shared, self.take_decisions())
     }
 
     /// A server has refused to select a port under `ask`.
@@ -320,17 +349,20 @@ impl Queue {
     #[must_use]
     pub fn follow(&mut self, table: &Table, now: Instant) -> Vec<Decision> {
         self.servers.follow(table);
+        self.confirm = table.sessions.confirm_within();
         self.wake(None, now);
         self.take_decisions()
     }
 
     /// Refuses every waiting request, and from now on those that would wait, but
-    /// for those that wait no longer than [`RETURN_TIME`].
+    /// for those that wait no longer than [`RETURN_TIME`]. Where workloads confirm
+    /// sessions, all are refused: those that a workload is asked for at once, those that
+    /// a server is asked for when it offers the session, and further ones.
     #[must_use]
     pub fn close(&mut self, now: Instant) -> Vec<Decision> {
         self.is_closed = true;
-        let waiting: Vec<Place> = self.places_waiting().collect();
-        for place in waiting {
+        let places: Vec<Place> = self.requests.keys().copied().collect();
+        for place in places {
             self.refuse_the_impatient(place, now);
         }
         self.take_decisions()
@@ -357,11 +389,9 @@ impl Queue {
                     }
                 }
                 Due::Ask(id) => {
-                    if let Some(ask) = self.asks.get_mut(&id) {
-                        // Until the answer the port counts as taken.
-                        late.push(ask.clone());
-                        ask.place = None;
-                    }
+                    // Until the answer the port counts as taken.
+                    late.extend(self.asks.get(&id).cloned());
+                    self.abandon(id);
                 }
                 // Servers are kept below, when requests are woken.
                 Due::Keep(_) => {}
@@ -387,11 +417,6 @@ impl Queue {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.waiting.values().map(|group| group.places.len()).sum()
-    }
-
-    fn places_waiting(&self) -> impl Iterator<Item = Place> {
-        let places = self.waiting.values().flat_map(|group| &group.places);
-        places.copied()
     }
 
     /// The only server that the request with `key` can use the ports of, if there is

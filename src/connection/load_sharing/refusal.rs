@@ -55,6 +55,16 @@ pub enum Refusal {
         "a matching port is free, but its processing server did not answer or would not give it; try again in a moment"
     )]
     NotSelected,
+    /// The workloads of the servers that were asked have not confirmed the session.
+    #[error("no workload has taken the session: {}; ask again, or ask for something else", unconfirmed(*.silent, *.refused, .reason.as_deref()))]
+    NotConfirmed {
+        /// The number of workloads that did not decide in time.
+        silent: usize,
+        /// The number of those that have refused.
+        refused: usize,
+        /// What one of these has said, if one did.
+        reason: Option<String>,
+    },
     /// The only free ports are kept for an earlier request for several ports.
     #[error(
         "{} kept for an earlier request that asks for several ports; try again, or let the request wait with waitSeconds",
@@ -129,6 +139,14 @@ fn all(count: u32) -> String {
     }
 }
 
+fn unconfirmed(silent: usize, refused: usize, reason: Option<&str>) -> String {
+    let silent = (silent > 0).then(|| format!("{silent} did not confirm it in time"));
+    let reason = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
+    let refused = (refused > 0).then(|| format!("{refused} refused it{reason}"));
+    let all: Vec<String> = silent.into_iter().chain(refused).collect();
+    all.join(", ")
+}
+
 fn kept(count: u32) -> String {
     match count {
         1 => "the only free matching port is".to_owned(),
@@ -192,6 +210,7 @@ impl Refusal {
                 "no-server"
             }
             Self::NotSelected => "not-selected",
+            Self::NotConfirmed { .. } => "not-confirmed",
             Self::QueueFull => "queue-full",
             Self::UnknownPort { .. } => "unknown-port",
             Self::CompanionPort { .. } => "companion-port",

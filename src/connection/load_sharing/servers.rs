@@ -9,7 +9,7 @@
 
 mod load;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 pub use self::load::{ReportNumber, ServerLoad};
@@ -42,19 +42,29 @@ pub(super) struct FreeEntries<'a> {
 }
 
 impl FreeEntries<'_> {
-    /// Whether the server `only`, or any, may have the ports for `blocks` to spare. For
-    /// one port on any server, and for all on one, that is certain as far as is known.
-    pub(super) fn may_serve(&self, blocks: &OneOrMore<Block>, only: Option<Slot>) -> bool {
+    /// Whether the server `only`, or any that is not among `excluded`, may have the ports
+    /// for `blocks` to spare. For one port on any server, and for all on one, that is
+    /// certain as far as is known.
+    pub(super) fn may_serve(
+        &self,
+        blocks: &OneOrMore<Block>,
+        only: Option<Slot>,
+        excluded: &BTreeSet<Slot>,
+    ) -> bool {
+        let has_room =
+            |slot: Slot, server: &ServerLoad| !excluded.contains(&slot) && server.has_room(blocks);
         if let Some(slot) = only {
             let server = self.servers.get(slot);
-            return server.is_some_and(|server| server.has_room(blocks));
+            return server.is_some_and(|server| has_room(slot, server));
         }
-        blocks.iter().all(|block| {
+        let is_somewhere = blocks.iter().all(|block| {
             let mut entries = self.most.iter();
             entries.any(|((name, protocol), most)| {
                 block.filter.admits(name, *protocol) && *most >= block.ports()
             })
-        })
+        });
+        let mut loads = self.servers.loads.iter();
+        is_somewhere && (excluded.is_empty() || loads.any(|(slot, it)| has_room(*slot, it)))
     }
 }
 
@@ -71,6 +81,11 @@ impl Servers {
     #[must_use]
     pub fn get(&self, slot: Slot) -> Option<&ServerLoad> {
         self.loads.get(&slot)
+    }
+
+    /// The slots of all servers.
+    pub(super) fn slots(&self) -> impl Iterator<Item = Slot> {
+        self.loads.keys().copied()
     }
 
     /// All servers, by slot.
@@ -225,17 +240,16 @@ impl Servers {
     }
 
     /// The server whose ports are to be kept for a request for `blocks`: the one
-    /// that lacks the fewest sessions' ends, as far as is known, among those that are
-    /// not `hopeless`.
+    /// that lacks the fewest sessions' ends, as far as is known, among those that it
+    /// `may_use` and that are not `hopeless`.
     pub(super) fn to_keep(
         &self,
         blocks: &OneOrMore<Block>,
-        only: Option<Slot>,
+        may_use: impl Fn(Slot) -> bool,
         hopeless: impl Fn(Slot, ReportNumber) -> bool,
     ) -> Option<Slot> {
-        let may_be_kept = |slot: &Slot| {
-            only.is_none_or(|only| only == *slot) && self.may_be_kept(*slot, blocks, &hopeless)
-        };
+        let may_be_kept =
+            |slot: &Slot| may_use(*slot) && self.may_be_kept(*slot, blocks, &hopeless);
         let load = |slot: &Slot| {
             let server = self.get(*slot);
             let usable = server.into_iter().flat_map(|server| server.usable(blocks));

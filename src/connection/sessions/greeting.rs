@@ -10,9 +10,9 @@
 use crate::selection::{GREETING_CLIENTS, GREETING_METADATA_BYTES, Session};
 use crate::session::Metadata;
 
-/// Most bytes that the encoding adds to those of a key and its value: three tags of one
-/// byte, and three lengths of up to two.
-const ENTRY_BYTES: usize = 9;
+/// Most bytes that the encoding adds to those of a key and its value: a tag of up to two
+/// bytes and two of one, and three lengths of up to two.
+const ENTRY_BYTES: usize = 10;
 
 /// The `sessions` for a greeting. Those whose metadata does not fit beside what comes
 /// before it are without, and those whose clients do not fit have their first client
@@ -24,6 +24,10 @@ pub(super) fn within_budget(sessions: impl Iterator<Item = Session>) -> Vec<Sess
             Some(less) => bytes_left = less,
             // What is not whole must not replace what another one knows.
             None => (session.metadata, session.amended) = (Metadata::default(), None),
+        }
+        match bytes_left.checked_sub(encoded_bytes(&session.workload_metadata)) {
+            Some(less) => bytes_left = less,
+            None => session.workload_metadata = Metadata::default(),
         }
         match clients_left.checked_sub(session.clients.len()) {
             Some(less) => clients_left = less,

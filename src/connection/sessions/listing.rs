@@ -63,6 +63,10 @@ pub struct SessionInfo {
     #[serde(skip_serializing_if = "Metadata::is_empty")]
     #[schema(value_type = BTreeMap<String, String>)]
     pub metadata: Metadata,
+    /// What the workload has said when it confirmed the session.
+    #[serde(skip_serializing_if = "Metadata::is_empty")]
+    #[schema(value_type = BTreeMap<String, String>)]
+    pub workload_metadata: Metadata,
     /// Connections and UDP flows that are open through this connection server, those
     /// of its clients to companion ports included.
     pub connections: u32,
@@ -149,6 +153,7 @@ impl Inner {
             requester: live.span.client(),
             bound_client: live.bound_client,
             metadata: session.metadata.clone(),
+            workload_metadata: session.workload_metadata.clone(),
             connections: live.flows.lock().count(),
         }
     }

@@ -1,12 +1,16 @@
 //! The messages from agents to connection servers, and the causes in them.
 
 use super::MessageError;
-use crate::selection::field::{FieldError, protocol, session_id};
+use crate::selection::field::{FieldError, protocol, reason, session_id};
 use crate::selection::v1::{self, amended, end, from_agent, refused};
 use crate::selection::{
     Counts, EndCause, FromAgent, PROTOCOL_VERSION, RefusalCause, Session, Welcome,
 };
 use crate::session::{AmendRefusal, PortState};
+
+fn missing(name: &'static str) -> FieldError {
+    FieldError::new(name, &None::<()>, "be there")
+}
 
 impl TryFrom<v1::FromAgent> for FromAgent {
     type Error = MessageError;
@@ -25,17 +29,15 @@ impl TryFrom<v1::FromAgent> for FromAgent {
                 request_id,
                 session,
                 counts,
-            }) => {
-                let missing = |name| FieldError::new(name, &None::<()>, "be there");
-                Self::Selected {
-                    request_id,
-                    session: session.ok_or_else(|| missing("session"))?.try_into()?,
-                    counts: counts.ok_or_else(|| missing("counts"))?.try_into()?,
-                }
-            }
+            }) => Self::Selected {
+                request_id,
+                session: session.ok_or_else(|| missing("session"))?.try_into()?,
+                counts: counts.ok_or_else(|| missing("counts"))?.try_into()?,
+            },
             Message::Refused(refused) => Self::Refused {
                 request_id: refused.request_id,
                 cause: refused.cause().into(),
+                reason: reason(refused.reason)?,
             },
             Message::Session(session) => Self::Session(session.try_into()?),
             Message::End(end) => Self::End {
@@ -48,6 +50,10 @@ impl TryFrom<v1::FromAgent> for FromAgent {
             }) => Self::LookedUp {
                 request_id,
                 session: session.map(Session::try_from).transpose()?,
+            },
+            Message::Offered(v1::Offered { request_id, counts }) => Self::Offered {
+                request_id,
+                counts: counts.ok_or_else(|| missing("counts"))?.try_into()?,
             },
             Message::Amended(amended) => Self::Amended {
                 request_id: amended.request_id,
@@ -83,9 +89,18 @@ impl From<FromAgent> for v1::FromAgent {
                 session: Some(session.into()),
                 counts: Some(counts.into()),
             }),
-            FromAgent::Refused { request_id, cause } => Message::Refused(v1::Refused {
+            FromAgent::Refused {
+                request_id,
+                cause,
+                reason,
+            } => Message::Refused(v1::Refused {
                 request_id,
                 cause: refused::Cause::from(cause).into(),
+                reason: reason.unwrap_or_default(),
+            }),
+            FromAgent::Offered { request_id, counts } => Message::Offered(v1::Offered {
+                request_id,
+                counts: Some(counts.into()),
             }),
             FromAgent::Session(session) => Message::Session(session.into()),
             FromAgent::End { session_id, cause } => Message::End(v1::End {
@@ -216,8 +231,8 @@ macro_rules! cause {
         }
     };
 }
-cause!(RefusalCause, refused::Cause, Unspecified NoFreePort Draining UnknownPort DuplicateId Recovering Malformed KeyReused NotReady);
-cause!(EndCause, end::Cause, Unspecified Unclaimed Released Finished MaxDuration Drained OwnerGone Unknown EndedByWorkload);
+cause!(RefusalCause, refused::Cause, Unspecified NoFreePort Draining UnknownPort DuplicateId Recovering Malformed KeyReused NotReady NotConfirmed RefusedByWorkload Withdrawn);
+cause!(EndCause, end::Cause, Unspecified Unclaimed Released Finished MaxDuration Drained OwnerGone Unknown EndedByWorkload NotConfirmedInTime DeclinedByWorkload);
 
 #[cfg(test)]
 mod tests {

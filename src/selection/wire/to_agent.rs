@@ -1,6 +1,7 @@
 //! The messages from connection servers to agents.
 
 use std::num::NonZeroU8;
+use std::time::Duration;
 
 use super::{MessageError, RequestKind};
 use crate::pool::{MAX_PORT_NAME_LENGTH, PortProtocol};
@@ -39,6 +40,7 @@ impl TryFrom<v1::ToAgent> for ToAgent {
                     source,
                 })?)
             }
+            Message::Withdraw(v1::Withdraw { request_id }) => Self::Withdraw { request_id },
             Message::Opened(v1::Opened { session_id: id }) => Self::Opened(session_id(&id)?),
             Message::Joined(joined) => Self::Joined {
                 session_id: session_id(&joined.session_id)?,
@@ -87,6 +89,7 @@ impl From<ToAgent> for v1::ToAgent {
                 unavailable_ports: port_numbers(&unavailable),
             }),
             ToAgent::Select(select) => Message::Select(select.into()),
+            ToAgent::Withdraw { request_id } => Message::Withdraw(v1::Withdraw { request_id }),
             ToAgent::Opened(id) => Message::Opened(v1::Opened {
                 session_id: session_id(id),
             }),
@@ -253,6 +256,10 @@ impl TryFrom<v1::Select> for Select {
             metadata: metadata(select.metadata)?,
             bound_client: optional_address("bound_client", &select.bound_client)?,
             requester: optional_address("requester", &select.requester)?,
+            confirm_within: match select.confirm_ms {
+                0 => None,
+                within => Some(Duration::from_millis(within.into())),
+            },
         })
     }
 }
@@ -320,6 +327,10 @@ impl From<Select> for v1::Select {
             bound_client: address_text(select.bound_client),
             metadata: select.metadata.into(),
             requester: address_text(select.requester),
+            // One that is over is not the same as none.
+            confirm_ms: select.confirm_within.map_or(0, |within| {
+                u32::try_from(within.as_millis()).unwrap_or(u32::MAX).max(1)
+            }),
         }
     }
 }

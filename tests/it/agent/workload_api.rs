@@ -12,7 +12,7 @@ use crate::common::cluster::until;
 use crate::common::{COUNT, Pool, SERVER_PORT, SOON, connect, echo, get};
 
 /// A running answer to a request to the local API of the server in `slot`.
-fn send(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> TcpStream {
+pub(super) fn send(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> TcpStream {
     let mut stream = TcpStream::connect((pool.server_address(slot), 7072)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     let length = body.len();
@@ -27,7 +27,7 @@ fn send(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> TcpStre
 }
 
 /// The status and the JSON body of an answer, `null` without one.
-fn call(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> (u16, Value) {
+pub(super) fn call(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> (u16, Value) {
     let mut answer = String::new();
     let mut stream = send(pool, slot, method, path, body);
     stream.read_to_string(&mut answer).unwrap();
@@ -38,7 +38,7 @@ fn call(pool: &Pool, slot: u32, method: &str, path: &str, body: &str) -> (u16, V
 }
 
 /// The slot of the server with this name.
-fn slot_of(pool: &Pool, server: &str) -> u32 {
+pub(super) fn slot_of(pool: &Pool, server: &str) -> u32 {
     let mut rows = pool.table.rows.iter();
     rows.find(|row| row.server == server).unwrap().slot.0
 }

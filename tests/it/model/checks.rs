@@ -29,6 +29,7 @@ impl World {
 
     /// Asserts what must hold at every moment.
     pub(super) fn check(&self) {
+        self.check_offers();
         for (agent, book) in self.agents.iter().enumerate() {
             let counts = book.counts(self.now).ports[0].clone();
             let sum =
@@ -82,6 +83,7 @@ impl World {
     /// Asserts, when everything has arrived, that no agent counts a session as
     /// live that is over for a connection server with a working stream.
     pub(super) fn check_over(&self) {
+        self.check_asks();
         for server in &self.servers {
             for (agent, stream) in server.streams.iter().enumerate() {
                 let is_up = |stream: &Stream| stream.broken.is_none() && !stream.is_former;

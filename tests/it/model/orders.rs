@@ -5,6 +5,21 @@ use proptest::prelude::*;
 use super::checks::LATEST;
 use super::*;
 
+/// Plays `order` with every order of so many further `events`, and counts what it played.
+fn explore(order: &mut Vec<Event>, depth: usize, events: &[Event], played: &mut u32) {
+    if depth == 0 {
+        let result = std::panic::catch_unwind(|| play(1, order));
+        assert!(result.is_ok(), "after {order:?}");
+        *played += 1;
+        return;
+    }
+    for event in events {
+        order.push(*event);
+        explore(order, depth - 1, events, played);
+        order.pop();
+    }
+}
+
 /// One agent with two ports, two connection servers, a session on its way, in
 /// use or being cut: every order of four further events.
 #[test]
@@ -60,19 +75,6 @@ fn every_short_order_of_events_keeps_the_rules() {
         Event::Companion(0, 0),
     ];
     let mut played = 0;
-    fn explore(order: &mut Vec<Event>, depth: usize, events: &[Event], played: &mut u32) {
-        if depth == 0 {
-            let result = std::panic::catch_unwind(|| play(1, order));
-            assert!(result.is_ok(), "after {order:?}");
-            *played += 1;
-            return;
-        }
-        for event in events {
-            order.push(*event);
-            explore(order, depth - 1, events, played);
-            order.pop();
-        }
-    }
     for begin in [&on_its_way[..], &in_use, &being_cut] {
         explore(&mut begin.to_vec(), 4, &events, &mut played);
     }
@@ -85,6 +87,38 @@ fn every_short_order_of_events_keeps_the_rules() {
     for begin in [&companion_in_use[..], &companion_first] {
         explore(&mut begin.to_vec(), 3, &with_companions, &mut played);
     }
+}
+
+/// A session that both connection servers have asked for, or the first one only, and
+/// that the workload has yet to confirm: every order of four or three further events.
+#[test]
+fn every_short_order_of_decisions_and_withdrawals_keeps_the_rules() {
+    let shared = [
+        Event::Offer(0, 0, Some(1)),
+        Event::Deliver(0, 0),
+        Event::Offer(1, 0, Some(1)),
+        Event::Deliver(1, 0),
+    ];
+    let own = [Event::Offer(0, 0, None), Event::Deliver(0, 0)];
+    let with_offers = [
+        Event::Decide(0, true),
+        Event::Decide(0, false),
+        Event::Withdraw(0, 0),
+        Event::Withdraw(1, 0),
+        Event::Deliver(0, 0),
+        Event::Deliver(1, 0),
+        Event::Connect(0, 0, 0),
+        Event::Break(0, 0, Noticing::Agent),
+        Event::Attach(0, 0),
+        Event::RestartAgent(0, false),
+        Event::RestartConnectionServer(0, false),
+        Event::HandOver(0),
+        Event::Pass(6),
+    ];
+    let mut played = 0;
+    explore(&mut shared.to_vec(), 4, &with_offers, &mut played);
+    explore(&mut own.to_vec(), 3, &with_offers, &mut played);
+    assert_eq!(played, 13u32.pow(4) + 13u32.pow(3));
 }
 
 /// A client releases a session whose agent has restarted and does not know it
@@ -194,6 +228,9 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         3 => pair().prop_map(|(s, a)| Event::Select(s, a)),
         2 => pair().prop_map(|(s, a)| Event::SelectBoth(s, a)),
+        3 => (pair(), proptest::option::of(0..2u8)).prop_map(|((s, a), key)| Event::Offer(s, a, key)),
+        3 => (agent.clone(), any::<bool>()).prop_map(|(a, c)| Event::Decide(a, c)),
+        2 => pair().prop_map(|(s, a)| Event::Withdraw(s, a)),
         8 => pair().prop_map(|(s, a)| Event::ToAgent(s, a)),
         8 => pair().prop_map(|(s, a)| Event::FromAgent(s, a)),
         6 => (server.clone(), agent.clone(), offset.clone()).prop_map(|(s, a, o)| Event::Connect(s, a, o)),

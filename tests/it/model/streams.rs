@@ -26,6 +26,7 @@ impl World {
             sent,
             to_agent,
             from_agent,
+            asks: BTreeMap::new(),
             broken: None,
             is_former: false,
         };
@@ -52,7 +53,7 @@ impl World {
             if noticing != Noticing::ConnectionServer {
                 self.unnoticed
                     .retain(|(_, of, from)| *of != agent || *from != name);
-                self.agents[agent].detach(&name, self.now);
+                self.agent_notices(agent, &name);
             }
             return;
         }
@@ -69,8 +70,14 @@ impl World {
         match noticing {
             _ if was_broken => {}
             Noticing::ConnectionServer => self.unnoticed.push((found_out, agent, name)),
-            _ => self.agents[agent].detach(&name, self.now),
+            _ => self.agent_notices(agent, &name),
         }
+    }
+
+    /// The agent notices that the stream of this connection server has ended.
+    pub(super) fn agent_notices(&mut self, agent: usize, name: &ConnectionServerId) {
+        let notices = self.agents[agent].detach(name, self.now);
+        self.send(agent, notices);
     }
 
     /// Removes the stream of a process that has handed over. Returns whether
@@ -92,11 +99,19 @@ impl World {
 
     pub(super) fn send(&mut self, agent: usize, notices: Vec<Notice>) {
         for Notice { to, message } in notices {
-            if let (To::All, FromAgent::End { session_id, .. }) = (&to, &message) {
+            if let (To::All, FromAgent::End { session_id, cause }) = (&to, &message) {
                 self.ended[agent].insert(session_id.clone());
+                let mut over = self.over.iter();
+                assert!(
+                    *cause != EndCause::Released
+                        || self.released.contains(session_id)
+                        || over.any(|(_, id)| id == session_id),
+                    "no client has given {session_id} back"
+                );
             }
             for server in &mut self.servers {
                 let is_meant = match &to {
+                    To::Workload => false,
                     To::All => true,
                     To::AllBut(name) | To::ServersBut(name) => *name != server.name,
                     To::One(name) => *name == server.name,
@@ -120,19 +135,7 @@ impl World {
         };
         let name = self.servers[server].name.clone();
         let notices = match &message {
-            ToAgent::Select(select) => match self.agents[agent].select(&name, select, self.now) {
-                Ok(Selected {
-                    session,
-                    mut notices,
-                }) => {
-                    notices.push(Notice {
-                        to: To::One(name),
-                        message: FromAgent::Session(session),
-                    });
-                    notices
-                }
-                Err(_) => Vec::new(),
-            },
+            ToAgent::Select(select) => self.select(agent, &name, select),
             ToAgent::Lookup { request_id, port } => vec![Notice {
                 to: To::One(name),
                 message: FromAgent::LookedUp {
@@ -176,7 +179,7 @@ impl World {
                 let actions = sessions.looked_up(Slot(slot), request_id, session);
                 self.carry_out(server, actions);
             }
-            _ => {}
+            message => self.answered(server, agent, message),
         }
     }
 

@@ -99,6 +99,8 @@ fn cases() -> Vec<Case> {
         case("sessions.maxDurationSeconds", json!(9)),
         case("sessions.lingerSeconds", json!(0)),
         case("sessions.admission", json!("Open")),
+        case("sessions.confirm", json!("Workload")),
+        case("sessions.confirmSeconds", json!(4)),
         case("sessions.clientBinding", json!("Requester")),
         case("recycle.afterSessions", json!(3)),
         case("recycle.afterSeconds", json!(3_600)),

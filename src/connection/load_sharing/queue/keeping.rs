@@ -95,7 +95,8 @@ impl Queue {
             let wanted = &request.wanted;
             let refusals = Refusals::of(request, &self.waiting);
             let hopeless = |slot, report| refusals.include(slot, report);
-            let slot = self.servers.to_keep(&wanted.ports, wanted.only, hopeless)?;
+            let may_use = |slot| request.may_use(slot);
+            let slot = self.servers.to_keep(&wanted.ports, may_use, hopeless)?;
             Some((place, slot, wanted.ports.clone(), request.turns))
         });
         let Some((place, slot, ports, turns)) = next else {
@@ -122,7 +123,8 @@ impl Queue {
         let goes_on = self.requests.get(&kept.place).is_some_and(|request| {
             let refusals = Refusals::of(request, &self.waiting);
             let hopeless = |slot, report| refusals.include(slot, report);
-            let may_serve = self.servers.may_be_kept(kept.slot, &kept.ports, hopeless);
+            let may_serve = request.may_use(kept.slot)
+                && self.servers.may_be_kept(kept.slot, &kept.ports, hopeless);
             may_serve && now < kept.until
         });
         if goes_on {
@@ -179,7 +181,7 @@ impl Queue {
         let mut asked = asked.filter_map(|place| Some((place, self.requests.get(&place)?)));
         let mut waiting = self.waiting.iter();
         waiting.any(|(usable, group)| is_of(usable, group.places.first()))
-            || asked.any(|(place, request)| is_of(&request.wanted.usable(), Some(&place)))
+            || asked.any(|(place, request)| is_of(&request.usable(), Some(&place)))
     }
 
     /// Notes that the request at `place` gets a session.

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use super::super::refusal::Refusal;
 use super::super::servers::ReportNumber;
@@ -11,11 +12,12 @@ use crate::session::{Block, Metadata, OneOrMore, PortState};
 use crate::table::Slot;
 
 /// What requests ask for that can use the same ports: those that match, of one server
-/// or of any.
+/// or of any that has not turned them down.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Usable {
     pub(super) ports: OneOrMore<Block>,
     pub(super) only: Option<Slot>,
+    pub(super) turned_down_by: BTreeSet<Slot>,
 }
 
 impl Usable {
@@ -26,7 +28,7 @@ impl Usable {
 
     /// Whether ports of the server of `slot` may be among them.
     pub(super) fn may_use(&self, slot: Slot) -> bool {
-        self.only.is_none_or(|only| only == slot)
+        self.only.is_none_or(|only| only == slot) && !self.turned_down_by.contains(&slot)
     }
 
     /// Whether `ports`, those of an entry of the server of `slot`, are among them.
@@ -48,27 +50,31 @@ pub(super) struct Group {
 }
 
 /// The servers that have refused a request, or another one that waits for the same
-/// several ports.
+/// several ports, and those whose workloads have turned it down.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refusals<'a> {
+    turned_down_by: &'a BTreeMap<Slot, Unconfirmed>,
     own: &'a BTreeMap<Slot, ReportNumber>,
     of_group: Option<&'a BTreeMap<Slot, ReportNumber>>,
 }
 
 impl<'a> Refusals<'a> {
     pub(super) fn of(request: &'a Request, waiting: &'a BTreeMap<Usable, Group>) -> Self {
-        let usable = Some(request.wanted.usable()).filter(|usable| !usable.is_for_one());
+        let usable = Some(request.usable()).filter(|usable| !usable.is_for_one());
         let group = usable.and_then(|usable| waiting.get(&usable));
         Self {
+            turned_down_by: &request.turned_down_by,
             own: &request.refused_by,
             of_group: group.map(|group| &group.refused_by),
         }
     }
 
-    /// Whether the server of `slot` has refused since the report of this number.
+    /// Whether the server of `slot` has refused since the report of this number, or its
+    /// workload has.
     pub(super) fn include(self, slot: Slot, report: ReportNumber) -> bool {
         let of_group = self.of_group.and_then(|refused_by| refused_by.get(&slot));
-        [self.own.get(&slot), of_group].contains(&Some(&report))
+        self.turned_down_by.contains_key(&slot)
+            || [self.own.get(&slot), of_group].contains(&Some(&report))
     }
 }
 
@@ -104,14 +110,6 @@ impl Wanted {
         self.only.is_none_or(|only| only == slot)
     }
 
-    /// What it has in common with those that can use the same ports.
-    pub(super) fn usable(&self) -> Usable {
-        Usable {
-            ports: self.ports.clone(),
-            only: self.only,
-        }
-    }
-
     /// Whether both are one request under one key.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         self.ports == other.ports
@@ -127,6 +125,36 @@ pub struct Allocated {
     pub slot: Slot,
     /// The session as its agent reported it.
     pub session: Session,
+}
+
+/// How a workload has not confirmed a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Unconfirmed {
+    /// It did not decide in time.
+    Silent,
+    /// It has refused, perhaps with a reason.
+    Refused(Option<String>),
+}
+
+impl Unconfirmed {
+    /// What `cause` says about the workload, with its `reason`; `None` if another one
+    /// than the workload has refused.
+    #[must_use]
+    pub fn new(cause: RefusalCause, reason: Option<String>) -> Option<Self> {
+        match cause {
+            RefusalCause::NotConfirmed => Some(Self::Silent),
+            RefusalCause::RefusedByWorkload => Some(Self::Refused(reason)),
+            _ => None,
+        }
+    }
+
+    /// The cause that says so.
+    pub(super) fn cause(&self) -> RefusalCause {
+        match self {
+            Self::Silent => RefusalCause::NotConfirmed,
+            Self::Refused(_) => RefusalCause::RefusedByWorkload,
+        }
+    }
 }
 
 /// Why a processing server did not select a port.
@@ -163,6 +191,16 @@ pub enum Decision {
         slot: Slot,
         /// The request.
         wanted: Wanted,
+        /// The time that the workload has to confirm the session, where it is asked.
+        confirm_within: Option<Duration>,
+    },
+    /// Withdraw a question: no client needs the answer any more, and the workload is
+    /// being asked.
+    Withdraw {
+        /// The number that it was asked under.
+        ask: AskId,
+        /// The server's slot.
+        slot: Slot,
     },
     /// Answer a client.
     Answer(Caller, Result<Allocated, Refusal>),

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::super::refusal::Refusal;
 use super::super::servers::Reservation;
@@ -46,6 +46,7 @@ impl Queue {
             callers: BTreeMap::new(),
             asking: None,
             refused_by: BTreeMap::new(),
+            turned_down_by: BTreeMap::new(),
             looks_left: MOST_LOOKS,
             kept_from,
             turn: place,
@@ -65,27 +66,38 @@ impl Queue {
         if until > now {
             self.deadlines.insert((until, Due::Caller(caller)));
         }
+        self.deadlines
+            .insert((until + ASK_LIMIT, Due::Caller(caller)));
     }
 
     /// Forgets a client, and the request when it was the last. A request for
-    /// which a server is being asked stays until the answer: its client may ask
-    /// again under its key.
+    /// which a server is being asked stays until the answer, unless that is the
+    /// workload's: its client may ask again under its key.
     pub(super) fn forget(&mut self, place: Place, caller: Caller) {
         self.places.remove(&caller);
         let Some(request) = self.requests.get_mut(&place) else {
             return;
         };
         if let Some(until) = request.callers.remove(&caller) {
-            self.deadlines.remove(&(until, Due::Caller(caller)));
+            for at in [until, until + ASK_LIMIT] {
+                self.deadlines.remove(&(at, Due::Caller(caller)));
+            }
         }
         self.remove_if_over(place);
     }
 
-    /// Removes a request without clients that waits for no answer.
+    /// Removes a request without clients that waits for no answer but a workload's,
+    /// which it withdraws.
     pub(super) fn remove_if_over(&mut self, place: Place) {
         let request = self.requests.get(&place);
-        if request.is_none_or(|it| !it.callers.is_empty() || it.asking.is_some()) {
+        let Some(request) = request.filter(|request| request.callers.is_empty()) else {
             return;
+        };
+        if let Some(ask) = request.asking {
+            if !self.is_offered(request) {
+                return;
+            }
+            self.abandon(ask);
         }
         self.step_out(place);
         let Some(request) = self.requests.remove(&place) else {
@@ -121,17 +133,25 @@ impl Queue {
         !callers.is_empty()
     }
 
-    /// Refuses the clients of a waiting request that do not wait any longer.
+    /// Refuses the clients of a request that do not wait any longer: for a port, or for
+    /// what a workload decides.
     pub(super) fn refuse_the_impatient(&mut self, place: Place, now: Instant) {
         let Some(request) = self.requests.get(&place) else {
             return;
         };
-        if request.asking.is_some() {
+        let is_offered = self.is_offered(request);
+        if request.asking.is_some() && !is_offered {
             return;
         }
         let is_closed = self.is_closed;
+        let (is_refused, limit) = if is_offered {
+            (is_closed, ASK_LIMIT)
+        } else {
+            (self.is_turned_down(request), Duration::ZERO)
+        };
         let gives_up = |(_, until): &(&Caller, &Instant)| {
-            **until <= now || is_closed && **until > now + RETURN_TIME
+            let is_too_long = is_closed && **until > now + RETURN_TIME;
+            is_refused || is_too_long || **until + limit <= now
         };
         let callers = request.callers.iter().filter(gives_up);
         let callers: Vec<Caller> = callers.map(|(caller, _)| *caller).collect();
@@ -140,6 +160,8 @@ impl Queue {
         }
         let refusal = if is_closed {
             Refusal::ShuttingDown
+        } else if let Some(refusal) = request.not_confirmed() {
+            refusal
         } else {
             let wanted = &request.wanted;
             let kept = self.kept_from(place, &wanted.ports);
@@ -153,7 +175,7 @@ impl Queue {
     /// Puts a request among those that wait, at its place.
     pub(super) fn line_up(&mut self, place: Place) {
         if let Some(request) = self.requests.get(&place) {
-            let group = self.waiting.entry(request.wanted.usable());
+            let group = self.waiting.entry(request.usable());
             group.or_default().places.insert(place);
         }
     }
@@ -163,7 +185,7 @@ impl Queue {
         let Some(request) = self.requests.get(&place) else {
             return;
         };
-        let usable = request.wanted.usable();
+        let usable = request.usable();
         if let Some(group) = self.waiting.get_mut(&usable) {
             group.places.remove(&place);
             if group.places.is_empty() {
@@ -235,16 +257,20 @@ impl Queue {
         request.asking = Some(id);
         request.looks_left -= u32::from(reservation.is_look);
         let deadline = now + ASK_DEADLINE;
+        let confirm_within = self.confirm.map(|most| request.confirm_within(most, now));
         self.decisions.push(Decision::Ask {
             ask: id,
             slot: reservation.slot,
             wanted: request.wanted.clone(),
+            confirm_within,
         });
         self.deadlines.insert((deadline, Due::Ask(id)));
         let ask = Ask {
             reservation,
             deadline,
             place: Some(place),
+            confirm_within,
+            is_offered: false,
         };
         self.asks.insert(id, ask);
         self.step_out(place);
@@ -254,7 +280,9 @@ impl Queue {
     pub(super) fn settle(&mut self, id: AskId) -> Option<Ask> {
         let ask = self.asks.remove(&id)?;
         self.deadlines.remove(&(ask.deadline, Due::Ask(id)));
-        self.servers.settle(&ask.reservation);
+        if !ask.is_offered {
+            self.servers.settle(&ask.reservation);
+        }
         Some(ask)
     }
 
@@ -308,14 +336,15 @@ impl Queue {
         request.refused_by.insert(slot, report);
         let is_over = |until: &Instant| *until + ASK_LIMIT <= now;
         let is_over = request.callers.values().all(is_over);
-        let usable = request.wanted.usable();
+        let usable = request.usable();
         self.line_up(place);
         if !usable.is_for_one()
             && let Some(group) = self.waiting.get_mut(&usable)
         {
             group.refused_by.insert(slot, report);
         }
-        if is_over {
+        // No further server is asked for those who are refused.
+        if is_over || self.is_closed {
             self.refuse_the_impatient(place, now);
             self.remove_if_over(place);
         }
@@ -324,8 +353,8 @@ impl Queue {
     /// Gives a session to a request. Returns whether a client receives it.
     pub(super) fn give(&mut self, place: Place, allocated: &Allocated) -> bool {
         let asking = self.requests.get(&place).and_then(|request| request.asking);
-        if let Some(ask) = asking.and_then(|ask| self.asks.get_mut(&ask)) {
-            ask.place = None;
+        if let Some(ask) = asking {
+            self.abandon(ask);
         }
         self.note_served(place);
         self.answer_all(place, &Ok(allocated.clone()))
@@ -356,7 +385,8 @@ impl Queue {
         let free = self.servers.free_entries();
         let waiting = self.waiting.iter();
         let served = waiting.filter(|(usable, _)| {
-            free.may_serve(&usable.ports, usable.only) && self.may_be_served(usable, slot)
+            free.may_serve(&usable.ports, usable.only, &usable.turned_down_by)
+                && self.may_be_served(usable, slot)
         });
         // The next of the requests that can use the same ports, which may be free.
         let mut next: BTreeMap<Place, Usable> = served
@@ -370,7 +400,7 @@ impl Queue {
                 let free = self.servers.free_entries();
                 usable.is_for_one()
                     && self.is_refused(place)
-                    && free.may_serve(&usable.ports, usable.only)
+                    && free.may_serve(&usable.ports, usable.only, &usable.turned_down_by)
             };
             if is_asked || may_serve_next() {
                 let later = (Bound::Excluded(place), Bound::Unbounded);

@@ -16,6 +16,7 @@ const MOST_WAITING: usize = 100;
 
 mod keeping;
 mod looking;
+mod offers;
 mod orders;
 mod world;
 

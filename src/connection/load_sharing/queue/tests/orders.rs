@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::connection::load_sharing::queue::Unconfirmed;
 
 #[derive(Clone, Debug)]
 enum Event {
@@ -19,6 +20,16 @@ enum Event {
     Pass(u64),
     /// Whether free ports are adjacent changes.
     Fragment(usize),
+    /// The agent offers what it was asked for first to its workload.
+    Offer(usize),
+    /// The workload confirms an offered session, or not.
+    Decide(usize, usize, Option<bool>),
+    /// A client of another connection server wants an offered session with a key, too.
+    OfferElsewhere(usize, usize),
+    /// The agent sees a withdrawal.
+    Withdraw(usize),
+    CloseQueue,
+    OpenQueue,
 }
 
 /// What the requests of [`Event::Enter`] want.
@@ -54,6 +65,13 @@ fn event() -> impl Strategy<Value = Event> {
         2 => (0usize..2).prop_map(Event::Attach),
         1 => (1u64..8).prop_map(Event::Pass),
         1 => (0usize..2).prop_map(Event::Fragment),
+        6 => (0usize..2).prop_map(Event::Offer),
+        4 => (0usize..2, any::<usize>(), proptest::option::of(any::<bool>()))
+            .prop_map(|(index, which, how)| Event::Decide(index, which, how)),
+        1 => (0usize..2, any::<usize>()).prop_map(|(index, which)| Event::OfferElsewhere(index, which)),
+        2 => (0usize..2).prop_map(Event::Withdraw),
+        1 => Just(Event::CloseQueue),
+        3 => Just(Event::OpenQueue),
     ]
 }
 
@@ -104,6 +122,28 @@ impl World {
             Event::Attach(_) => {}
             Event::Pass(seconds) => self.pass(Duration::from_secs(seconds)),
             Event::Fragment(index) => self.agents[index].is_fragmented ^= true,
+            Event::Offer(index) if self.queue.confirm.is_some() => self.offer(index),
+            Event::Offer(_) => {}
+            Event::Decide(index, which, silent) => {
+                let how = silent.map(|silent| match silent {
+                    true => Unconfirmed::Silent,
+                    false => Unconfirmed::Refused(None),
+                });
+                self.decide(index, which, how);
+            }
+            Event::OfferElsewhere(index, which) => {
+                let offers = &mut self.agents[index].offers;
+                let which = which % offers.len().max(1);
+                if let Some(offer) = offers.get_mut(which) {
+                    offer.is_elsewhere = offer.session.idempotency_key.is_some();
+                }
+            }
+            Event::Withdraw(index) => self.withdraw(index),
+            Event::CloseQueue => {
+                let decisions = self.queue.close(self.now);
+                self.carry_out(decisions);
+            }
+            Event::OpenQueue => self.queue.open(),
         }
         self.catch_up();
     }
@@ -116,8 +156,10 @@ proptest! {
     fn no_request_waits_for_a_free_port_and_no_departed_client_is_served(
         free in proptest::collection::vec(proptest::array::uniform3(0u32..4), 2),
         events in proptest::collection::vec(event(), 1..60),
+        confirm in proptest::option::of(1u64..11),
     ) {
         let mut world = World::new(&free);
+        world.queue.confirm = confirm.map(Duration::from_secs);
         for event in &events {
             world.happen(event);
             world.check();

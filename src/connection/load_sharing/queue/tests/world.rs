@@ -2,6 +2,7 @@
 
 use super::super::request::Refusals;
 use super::*;
+use crate::connection::load_sharing::queue::{ASK_LIMIT, Unconfirmed};
 
 /// A server's agent, with as many ports of each entry.
 #[derive(Debug, Default)]
@@ -16,10 +17,24 @@ pub(super) struct Agent {
     pub(super) opened: [u32; 3],
     /// Live sessions, with the ports of each entry that they have.
     pub(super) sessions: Vec<([u32; 3], Session)>,
+    /// Sessions that its workload has yet to confirm.
+    pub(super) offers: Vec<Offer>,
+    /// The questions that were withdrawn, which it has yet to see.
+    pub(super) withdrawn: Vec<AskId>,
     /// Whether no free ports are adjacent.
     pub(super) is_fragmented: bool,
     /// What it was asked and has not answered.
     pub(super) asked: Vec<(AskId, Wanted)>,
+}
+
+/// A session that a workload has yet to confirm.
+#[derive(Debug)]
+pub(super) struct Offer {
+    taken: [u32; 3],
+    pub(super) session: Session,
+    askers: BTreeSet<AskId>,
+    /// Whether another connection server has asked for it as well.
+    pub(super) is_elsewhere: bool,
 }
 
 impl Agent {
@@ -30,11 +45,7 @@ impl Agent {
             free: self.free[index],
             held: 0,
             // Beside those that come and go, one of each entry is always busy.
-            busy: 1 + self
-                .sessions
-                .iter()
-                .map(|(taken, _)| taken[index])
-                .sum::<u32>(),
+            busy: 1 + self.taken(index),
             lingering: 0,
             not_listening: self.closed[index],
         });
@@ -46,6 +57,13 @@ impl Agent {
             not_ready: false,
             further: 0,
         }
+    }
+
+    /// The ports of an entry that sessions have, offered ones too.
+    fn taken(&self, index: usize) -> u32 {
+        let offered = self.offers.iter().map(|offer| offer.taken[index]);
+        let live = self.sessions.iter().map(|(taken, _)| taken[index]);
+        live.chain(offered).sum()
     }
 
     /// The entry of each block of a request, if it can get them all.
@@ -73,6 +91,13 @@ impl Agent {
                 false => Err(RefusalCause::KeyReused),
             };
         }
+        let (taken, session) = self.make(wanted, number)?;
+        self.sessions.push((taken, session.clone()));
+        Ok(session)
+    }
+
+    /// Takes the ports for a session with this `number`.
+    fn make(&mut self, wanted: &Wanted, number: u64) -> Result<([u32; 3], Session), RefusalCause> {
         if self.take(wanted).is_none() {
             self.look(wanted);
         }
@@ -96,12 +121,27 @@ impl Agent {
             number_of_port += 64;
         }
         let session = Session {
-            idempotency_key: key.clone(),
+            idempotency_key: wanted.idempotency_key.clone(),
             ports: OneOrMore::new(ports).unwrap(),
             ..Session::example(&number.to_string(), 20_000)
         };
-        self.sessions.push((taken, session.clone()));
-        Ok(session)
+        Ok((taken, session))
+    }
+
+    /// The offer that a request has the key of.
+    fn offer_of(&mut self, wanted: &Wanted) -> Option<&mut Offer> {
+        let key = wanted.idempotency_key.as_ref()?;
+        let mut offers = self.offers.iter_mut();
+        offers.find(|offer| offer.session.idempotency_key.as_ref() == Some(key))
+    }
+
+    /// Removes an offer, whose ports are free.
+    fn retract(&mut self, index: usize) -> Offer {
+        let offer = self.offers.remove(index);
+        for (free, taken) in self.free.iter_mut().zip(offer.taken) {
+            *free += taken;
+        }
+        offer
     }
 
     /// Finds what has been opened of the ports that a request can use.
@@ -205,7 +245,8 @@ impl World {
 
     pub(super) fn leave(&mut self, caller: Caller) {
         self.clients.remove(&caller);
-        self.queue.leave(caller);
+        let decisions = self.queue.leave(caller);
+        self.carry_out(decisions);
         self.catch_up();
     }
 
@@ -220,7 +261,11 @@ impl World {
     /// there is one.
     pub(super) fn answer(&mut self, index: usize, cause: Option<RefusalCause>) {
         let agent = &mut self.agents[index];
-        if agent.asked.is_empty() {
+        let Some((_, wanted)) = agent.asked.first().cloned() else {
+            return;
+        };
+        if cause.is_none() && agent.offer_of(&wanted).is_some() {
+            self.offer(index);
             return;
         }
         let (ask, wanted) = agent.asked.remove(0);
@@ -231,21 +276,7 @@ impl World {
         let has_found = selected.is_err() && agent.free != before;
         match selected {
             Ok(session) => {
-                let (slot, counts) = (Self::slot(index), agent.counts());
-                let allocated = Allocated { slot, session };
-                let id = allocated.session.id.clone();
-                let is_new = self.known.insert(id.clone());
-                let (is_received, decisions) =
-                    self.queue.selected(ask, &allocated, counts, self.now);
-                self.carry_out(decisions);
-                if !is_received && is_new {
-                    let mut told = self.answers.values().flatten();
-                    assert!(told.all(|told| told.session.id != id), "a client has {id}");
-                    let sessions = &self.agents[index].sessions;
-                    let at = sessions.iter().position(|(_, session)| session.id == id);
-                    self.agents[index].end(at.unwrap());
-                    self.report(index);
-                }
+                self.selected(index, ask, session);
             }
             Err(cause) => {
                 if has_found {
@@ -257,9 +288,122 @@ impl World {
         }
     }
 
+    /// The agent has selected `session` for `ask`. Returns whether it is given back.
+    fn selected(&mut self, index: usize, ask: AskId, session: Session) -> bool {
+        let (slot, counts) = (Self::slot(index), self.agents[index].counts());
+        let allocated = Allocated { slot, session };
+        let id = allocated.session.id.clone();
+        let is_new = self.known.insert(id.clone());
+        let (is_needed, decisions) = self.queue.selected(ask, &allocated, counts, self.now);
+        self.carry_out(decisions);
+        let is_given_back = !is_needed && is_new;
+        if is_given_back {
+            let mut told = self.answers.values().flatten();
+            assert!(told.all(|told| told.session.id != id), "a client has {id}");
+            let sessions = &self.agents[index].sessions;
+            let at = sessions.iter().position(|(_, session)| session.id == id);
+            self.agents[index].end(at.unwrap());
+            self.report(index);
+        }
+        is_given_back
+    }
+
+    /// The agent offers the session that it was asked for first to its workload, or
+    /// answers where it cannot.
+    pub(super) fn offer(&mut self, index: usize) {
+        let agent = &mut self.agents[index];
+        let Some((ask, wanted)) = agent.asked.first().cloned() else {
+            return;
+        };
+        let key = wanted.idempotency_key.as_ref();
+        let mut live = agent.sessions.iter();
+        if live.any(|(_, it)| key.is_some() && it.idempotency_key.as_ref() == key) {
+            self.answer(index, None);
+            return;
+        }
+        if let Some(offer) = agent.offer_of(&wanted) {
+            if !wanted.made(Self::slot(index), &offer.session) {
+                self.answer(index, Some(RefusalCause::KeyReused));
+                return;
+            }
+            offer.askers.insert(ask);
+        } else {
+            self.number += 1;
+            match agent.make(&wanted, self.number) {
+                Ok((taken, session)) => agent.offers.push(Offer {
+                    taken,
+                    session,
+                    askers: [ask].into(),
+                    is_elsewhere: false,
+                }),
+                Err(cause) => {
+                    self.answer(index, Some(cause));
+                    return;
+                }
+            }
+        }
+        self.agents[index].asked.remove(0);
+        let counts = self.agents[index].counts();
+        let decisions = self.queue.offered(ask, Self::slot(index), counts, self.now);
+        self.carry_out(decisions);
+    }
+
+    /// The workload of `index` decides about an offer: `how` it does not take it, or it
+    /// does.
+    pub(super) fn decide(&mut self, index: usize, which: usize, how: Option<Unconfirmed>) {
+        let agent = &mut self.agents[index];
+        if agent.offers.is_empty() {
+            return;
+        }
+        let which = which % agent.offers.len();
+        let Some(how) = how else {
+            let offer = agent.offers.remove(which);
+            agent.sessions.push((offer.taken, offer.session.clone()));
+            for ask in offer.askers {
+                let is_given_back = self.selected(index, ask, offer.session.clone());
+                assert!(!(is_given_back && offer.is_elsewhere), "others have it");
+            }
+            return;
+        };
+        let offer = agent.retract(which);
+        self.report(index);
+        for ask in offer.askers {
+            let decisions = self.queue.turned_down(ask, how.clone(), self.now);
+            self.carry_out(decisions);
+        }
+    }
+
+    /// The agent sees a question withdrawn, and says so unless it has answered before.
+    pub(super) fn withdraw(&mut self, index: usize) {
+        let agent = &mut self.agents[index];
+        if agent.withdrawn.is_empty() {
+            return;
+        }
+        let ask = agent.withdrawn.remove(0);
+        let mut offers = agent.offers.iter_mut();
+        let Some(at) = offers.position(|offer| offer.askers.remove(&ask)) else {
+            return;
+        };
+        let offer = &agent.offers[at];
+        if offer.askers.is_empty() && !offer.is_elsewhere {
+            agent.retract(at);
+            self.report(index);
+        }
+        let decisions = self.queue.refused(ask, RefusalCause::Withdrawn, self.now);
+        self.carry_out(decisions);
+    }
+
     pub(super) fn detach(&mut self, index: usize) {
-        self.agents[index].attached = false;
-        self.agents[index].asked.clear();
+        let agent = &mut self.agents[index];
+        agent.attached = false;
+        agent.asked.clear();
+        agent.withdrawn.clear();
+        for at in (0..agent.offers.len()).rev() {
+            agent.offers[at].askers.clear();
+            if !agent.offers[at].is_elsewhere {
+                agent.retract(at);
+            }
+        }
         let decisions = self.queue.detach(Self::slot(index), self.now);
         self.carry_out(decisions);
     }
@@ -273,7 +417,9 @@ impl World {
     pub(super) fn carry_out(&mut self, decisions: Vec<Decision>) {
         for decision in decisions {
             match decision {
-                Decision::Ask { ask, slot, wanted } => {
+                Decision::Ask {
+                    ask, slot, wanted, ..
+                } => {
                     let place = self.queue.asks[&ask].place;
                     assert!(
                         place.is_none_or(|place| self.has_client(place)),
@@ -283,10 +429,18 @@ impl World {
                     assert!(agent.attached);
                     agent.asked.push((ask, wanted));
                 }
+                Decision::Withdraw { ask, slot } => {
+                    let agent = &mut self.agents[slot.0 as usize];
+                    assert!(agent.attached && !agent.withdrawn.contains(&ask));
+                    agent.withdrawn.push(ask);
+                }
                 Decision::Answer(caller, answer) => {
                     let (wanted, until) = self.clients.remove(&caller).expect("a client once");
                     match &answer {
                         Ok(told) => assert!(wanted.made(told.slot, &told.session)),
+                        // No one is left who could take it.
+                        Err(Refusal::NotConfirmed { .. }) => {}
+                        Err(Refusal::ShuttingDown) => assert!(self.queue.is_closed),
                         Err(Refusal::KeyReused) => assert!(wanted.idempotency_key.is_some()),
                         Err(refusal) => assert!(until <= self.now, "too early: {refusal}"),
                     }
@@ -311,12 +465,25 @@ impl World {
             assert_eq!(lined_up.contains(place), request.asking.is_none());
             assert!(request.asking.is_some() || self.has_client(*place));
             for (caller, until) in &request.callers {
-                let is_late = *until <= self.now && request.asking.is_none();
+                let limit = match request.asking {
+                    None => Some(Duration::ZERO),
+                    Some(_) => queue.is_offered(request).then_some(ASK_LIMIT),
+                };
+                let is_late = limit.is_some_and(|limit| *until + limit <= self.now);
                 assert!(!is_late, "{caller:?} still waits");
                 assert_eq!(queue.places[caller], *place);
             }
             if request.asking.is_none() {
                 self.check_waiting(*place, request);
+            }
+        }
+        for agent in &self.agents {
+            for ask in agent.offers.iter().flat_map(|offer| &offer.askers) {
+                let place = queue.asks[ask].place;
+                assert_eq!(place.is_none(), agent.withdrawn.contains(ask), "{ask:?}");
+                let is_closed = queue.is_closed && place.is_some();
+                let has_client = place.is_none_or(|place| self.has_client(place));
+                assert!(has_client && !is_closed, "{ask:?} goes on");
             }
         }
         assert_eq!(queue.places.len(), self.clients.len());
@@ -351,8 +518,13 @@ impl World {
         for index in 0..self.agents.len() {
             self.report(index);
         }
-        while let Some(index) = self.agents.iter().position(|agent| !agent.asked.is_empty()) {
+        let has_news = |agent: &Agent| {
+            !(agent.asked.is_empty() && agent.withdrawn.is_empty() && agent.offers.is_empty())
+        };
+        while let Some(index) = self.agents.iter().position(has_news) {
             self.answer(index, None);
+            self.withdraw(index);
+            self.decide(index, 0, Some(Unconfirmed::Silent));
             // A request that is over may leave a server to others: see `forget_keeping`.
             self.catch_up();
             self.check();
@@ -364,12 +536,12 @@ impl World {
     pub(super) fn check_settled(&self) {
         let agents = self.agents.iter().filter(|agent| agent.attached);
         for (caller, (wanted, _)) in &self.clients {
-            let kept = self
-                .queue
-                .kept_from(self.queue.places[caller], &wanted.ports);
+            let place = self.queue.places[caller];
+            let kept = self.queue.kept_from(place, &wanted.ports);
+            let request = &self.queue.requests[&place];
             for (index, agent) in self.agents.iter().enumerate() {
                 let slot = Self::slot(index);
-                let may_use = agent.attached && kept != Some(slot) && wanted.may_use(slot);
+                let may_use = agent.attached && kept != Some(slot) && request.may_use(slot);
                 let is_served = may_use && agent.take(wanted).is_some();
                 assert!(!is_served, "{wanted:?} waits for {agent:?}");
             }
