@@ -15,8 +15,11 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! [`workload`] is for the other side: workloads that ask their agent.
 
 mod command;
+pub mod workload;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -70,7 +70,7 @@
 //! | Who frees a port, also after a crash? | the diagram in `agent/book.rs`; `connection_servers.rs` below it when a connection server crashed, `attachment.rs` when the agent did |
 //! | Which pods start and stop, also when a node is lost? | `plan.rs`, from what `operator/observation.rs` makes of their pods |
 //! | Which server is not ready? | the same for its pod; `agent/workload_api.rs` for what its workload says |
-//! | What may a workload see and decide itself? | `agent/workload_api.rs` |
+//! | What may a workload see and decide itself? | `agent/workload_api.rs`; `client/workload.rs` asks there |
 //! | Which session waits for its workload to confirm it? | `agent/book/offers.rs`; rule 10 in `queue.rs` |
 //! | Which connection ports does a slot get? | `plan/ports.rs` |
 //! | How does a new process take over the connections? | `connection/handover.rs` |
@@ -137,7 +137,7 @@
 //! connection   → pool, table, session, selection, cluster, follow, admin, forward  a role; its head draws its inside
 //! agent        → pool, table, session, selection, follow, admin, sock_diag  a role
 //! local        → pool, table, session, plan, manifest, follow, client, forward, output, sock_diag  a whole pool on one machine
-//! client       → pool, session                  request, connect, release
+//! client       → pool, session                  request, connect, release; workload: the agent's local API
 //! echo         a workload to try things with
 //!
 //! forward      → pool, table, sock_diag          the data plane: epoll, own threads; no tokio

@@ -1,5 +1,5 @@
-//! The types of the agent's local API: what it shows of the server and its sessions,
-//! and what it takes.
+//! The types of the agent's local API, which the agent and the client module for
+//! workloads share: what it shows of the server and its sessions, and what it takes.
 
 use std::borrow::Cow;
 

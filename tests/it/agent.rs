@@ -8,3 +8,4 @@ mod no_sock_diag;
 mod one_shot;
 mod withdrawal;
 mod workload_api;
+mod workload_client;
