@@ -150,10 +150,14 @@ fn deletion(pod: &DynamicObject, deadline: Timestamp, now: Timestamp) -> String 
 }
 
 /// Why the cluster refuses the pods of `deployment`, if it does: in the words of the
-/// API server, which may be about a quota, a limit or pod security.
+/// API server, which may be about a quota, a limit or pod security. They begin with the
+/// name of a pod, which is another one at each try.
 pub(super) fn refused(deployment: &DynamicObject) -> Option<Blocker> {
     let failure = condition(deployment, "ReplicaFailure").filter(|it| it["status"] == "True")?;
     let message = failure["message"].as_str().unwrap_or_default();
+    let begins = ["is forbidden: ", "is invalid: "].into_iter();
+    let why = begins.filter_map(|begin| message.split_once(begin)).next();
+    let message = shortened(why.map_or(message, |(_, why)| why));
     let name = deployment.name_any();
     Some(Blocker::new(
         "ConnectionServerRefused",
@@ -193,6 +197,10 @@ fn stuck(status: &Value) -> Option<(&'static str, String)> {
 /// Whether a container that runs, or has just ended, will soon wait in a loop of
 /// crashes again: the reason that it will have then, and the cause.
 fn crash_loop(status: &Value, now: Timestamp) -> Option<(&'static str, String)> {
+    // It is done. That it failed before, its status says for as long as the pod is there.
+    if status["state"]["terminated"]["exitCode"] == 0 {
+        return None;
+    }
     let last = &status["lastState"]["terminated"];
     let has_failed = last["exitCode"].as_i64().is_some_and(|code| code != 0);
     if !has_failed || status["restartCount"].as_u64()? < LOOP_RESTARTS {
@@ -308,6 +316,13 @@ mod tests {
                 "{state}"
             );
         }
+        // A program that has done its work, and one that prepared the others.
+        let done = json!({ "terminated": { "exitCode": 0, "reason": "Completed" } });
+        let done = container(&done, 3, "Error", 1);
+        assert_eq!(told(&done), None);
+        let statuses = done.data["status"]["containerStatuses"].clone();
+        let prepared = pod(&json!({ "phase": "Running", "initContainerStatuses": statuses }));
+        assert_eq!(told(&prepared), None);
         // It is over when the container runs for longer than it ever does.
         assert_eq!(told(&container(&running(60), 3, "Error", 1)), None);
         assert!(told(&container(&running(239), 3, "Error", 120)).is_some());
@@ -373,6 +388,33 @@ mod tests {
             ] }));
             assert_eq!(told(&pod), None, "{reason}");
         }
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_the_same_words_at_each_try() {
+        let told = |message: &str| {
+            let mut deployment = pod(&json!({ "conditions": [{
+                "type": "ReplicaFailure", "status": "True", "message": message,
+            }] }));
+            deployment.metadata.name = Some("games-connection-server".to_owned());
+            refused(&deployment).unwrap().message
+        };
+        let begin = "the pods of Deployment games-connection-server cannot be created: ";
+        for (problem, why) in [
+            ("is forbidden", "exceeded quota: small, limited: pods=1"),
+            ("is invalid", "spec.hostname: Invalid value"),
+        ] {
+            for name in [
+                "games-connection-server-7d9f-abcde",
+                "games-connection-server-7d9f-vwxyz",
+            ] {
+                let message = told(&format!("pods \"{name}\" {problem}: {why}\nand more"));
+                assert_eq!(message, format!("{begin}{why}"));
+            }
+        }
+        let others = "admission webhook \"x\" denied the request";
+        assert_eq!(told(others), format!("{begin}{others}"));
+        assert_eq!(told(&"x".repeat(1000)).len(), begin.len() + MOST_WORDS);
     }
 
     #[test]

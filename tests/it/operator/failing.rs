@@ -50,9 +50,9 @@ async fn pods_that_fail_at_once_are_created_less_and_less_often_and_the_pool_say
         reason == Some("PodsFailing")
     });
     assert_eq!(failing.count(), 1, "one event for all of them");
-    // What is corrected is tried at once.
+    // What is corrected is tried at once: the next pause would be of 40 s.
     let took = faulty.space.make_ready("games", quick(2)).await;
-    assert!(took < Duration::from_secs(8), "{took:?}");
+    assert!(took < Duration::from_secs(20), "{took:?}");
 }
 
 #[tokio::test]
@@ -64,14 +64,17 @@ async fn a_failed_pod_that_someone_deletes_is_tried_again_at_once() {
         .apply("games", with_image(quick(1), "rejected:1"))
         .await
         .unwrap();
-    for failures in [2, 3, 4] {
+    // Seconds for which each failure makes the slot wait. The first pause is so short
+    // that it may be over before a slow machine has deleted the pod.
+    for (failures, pause) in [(2, None), (3, Some(20)), (4, Some(40))] {
         let words = format!("pod games-0 failed {failures} times in a row: NodePorts");
         faulty.space.degraded("games", &words).await;
         let (started, made) = (Instant::now(), created(&faulty));
-        assert_eq!(made, failures);
+        assert!(made >= failures, "{made} of {failures}");
         delete(&faulty.space.pods(), "games-0").await;
         until("it is created again", async || created(&faulty) > made).await;
-        assert!(started.elapsed() < Duration::from_secs(5));
+        let (took, pause) = (started.elapsed(), pause.map(Duration::from_secs));
+        assert!(pause.is_none_or(|pause| took < pause / 2), "{took:?}");
     }
 }
 
@@ -162,9 +165,8 @@ async fn pods_that_a_limit_refuses_are_reported_in_the_words_of_the_api_server()
     space.degraded("games", words).await;
     let (_, reason, message) = space.condition("games", "Degraded").await;
     assert_eq!(reason, "ConnectionServerRefused");
-    let begin =
-        "the pods of Deployment games-connection-server cannot be created: pods \"x\" is forbidden";
-    assert!(message.starts_with(begin), "{message}");
+    let begin = "the pods of Deployment games-connection-server cannot be created: ";
+    assert!(message.starts_with(&format!("{begin}{words}")), "{message}");
     patch_status(&deployments, "games-connection-server", failure("False")).await;
     space.ready("games").await;
     // The same for a processing server.
@@ -178,34 +180,6 @@ async fn pods_that_a_limit_refuses_are_reported_in_the_words_of_the_api_server()
     );
     delete(&ranges, "small").await;
     space.ready("games").await;
-}
-
-#[tokio::test]
-async fn servers_that_are_not_ready_hold_up_no_drain() {
-    let space = Space::with_pool("drained", quick(3)).await;
-    let budgets = space.objects("policy", "PodDisruptionBudget", "poddisruptionbudgets");
-    let policy = async |name: &str| {
-        let budget = budgets.get(name).await.unwrap();
-        let policy = budget.data["spec"]["unhealthyPodEvictionPolicy"].as_str();
-        policy.unwrap_or_default().to_owned()
-    };
-    assert_eq!(policy("games-connection-servers").await, "AlwaysAllow");
-    let becomes = async |expected: &str| {
-        until(expected, async || {
-            policy("games-processing-servers").await == expected
-        })
-        .await;
-    };
-    becomes("IfHealthyBudget").await;
-    let report = async |pod: &str, status: &str| {
-        let ready = json!({ "status": { "conditions": [{ "type": "Ready", "status": status }] } });
-        patch_status(&space.pods(), pod, ready).await;
-    };
-    report("games-0", "False").await;
-    report("games-1", "False").await;
-    becomes("AlwaysAllow").await;
-    report("games-0", "True").await;
-    becomes("IfHealthyBudget").await;
 }
 
 #[tokio::test]
