@@ -21,7 +21,7 @@
 //! - `stores`: what the watches keep; `observation`: what it means for a pool, with
 //!   `pod_problems`: why a pod does not run;
 //! - `requests`: one function for each kind of request to the API server;
-//! - `memory`: what saves work;
+//! - `memory`: what saves work; `silence`: workloads that do not listen;
 //! - `lease`: one of several controllers leads; `metrics`: what is counted;
 //! - this file: options and wiring.
 
@@ -36,6 +36,7 @@ mod pod_problems;
 mod reconcile;
 mod report;
 mod requests;
+mod silence;
 mod stores;
 
 use std::future::{pending, ready};

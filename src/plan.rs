@@ -143,7 +143,10 @@ pub struct ObservedServer {
     /// The agent does not count: it reports by itself what it can give, and what is
     /// given must not depend on what it reports.
     pub not_ready: bool,
-    /// Whether the server was created from a former template, or is too old.
+    /// Whether a program of the workload runs, be it not ready, as far as known.
+    pub is_running: bool,
+    /// Whether the server was created from a former template, or is too old and has
+    /// not failed.
     pub is_outdated: bool,
     /// Whether the server has had all the sessions that it takes.
     pub is_spent: bool,
@@ -315,7 +318,7 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     let start = rows
         .iter()
         .filter(|row| row.state == RowState::Active && !servers.is_occupied(row.slot))
-        .filter(|row| observed.may_start && attempts::pause(&row.attempts, now).is_zero())
+        .filter(|row| observed.may_start && attempts::pause(row, now).is_zero())
         .map(|row| row.slot)
         .collect();
     let is_done = |server: &&ObservedServer| {
@@ -330,7 +333,7 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     let stop = stop.map(|server| server.slot).collect();
     let next_after = rows.iter().filter_map(|row| {
         let server = servers.get(row.slot);
-        attempts::next_after(&row.attempts, server, now)
+        attempts::next_after(row, server, now)
     });
     Plan {
         next_after: next_after.min(),
@@ -342,7 +345,7 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
 
 /// Whether the server of `row`, which has failed, stays for now.
 fn is_kept(row: &Row, now: Timestamp) -> bool {
-    row.state == RowState::Active && !attempts::pause(&row.attempts, now).is_zero()
+    row.state == RowState::Active && !attempts::pause(row, now).is_zero()
 }
 
 fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: Duration) -> bool {
@@ -359,12 +362,17 @@ fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: D
 }
 
 /// Whether `servers` that are not ready may be evicted without regard to how many are
-/// ready: several are not, and no session is known of them. Otherwise two that crash
-/// again and again would keep a node from being drained for ever.
+/// ready: several are not, and none has a session. Otherwise two that crash again and
+/// again would keep a node from being drained for ever. One whose sessions are not
+/// known has none only if nothing of it runs, and `is_counted`: a connection server has
+/// reported numbers of the others, so that it is not the whole that cannot be reached.
 #[must_use]
-pub fn unready_may_go(servers: &[ObservedServer]) -> bool {
+pub fn unready_may_go(servers: &[ObservedServer], is_counted: bool) -> bool {
     let mut unready = servers.iter().filter(|server| !server.is_ready);
-    let has_none = |server: &ObservedServer| server.sessions.unwrap_or(0) == 0;
+    let has_none = |server: &ObservedServer| match server.sessions {
+        Some(sessions) => sessions == 0,
+        None => is_counted && !server.is_running,
+    };
     unready.clone().count() > 1 && unready.all(has_none)
 }
 

@@ -87,7 +87,7 @@ impl Reconcile<'_> {
             self.owner,
             &table,
             settings,
-            unready_may_go(&observation.servers),
+            unready_may_go(&observation.servers, observation.live.is_some()),
         );
         let starting = table.rows.iter().filter(|row| start.contains(&row.slot));
         let pods = objects::pods(self.owner, settings, starting);

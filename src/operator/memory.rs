@@ -8,7 +8,7 @@ use kube::runtime::reflector::Store;
 use parking_lot::Mutex;
 
 use super::observation::{Observation, Versions};
-use crate::plan::ObservedServer;
+use super::silence::Silences;
 use crate::pool::ProcessingPool;
 use crate::table::Table;
 
@@ -19,10 +19,6 @@ const MOST_WAITS: u32 = 10;
 /// many servers come and go, readiness costs one write a second; what has changed
 /// meanwhile is in the next one.
 const MARK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// How long a workload must not listen before the status says so. Programs need time
-/// to start, and those that serve one client close their socket with it.
-const SILENCE: Duration = Duration::from_secs(20);
 
 /// What is remembered of a pool.
 #[derive(Clone, Debug, Default)]
@@ -38,9 +34,8 @@ pub(super) struct OfPool {
     pub(super) checked_template: Option<String>,
     /// Time of the last table that marked other servers as not ready.
     pub(super) marked: Option<Instant>,
-    /// Since when workloads do not listen on all of their ports, by the uid of their
-    /// servers.
-    silent: HashMap<String, Instant>,
+    /// The workloads that do not listen on all of their ports.
+    pub(super) silences: Silences,
     /// Number of errors in a row.
     pub(super) failures: u32,
     /// Time of the last listing of the pool's pods.
@@ -106,31 +101,6 @@ impl Memory {
                 table.resource_version = Some(memory.table_version.to_string());
                 table.generation = written.generation;
                 table.table = Some(written.clone());
-            }
-        });
-    }
-
-    /// Drops from `servers` what is reported of workloads that do not listen until that
-    /// has lasted. `is_told` is whether the status says so of one already: then a
-    /// controller that has just started does not take it back.
-    pub(super) fn keep_lasting_silence(
-        &self,
-        uid: &str,
-        servers: &mut [ObservedServer],
-        is_told: bool,
-    ) {
-        self.with(uid, |memory| {
-            let former = std::mem::take(&mut memory.silent);
-            for server in servers {
-                if server.not_listening.is_empty() {
-                    continue;
-                }
-                let since = former.get(&server.uid).copied();
-                let since = since.unwrap_or_else(Instant::now);
-                memory.silent.insert(server.uid.clone(), since);
-                if since.elapsed() < SILENCE && !is_told {
-                    server.not_listening.clear();
-                }
             }
         });
     }

@@ -12,6 +12,7 @@ use kube::api::DynamicObject;
 use serde_json::Value;
 
 use super::pod_problems;
+use super::silence::offered;
 use super::stores::{DELETION_COST, Stores, condition, is_owned, text};
 use crate::plan::objects::{
     AGENT, COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
@@ -56,7 +57,8 @@ pub(super) struct Observation {
     pub(super) services: Option<ServicePorts>,
     /// What keeps pods from running.
     pub(super) blockers: Vec<Blocker>,
-    /// Whether a workload does not listen on all of its ports, be it for a moment.
+    /// Whether what is known of workloads that do not listen may soon be otherwise.
+    /// Memory says so.
     pub(super) is_any_silent: bool,
     /// The time until the next server is too old, if one will be.
     pub(super) next_too_old: Option<Duration>,
@@ -134,18 +136,12 @@ impl Observation {
             let later = until.filter(|_| !is_too_old);
             next_too_old = next_too_old.into_iter().chain(later).min();
             let found = server(pod, &pool.name, template_hash, live.as_ref(), now);
-            servers.extend(found.map(|server| ObservedServer {
-                is_outdated: server.is_outdated || is_too_old,
-                ..server
-            }));
+            servers.extend(found.map(|server| with_age(server, is_too_old)));
         }
         let connection_servers = pods.connection_servers.iter();
         blockers.extend(connection_servers.filter_map(|pod| pod_problems::blocker(pod, now)));
         let deployment = stores.get("Deployment", namespace, &connection_server_name(&pool.name));
         blockers.extend(deployment.as_deref().and_then(pod_problems::refused));
-        let is_any_silent = servers
-            .iter()
-            .any(|server| !server.not_listening.is_empty());
         Self {
             table: table(stores, owner),
             servers,
@@ -156,7 +152,7 @@ impl Observation {
             hiding_service: hiding_service(stores, namespace, &pool.name),
             services: service_ports(stores, owner),
             live,
-            is_any_silent,
+            is_any_silent: false,
             blockers,
             next_too_old,
         }
@@ -219,6 +215,7 @@ fn server(
         address: text(pod, "/status/podIP").and_then(|address| address.parse().ok()),
         is_ready: is_ready(pod) && pod.metadata.deletion_timestamp.is_none() && end.is_none(),
         not_ready: !is_workload_ready(pod) || end.is_some(),
+        is_running: is_running(pod),
         is_outdated: pod
             .annotations()
             .get(HASH_ANNOTATION)
@@ -237,6 +234,24 @@ fn server(
     })
 }
 
+/// `server`, outdated if it `is_too_old`. What one that has failed waits for is the
+/// pause of its slot: its age makes no difference, else it would come back at once.
+fn with_age(server: ObservedServer, is_too_old: bool) -> ObservedServer {
+    ObservedServer {
+        is_outdated: server.is_outdated || (is_too_old && server.end.is_none()),
+        ..server
+    }
+}
+
+/// Whether a program of `pod` runs, be it not ready, as the kubelet reported it last.
+/// The agent is none.
+fn is_running(pod: &DynamicObject) -> bool {
+    let lists = ["/status/containerStatuses", "/status/initContainerStatuses"];
+    let lists = lists.into_iter().filter_map(|list| pod.data.pointer(list));
+    let mut statuses = lists.filter_map(Value::as_array).flatten();
+    statuses.any(|status| status["state"]["running"].is_object() && status["name"] != AGENT)
+}
+
 /// The ports on which the workload of `server` does not listen, and should.
 fn not_listening(server: &ServerState) -> Vec<NotListening> {
     let is_meant = server.attached && !server.draining;
@@ -247,7 +262,7 @@ fn not_listening(server: &ServerState) -> Vec<NotListening> {
     let entry = |ports: &PortState| NotListening {
         entry: ports.name.clone(),
         protocol: ports.protocol,
-        count: ports.not_listening,
+        is_partial: offered(ports) > 0,
     };
     ports.map(entry).collect()
 }
@@ -434,6 +449,41 @@ mod tests {
         let mut sidecar = pod(&unready, true, true);
         sidecar.data["status"]["initContainerStatuses"][1]["ready"] = false.into();
         assert!(!is_workload_ready(&sidecar), "a sidecar's probe fails");
+    }
+
+    #[test]
+    fn a_program_runs_while_one_container_does_that_is_not_the_agent() {
+        let running = json!({ "running": { "startedAt": "2026-03-01T12:00:00Z" } });
+        let waits = json!({ "waiting": { "reason": "CrashLoopBackOff" } });
+        let cases = [
+            ("the program", [&running, &running, &waits], true),
+            ("a sidecar", [&waits, &running, &running], true),
+            ("the agent", [&waits, &running, &waits], false),
+        ];
+        for (name, [main, agent, prepare], expected) in cases {
+            let mut pod = pod(&json!({}), false, false);
+            pod.data["status"]["containerStatuses"][0]["state"] = main.clone();
+            pod.data["status"]["initContainerStatuses"][0]["state"] = agent.clone();
+            pod.data["status"]["initContainerStatuses"][1]["state"] = prepare.clone();
+            assert_eq!(is_running(&pod), expected, "{name}");
+        }
+        assert!(!is_running(&pod(&json!({}), false, false)), "not started");
+    }
+
+    #[test]
+    fn age_makes_a_server_outdated_unless_it_has_failed() {
+        for (phase, is_too_old, expected) in [
+            ("Running", true, true),
+            ("Running", false, false),
+            ("Failed", true, false),
+        ] {
+            let mut pod = pod(&json!({}), false, false);
+            pod.metadata.annotations = Some([(HASH_ANNOTATION.to_owned(), "x".to_owned())].into());
+            pod.data["status"]["phase"] = phase.into();
+            let server = server(&pod, "games", "x", None, Timestamp::UNIX_EPOCH).unwrap();
+            let server = with_age(server, is_too_old);
+            assert_eq!(server.is_outdated, expected, "{phase} {is_too_old}");
+        }
     }
 
     #[test]

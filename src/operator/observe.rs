@@ -3,15 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
 use super::context::Reconcile;
 use super::observation::{Observation, Pods};
 use super::requests::Error;
+use super::silence::Told;
 use crate::client;
-use crate::plan::status::Blocker;
+use crate::plan::status::{Blocker, NOT_LISTENING, PARTLY_LISTENING};
 use crate::pool::{CONNECTION_ADMIN_PORT, Exposure};
 use crate::session::PoolState;
 
@@ -52,9 +53,17 @@ impl Reconcile<'_> {
             memory.forget_deleted(&self.context.pools);
         }
         memory.correct(uid, &mut observation);
-        let told = self.resource.status.iter().flat_map(|it| &it.conditions);
-        let is_told = told.into_iter().any(|it| it.reason == "PortsNotListening");
-        memory.keep_lasting_silence(uid, &mut observation.servers, is_told);
+        let conditions = self.resource.status.iter().flat_map(|it| &it.conditions);
+        let has = |reason: &str| conditions.clone().any(|it| it.reason == reason);
+        let told = Told {
+            is_silent: has(NOT_LISTENING),
+            is_partial: has(PARTLY_LISTENING),
+        };
+        observation.is_any_silent = memory.with(uid, |memory| {
+            let (servers, live) = (&mut observation.servers, observation.live.as_ref());
+            let silences = &mut memory.silences;
+            silences.keep_lasting(servers, live, told, Instant::now())
+        });
         Ok(Some(observation))
     }
 }

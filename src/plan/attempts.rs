@@ -15,6 +15,8 @@
 //!   work, as programs do that serve one client.
 //! - A failed server stays in its slot until the pause is over. So its logs and its
 //!   status can be read, and whoever cannot wait removes it.
+//! - One that has vanished leaves nothing to remove, so the next one waits for 30 s at
+//!   most.
 //! - A server of another template than the pool's counts for nothing: what was
 //!   corrected is tried at once.
 //! - The numbers are in the table ([`Attempts`]), where a new controller finds them.
@@ -35,6 +37,9 @@ const FIRST_PAUSE: Duration = Duration::from_secs(10);
 
 /// The longest pause, from the seventh failure in a row on. Source: as above.
 const LONGEST_PAUSE: Duration = Duration::from_secs(300);
+
+/// The longest pause after a server that has vanished.
+const LONGEST_PAUSE_WITHOUT_POD: Duration = Duration::from_secs(30);
 
 /// How long a server must be ready so that the failures before it are forgotten. So a
 /// slot makes at most two servers a minute, however late they fail.
@@ -97,31 +102,35 @@ pub(super) fn next(
     }
 }
 
-/// The time until the next server may come into a slot; zero when it may now.
-pub(super) fn pause(attempts: &Attempts, now: Timestamp) -> Duration {
-    attempts
-        .failed_at
-        .map_or(Duration::ZERO, |at| until(now, at, length(attempts)))
+/// The time until the next server may come into the slot of `row`, which has what
+/// [`next`] says; zero when it may now.
+pub(super) fn pause(row: &Row, now: Timestamp) -> Duration {
+    let failed_at = row.attempts.failed_at;
+    failed_at.map_or(Duration::ZERO, |at| until(now, at, length(row)))
 }
 
-/// How long the pause is after the last of these failures.
-fn length(attempts: &Attempts) -> Duration {
-    match attempts.failures.checked_sub(2) {
+/// How long the pause is after the last failure in the slot of `row`.
+fn length(row: &Row) -> Duration {
+    let longest = match row.server_uid {
+        Some(_) => LONGEST_PAUSE,
+        None => LONGEST_PAUSE_WITHOUT_POD,
+    };
+    match row.attempts.failures.checked_sub(2) {
         None => Duration::ZERO,
         // More doublings than that exceed the longest pause by far.
-        Some(doublings) => (FIRST_PAUSE * (1 << doublings.min(10))).min(LONGEST_PAUSE),
+        Some(doublings) => (FIRST_PAUSE * (1 << doublings.min(10))).min(longest),
     }
 }
 
-/// The time until what is known of a slot with `server` changes by itself.
+/// The time until what is known of the slot of `row`, with `server`, changes by itself.
 pub(super) fn next_after(
-    attempts: &Attempts,
+    row: &Row,
     server: Option<&ObservedServer>,
     now: Timestamp,
 ) -> Option<Duration> {
     let stable = server.and_then(|server| until_stable(server, now));
-    let stable = stable.filter(|_| attempts.failures > 0);
-    let paused = Some(pause(attempts, now));
+    let stable = stable.filter(|_| row.attempts.failures > 0);
+    let paused = Some(pause(row, now));
     let times = [stable, paused].into_iter().flatten();
     times.filter(|time| !time.is_zero()).min()
 }
@@ -152,7 +161,7 @@ pub fn blocker(table: &Table, servers: &[ObservedServer]) -> Option<Blocker> {
     let end = server.and_then(|server| server.end.as_ref());
     let next = match row.attempts.failed_at {
         Some(at) => {
-            let at = at.saturating_add(length(&row.attempts));
+            let at = at.saturating_add(length(row));
             let at = at.unwrap_or(Timestamp::MAX).strftime("%H:%M:%S UTC");
             format!("it is created again at {at}")
         }
@@ -160,6 +169,9 @@ pub fn blocker(table: &Table, servers: &[ObservedServer]) -> Option<Blocker> {
     };
     let cause = match end {
         Some(end) => format!(": {}", end.cause),
+        None if server.is_none() && row.attempts.failed_at.is_some() => {
+            ": it was removed before it was ready".to_owned()
+        }
         None => String::new(),
     };
     let message = format!("pod {name} failed {failures} times in a row{cause}; {next}");

@@ -10,7 +10,7 @@ mod listening;
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-pub use self::listening::{NotListening, not_listening};
+pub use self::listening::{NOT_LISTENING, NotListening, PARTLY_LISTENING, not_listening};
 use super::objects::{COMPONENT_LABEL, POOL_LABEL, PROCESSING_SERVER};
 use super::{FieldProblem, ObservedServer, ValidPool};
 use crate::pool::{Exposure, ProcessingPoolStatus};
@@ -146,11 +146,13 @@ fn statements(input: &StatusInput<'_>) -> Vec<Statement> {
     let missing = missing(input);
     let is_missing = missing.is_some();
     let summary = blocker.cloned().or(missing).unwrap_or_else(|| {
-        let ready = ready(input.servers);
-        Blocker::new(
-            "Complete",
-            format!("all {ready} processing servers are ready"),
-        )
+        let ready = format!("all {} processing servers are ready", ready(input.servers));
+        let partly = input.table;
+        let partly = partly.and_then(|table| listening::partly_listening(table, input.servers));
+        match partly {
+            None => Blocker::new("Complete", ready),
+            Some(partly) => Blocker::new(PARTLY_LISTENING, format!("{ready}; {partly}")),
+        }
     });
     let degraded = blocker
         .cloned()

@@ -15,54 +15,75 @@ pub struct NotListening {
     pub entry: String,
     /// Protocols of the entry.
     pub protocol: PortProtocol,
-    /// Number of connection ports.
-    pub count: u32,
+    /// Whether the workload listens on other ports of the entry.
+    pub is_partial: bool,
 }
 
-/// What keeps ports from being offered: the first server that does not listen on some
-/// of its own in `table`. `None` while all of `servers` listen.
+/// Reason of a pool of which a workload listens on no port of an entry.
+pub const NOT_LISTENING: &str = "PortsNotListening";
+
+/// Reason of a pool that is complete, and of which a workload listens on some ports of
+/// an entry only: it may open the others when it needs them.
+pub const PARTLY_LISTENING: &str = "PartlyListening";
+
+/// What keeps entries from being offered: the first server that listens on none of its
+/// ports in `table` for one of them. `None` while all of `servers` listen.
 #[must_use]
 pub fn not_listening(table: &Table, servers: &[ObservedServer]) -> Option<Blocker> {
+    let sentence = sentence(table, servers, false)?;
+    let message = format!(
+        "{sentence}: compare spec.ports with what the workload opens on the address of its pod"
+    );
+    Some(Blocker::new(NOT_LISTENING, message))
+}
+
+/// The first server that listens on some ports of an entry only, as a sentence.
+pub(super) fn partly_listening(table: &Table, servers: &[ObservedServer]) -> Option<String> {
+    sentence(table, servers, true)
+}
+
+/// The first server of `table` of which the workload listens on some ports of an entry
+/// (`is_partial`), or on none. The words
+/// change with the servers that are like that, and not with the number of their ports.
+fn sentence(table: &Table, servers: &[ObservedServer], is_partial: bool) -> Option<String> {
     let silent = |row: &Row| {
         let server = servers.iter().find(|server| server.slot == row.slot)?;
         let ports = server.not_listening.iter();
+        let ports = ports.filter(|ports| ports.is_partial == is_partial);
         let ports: Vec<String> = ports.filter_map(|ports| words(row, ports)).collect();
         let is_silent = row.state == RowState::Active && !ports.is_empty();
         is_silent.then(|| format!("{} does not listen on {}", row.server, ports.join(" and ")))
     };
     let mut sentences = table.rows.iter().filter_map(silent);
     let first = sentences.next()?;
-    let others = match sentences.count() {
-        0 => String::new(),
-        1 => ", and another server is like that".to_owned(),
-        others => format!(", and {others} other servers are like that"),
-    };
-    let message = format!(
-        "{first}{others}: compare spec.ports with what the workload opens on the address of its pod"
-    );
-    Some(Blocker::new("PortsNotListening", message))
+    Some(match sentences.next() {
+        None => first,
+        Some(_) => format!("{first}, and other servers are like that"),
+    })
 }
 
 /// The server ports of `row` that `silent` is about; `None` if it has none of them.
 fn words(row: &Row, silent: &NotListening) -> Option<String> {
     let is_meant =
         |range: &&PortRange| range.name == silent.entry && range.protocol == silent.protocol;
-    let ranges: Vec<&PortRange> = row.ranges.iter().filter(is_meant).collect();
-    let all: u32 = ranges.iter().map(|range| u32::from(range.count)).sum();
-    let mut runs: Vec<String> = ranges.iter().map(|range| run(range)).collect();
+    let ranges = row.ranges.iter().filter(is_meant);
+    let mut runs: Vec<String> = ranges.map(run).collect();
     runs.dedup();
+    if runs.is_empty() {
+        return None;
+    }
     let more = if runs.len() > MOST_RUNS { ", …" } else { "" };
     runs.truncate(MOST_RUNS);
     let protocol = match silent.protocol {
         PortProtocol::TCPUDP => "TCP and UDP",
         protocol => protocol.name(),
     };
-    let ports = format!("{}{more}/{protocol}", runs.join(", "));
-    match silent.count.min(all) {
-        0 => None,
-        count if count == all => Some(ports),
-        count => Some(format!("{count} of the {all} ports {ports}")),
-    }
+    let some = if silent.is_partial {
+        "some of the ports "
+    } else {
+        ""
+    };
+    Some(format!("{some}{}{more}/{protocol}", runs.join(", ")))
 }
 
 /// The server ports of `range`.

@@ -136,6 +136,25 @@ fn a_server_that_vanishes_before_it_was_ready_counts_as_failed() {
         }
     }
     assert!(starts < 6, "{starts} in a minute");
+    // There is no pod whose removal would end the pause, so it is short.
+    let words = "pod pool-0 failed 4 times in a row: it was removed before it was ready; it is";
+    let (mut longest, mut was_told) = (Duration::ZERO, false);
+    let mut last = world.elapsed;
+    for _ in 0..2000 {
+        let is_started = !world.step(&pool).start.is_empty();
+        let told = failing(world.table.as_ref().unwrap(), &[]);
+        was_told |= told.is_some_and(|it| it.message.starts_with(words));
+        if is_started {
+            longest = longest.max(world.elapsed - last);
+            last = world.elapsed;
+            world.servers.get_mut(&Slot(0)).unwrap().not_ready = true;
+            world.step(&pool);
+            world.servers.clear();
+        }
+    }
+    assert!(attempts_of(&world).failures > 20);
+    assert!(longest <= Duration::from_secs(32), "{longest:?}");
+    assert!(was_told, "with the cause");
     // One that was ready may be deleted as often as someone likes.
     let mut world = World::default();
     world.settle(&pool);

@@ -323,3 +323,25 @@ fn a_draining_server_comes_back_when_the_pool_grows_again() {
         [(0, RowState::Active), (1, RowState::Active)]
     );
 }
+
+#[test]
+fn servers_that_are_not_ready_may_go_while_none_can_have_a_session() {
+    let down = |sessions: Option<u32>, is_running: bool| ObservedServer {
+        sessions,
+        is_running,
+        ..ObservedServer::default()
+    };
+    let empty = down(Some(0), true);
+    let cases = [
+        ("known to be empty", down(Some(0), true), true, true),
+        ("with sessions", down(Some(1), true), true, false),
+        ("nothing of it runs", down(None, false), true, true),
+        ("it runs out of reach", down(None, true), true, false),
+        ("no one has answered", down(None, false), false, false),
+    ];
+    for (what, server, is_counted, expected) in cases {
+        let servers = [empty.clone(), server.clone()];
+        assert_eq!(unready_may_go(&servers, is_counted), expected, "{what}");
+        assert!(!unready_may_go(&[server], is_counted), "{what}: only one");
+    }
+}
