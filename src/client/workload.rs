@@ -62,6 +62,10 @@ const ADDRESS_VARIABLE: &str = "PORTPOOL_API";
 /// How long an answer may take to begin: the agent has 10 s for it.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(11);
 
+/// How long a connection is kept that is not used: shorter than the agent keeps it, so
+/// that no request goes to one that the agent is closing.
+const IDLE_TIME: Duration = Duration::from_secs(20);
+
 /// Most bytes of an answer: a page of sessions, each with the largest metadata of both
 /// sides, each byte of it escaped, take 5 MiB; the rest is for their other fields.
 const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
@@ -150,7 +154,9 @@ impl Workload {
         let authority = base.authority().filter(|_| is_plain);
         Ok(Self {
             address: authority.ok_or_else(invalid)?.to_string(),
-            http: HttpClient::builder(TokioExecutor::new()).build_http(),
+            http: HttpClient::builder(TokioExecutor::new())
+                .pool_idle_timeout(IDLE_TIME)
+                .build_http(),
         })
     }
 

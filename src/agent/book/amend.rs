@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::session::Session;
 use super::times::time_after;
 use super::{Book, Notice, Now, To};
 use crate::selection::{self, ConnectionServerId, FromAgent};
@@ -76,7 +75,7 @@ impl Book {
     }
 
     /// Takes over the last amendment of a session as `from` reports it, if it is later
-    /// than the one known here: the agent was restarted, and connection servers that
+    /// than the one known here, and what its workload has said: the agent was restarted, and connection servers that
     /// missed it have greeted before. The others learn it.
     pub(super) fn catch_up(
         &mut self,
@@ -85,11 +84,22 @@ impl Book {
         now: Now,
         notices: &mut Vec<Notice>,
     ) {
-        let is_later = |session: &Session| session.is_live() && known.amended > session.amended;
-        if !self.sessions.get(&known.id).is_some_and(is_later) {
+        let Some(session) = self.sessions.get(&known.id).filter(|it| it.is_live()) else {
+            return;
+        };
+        let is_later = known.amended > session.amended;
+        // What a workload has said at its confirmation never changes afterwards.
+        let has_more = session.workload_metadata.is_empty() && !known.workload_metadata.is_empty();
+        if !is_later && !has_more {
             return;
         }
         self.update(&known.id, notices, |session| {
+            if has_more {
+                session.workload_metadata = known.workload_metadata.clone();
+            }
+            if !is_later {
+                return;
+            }
             session.metadata = known.metadata.clone();
             session.amended = known.amended;
             if known.has_own_expiry {

@@ -127,6 +127,7 @@ impl ConnectionServers {
             {
                 away.closed_at = None;
                 away.unknown_from = 0;
+                server.unavailable = BTreeSet::new();
                 closed.push(id.clone());
             }
         }

@@ -57,9 +57,11 @@ impl Acceptor {
         listener: TcpListener,
         io: &Io,
     ) -> rustix::io::Result<()> {
-        let watched = watch(port, &listener, io);
+        // A listener that cannot be watched is closed: it would take clients that no one
+        // accepts, and keep its port from the next try.
+        watch(port, &listener, io)?;
         self.ports.insert(port, listener);
-        watched
+        Ok(())
     }
 
     pub(super) fn close(&mut self, port: ListenPort) {

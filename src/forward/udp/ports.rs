@@ -46,9 +46,10 @@ impl Ports {
         io: &Io,
     ) -> rustix::io::Result<()> {
         let source = EventSource::UdpPort.of_port(number);
-        let watched = io.watch(&socket, source, EventFlags::IN);
+        // A socket that cannot be watched is closed, so that the next try can bind.
+        io.watch(&socket, source, EventFlags::IN)?;
         self.ports.insert(number, Port::new(socket, state));
-        watched
+        Ok(())
     }
 
     pub(super) fn get(&self, number: ListenPort) -> Option<&Port> {

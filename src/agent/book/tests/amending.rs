@@ -188,10 +188,14 @@ fn a_restarted_agent_takes_metadata_from_whoever_has_it() {
             ..request("s", None)
         };
         let selected = book.select(&server("a"), &asked, at(2)).unwrap();
-        let whole = selected.session;
+        let whole = selection::Session {
+            workload_metadata: Metadata::new([("room", "7")]).unwrap(),
+            ..selected.session
+        };
         let without = selection::Session {
             metadata: Metadata::default(),
             amended: None,
+            workload_metadata: Metadata::default(),
             ..whole.clone()
         };
         let mut restarted = Book::new(TIMES, Some(at(20).monotonic));
@@ -206,8 +210,8 @@ fn a_restarted_agent_takes_metadata_from_whoever_has_it() {
         }
         let live = restarted.live_session(&session("s")).unwrap();
         assert_eq!(
-            (live.metadata, live.expires),
-            (whole.metadata, whole.expires)
+            (live.metadata, live.workload_metadata, live.expires),
+            (whole.metadata, whole.workload_metadata, whole.expires)
         );
     }
 }

@@ -18,7 +18,7 @@ fn a_port_is_offered_only_if_every_connection_server_listens_on_it() {
     assert_eq!(select(&mut book, "s", at(0)), Ok(20_002));
     book.set_unavailable(&server("a"), &[]);
     assert_eq!(free(&book), 2, "20000 and 20003");
-    // What it said counts until it is gone for good.
+    // What it said counts until it is known to be dead.
     book.detach(&server("b"), at(1));
     assert_eq!(free(&book), 2);
     book.tick(at(100));

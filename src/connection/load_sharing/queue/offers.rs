@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use super::request::{AskError, Decision, Unconfirmed, Usable};
 use super::{ASK_DEADLINE, ASK_LIMIT, AskId, Due, Queue, Request};
 use crate::connection::load_sharing::refusal::Refusal;
-use crate::connection::load_sharing::servers::ServerLoad;
 use crate::selection::Counts;
 use crate::table::Slot;
 
@@ -130,12 +129,12 @@ impl Queue {
         ask.is_some_and(|ask| ask.is_offered)
     }
 
-    /// Whether every server that takes sessions, and that `request` can use, has turned
-    /// it down.
+    /// Whether every server that `request` can use has turned it down. One that takes no
+    /// sessions now, for example because its agent is away, may take some in a moment.
     pub(super) fn is_turned_down(&self, request: &Request) -> bool {
         let may_take = |slot: Slot| {
             let server = self.servers.get(slot);
-            server.is_some_and(ServerLoad::takes_sessions) && request.may_use(slot)
+            server.is_some_and(|server| !server.is_draining()) && request.may_use(slot)
         };
         !request.turned_down_by.is_empty() && !self.servers.slots().any(may_take)
     }
