@@ -52,12 +52,15 @@
 //!    [`MOST_LOOKED_AT`] the first that any server could serve. Other connection
 //!    servers do not know what is kept here.
 //! 9. **Turns.** A turn lasts until the request is served or leaves, and no longer than
-//!    [`KEPT_FOR`]. A request whose turn was in vain has its next one, of twice the
-//!    length, after those that waited for theirs then. Nothing is kept before that
-//!    for as long as the turn has lasted, nor while a request for one port still waits
-//!    that waited at its end and could use what was kept. So neither kind waits for
-//!    ever while sessions end: turns grow until the sessions on a server end in one,
-//!    and what is kept in vain is kept for half of the time at most.
+//!    [`KEPT_FOR`]. A request whose turn was in vain has its next one after those that
+//!    waited for theirs then, of twice the length unless its server cut it short. For as
+//!    long as the turn has lasted, nothing that shares ports with it is kept, and for up
+//!    to twice as long while a request for one port still waits that waited at its end
+//!    and could use what was kept. So of each kind of port, what is kept in vain is kept
+//!    for half of the time at most. A request that has every turn begins its turns of 10,
+//!    20, 40 and 80 s no later than 1, 31, 91 and 211 s after it came, and is served in
+//!    one in which the sessions on a server end, unless earlier requests take their
+//!    ports. With several such requests it takes up to as many times as long.
 //! 10. **Confirmation.** Where workloads confirm sessions, a server that has a port offers
 //!     the session to its workload before it answers. If that refuses, or is silent for
 //!     too long, the next server is asked, and this one not again for the request. It is
@@ -105,7 +108,8 @@ pub const PASSED_FOR: Duration = Duration::from_secs(1);
 pub const KEPT_FOR: Duration = Duration::from_secs(10);
 
 /// How many different requests for several ports are looked at for the next turn. It
-/// bounds the work for each report.
+/// bounds the work for each report. Those that no server can serve are looked at again
+/// after the others.
 const MOST_LOOKED_AT: usize = 16;
 
 /// How long a request may take besides its own wait: a few servers that miss
@@ -202,7 +206,7 @@ impl Queue {
             servers: Servers::default(),
             requests: BTreeMap::new(),
             waiting: BTreeMap::new(),
-            keeping: Keeping::Nothing,
+            keeping: Keeping::default(),
             places: HashMap::new(),
             by_key: HashMap::new(),
             asks: BTreeMap::new(),
@@ -273,6 +277,7 @@ impl Queue {
     pub fn leave(&mut self, caller: Caller) -> Vec<Decision> {
         if let Some(&place) = self.places.get(&caller) {
             self.forget(place, caller);
+            self.note_left(place);
         }
         self.take_decisions()
     }

@@ -3,6 +3,13 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::session::MAX_WAIT_SECONDS;
+
+/// What the request wants that a server is kept for.
+fn kept(world: &World) -> Option<&Wanted> {
+    let kept = world.queue.kept()?;
+    Some(&world.queue.requests[&kept.place].wanted)
+}
 
 /// A request for one port of the entry that all of these tests are about.
 fn game() -> Wanted {
@@ -206,7 +213,7 @@ fn a_turn_in_vain_is_followed_by_one_of_the_others() {
     );
     // The others' turn goes on until all that waited have been served.
     let late = take(&mut world);
-    world.pass(2 * KEPT_FOR);
+    world.pass(2 * KEPT_FOR - SECOND);
     world.end(0, 0);
     assert_eq!(
         [second, late].map(|it| got(&world, it)),
@@ -226,6 +233,136 @@ fn a_turn_in_vain_is_followed_by_one_of_the_others() {
     let newcomer = world.enter(game(), Duration::ZERO);
     world.answer_all();
     assert_eq!(got(&world, newcomer), Some("game"));
+}
+
+#[test]
+fn the_turn_of_others_is_at_most_twice_as_long_as_that_in_vain() {
+    let mut world = World::new(&[[1, 0, 0]]);
+    world.enter(game(), SECOND);
+    world.answer_all();
+    let large = several(&[("game", 2)]);
+    world.enter(large.clone(), 300 * SECOND);
+    world.pass(PASSED_FOR);
+    let waiting = world.enter(game(), 300 * SECOND);
+    world.pass(KEPT_FOR);
+    world.pass(2 * KEPT_FOR - SECOND);
+    assert_eq!(kept(&world), None);
+    assert_eq!(world.queue.next_deadline(), Some(world.now + SECOND));
+    world.pass(SECOND);
+    assert_eq!(kept(&world), Some(&large));
+    assert_eq!(got(&world, waiting), None);
+}
+
+#[test]
+fn the_next_turn_begins_when_the_last_of_the_others_hangs_up() {
+    let mut world = World::new(&[[1, 0, 0]]);
+    world.enter(game(), SECOND);
+    world.answer_all();
+    let large = several(&[("game", 2)]);
+    world.enter(large.clone(), 300 * SECOND);
+    world.pass(PASSED_FOR);
+    let others = [0; 2].map(|_| world.enter(game(), 300 * SECOND));
+    world.pass(KEPT_FOR);
+    world.pass(KEPT_FOR + SECOND);
+    for (caller, is_last) in others.into_iter().zip([false, true]) {
+        assert_eq!(kept(&world), None);
+        world.clients.remove(&caller);
+        assert_eq!(world.queue.leave(caller), []);
+        let due = world.queue.next_deadline();
+        assert_eq!(due.is_some_and(|at| at <= world.now), is_last);
+    }
+    world.catch_up();
+    assert_eq!(kept(&world), Some(&large));
+}
+
+#[test]
+fn a_turn_in_vain_keeps_none_of_other_ports_from_beginning() {
+    let mut world = World::new(&[[1, 1, 0]]);
+    for wanted in [game(), several(&[("voice", 1)])] {
+        world.enter(wanted, SECOND);
+        world.answer_all();
+    }
+    let [large, voice] = ["game", "voice"].map(|name| several(&[(name, 2)]));
+    for wanted in [&large, &voice] {
+        world.enter(wanted.clone(), 300 * SECOND);
+    }
+    world.pass(PASSED_FOR);
+    assert_eq!(kept(&world), Some(&large));
+    world.pass(KEPT_FOR);
+    assert_eq!(kept(&world), Some(&voice));
+    world.pass(KEPT_FOR);
+    assert_eq!(kept(&world), Some(&large));
+}
+
+#[test]
+fn a_request_that_is_held_back_has_its_turn_before_later_ones_for_its_ports() {
+    let mut world = World::new(&[[1, 1, 0]]);
+    for wanted in [game(), several(&[("voice", 1)])] {
+        world.enter(wanted, SECOND);
+        world.answer_all();
+    }
+    let [large, both, voice] = [
+        several(&[("game", 2)]),
+        several(&[("game", 1), ("voice", 1)]),
+        several(&[("voice", 2)]),
+    ];
+    for wanted in [&large, &both, &voice] {
+        world.enter(wanted.clone(), 300 * SECOND);
+    }
+    world.pass(PASSED_FOR);
+    assert_eq!(kept(&world), Some(&large));
+    world.pass(KEPT_FOR);
+    assert_eq!(kept(&world), None, "voice would keep ports from both");
+    world.pass(KEPT_FOR);
+    assert_eq!(kept(&world), Some(&both));
+}
+
+#[test]
+fn however_many_no_server_can_serve_another_has_its_turn() {
+    let mut world = World::new(&[[2, 0, 0]]);
+    for _ in 0..2 {
+        world.enter(game(), SECOND);
+        world.answer_all();
+    }
+    for count in 0..MOST_LOOKED_AT {
+        let count = u8::try_from(count + 2).unwrap();
+        world.enter(several(&[("voice", count)]), 99 * SECOND);
+    }
+    let large = world.enter(several(&[("game", 2)]), 99 * SECOND);
+    world.pass(PASSED_FOR);
+    world.end(0, 0);
+    let later = world.enter(game(), 50 * SECOND);
+    world.answer_all();
+    assert_eq!(got(&world, later), None);
+    world.end(0, 0);
+    assert_eq!(got(&world, large), Some("game"));
+}
+
+#[test]
+fn a_turn_that_its_server_cuts_short_makes_no_later_one_longer() {
+    let mut world = World::new(&[[2, 0, 0]]);
+    for _ in 0..2 {
+        world.enter(game(), SECOND);
+        world.answer_all();
+    }
+    let large = several(&[("game", 2)]);
+    world.enter(large.clone(), 300 * SECOND);
+    world.pass(PASSED_FOR);
+    for _ in 0..7 {
+        world.pass(SECOND);
+        assert_eq!(kept(&world), Some(&large));
+        world.detach(0);
+        world.attach(0);
+        assert_eq!(kept(&world), None);
+        world.pass(SECOND);
+    }
+    assert_eq!(kept(&world), Some(&large));
+    let later = world.enter(game(), 50 * SECOND);
+    world.end(0, 0);
+    assert_eq!(got(&world, later), None);
+    world.pass(KEPT_FOR);
+    world.answer_all();
+    assert_eq!(got(&world, later), Some("game"));
 }
 
 #[test]
@@ -297,11 +434,48 @@ proptest! {
         prop_assert!(refused.is_empty(), "{refused:?}");
     }
 
-    /// However many requests for one port come, one for several gets them once the
-    /// sessions of one server are over, and no request for one port waits for a
-    /// later one.
+    /// Sessions of up to a minute, and always so many requests for one port that none is
+    /// free: one for several gets them before its time is over.
     #[test]
-    fn neither_large_requests_starve_nor_small_ones(
+    fn small_requests_do_not_starve_a_large_one(
+        (servers, count, first) in (1usize..4, 2u8..5, 0u32..60),
+        lengths in proptest::collection::vec(prop_oneof![Just(60), 1u32..=60], 1..40),
+    ) {
+        let mut world = World::new(&vec![[4, 0, 0]; servers]);
+        world.queue.most_waiting = usize::MAX;
+        let mut lengths = lengths.into_iter().cycle();
+        let mut ends = BTreeMap::new();
+        let mut large = None;
+        for second in 0..first + MAX_WAIT_SECONDS {
+            if second == first {
+                let wait = MAX_WAIT_SECONDS * SECOND;
+                large = Some(world.enter(several(&[("game", count)]), wait));
+            }
+            while world.queue.waiting() < 60 {
+                world.enter(game(), 120 * SECOND);
+                world.answer_all();
+            }
+            for index in 0..servers {
+                let over = world.agents[index].sessions.iter().map(|(_, session)| {
+                    let length = || second + lengths.next().unwrap();
+                    *ends.entry(session.id.clone()).or_insert_with(length) <= second
+                });
+                let over: Vec<bool> = over.collect();
+                // From the last one, so that the others keep their indexes.
+                for which in (0..over.len()).rev().filter(|which| over[*which]) {
+                    world.end(index, which);
+                }
+            }
+            world.pass(SECOND);
+            world.answer_all();
+        }
+        prop_assert_eq!(got(&world, large.unwrap()), Some("game"));
+    }
+
+    /// However many requests for one port come, each one for several gets them in the
+    /// end if it waits for long enough, and no request for one port waits for a later one.
+    #[test]
+    fn large_requests_are_served_in_the_end_and_small_ones_in_order(
         ends in proptest::collection::vec((0usize..3, any::<usize>()), 40..60),
         large in proptest::collection::vec((5usize..40, 2u8..5), 1..6),
         // Each server has an end every third step, which may take longer than a turn.
