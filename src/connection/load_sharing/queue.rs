@@ -110,11 +110,11 @@ pub const KEPT_FOR: Duration = Duration::from_secs(10);
 /// How many different requests for several ports are looked at for the next turn. It
 /// bounds the work for each report. Those that no server can serve are looked at again
 /// after the others.
-const MOST_LOOKED_AT: usize = 16;
+pub const MOST_LOOKED_AT: usize = 16;
 
 /// How long a request may take besides its own wait: a few servers that miss
 /// their deadline.
-const ASK_LIMIT: Duration = Duration::from_secs(5);
+pub const ASK_LIMIT: Duration = Duration::from_secs(5);
 
 /// A client's request, as long as it is not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
