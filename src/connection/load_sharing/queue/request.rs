@@ -50,31 +50,28 @@ pub(super) struct Group {
 }
 
 /// The servers that have refused a request, or another one that waits for the same
-/// several ports, and those whose workloads have turned it down.
+/// several ports.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Refusals<'a> {
-    turned_down_by: &'a BTreeMap<Slot, Unconfirmed>,
     own: &'a BTreeMap<Slot, ReportNumber>,
     of_group: Option<&'a BTreeMap<Slot, ReportNumber>>,
 }
 
 impl<'a> Refusals<'a> {
     pub(super) fn of(request: &'a Request, waiting: &'a BTreeMap<Usable, Group>) -> Self {
-        let usable = Some(request.usable()).filter(|usable| !usable.is_for_one());
-        let group = usable.and_then(|usable| waiting.get(&usable));
+        let is_for_several = request.wanted.ports.as_single().is_none();
+        let group = is_for_several.then(|| waiting.get(&request.usable()));
+        let group = group.flatten();
         Self {
-            turned_down_by: &request.turned_down_by,
             own: &request.refused_by,
             of_group: group.map(|group| &group.refused_by),
         }
     }
 
-    /// Whether the server of `slot` has refused since the report of this number, or its
-    /// workload has.
+    /// Whether the server of `slot` has refused since the report of this number.
     pub(super) fn include(self, slot: Slot, report: ReportNumber) -> bool {
         let of_group = self.of_group.and_then(|refused_by| refused_by.get(&slot));
-        self.turned_down_by.contains_key(&slot)
-            || [self.own.get(&slot), of_group].contains(&Some(&report))
+        [self.own.get(&slot), of_group].contains(&Some(&report))
     }
 }
 

@@ -203,7 +203,7 @@ impl Queue {
         let kept = self.kept_from(place, &wanted.ports);
         let refusals = Refusals::of(request, &self.waiting);
         let is_excluded = |slot, report| {
-            !wanted.may_use(slot) || kept == Some(slot) || refusals.include(slot, report)
+            !request.may_use(slot) || kept == Some(slot) || refusals.include(slot, report)
         };
         let affinity_key = wanted.affinity_key.as_deref();
         let reserved = self
@@ -229,7 +229,7 @@ impl Queue {
         let kept = self.kept_from(place, &wanted.ports);
         let refusals = Refusals::of(request, &self.waiting);
         let is_excluded = |slot, report| {
-            !wanted.may_use(slot) || kept == Some(slot) || refusals.include(slot, report)
+            !request.may_use(slot) || kept == Some(slot) || refusals.include(slot, report)
         };
         let is_earlier = |group: &Group| group.places.first() < Some(&place);
         let waiting = self.waiting.iter();

@@ -86,10 +86,10 @@ impl Agent {
             .iter()
             .find(|it| key.is_some() && it.1.idempotency_key == *key);
         if let Some((_, session)) = same {
-            return match wanted.made(self.slot, session) {
-                true => Ok(session.clone()),
-                false => Err(RefusalCause::KeyReused),
-            };
+            let is_its = wanted.made(self.slot, session);
+            return is_its
+                .then(|| session.clone())
+                .ok_or(RefusalCause::KeyReused);
         }
         let (taken, session) = self.make(wanted, number)?;
         self.sessions.push((taken, session.clone()));
@@ -506,7 +506,7 @@ impl World {
         let kept = self.queue.kept_from(place, blocks);
         let refusals = Refusals::of(request, &self.queue.waiting);
         let is_excluded = |slot, report| {
-            let may_use = request.wanted.may_use(slot) && kept != Some(slot);
+            let may_use = request.may_use(slot) && kept != Some(slot);
             !may_use || refusals.include(slot, report)
         };
         let reservation = servers.reserve(blocks, None, is_excluded);
