@@ -252,23 +252,10 @@ fn try_all(
 
 #[cfg(test)]
 mod tests {
-    use std::num::NonZeroU8;
 
     use proptest::prelude::*;
 
     use super::*;
-    use crate::session::PortFilter;
-
-    fn blocks(blocks: &[(&str, u8)]) -> OneOrMore<Block> {
-        let blocks = blocks.iter().map(|(name, count)| Block {
-            filter: PortFilter {
-                port_name: Some((*name).to_owned()).filter(|name| !name.is_empty()),
-                protocol: None,
-            },
-            count: NonZeroU8::new(*count).unwrap(),
-        });
-        OneOrMore::new(blocks).unwrap()
-    }
 
     fn run(name: &str, ports: Range<u32>) -> Run<'_> {
         Run {
@@ -283,15 +270,18 @@ mod tests {
         let names: Vec<String> = (0..16).map(|index| index.to_string()).collect();
         let wanted: Vec<(&str, u8)> = names.iter().map(|name| (name.as_str(), 1)).collect();
         let runs: Vec<Run<'_>> = names.iter().map(|name| run(name, 0..1)).collect();
-        assert_eq!(blocks(&wanted).arrange(&runs), Err(TooManyCombinations));
-        let starts = blocks(&wanted[..12]).arrange(&runs);
+        assert_eq!(
+            OneOrMore::example(&wanted).arrange(&runs),
+            Err(TooManyCombinations)
+        );
+        let starts = OneOrMore::example(&wanted[..12]).arrange(&runs);
         assert_eq!(starts, Ok(Some(vec![0; 12])));
     }
 
     #[test]
     fn the_search_takes_a_fraction_of_a_millisecond() {
         let wanted: Vec<(&str, u8)> = (1..=9).map(|count| ("", count)).collect();
-        let wanted = blocks(&[&wanted[..], &[("a", 1), ("a", 2), ("a", 3)]].concat());
+        let wanted = OneOrMore::example(&[&wanted[..], &[("a", 1), ("a", 2), ("a", 3)]].concat());
         let names: Vec<String> = (0..32).map(|index| format!("a{index}")).collect();
         let others = names.iter().map(|name| run(name, 1..2));
         let runs: Vec<Run<'_>> = others.chain([run("a", 1..32), run("b", 1..19)]).collect();
@@ -313,7 +303,7 @@ mod tests {
             let names = ["a", "b", ""];
             let wanted: Vec<(&str, u8)> =
                 wanted.into_iter().map(|(name, count)| (names[name], count)).collect();
-            let wanted = blocks(&wanted);
+            let wanted = OneOrMore::example(&wanted);
             let runs: Vec<Run<'_>> = (10..)
                 .step_by(10)
                 .zip(runs)

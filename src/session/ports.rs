@@ -274,6 +274,21 @@ impl SessionPort {
 }
 
 #[cfg(test)]
+impl OneOrMore<Block> {
+    /// Blocks of ports of these entries, or of any if the name is empty, for tests.
+    pub(crate) fn example(blocks: &[(&str, u8)]) -> Self {
+        let blocks = blocks.iter().map(|(name, count)| Block {
+            filter: PortFilter {
+                port_name: Some((*name).to_owned()).filter(|name| !name.is_empty()),
+                protocol: None,
+            },
+            count: (*count).try_into().unwrap(),
+        });
+        Self::new(blocks).unwrap()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -138,17 +138,6 @@ fn could_hold(row: &Row, blocks: &OneOrMore<Block>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::session::PortFilter;
-
-    fn named(name: &str, count: u8) -> Block {
-        Block {
-            filter: PortFilter {
-                port_name: Some(name.to_owned()),
-                protocol: None,
-            },
-            count: count.try_into().unwrap(),
-        }
-    }
 
     fn row(slot: u32, state: RowState, ranges: &[(&str, u16, u16)]) -> Row {
         let mut row = crate::table::tests::row(crate::table::Slot(slot), Vec::new());
@@ -179,8 +168,8 @@ mod tests {
             (&[2, 3], true),
             (&[7], false),
         ] {
-            let blocks = counts.iter().map(|count| named("rtp", *count));
-            let result = check(&OneOrMore::new(blocks).unwrap(), &table);
+            let blocks: Vec<_> = counts.iter().map(|count| ("rtp", *count)).collect();
+            let result = check(&OneOrMore::example(&blocks), &table);
             assert_eq!(result.is_ok(), passes, "{counts:?}: {result:?}");
         }
     }
@@ -193,7 +182,7 @@ mod tests {
             &[("game", 20_000, 2), ("voice", 20_010, 2)],
         );
         let new = row(1, RowState::Active, &[("game", 20_002, 2)]);
-        let wanted = OneOrMore::one(named("voice", 1));
+        let wanted = OneOrMore::example(&[("voice", 1)]);
         let table = crate::table::tests::table(vec![old.clone(), new]);
         let refusal = check(&wanted, &table).unwrap_err();
         assert_eq!(refusal.name(), "unknown-port");

@@ -1,7 +1,6 @@
 //! Sessions of several ports.
 
 use std::collections::BTreeSet;
-use std::num::NonZeroU8;
 use std::ops::Range;
 
 use proptest::prelude::*;
@@ -9,22 +8,10 @@ use proptest::prelude::*;
 use super::*;
 use crate::session::{Run, SessionPort};
 
-/// Blocks of ports of these entries; of any if the name is empty.
-fn blocks(blocks: &[(&str, u8)]) -> OneOrMore<Block> {
-    let blocks = blocks.iter().map(|(name, count)| Block {
-        filter: PortFilter {
-            port_name: Some((*name).to_owned()).filter(|name| !name.is_empty()),
-            protocol: None,
-        },
-        count: NonZeroU8::new(*count).unwrap(),
-    });
-    OneOrMore::new(blocks).unwrap()
-}
-
 /// The ports of the session `id` that is made for `wanted`.
 fn select_all(book: &mut Book, id: &str, wanted: &[(&str, u8)]) -> Result<Vec<u16>, RefusalCause> {
     let request = Select {
-        ports: blocks(wanted),
+        ports: OneOrMore::example(wanted),
         ..request(id, Some(id.to_owned()))
     };
     let selected = book.select(&server("a"), &request, at(0));
@@ -327,7 +314,7 @@ proptest! {
                             })
                         })
                         .collect();
-                    prop_assert!(!blocks(&wanted).has_arrangement(&runs), "{:?}", used);
+                    prop_assert!(!OneOrMore::example(&wanted).has_arrangement(&runs), "{:?}", used);
                 }
             }
         }

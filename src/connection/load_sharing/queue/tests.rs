@@ -18,6 +18,7 @@ mod keeping;
 mod looking;
 mod offers;
 mod orders;
+mod turns;
 mod world;
 
 use self::world::World;
@@ -40,15 +41,8 @@ fn speaking(protocol: PortProtocol) -> Wanted {
 
 /// Blocks of ports of these entries; of any if the name is empty.
 fn several(blocks: &[(&str, u8)]) -> Wanted {
-    let blocks = blocks.iter().map(|(name, count)| Block {
-        filter: PortFilter {
-            port_name: Some((*name).to_owned()).filter(|name| !name.is_empty()),
-            protocol: None,
-        },
-        count: (*count).try_into().unwrap(),
-    });
     Wanted {
-        ports: OneOrMore::new(blocks).unwrap(),
+        ports: OneOrMore::example(blocks),
         ..anything()
     }
 }

@@ -208,14 +208,6 @@ fn the_reason_is_that_servers_start_that_workloads_are_silent_or_that_all_is_in_
     assert_eq!(reason(&servers, &any), Refusal::Draining);
 }
 
-fn blocks(blocks: &[(&str, u8)]) -> OneOrMore<Block> {
-    let blocks = blocks.iter().map(|(name, count)| Block {
-        filter: named(name),
-        count: (*count).try_into().unwrap(),
-    });
-    OneOrMore::new(blocks).unwrap()
-}
-
 #[test]
 fn a_request_for_several_ports_goes_to_a_server_that_has_them_all() {
     let (tcp, udp) = (PortProtocol::TCP, PortProtocol::UDP);
@@ -229,7 +221,7 @@ fn a_request_for_several_ports_goes_to_a_server_that_has_them_all() {
         .map(|(slot, ports)| (*slot, &ports[..]))
         .collect();
     let mut servers = pool(&content);
-    let call = blocks(&[("rtp", 2), ("control", 1)]);
+    let call = OneOrMore::example(&[("rtp", 2), ("control", 1)]);
     let first = servers.reserve(&call, None, |_, _| false).unwrap();
     assert_eq!(first.slot, Slot(2));
     // What is on its way counts with all its ports.
@@ -257,7 +249,7 @@ fn a_request_for_several_ports_is_told_which_ports_do_not_listen() {
         not_listening,
         ..ports("sip", udp, free, 0)
     };
-    let call = blocks(&[("sip", 1), ("rtp", 2)]);
+    let call = OneOrMore::example(&[("sip", 1), ("rtp", 2)]);
     let mut servers = pool(&[(0, &[silent(0, 3), ports("rtp", udp, 4, 2)])]);
     let not_listening = Refusal::NotListening {
         ports: 3,
@@ -292,7 +284,10 @@ fn a_server_that_is_spent_and_empty_is_being_replaced() {
         ..counts(ports)
     };
     servers.counted(Slot(0), spent(&[ports("main", tcp, 2, 0)]));
-    for wanted in [single(&PortFilter::default()), blocks(&[("main", 2)])] {
+    for wanted in [
+        single(&PortFilter::default()),
+        OneOrMore::example(&[("main", 2)]),
+    ] {
         let refusal = servers.reason(&wanted, None, None);
         assert_eq!(refusal, Refusal::BeingReplaced);
         assert_eq!(refusal.name(), "no-server");
