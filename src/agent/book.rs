@@ -272,13 +272,11 @@ impl Book {
             notices.extend(self.end_those(now, |session| session.state == State::Held));
         }
         for stopped in self.connection_servers.take_closed(now.monotonic) {
-            self.ports
-                .set_unavailable(self.connection_servers.unavailable());
+            self.renew_unavailable();
             self.write_off(&stopped, now, &mut notices);
         }
         for gone in self.connection_servers.take_gone(now.monotonic) {
-            self.ports
-                .set_unavailable(self.connection_servers.unavailable());
+            self.renew_unavailable();
             self.write_off(&gone, now, &mut notices);
             self.end_orphans(&gone, now, &mut notices);
         }

@@ -75,8 +75,8 @@ impl Book {
     }
 
     /// Takes over the last amendment of a session as `from` reports it, if it is later
-    /// than the one known here, and what its workload has said: the agent was restarted, and connection servers that
-    /// missed it have greeted before. The others learn it.
+    /// than the one known here, and what its workload has said: the agent was restarted,
+    /// and connection servers that missed it have greeted before. The others learn it.
     pub(super) fn catch_up(
         &mut self,
         from: &ConnectionServerId,

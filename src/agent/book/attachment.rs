@@ -164,8 +164,7 @@ impl Book {
         let mut notices = Vec::new();
         self.forget_asker(from, now, &mut notices);
         self.connection_servers.remove(from);
-        self.ports
-            .set_unavailable(self.connection_servers.unavailable());
+        self.renew_unavailable();
         self.write_off(from, now, &mut notices);
         notices
     }
@@ -175,6 +174,11 @@ impl Book {
     /// as in no state while they have no session. Replaces what it said before.
     pub fn set_unavailable(&mut self, from: &ConnectionServerId, ports: &[ListenPort]) {
         self.connection_servers.set_unavailable(from, ports);
+        self.renew_unavailable();
+    }
+
+    /// Has the ports follow what the connection servers have said last.
+    pub(super) fn renew_unavailable(&mut self) {
         self.ports
             .set_unavailable(self.connection_servers.unavailable());
     }

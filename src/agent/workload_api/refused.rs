@@ -61,18 +61,13 @@ impl From<NotOffered> for Refused {
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {
         let (status, name, title) = match &self {
-            Self::Parameter(_) => (
+            Self::Parameter(_) | Self::Reason => (
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "invalid-field",
                 "Invalid field",
             ),
             Self::NotRead(rejection) => (rejection.status(), "body", "Wrong body"),
             Self::Readiness(error) | Self::Object(error) => error.problem(),
-            Self::Reason => (
-                StatusCode::UNPROCESSABLE_ENTITY,
-                "invalid-field",
-                "Invalid field",
-            ),
             Self::NotOffered => (StatusCode::CONFLICT, "not-offered", "Not offered"),
             Self::Confirmed => (StatusCode::CONFLICT, "confirmed", "Confirmed before"),
             Self::NotAmended(refusal) => refusal.problem(),

@@ -79,7 +79,7 @@ fn no_connection_server_knows_a_session_before_it_is_confirmed() {
     );
     let attached = book.attach(&server("b"), "", &[], at(11));
     assert_eq!(attached, []);
-    // Who has guessed its name is told that there is none.
+    // A request that guesses its id finds none.
     let told = book.report(&server("b"), &opened("s"), at(11));
     assert!(matches!(
         told[..],
