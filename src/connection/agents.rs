@@ -86,7 +86,7 @@ struct Link {
     state: Arc<LinkState>,
 }
 
-/// What an agent is told of the table.
+/// What an agent receives of the table.
 #[derive(Clone, Debug, PartialEq)]
 struct Told {
     /// The table with the agent's row only.

@@ -611,7 +611,7 @@ pub mod end {
         Unknown = 7,
         /// The workload ended it. An older receiver takes it for CAUSE_UNSPECIFIED.
         EndedByWorkload = 8,
-        /// As the causes of Refused. Only the workload is told: connection servers do not
+        /// As the causes of Refused. Only the workload learns it: connection servers do not
         /// know a session that is not confirmed.
         NotConfirmedInTime = 9,
         DeclinedByWorkload = 10,
