@@ -264,10 +264,10 @@ fn admin_state(agent: &Agent, registry: Registry) -> admin::AdminState {
         ready: Box::new(move || match ready.counts() {
             counts if counts.draining => Err("draining".to_owned()),
             counts
-                if counts.ports.iter().all(|ports| {
-                    ports.not_listening > 0
-                        && ports.free + ports.held + ports.busy + ports.lingering == 0
-                }) =>
+                if counts
+                    .ports
+                    .iter()
+                    .all(|ports| ports.not_listening > 0 && ports.offered() == 0) =>
             {
                 Err("the workload does not listen on any of its ports yet".to_owned())
             }

@@ -225,6 +225,12 @@ pub fn plan(pool: &ValidPool, observed: &Observed<'_>, now: Timestamp) -> Plan {
     }
 }
 
+/// The time from `since` to `now`; zero where a clock was set back.
+#[must_use]
+pub fn elapsed(since: Timestamp, now: Timestamp) -> Duration {
+    Duration::try_from(now.duration_since(since)).unwrap_or_default()
+}
+
 /// Whether the server of `row`, which has failed, stays for now.
 fn is_kept(row: &Row, now: Timestamp) -> bool {
     row.state == RowState::Active && !attempts::pause(row, now).is_zero()
@@ -235,7 +241,7 @@ fn is_drained(row: &Row, server: &ObservedServer, now: Timestamp, drain_limit: D
         return false;
     };
     // A clock that was set back makes draining longer, not shorter.
-    let draining_for = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    let draining_for = elapsed(since, now);
     let is_empty = match server.sessions {
         Some(sessions) => sessions == 0,
         None => !server.is_ready,

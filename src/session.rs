@@ -338,7 +338,7 @@ impl SessionState {
 }
 
 /// Live state of a pool as one connection server sees it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct PoolState {
     /// The pool's name.
@@ -425,4 +425,13 @@ pub struct PortState {
     pub lingering: u32,
     /// The workload does not listen on them.
     pub not_listening: u32,
+}
+
+impl PortState {
+    /// The number of those on which the workload listens: a client has them, or can get
+    /// them.
+    #[must_use]
+    pub fn offered(&self) -> u32 {
+        self.free + self.held + self.busy + self.lingering
+    }
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::pool::{EntryAdmission, Offer};
-use crate::session::{PortState, ServerState};
+use crate::session::ServerState;
 use crate::sock_diag::{Protocol, SockDiag};
 use crate::table::{PortRange, Row};
 
@@ -26,7 +26,7 @@ pub(super) fn is_ready(server: &ServerState) -> bool {
 /// Whether the workload of the server listens on one of its ports. One that takes no
 /// sessions for now works all the same: it may have some.
 pub(super) fn works(server: &ServerState) -> bool {
-    server.attached && server.ports.iter().any(is_offered)
+    server.attached && server.ports.iter().any(|ports| ports.offered() > 0)
 }
 
 /// Where the workload of a server should listen.
@@ -128,7 +128,7 @@ impl Readiness {
             is_reported: false,
         });
         let mut ports = server.ports.iter().filter(|it| it.name == range.name);
-        if ports.clone().any(is_offered) {
+        if ports.clone().any(|ports| ports.offered() > 0) {
             entry.last_offered = now;
             entry.is_reported = false;
             return None;
@@ -160,11 +160,6 @@ impl Readiness {
 fn needs_workload(range: &PortRange) -> bool {
     let is_for_sessions = matches!(range.admission, None | Some(EntryAdmission::Session));
     range.offer != Offer::Always && is_for_sessions
-}
-
-/// Whether a client has one of the `ports`, or can get one.
-fn is_offered(ports: &PortState) -> bool {
-    ports.free + ports.held + ports.busy + ports.lingering > 0
 }
 
 /// Gives the local address of the socket that a client of an address would reach.
@@ -222,6 +217,7 @@ mod tests {
     use std::cell::Cell;
 
     use super::*;
+    use crate::session::PortState;
     use crate::table::Table;
 
     fn server(attached: bool, free: u32, not_listening: u32) -> ServerState {

@@ -12,14 +12,13 @@ use kube::api::DynamicObject;
 use serde_json::Value;
 
 use super::pod_problems;
-use super::silence::offered;
 use super::stores::{DELETION_COST, Stores, condition, is_owned, text};
 use crate::plan::objects::{
     AGENT, COMPONENT_LABEL, CONNECTION_SERVER, HASH_ANNOTATION, Owner, PROCESSING_SERVER,
     RANGES_ANNOTATION, annotated_ranges, connection_server_name, hash, table_name,
 };
 use crate::plan::status::{Blocker, NotListening, ObservedDeployment};
-use crate::plan::{ObservedServer, ServicePorts, ValidPool};
+use crate::plan::{ObservedServer, ServicePorts, ValidPool, elapsed};
 use crate::pool::Exposure;
 use crate::session::{PoolState, PortState, ServerState};
 use crate::table::{ListenPort, TABLE_KEY, Table};
@@ -243,13 +242,11 @@ fn with_age(server: ObservedServer, is_too_old: bool) -> ObservedServer {
     }
 }
 
-/// Whether a program of `pod` runs, be it not ready, as the kubelet reported it last.
-/// The agent is none.
+/// Whether a program of `pod` other than the agent runs, ready or not, as the kubelet
+/// reported it last.
 fn is_running(pod: &DynamicObject) -> bool {
-    let lists = ["/status/containerStatuses", "/status/initContainerStatuses"];
-    let lists = lists.into_iter().filter_map(|list| pod.data.pointer(list));
-    let mut statuses = lists.filter_map(Value::as_array).flatten();
-    statuses.any(|status| status["state"]["running"].is_object() && status["name"] != AGENT)
+    let is_running = |status: &Value| status["state"]["running"].is_object();
+    pod_problems::containers(pod).any(|status| is_running(status) && status["name"] != AGENT)
 }
 
 /// The ports on which the workload of `server` does not listen, and should.
@@ -262,7 +259,7 @@ fn not_listening(server: &ServerState) -> Vec<NotListening> {
     let entry = |ports: &PortState| NotListening {
         entry: ports.name.clone(),
         protocol: ports.protocol,
-        is_partial: offered(ports) > 0,
+        is_partial: ports.offered() > 0,
     };
     ports.map(entry).collect()
 }
@@ -272,8 +269,7 @@ fn not_listening(server: &ServerState) -> Vec<NotListening> {
 fn until_too_old(pod: &DynamicObject, pool: &ValidPool, now: Timestamp) -> Option<Duration> {
     let created = pod.metadata.creation_timestamp.as_ref()?;
     // A clock that is behind the API server's makes pods younger.
-    let age = Duration::try_from(now.duration_since(created.0)).unwrap_or_default();
-    pool.recycle.until_too_old(age)
+    pool.recycle.until_too_old(elapsed(created.0, now))
 }
 
 fn observe_deployment(deployment: &DynamicObject) -> ObservedDeployment {

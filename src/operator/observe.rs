@@ -123,22 +123,13 @@ fn ports_blocker(live: &PoolState) -> Option<Blocker> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pool::{Policy, PortProtocol};
+    use crate::pool::PortProtocol;
     use crate::session::UnavailablePort;
     use crate::table::ListenPort;
 
     #[test]
     fn ports_that_cannot_be_listened_on_are_named_with_the_cause() {
-        let mut live = PoolState {
-            pool: "games".to_owned(),
-            generation: 1,
-            policy: Policy::default(),
-            sessions: 0,
-            free_ports: 0,
-            waiting: 0,
-            unavailable_ports: Vec::new(),
-            servers: Vec::new(),
-        };
+        let mut live = PoolState::default();
         assert_eq!(ports_blocker(&live), None);
         let message = |live: &PoolState| ports_blocker(live).unwrap().message;
         let mut add = |port: u16| {

@@ -8,9 +8,9 @@ use kube::api::DynamicObject;
 use serde_json::Value;
 
 use super::stores::{condition, text};
-use crate::plan::End;
 use crate::plan::objects::AGENT;
 use crate::plan::status::Blocker;
+use crate::plan::{End, elapsed};
 
 /// Reasons of a waiting container that do not pass by themselves.
 ///
@@ -137,16 +137,14 @@ pub(super) fn waits_for(pod: &DynamicObject, now: Timestamp) -> Option<String> {
 fn deletion(pod: &DynamicObject, deadline: Timestamp, now: Timestamp) -> String {
     let at = deadline.strftime("%H:%M:%S UTC");
     let finalizers = pod.finalizers();
-    match now <= deadline {
-        true => format!("it is being deleted, and has time until {at}"),
-        false if !finalizers.is_empty() => format!(
-            "it is being deleted, and should have been gone at {at}: finalizer {} keeps it",
-            finalizers[0]
-        ),
-        false => format!(
-            "it is being deleted, and should have been gone at {at}: its node does not answer"
-        ),
+    if now <= deadline {
+        return format!("it is being deleted, and has time until {at}");
     }
+    let why = match finalizers.first() {
+        Some(finalizer) => format!("finalizer {finalizer} keeps it"),
+        None => "its node does not answer".to_owned(),
+    };
+    format!("it is being deleted, and should have been gone at {at}: {why}")
 }
 
 /// Why the cluster refuses the pods of `deployment`, if it does: in the words of the
@@ -167,7 +165,7 @@ pub(super) fn refused(deployment: &DynamicObject) -> Option<Blocker> {
 
 /// The statuses of the containers of `pod`, those of the workload first: an agent
 /// ends with its workload.
-fn containers(pod: &DynamicObject) -> impl Iterator<Item = &Value> {
+pub(super) fn containers(pod: &DynamicObject) -> impl Iterator<Item = &Value> {
     let lists = ["/status/containerStatuses", "/status/initContainerStatuses"];
     let lists = lists.into_iter().filter_map(|list| pod.data.pointer(list));
     lists.filter_map(Value::as_array).flatten()
@@ -206,9 +204,9 @@ fn crash_loop(status: &Value, now: Timestamp) -> Option<(&'static str, String)> 
     if !has_failed || status["restartCount"].as_u64()? < LOOP_RESTARTS {
         return None;
     }
-    let ran = between(time(&last["startedAt"])?, time(&last["finishedAt"])?);
+    let ran = elapsed(time(&last["startedAt"])?, time(&last["finishedAt"])?);
     let started = time(&status["state"]["running"]["startedAt"]);
-    let runs = started.map_or(Duration::ZERO, |started| between(started, now));
+    let runs = started.map_or(Duration::ZERO, |started| elapsed(started, now));
     let is_loop = ran < LONGEST_LOOP && runs < STABLE.max(2 * ran);
     is_loop.then(|| ("CrashLoopBackOff", looped(status, last)))
 }
@@ -248,11 +246,6 @@ fn shortened(message: &str) -> String {
 
 fn time(value: &Value) -> Option<Timestamp> {
     value.as_str()?.parse().ok()
-}
-
-/// The time from `earlier` to `later`; zero where a clock was set back.
-fn between(earlier: Timestamp, later: Timestamp) -> Duration {
-    Duration::try_from(later.duration_since(earlier)).unwrap_or_default()
 }
 
 #[cfg(test)]

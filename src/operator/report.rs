@@ -198,9 +198,10 @@ fn transitions(former: Option<&ProcessingPoolStatus>, next: &ProcessingPoolStatu
         |condition: &Condition| condition.type_ == "Degraded" && condition.status == "True";
     let is_any_degraded = next.conditions.iter().any(is_degraded);
     let news = next.conditions.iter().filter(|condition| {
-        let is_reported = match is_any_degraded {
-            true => is_degraded(condition),
-            false => condition.type_ == "Ready",
+        let is_reported = if is_any_degraded {
+            is_degraded(condition)
+        } else {
+            condition.type_ == "Ready"
         };
         is_reported && is_news(&condition.type_, &condition.status, &condition.reason)
     });

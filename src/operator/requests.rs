@@ -132,9 +132,10 @@ impl Reconcile<'_> {
     /// Why the pool cannot have the name of `known`, which it does not own.
     fn taken(&self, known: &DynamicObject, kind: &str, name: &str) -> Error {
         let object = self.describe(kind, name);
-        match is_of_namesake(known, &self.owner.pool.name) {
-            true => Error::NotRemovedYet(object),
-            false => Error::NameTaken(object),
+        if is_of_namesake(known, &self.owner.pool.name) {
+            Error::NotRemovedYet(object)
+        } else {
+            Error::NameTaken(object)
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::plan::ObservedServer;
 use crate::plan::status::NotListening;
-use crate::session::{PoolState, PortState, ServerState};
+use crate::session::{PoolState, ServerState};
 use crate::table::Slot;
 
 /// How long a workload must not listen before the status says so: programs that serve
@@ -65,10 +65,8 @@ impl Silences {
         told: Told,
         now: Instant,
     ) -> bool {
-        let told = match std::mem::replace(&mut self.is_begun, true) {
-            false => told,
-            true => Told::default(),
-        };
+        let is_begun = std::mem::replace(&mut self.is_begun, true);
+        let told = if is_begun { Told::default() } else { told };
         let mut former = std::mem::take(&mut self.of_servers);
         let reports = live.iter().flat_map(|live| &live.servers);
         let reports: HashMap<Slot, &ServerState> = reports
@@ -86,12 +84,10 @@ impl Silences {
             } else if let Some(report) = reports.get(&server.slot) {
                 known.hear(report, &server.not_listening, now);
             }
-            let silent = known.silent.iter();
+            let mut silent = known.silent.iter();
             let lasting = silent.clone().filter(|it| it.has_lasted);
             server.not_listening = lasting.map(|it| it.ports.clone()).collect();
-            may_change |= silent
-                .into_iter()
-                .any(|it| !it.has_lasted || !it.ports.is_partial);
+            may_change |= silent.any(|it| !it.has_lasted || !it.ports.is_partial);
             self.of_servers.insert(server.uid.clone(), known);
         }
         may_change
@@ -103,16 +99,17 @@ impl OfServer {
     /// else `report` says of the server.
     fn hear(&mut self, report: &ServerState, silent: &[NotListening], now: Instant) {
         let told = std::mem::take(&mut self.told);
-        self.has_offered |= report.ports.iter().any(|ports| offered(ports) > 0);
+        self.has_offered |= report.ports.iter().any(|ports| ports.offered() > 0);
         let limit = if self.has_offered { SILENCE } else { START };
         let former = std::mem::take(&mut self.silent);
         let silent = silent.iter().map(|ports| {
             // One that has offered some of its ports begins anew when it offers none.
             let known = former.iter().find(|it| it.ports == *ports);
             let since = known.map_or(now, |it| it.since);
-            let is_told = match ports.is_partial {
-                true => told.is_partial,
-                false => told.is_silent,
+            let is_told = if ports.is_partial {
+                told.is_partial
+            } else {
+                told.is_silent
             };
             Silence {
                 ports: ports.clone(),
@@ -126,18 +123,13 @@ impl OfServer {
     }
 }
 
-/// Number of `ports` on which the workload listens.
-pub(super) fn offered(ports: &PortState) -> u32 {
-    ports.free + ports.held + ports.busy + ports.lingering
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
     use crate::plan::End;
-    use crate::pool::{Policy, PortProtocol};
+    use crate::pool::PortProtocol;
 
     /// Some seconds of one pool.
     struct World {
@@ -194,14 +186,8 @@ mod tests {
             serde_json::from_value(state).unwrap()
         });
         PoolState {
-            pool: "games".to_owned(),
-            generation: 1,
-            policy: Policy::default(),
-            sessions: 0,
-            free_ports: 0,
-            waiting: 0,
-            unavailable_ports: Vec::new(),
             servers: servers.collect(),
+            ..PoolState::default()
         }
     }
 

@@ -14,7 +14,7 @@
 //!   ready. One that was ready and whose programs ended with exit code 0 has done its
 //!   work, as programs do that serve one client.
 //! - A failed server stays in its slot until the pause is over. So its logs and its
-//!   status can be read, and whoever cannot wait removes it.
+//!   status can be read. A user who does not want to wait removes it.
 //! - One that has vanished leaves nothing to remove, so the next one waits for 30 s at
 //!   most.
 //! - A server of another template than the pool's counts for nothing: what was
@@ -25,8 +25,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use super::ObservedServer;
 use super::status::Blocker;
+use super::{ObservedServer, elapsed};
 use crate::table::{Attempts, Row, RowState, Table};
 
 /// The pause after the second failure in a row; each further one doubles it.
@@ -143,8 +143,7 @@ fn until_stable(server: &ObservedServer, now: Timestamp) -> Option<Duration> {
 /// The time from `now` until `duration` after `since`. A clock that was set back makes
 /// it no longer than `duration`.
 fn until(now: Timestamp, since: Timestamp, duration: Duration) -> Duration {
-    let passed = Duration::try_from(now.duration_since(since)).unwrap_or_default();
-    duration.saturating_sub(passed)
+    duration.saturating_sub(elapsed(since, now))
 }
 
 /// What keeps the slots from having servers that fail again and again: `None` where

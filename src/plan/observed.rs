@@ -90,7 +90,7 @@ pub struct ObservedServer {
     /// The agent does not count: it reports by itself what it can give, and what is
     /// given must not depend on what it reports.
     pub not_ready: bool,
-    /// Whether a program of the workload runs, be it not ready, as far as known.
+    /// Whether a program of the workload runs, ready or not, as far as known.
     pub is_running: bool,
     /// Whether the server was created from a former template, or is too old and has
     /// not failed.

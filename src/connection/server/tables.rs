@@ -52,10 +52,10 @@ impl Parts {
         let mut pause = FIRST_RETRY;
         loop {
             let retry = async {
-                match is_complete {
-                    true => std::future::pending().await,
-                    false => sleep(pause).await,
+                if is_complete {
+                    return std::future::pending().await;
                 }
+                sleep(pause).await;
             };
             tokio::select! {
                 changed = followed.changed() => if changed.is_err() { return },

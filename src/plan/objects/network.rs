@@ -138,11 +138,12 @@ pub(super) fn policies(owner: Owner<'_>) -> Vec<Value> {
 /// Source: Kubernetes documentation, Specifying a Disruption Budget, "Unhealthy Pod
 /// Eviction Policy".
 pub(super) fn budgets(owner: Owner<'_>, unready_may_go: bool) -> Vec<Value> {
-    let policy = |is_any: bool| match is_any {
-        true => "AlwaysAllow",
-        false => "IfHealthyBudget",
-    };
     let budget = |(component, unready_may_go): (&str, bool)| {
+        let policy = if unready_may_go {
+            "AlwaysAllow"
+        } else {
+            "IfHealthyBudget"
+        };
         let name = format!("{}-{component}s", owner.pool.name);
         json!({
             "apiVersion": "policy/v1",
@@ -150,7 +151,7 @@ pub(super) fn budgets(owner: Owner<'_>, unready_may_go: bool) -> Vec<Value> {
             "metadata": metadata(owner, &name, component),
             "spec": {
                 "maxUnavailable": 1,
-                "unhealthyPodEvictionPolicy": policy(unready_may_go),
+                "unhealthyPodEvictionPolicy": policy,
                 "selector": { "matchLabels": selector(&owner.pool.name, component) },
             },
         })

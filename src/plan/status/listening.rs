@@ -43,8 +43,8 @@ pub(super) fn partly_listening(table: &Table, servers: &[ObservedServer]) -> Opt
 }
 
 /// The first server of `table` of which the workload listens on some ports of an entry
-/// (`is_partial`), or on none. The words
-/// change with the servers that are like that, and not with the number of their ports.
+/// (`is_partial`), or on none. The words change with the servers that are like that, and
+/// not with the number of their ports.
 fn sentence(table: &Table, servers: &[ObservedServer], is_partial: bool) -> Option<String> {
     let silent = |row: &Row| {
         let server = servers.iter().find(|server| server.slot == row.slot)?;
